@@ -1,0 +1,135 @@
+"""Attention patterns: who may look at whom, as predicates on where tokens stand.
+
+Knows token positions, documents and streams. Knows no model, no tensor of scores and no cache.
+
+Notation: a `Layout` says where the tokens of one pass stand; a `Pattern` takes the layouts of queries
+and keys, broadcast against each other, and says True where the query attends to the key.
+Because a predicate sees positions and never indices, the same one serves packed rows, repeated
+position ids, left padding, and queries on top of a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+PADDING = -1
+"""Document id of padding. Padding is a document of its own: it sees itself, real tokens never see it."""
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a pass stand; three tensors of one (broadcastable) shape.
+
+    position: int64, index inside the token's document. document: int64, `PADDING` for padding.
+    noisy: bool, True in the corrupted stream of a two-stream pass.
+    """
+
+    position: Tensor
+    document: Tensor
+    noisy: Tensor
+
+    @classmethod
+    def of(cls, position: Tensor, document: Tensor | None = None, noisy: bool = False) -> Layout:
+        """One stream: `position` (batch, length), document 0 everywhere unless given."""
+        document = torch.zeros_like(position) if document is None else document
+        return cls(position, document, torch.full_like(position, noisy, dtype=torch.bool))
+
+    @property
+    def real(self) -> Tensor:
+        """True where a token is no padding."""
+        return self.document != PADDING
+
+    def index(self, *index: object) -> Layout:
+        """The same indexing applied to all three tensors."""
+        return Layout(*(field[index] for field in self))
+
+    def then(self, other: Layout) -> Layout:
+        """This layout followed by `other` along the last dimension."""
+        return Layout(*(torch.cat(pair, dim=-1) for pair in zip(self, other, strict=True)))
+
+
+Pattern = Callable[[Layout, Layout], Tensor]
+"""(query layout, key layout), broadcastable -> bool tensor, True = the query attends to the key."""
+
+
+def causal(q: Layout, kv: Layout) -> Tensor:
+    """A token sees itself and everything before it."""
+    return kv.position <= q.position
+
+
+def bidirectional(q: Layout, kv: Layout) -> Tensor:
+    """Everything sees everything."""
+    return (q.position == q.position) & (kv.position == kv.position)
+
+
+def block_causal(block_size: int) -> Pattern:
+    """Causal across blocks [k*B, (k+1)*B), bidirectional inside one (Efficient-DLM 2512.14067, Fig. 2c)."""
+
+    def pattern(q: Layout, kv: Layout) -> Tensor:
+        return kv.position // block_size <= q.position // block_size
+
+    return pattern
+
+
+def two_stream(block_size: int, clean: str = "block_causal") -> Pattern:
+    """[noisy | clean] in one pass (Efficient-DLM 2512.14067, Fig. 2d; Nemotron-Labs 2607.05722).
+
+    noisy -> noisy: the same block. noisy -> clean: strictly earlier blocks. clean -> noisy: never.
+    clean -> clean: same or earlier block (`clean="block_causal"`), or strictly causal (`clean="causal"`),
+    in which case the clean half is exactly the AR model.
+    """
+    if clean not in ("block_causal", "causal"):
+        raise ValueError(f"clean attention {clean!r} is unknown: use 'block_causal' or 'causal'")
+    clean_to_clean = causal if clean == "causal" else block_causal(block_size)
+
+    def pattern(q: Layout, kv: Layout) -> Tensor:
+        q_block, kv_block = q.position // block_size, kv.position // block_size
+        to_clean = (q.noisy & (kv_block < q_block)) | (~q.noisy & clean_to_clean(q, kv))
+        return (kv.noisy & q.noisy & (kv_block == q_block)) | (~kv.noisy & to_clean)
+
+    return pattern
+
+
+def same_document(q: Layout, kv: Layout) -> Tensor:
+    """Packed documents never see each other, and nothing sees padding but padding."""
+    return q.document == kv.document
+
+
+def window(size: int) -> Pattern:
+    """A sliding window of `size` tokens, measured on positions in both directions."""
+
+    def pattern(q: Layout, kv: Layout) -> Tensor:
+        return (q.position - kv.position).abs() < size
+
+    return pattern
+
+
+def intersect(*patterns: Pattern) -> Pattern:
+    """True where every pattern is."""
+
+    def pattern(q: Layout, kv: Layout) -> Tensor:
+        allowed = patterns[0](q, kv)
+        for other in patterns[1:]:
+            allowed = allowed & other(q, kv)
+        return allowed
+
+    return pattern
+
+
+def dense(pattern: Pattern, q: Layout, kv: Layout) -> Tensor:
+    """The pattern as a bool tensor (batch, queries, keys), True = attend."""
+    return pattern(q.index(..., slice(None), None), kv.index(..., None, slice(None)))
+
+
+def block_mask(pattern: Pattern, q: Layout, kv: Layout) -> BlockMask:
+    """The pattern as FlexAttention's BlockMask, for (batch, queries) against (batch, keys)."""
+
+    def mask_mod(b: Tensor, _h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return pattern(q.index(b, q_idx), kv.index(b, kv_idx))
+
+    (batch, queries), keys = q.position.shape, kv.position.shape[1]
+    return create_block_mask(mask_mod, batch, None, queries, keys, device=str(q.position.device))

@@ -1,0 +1,227 @@
+"""The one interface between a network and everything that trains, scores or decodes with it.
+
+A `Network` maps tokens, their layout and a pattern to logits. The functions here arrange its passes: which
+streams stand in a pass, and which row scores which position. The token shift is resolved in this file and
+nowhere else: whoever calls `score` or `denoise` gets, for position i, the logits that predict token i.
+
+Knows no architecture. Notation: x0 clean tokens, xt corrupted tokens, both (batch, length) int64;
+`wanted` (batch, length) bool marks the positions whose logits are asked for, returned (wanted.sum(), vocab)
+in row-major order. Logits are float32 (float64 for a float64 network), the mask token's is -inf.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from unmask.attention import Layout, Pattern, bidirectional, block_causal, causal, two_stream
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """What a converted network was trained to be; the object `diffusion` of a checkpoint's config.json.
+
+    attention: "bidirectional" | "block_causal" (one stream, noisy context) | "two_stream" (clean context).
+    clean_attention: "causal" | "block_causal" for two streams, else None.
+    shift: position i is scored by row i - 1, as in AR models, instead of row i.
+    """
+
+    mask_token_id: int
+    attention: str
+    clean_attention: str | None
+    block_size: int | None
+    shift: bool
+    recipe: str
+    version: str
+
+    def __post_init__(self) -> None:
+        if self.attention not in ("bidirectional", "block_causal", "two_stream"):
+            raise ValueError(
+                f"attention {self.attention!r} is unknown: use bidirectional, block_causal or two_stream"
+            )
+        if (self.attention == "two_stream") != (self.clean_attention is not None):
+            raise ValueError(
+                f"clean_attention {self.clean_attention!r} does not go with attention {self.attention!r}: "
+                "two_stream needs 'causal' or 'block_causal', the others none"
+            )
+        if self.attention != "bidirectional" and (self.block_size is None or self.block_size < 1):
+            raise ValueError(f"block_size {self.block_size} must be at least 1 for {self.attention} attention")
+
+    def with_block_size(self, block_size: int | None) -> DiffusionConfig:
+        """The same network read with another block size; None changes nothing."""
+        return self if block_size is None else replace(self, block_size=block_size)
+
+    @property
+    def segment_size(self) -> int | None:
+        """Tokens that share a noise level when the bound is measured: a block of two streams, else a document.
+
+        Only a clean context makes blocks independent given what they see; one noisy stream is one canvas.
+        """
+        return self.block_size if self.attention == "two_stream" else None
+
+    @property
+    def pattern(self) -> Pattern:
+        if self.attention == "bidirectional":
+            return bidirectional
+        assert self.block_size is not None
+        if self.attention == "block_causal":
+            return block_causal(self.block_size)
+        return two_stream(self.block_size, self.clean_attention or "block_causal")
+
+
+class Cache(Protocol):
+    """Keys and values of past tokens; transformers' `DynamicCache` is one."""
+
+    def crop(self, max_length: int) -> None:
+        """Drop the last -max_length tokens (negative lengths only)."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+
+
+@dataclass
+class Past:
+    """What stands before a pass: its cache, where its tokens stand, and the logits that score what follows.
+
+    next_logits: (batch, vocab), those of the last cached row, kept only where the shift will read them.
+    """
+
+    cache: Any
+    layout: Layout
+    next_logits: Tensor | None = None
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch."""
+        self.cache.batch_select_indices(rows)
+        self.layout = self.layout.index(rows)
+        if self.next_logits is not None:
+            self.next_logits = self.next_logits[rows]
+
+
+class Network(Protocol):
+    """Tokens, their layout and a pattern -> logits; implemented by `hf.HFNetwork` and by toys in tests."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_cache(self) -> Any: ...
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        layout: Layout,
+        pattern: Pattern,
+        *,
+        rows: Tensor | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
+        """Logits of row i of the pass in place i; `rows` are flat indices into (batch * length).
+
+        With `past`, queries also see its tokens where the pattern allows, and their keys and values are
+        appended to `past.cache`; `past.layout` is left to the caller.
+        """
+
+
+# --- whole sequences: training and scoring
+
+
+def score(
+    network: Network, config: DiffusionConfig, xt: Tensor, x0: Tensor, layout: Layout, wanted: Tensor
+) -> Tensor:
+    """Logits of the wanted positions of xt; with two streams each block of xt sees the clean x0 before it.
+
+    One pass over [xt | x0] with the positions repeated scores every block after its clean prefix at once
+    (Efficient-DLM 2512.14067, section 2). `layout` is that of x0.
+    """
+    batch, length = xt.shape
+    if config.attention == "two_stream":
+        input_ids = torch.cat([xt, x0], dim=1)
+        passed = layout._replace(noisy=torch.ones_like(layout.noisy)).then(layout)
+    else:
+        input_ids, passed = xt, layout
+    row = torch.arange(length, device=xt.device).expand(batch, length)
+    if config.shift:
+        row = row - 1
+        if config.attention == "two_stream":
+            # A block's first position has no row before it in its own block: the clean row i - 1 scores it.
+            assert config.block_size is not None
+            row = torch.where(layout.position % config.block_size == 0, row + length, row)
+    row = row + torch.arange(batch, device=xt.device)[:, None] * input_ids.shape[1]
+    return network(input_ids, passed, config.pattern, rows=row[wanted])
+
+
+def score_ar(network: Network, x0: Tensor, layout: Layout, wanted: Tensor) -> Tensor:
+    """Next-token logits: causal pattern, position i scored by row i - 1."""
+    batch, length = x0.shape
+    row = torch.arange(batch * length, device=x0.device).view(batch, length) - 1
+    return network(x0, layout, causal, rows=row[wanted])
+
+
+# --- on top of a cache: decoding
+
+
+def prefill(
+    network: Network, pattern: Pattern, input_ids: Tensor, layout: Layout, *, keep_logits: bool = False
+) -> Past:
+    """Run the (left-padded) prompts once; with `keep_logits` the last row's logits stay for what follows."""
+    past = Past(network.new_cache(), layout.index(..., slice(0, 0)))
+    batch, length = input_ids.shape
+    if length:
+        last = (torch.arange(batch, device=input_ids.device) + 1) * length - 1
+        rows = last if keep_logits else last[:0]
+        logits = network(input_ids, layout, pattern, rows=rows, past=past)
+        past.layout = layout
+        past.next_logits = logits if keep_logits else None
+    return past
+
+
+def denoise(
+    network: Network,
+    config: DiffusionConfig,
+    past: Past,
+    xt: Tensor,
+    layout: Layout,
+    wanted: Tensor,
+    finished: tuple[Tensor, Layout] | None = None,
+) -> Tensor:
+    """Logits of the wanted positions of the active block xt (batch, block) on top of the cached prefix.
+
+    The block sees itself and the prefix whole, and is not kept in the cache. `finished` is the clean block
+    before it, if that one is not cached yet: both run in one forward, and the finished block stays, which is
+    exactly the two forwards done apart.
+    """
+    batch, width = xt.shape
+    if config.attention == "two_stream":
+        layout = layout._replace(noisy=torch.ones_like(layout.noisy))
+    input_ids, passed, kept = xt, layout, 0
+    if finished is not None:
+        input_ids, passed = torch.cat([finished[0], xt], dim=1), finished[1].then(layout)
+        kept = finished[0].shape[1]
+    length = kept + width
+    offset = torch.arange(batch, device=xt.device)[:, None] * length
+    row = kept - config.shift + torch.arange(width, device=xt.device) + offset
+    if not config.shift:
+        rows = row[wanted]
+    elif kept:  # the boundary rows score the block's first position, in this forward and in those after it
+        rows = torch.cat([row[:, 0], row[:, 1:][wanted[:, 1:]]])
+    else:
+        rows = row[:, 1:][wanted[:, 1:]]
+    logits = network(input_ids, passed, config.pattern, rows=rows, past=past)
+    past.cache.crop(-width)
+    if finished is not None:
+        past.layout = past.layout.then(finished[1])
+    if not config.shift:
+        return logits
+    if kept:
+        past.next_logits, logits = logits[:batch], logits[batch:]
+    if past.next_logits is None:  # nothing stands before the block: its first position is never wanted
+        return logits
+    out = logits.new_empty(int(wanted.sum()), logits.shape[-1])
+    first = torch.zeros_like(wanted)
+    first[:, 0] = True
+    first = first[wanted]
+    out[first], out[~first] = past.next_logits[wanted[:, 0]], logits
+    return out

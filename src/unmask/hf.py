@@ -1,0 +1,428 @@
+"""Any Hugging Face causal language model as a `Network`, without touching its code.
+
+The whole hook is a 4-D attention mask and explicit position ids handed to the stock model. What a model does
+with them is not taken on trust: `probe` runs a tiny instance of the same configuration class and refuses
+what cannot be controlled. Also here: the mask token, and what a checkpoint folder holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers.utils import logging as hf_logging
+
+from unmask.attention import (
+    Layout,
+    Pattern,
+    block_causal,
+    block_mask,
+    causal,
+    dense,
+    intersect,
+    same_document,
+    two_stream,
+    window,
+)
+from unmask.denoiser import DiffusionConfig, Past
+
+MASK_TOKEN = "<|mask|>"
+SDAR_MASK_TOKEN = "<|MASK|>"
+"""Qwen3 bases get SDAR's mask token at its id 151669, the one that SGLang and LMDeploy know."""
+
+
+class UnsupportedModelError(ValueError):
+    """The model's attention cannot be controlled from outside; the message says which part and why."""
+
+
+# --- the hook
+
+
+class HFNetwork:
+    """A stock causal LM as a `denoiser.Network`.
+
+    mask_token_id: its logit is -inf in everything this returns; None for an untouched AR model.
+    per_layer_type: hand each layer type its own mask (sliding windows need it; off only to show that).
+    """
+
+    def __init__(self, model: Any, mask_token_id: int | None = None, *, per_layer_type: bool = True) -> None:
+        self.model = model
+        self.mask_token_id = mask_token_id
+        self.per_layer_type = per_layer_type
+        self.head = model.get_output_embeddings()
+        self.config = model.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest document the positions of the model reach, if it says so."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def new_cache(self) -> DynamicCache:
+        # Without the config: caches made for sliding windows drop old keys and cannot be cropped.
+        return DynamicCache()
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        layout: Layout,
+        pattern: Pattern,
+        *,
+        rows: Tensor | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
+        kv = layout if past is None else past.layout.then(layout)
+        with head_rows(self.head, rows):
+            logits = self.model(
+                input_ids=input_ids,
+                attention_mask=self.attention_argument(pattern, layout, kv),
+                position_ids=layout.position,
+                past_key_values=None if past is None else past.cache,
+                use_cache=past is not None,
+            ).logits
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        if self.mask_token_id is not None:
+            logits[..., self.mask_token_id] = -torch.inf
+        return logits
+
+    def attention_argument(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
+        """What this model takes as `attention_mask`: one mask, or one per layer type."""
+        pattern = intersect(pattern, same_document)
+        size = getattr(self.config, "sliding_window", None)
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        if not size or not self.per_layer_type or (kinds and "sliding_attention" not in kinds):
+            return self._form(pattern, q, kv)
+        # Measured on positions: in [noisy | clean], and behind left padding, indices say nothing of distance.
+        near = self._form(intersect(pattern, window(size)), q, kv)
+        if not kinds:
+            return near
+        return {"full_attention": self._form(pattern, q, kv), "sliding_attention": near}
+
+    def _form(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
+        implementation = self.config._attn_implementation
+        if implementation == "flex_attention":
+            return block_mask(pattern, q, kv)
+        allowed = dense(pattern, q, kv)[:, None]
+        if implementation == "sdpa":
+            return allowed
+        if implementation == "eager":  # eager adds its mask: a bool one would be added as 0 and 1
+            dtype = self.model.dtype
+            return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+                ~allowed, torch.finfo(dtype).min
+            )
+        raise UnsupportedModelError(
+            f"attention implementation {implementation!r} takes no 4-D mask: "
+            "load the model with attn_implementation='sdpa', 'eager' or 'flex_attention'"
+        )
+
+
+@contextmanager
+def head_rows(head: torch.nn.Module, rows: Tensor | None) -> Iterator[None]:
+    """Within the context the head `head` runs on the given rows only, flat indices into (batch * length)."""
+    if rows is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _module, args: (args[0].flatten(0, 1)[rows],))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# --- the probe
+
+_PROBE_WINDOW = 5
+_TINY: dict[str, Any] = {
+    # width
+    "hidden_size": 32, "n_embd": 32, "d_model": 32, "word_embed_proj_dim": 32,
+    "intermediate_size": 48, "n_inner": 48, "ffn_dim": 48, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16, "block_ff_dim": 48,
+    # heads
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    # experts, vocabulary, context
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "vocab_size": 61, "vocab_size_per_layer_input": 61,
+    "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_seq_len": 64,
+    "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def probe(model: Any) -> None:
+    """Raise `UnsupportedModelError` unless 4-D masks and position ids control the model's attention.
+
+    Runs on a tiny random float32 instance of the same configuration class, its windows shrunk, once per
+    class and kind of layers, so that it costs nothing on a large model.
+    """
+    config = model.config.get_text_config()
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager", "flex_attention"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} runs attention implementation {implementation!r}, which takes no 4-D mask: "
+            "load it with attn_implementation='sdpa' or 'eager'"
+        )
+    reason = _probe_class(
+        type(config),
+        json.dumps(_tiny_config(config), default=str, sort_keys=True),
+        "sdpa" if implementation == "flex_attention" else implementation,
+    )
+    if reason:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be converted: {reason}. {_layers(config)}"
+            "A supported model attends through 4-D masks in every layer (llama, qwen, mistral, gemma, gpt2 ...)."
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _probe_class(config_class: type, config: str, implementation: str) -> str | None:
+    """Why the class is refused, or None."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            tiny = AutoModelForCausalLM.from_config(
+                config_class(**json.loads(config)), attn_implementation=implementation, dtype=torch.float32
+            ).eval()
+    except Exception as error:
+        return f"no tiny instance of {config_class.__name__} could be built to test it ({_first_line(error)})"
+    try:
+        with torch.inference_mode():
+            return probe_network(HFNetwork(tiny))
+    except Exception as error:
+        return f"it does not take 4-D attention masks with position ids ({_first_line(error)})"
+
+
+def probe_network(network: HFNetwork) -> str | None:
+    """The checks themselves on a float32 model; a reason to refuse it, or None.
+
+    1. identity: the causal pattern gives the stock logits, on more tokens than any window is wide.
+    2. influence: with two streams, changing a token changes just the rows that the pattern lets see it.
+    3. positions: a noisy block beside the clean stream equals the same block run after its clean prefix.
+    """
+    vocabulary, block, length = network.config.vocab_size, 4, 3 * _PROBE_WINDOW + 3
+    tokens = torch.arange(3, 3 + 2 * length)[None] * 7 % (vocabulary - 4) + 2
+    clean = Layout.of(torch.arange(length)[None])
+
+    stock = network.model(input_ids=tokens[:, :length], use_cache=False).logits
+    tolerance = 1e-5 * float(stock.abs().max())
+    gap = float((network(tokens[:, :length], clean, causal) - stock).abs().max())
+    if not gap <= tolerance:
+        return f"a causal mask changes its logits by {gap:.1e}, so the mask replaces more than it should"
+
+    both = Layout.of(clean.position, noisy=True).then(clean)
+    pattern = two_stream(block)
+    base = network(tokens, both, pattern)
+    changed = tokens.repeat(2 * length, 1)
+    changed.diagonal().copy_(changed.diagonal() % (vocabulary - 4) + 3)
+    many = Layout(*(field.expand(2 * length, -1) for field in both))
+    effect = (network(changed, many, pattern) - base).abs().amax(-1).T  # (row, changed token)
+
+    sees = dense(pattern, both, both)[0]
+    reach = sees
+    for _ in range(network.config.num_hidden_layers):
+        reach = (reach.float() @ sees.float()) > 0
+    leak = effect.masked_fill(reach, 0)
+    if float(leak.max()) > tolerance:
+        row, token = divmod(int(leak.argmax()), 2 * length)
+        return (
+            f"row {row} of a two-stream pass changes by {float(leak.max()):.1e} with token {token}, "
+            "which the mask hides from it, so some layer moves information past the mask"
+        )
+    size = getattr(network.config, "sliding_window", None) or length
+    near = sees & dense(window(size), both, both)[0]
+    if not bool((effect[near] > 0).all()):
+        return "tokens that the mask shows have no effect, so some layer stays causal whatever the mask says"
+
+    start = length // block * block  # the last, short block
+    rows = torch.cat([tokens[:, length : length + start], tokens[:, start:length]], dim=1)
+    alone = network(rows, clean, block_causal(block))[:, start:]
+    gap = float((alone - base[:, start:length]).abs().max())
+    if not gap <= tolerance:
+        return f"repeated position ids move its logits by {gap:.1e}, so positions come from somewhere else"
+    return None
+
+
+def _tiny_config(config: Any) -> dict[str, Any]:
+    """The settings of a tiny model with one layer of each kind (at least two layers)."""
+    tiny = {k: v for k, v in copy.deepcopy(config.to_dict()).items() if v is not None}
+    for name in ("model_type", "transformers_version", "architectures", "quantization_config", "dtype", "diffusion",
+                 "_name_or_path", "id2label", "label2id", "auto_map", "name_or_path"):  # fmt: skip
+        tiny.pop(name, None)
+    tiny.update({name: value for name, value in _TINY.items() if name in tiny})
+    kinds = list(dict.fromkeys(tiny.get("layer_types", ())))
+    layers = max(2, len(kinds))
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        if name in tiny:
+            tiny[name] = layers
+    if kinds:
+        tiny["layer_types"] = (kinds * layers)[:layers]
+    if tiny.get("sliding_window"):
+        tiny["sliding_window"] = _PROBE_WINDOW
+    if "attention_types" in tiny:  # gpt_neo spells its layer kinds its own way
+        tiny["attention_types"] = [[["global", "local"], 1]]
+        tiny["attention_layers"] = ["global", "local"]
+        tiny["window_size"] = _PROBE_WINDOW
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        tiny[name] = 0
+    for name in ("no_rope_layers", "mlp_layer_types", "expert_layer_period", "full_attn_idxs"):
+        if isinstance(tiny.get(name), list):
+            tiny[name] = tiny[name][:layers]
+    rope = tiny.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_type" in rope:
+        # Scaled rotary embeddings carry tables of the full head size; where tokens stand is the same without.
+        kept = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+        tiny["rope_parameters"] = kept | {"rope_type": "default"}
+    tiny.pop("rope_scaling", None)
+    return tiny
+
+
+def _layers(config: Any) -> str:
+    known = {
+        "conv": "a convolution, which reads its neighbours whatever the mask says",
+        "linear_attention": "linear attention, which carries a state past every mask",
+        "mamba": "a recurrent state, which no mask reaches",
+        "chunked_attention": "attention in fixed chunks, which a 4-D mask overrides",
+        "local": "attention through a causal buffer of its own",
+    }
+    kinds = dict.fromkeys(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ())
+    odd = [f"layer type {k!r} is {known.get(k, 'not one this library knows')}" for k in kinds
+           if k not in ("full_attention", "sliding_attention", "global")]  # fmt: skip
+    if config.model_type in ("mamba", "mamba2", "falcon_mamba"):
+        odd.append(f"layer type 'mamba' is {known['mamba']}")
+    if config.model_type in ("bloom", "mpt"):
+        odd.append("layer type 'alibi' attention takes distances from indices, not from position ids")
+    return "".join(f"Its {text}. " for text in odd)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+# --- the mask token
+
+
+def add_mask_token(
+    model: Any, tokenizer: Any, *, token: str | None = None, like: str | None = None
+) -> int:
+    """Give the model a mask token and return its id; embeddings grow only when no row is free.
+
+    token: its text; one that the vocabulary already has is reused with its embedding (unless `like` is
+    given). like: initialise the row as this token's instead of the mean of all rows.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if like is not None and like not in vocabulary:
+        raise ValueError(f"mask_init {like!r} is no token of this vocabulary: give an existing token or leave it out")
+    if token is None:
+        sdar = model.config.get_text_config().model_type in ("qwen3", "qwen3_moe")
+        token = tokenizer.mask_token or (SDAR_MASK_TOKEN if sdar else MASK_TOKEN)
+    reused = token in vocabulary
+    tokenizer.add_special_tokens({"mask_token": token})
+    mask_token_id: int = tokenizer.mask_token_id
+    rows = model.get_input_embeddings().weight.shape[0]
+    if mask_token_id >= rows:
+        with _quiet():
+            model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
+    if not reused or like is not None:
+        used = len(vocabulary)
+        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+            with torch.no_grad():
+                weight = embedding.weight
+                row = weight[vocabulary[like]] if like is not None else weight[:used].float().mean(0)
+                weight[mask_token_id] = row.to(weight.dtype)
+                if getattr(embedding, "bias", None) is not None:
+                    bias = embedding.bias
+                    bias[mask_token_id] = bias[vocabulary[like]] if like is not None else bias[:used].mean()
+    return mask_token_id
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+
+
+# --- folders
+
+
+def load_pretrained(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
+) -> tuple[Any, Any]:
+    """Model (in eval mode) and tokenizer of a folder or hub id."""
+    path = Path(name)
+    if not path.exists() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
+        raise ValueError(f"model folder {str(name)!r} does not exist: give an existing folder or a hub id")
+    if path.exists() and not (path / "config.json").is_file():
+        raise ValueError(f"model folder {str(name)!r} holds no config.json: give the folder of an HF checkpoint")
+    options = {
+        "attn_implementation": attn_implementation,
+        "device_map": device_map,
+        "quantization_config": quantization_config,
+        "dtype": dtype,
+    }
+    try:
+        config = AutoConfig.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, **{k: v for k, v in options.items() if v is not None}
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {str(name)!r} cannot be loaded: {_first_line(error)}") from error
+    if device_map is None and quantization_config is None:
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model.to(device)
+    return model.eval(), tokenizer
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """`generation_config.eos_token_id`, else the tokenizer's end token, else none."""
+    generation: GenerationConfig | None = getattr(model, "generation_config", None)
+    ids = generation.eos_token_id if generation is not None else None
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+
+
+def read_diffusion(model: Any) -> DiffusionConfig | None:
+    """The `diffusion` object of the model's config; None for an untouched AR model."""
+    raw = getattr(model.config, "diffusion", None)
+    if raw is None:
+        return None
+    known = {f.name for f in fields(DiffusionConfig)}
+    missing = known - set(raw)
+    if missing:
+        raise ValueError(f"config.json's diffusion object lacks {sorted(missing)}: it was written by something else")
+    return DiffusionConfig(**{k: v for k, v in raw.items() if k in known})
+
+
+def save_pretrained(folder: str | Path, model: Any, tokenizer: Any, diffusion: DiffusionConfig | None) -> None:
+    """Write an ordinary HF folder; a converted one has `diffusion` in its config.json."""
+    if diffusion is not None:
+        model.config.diffusion = asdict(diffusion)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,35 @@
+"""Turn any pretrained autoregressive language model into a diffusion language model.
+
+`load`, `adapt`, `recipes` and `DiffusionLM` are the surface; they are imported when first used, so that
+`import unmask` and `unmask --help` stay fast.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from unmask.version import __version__
+
+if TYPE_CHECKING:
+    from unmask.evaluation.likelihood import LikelihoodOutput
+    from unmask.hf import UnsupportedModelError
+    from unmask.model import DiffusionLM, SampleOutput, adapt, load, recipes
+
+__all__ = [
+    "DiffusionLM",
+    "LikelihoodOutput",
+    "SampleOutput",
+    "UnsupportedModelError",
+    "__version__",
+    "adapt",
+    "load",
+    "recipes",
+]
+
+_HOMES = {"UnsupportedModelError": "unmask.hf", "LikelihoodOutput": "unmask.evaluation.likelihood"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'unmask' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES.get(name, "unmask.model")), name)

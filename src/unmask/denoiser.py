@@ -39,9 +39,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         if self.attention not in ("bidirectional", "block_causal", "two_stream"):
-            raise ValueError(
-                f"attention {self.attention!r} is unknown: use bidirectional, block_causal or two_stream"
-            )
+            raise ValueError(f"attention {self.attention!r} is unknown: use bidirectional, block_causal or two_stream")
         if (self.attention == "two_stream") != (self.clean_attention is not None):
             raise ValueError(
                 f"clean_attention {self.clean_attention!r} does not go with attention {self.attention!r}: "
@@ -128,9 +126,7 @@ class Network(Protocol):
 # --- whole sequences: training and scoring
 
 
-def score(
-    network: Network, config: DiffusionConfig, xt: Tensor, x0: Tensor, layout: Layout, wanted: Tensor
-) -> Tensor:
+def score(network: Network, config: DiffusionConfig, xt: Tensor, x0: Tensor, layout: Layout, wanted: Tensor) -> Tensor:
     """Logits of the wanted positions of xt; with two streams each block of xt sees the clean x0 before it.
 
     One pass over [xt | x0] with the positions repeated scores every block after its clean prefix at once

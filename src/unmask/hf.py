@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,7 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+)
 from transformers.utils import logging as hf_logging
 
 from unmask.attention import (
@@ -33,6 +40,7 @@ from unmask.attention import (
     two_stream,
     window,
 )
+from unmask.chunked import CHUNK, chunked_attention
 from unmask.denoiser import DiffusionConfig, Past
 
 MASK_TOKEN = "<|mask|>"
@@ -51,11 +59,20 @@ class HFNetwork:
     """A stock causal LM as a `denoiser.Network`.
 
     mask_token_id: its logit is -inf in everything this returns; None for an untouched AR model.
+    forward: what runs the model, if not the model itself (a DDP or FSDP wrapper around it).
     per_layer_type: hand each layer type its own mask (sliding windows need it; off only to show that).
     """
 
-    def __init__(self, model: Any, mask_token_id: int | None = None, *, per_layer_type: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        mask_token_id: int | None = None,
+        *,
+        forward: Callable[..., Any] | None = None,
+        per_layer_type: bool = True,
+    ) -> None:
         self.model = model
+        self.forward = forward or model
         self.mask_token_id = mask_token_id
         self.per_layer_type = per_layer_type
         self.head = model.get_output_embeddings()
@@ -84,8 +101,8 @@ class HFNetwork:
         past: Past | None = None,
     ) -> Tensor:
         kv = layout if past is None else past.layout.then(layout)
-        with head_rows(self.head, rows):
-            logits = self.model(
+        with head_rows(self.head, rows), self._attention(layout, past):
+            logits = self.forward(
                 input_ids=input_ids,
                 attention_mask=self.attention_argument(pattern, layout, kv),
                 position_ids=layout.position,
@@ -97,6 +114,24 @@ class HFNetwork:
         if self.mask_token_id is not None:
             logits[..., self.mask_token_id] = -torch.inf
         return logits
+
+    @functools.cached_property
+    def _chunked(self) -> bool:
+        return takes_chunked_attention(self.model)
+
+    @contextmanager
+    def _attention(self, layout: Layout, past: Past | None) -> Iterator[None]:
+        """Chunked attention for long passes over a dense mask, where the model takes it."""
+        long = layout.position.shape[1] >= 2 * CHUNK and past is None
+        if not long or self.device.type != "cpu" or not self._chunked:
+            yield
+            return
+        before = self.config._attn_implementation
+        self.config._attn_implementation = _CHUNKED
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = before
 
     def attention_argument(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
         """What this model takes as `attention_mask`: one mask, or one per layer type."""
@@ -116,7 +151,7 @@ class HFNetwork:
         if implementation == "flex_attention":
             return block_mask(pattern, q, kv)
         allowed = dense(pattern, q, kv)[:, None]
-        if implementation == "sdpa":
+        if implementation in ("sdpa", _CHUNKED):
             return allowed
         if implementation == "eager":  # eager adds its mask: a bool one would be added as 0 and 1
             dtype = self.model.dtype
@@ -127,6 +162,36 @@ class HFNetwork:
             f"attention implementation {implementation!r} takes no 4-D mask: "
             "load the model with attn_implementation='sdpa', 'eager' or 'flex_attention'"
         )
+
+
+_CHUNKED = "unmask_chunked"
+
+
+def _chunked_forward(
+    _module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`chunked_attention` under the signature that transformers' models call."""
+    if dropout:
+        raise ValueError(f"attention dropout {dropout} is not supported by chunked attention: set it to 0")
+    return chunked_attention(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_CHUNKED, _chunked_forward)
+
+
+def takes_chunked_attention(model: Any) -> bool:
+    """Whether the model calls attention through transformers' table of functions, tried on a tiny instance."""
+    config = model.config.get_text_config()
+    if config._attn_implementation != "sdpa" or getattr(config, "attention_dropout", 0.0):
+        return False
+    return _probe_chunked(type(config), _tiny_json(config))
 
 
 @contextmanager
@@ -177,7 +242,7 @@ def probe(model: Any) -> None:
         )
     reason = _probe_class(
         type(config),
-        json.dumps(_tiny_config(config), default=str, sort_keys=True),
+        _tiny_json(config),
         "sdpa" if implementation == "flex_attention" else implementation,
     )
     if reason:
@@ -188,14 +253,33 @@ def probe(model: Any) -> None:
 
 
 @functools.lru_cache(maxsize=64)
+def _probe_chunked(config_class: type, config: str) -> bool:
+    try:
+        network = HFNetwork(_tiny_model(config_class, config, "sdpa"))
+        layout = Layout.of(torch.arange(40)[None])
+        tokens = torch.arange(40)[None] % 50 + 3
+        with torch.inference_mode():
+            dense_logits = network(tokens, layout, causal)
+            network.config._attn_implementation = _CHUNKED
+            gap = (network(tokens, layout, causal) - dense_logits).abs().max()
+        return bool(gap <= 1e-5 * dense_logits.abs().max())
+    except Exception:  # whatever it is, the model does not take it: dense attention stays
+        return False
+
+
+def _tiny_model(config_class: type, config: str, implementation: str) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(
+            config_class(**json.loads(config)), attn_implementation=implementation, dtype=torch.float32
+        ).eval()
+
+
+@functools.lru_cache(maxsize=64)
 def _probe_class(config_class: type, config: str, implementation: str) -> str | None:
     """Why the class is refused, or None."""
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            tiny = AutoModelForCausalLM.from_config(
-                config_class(**json.loads(config)), attn_implementation=implementation, dtype=torch.float32
-            ).eval()
+        tiny = _tiny_model(config_class, config, implementation)
     except Exception as error:
         return f"no tiny instance of {config_class.__name__} could be built to test it ({_first_line(error)})"
     try:
@@ -255,8 +339,8 @@ def probe_network(network: HFNetwork) -> str | None:
     return None
 
 
-def _tiny_config(config: Any) -> dict[str, Any]:
-    """The settings of a tiny model with one layer of each kind (at least two layers)."""
+def _tiny_json(config: Any) -> str:
+    """The settings, as JSON, of a tiny model with one layer of each kind (at least two layers)."""
     tiny = {k: v for k, v in copy.deepcopy(config.to_dict()).items() if v is not None}
     for name in ("model_type", "transformers_version", "architectures", "quantization_config", "dtype", "diffusion",
                  "_name_or_path", "id2label", "label2id", "auto_map", "name_or_path"):  # fmt: skip
@@ -286,7 +370,7 @@ def _tiny_config(config: Any) -> dict[str, Any]:
         kept = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
         tiny["rope_parameters"] = kept | {"rope_type": "default"}
     tiny.pop("rope_scaling", None)
-    return tiny
+    return json.dumps(tiny, default=str, sort_keys=True)
 
 
 def _layers(config: Any) -> str:
@@ -314,9 +398,7 @@ def _first_line(error: BaseException) -> str:
 # --- the mask token
 
 
-def add_mask_token(
-    model: Any, tokenizer: Any, *, token: str | None = None, like: str | None = None
-) -> int:
+def add_mask_token(model: Any, tokenizer: Any, *, token: str | None = None, like: str | None = None) -> int:
     """Give the model a mask token and return its id; embeddings grow only when no row is free.
 
     token: its text; one that the vocabulary already has is reused with its embedding (unless `like` is
@@ -395,6 +477,16 @@ def load_pretrained(
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device)
     return model.eval(), tokenizer
+
+
+def without_dropout(model: Any) -> None:
+    """Set every dropout rate to 0, so that a training step is a function of its data and noise."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

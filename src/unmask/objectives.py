@@ -32,9 +32,7 @@ def predictable(layout: Layout) -> Tensor:
     return layout.real & (layout.position > 0)
 
 
-def token_nll(
-    network: Network, config: DiffusionConfig, x0: Tensor, layout: Layout, corruption: Corruption
-) -> Tensor:
+def token_nll(network: Network, config: DiffusionConfig, x0: Tensor, layout: Layout, corruption: Corruption) -> Tensor:
     """-log p(x0_i | xt) on the masked positions, (masked.sum(),) in row-major order."""
     masked = corruption.masked
     xt = corruption.apply(x0, config.mask_token_id)

@@ -1,0 +1,215 @@
+"""Likelihoods of whole documents: the exact NLL of the AR mode and the NELBO of the diffusion mode.
+
+The NELBO bounds -log p(x) of the sampler that reveals a block's tokens one at a time in random order. A
+threshold sampler draws from another law; its outputs have no likelihood here. Masks are always uniform:
+a position-dependent mask gives no bound.
+
+Notation: a *window* is a stretch of a document no longer than the context, scored as a document of its own;
+its first token is given. Natural logarithms; totals per document.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unmask.attention import PADDING, Layout
+from unmask.corruption import Corruption, mask_exact, segments
+from unmask.denoiser import DiffusionConfig, Network, score_ar
+from unmask.noise import uniform
+from unmask.objectives import predictable, token_nll
+
+Progress = Callable[[int], None]
+"""Told how many windows were just scored."""
+
+
+@dataclass(frozen=True)
+class LikelihoodOutput:
+    """nats: total of the document. num_tokens, num_bytes: of its predicted part. standard_error: of `nats`,
+    from the masks drawn (None for exact figures and for a single sample)."""
+
+    nats: float
+    num_tokens: int
+    num_bytes: int
+    standard_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids of one document (length,), and the UTF-8 bytes of the text that each token spells."""
+
+    ids: Tensor
+    num_bytes: Tensor
+
+
+@dataclass(frozen=True)
+class LikelihoodSummary:
+    """Means over documents, weighted by tokens: nats per predicted token and bits per byte."""
+
+    nats_per_token: float
+    bits_per_byte: float
+    standard_error: float | None
+    num_documents: int
+    num_tokens: int
+
+
+def summarise(outputs: Sequence[LikelihoodOutput]) -> LikelihoodSummary:
+    """Totals of all documents divided once."""
+    nats = math.fsum(o.nats for o in outputs)
+    tokens, num_bytes = sum(o.num_tokens for o in outputs), sum(o.num_bytes for o in outputs)
+    errors = [o.standard_error for o in outputs]
+    spread = None
+    if outputs and all(e is not None for e in errors):
+        spread = math.sqrt(math.fsum(e * e for e in errors if e is not None)) / max(1, tokens)
+    return LikelihoodSummary(
+        nats / max(1, tokens), nats / math.log(2) / max(1, num_bytes), spread, len(outputs), tokens
+    )
+
+
+@torch.inference_mode()
+def nll(
+    network: Network,
+    documents: Sequence[Document],
+    *,
+    context_length: int | None = None,
+    batch_tokens: int = 8192,
+    progress: Progress | None = None,
+) -> list[LikelihoodOutput]:
+    """Exact: -sum_i log p(x_i | x_<i) under the causal pattern, next-token rows."""
+    totals = [0.0] * len(documents)
+    for windows, x0, layout in _batches(documents, context_length, batch_tokens, network.device):
+        wanted = predictable(layout)
+        log_p = score_ar(network, x0, layout, wanted).double().log_softmax(-1)
+        values = -log_p.gather(-1, x0[wanted][:, None])[:, 0]
+        for (owner, _), value in zip(windows, _row_sums(values, wanted), strict=True):
+            totals[owner] += value
+        if progress is not None:
+            progress(len(windows))
+    return [_output(total, d, context_length) for total, d in zip(totals, documents, strict=True)]
+
+
+@torch.inference_mode()
+def nelbo(
+    network: Network,
+    config: DiffusionConfig,
+    documents: Sequence[Document],
+    *,
+    num_samples: int = 8,
+    exact: bool = False,
+    seed: int = 0,
+    context_length: int | None = None,
+    batch_tokens: int = 8192,
+    progress: Progress | None = None,
+) -> list[LikelihoodOutput]:
+    """sum_b E_k E_{|M|=k} [n/k sum_{i in M} -log p(x_i | x_b without M, x_<b)], k uniform on 1..n.
+
+    Monte Carlo: `num_samples` masks per block, k stratified over them; the standard error treats samples as
+    independent, so it is an upper estimate. exact=True sums over all masks of blocks of up to 4 tokens
+    with weight 1 / (k C(n, k)): no variance.
+    """
+    if exact:
+        if config.segment_size is None or config.segment_size > 4:
+            raise ValueError(
+                f"exact NELBO enumerates all masks of a block and needs clean context and block_size <= 4, "
+                f"got {config.attention} attention with block_size {config.block_size}"
+            )
+    elif num_samples < 1:
+        raise ValueError(f"num_samples {num_samples} must be at least 1")
+    draws = 2 ** (config.segment_size or 0) - 1 if exact else num_samples
+    totals = torch.zeros(len(documents), draws, dtype=torch.float64)
+    for windows, x0, layout in _batches(documents, context_length, batch_tokens, network.device):
+        segment, maskable = segments(layout, config.segment_size), predictable(layout)
+        masks = (
+            _all_masks(segment, maskable, draws)
+            if exact
+            else _drawn_masks(segment, maskable, windows, num_samples, seed)
+        )
+        for draw, corruption in enumerate(masks):
+            values = corruption.weight[corruption.masked].double() * token_nll(network, config, x0, layout, corruption)
+            for (owner, _), value in zip(windows, _row_sums(values, corruption.masked), strict=True):
+                totals[owner, draw] += value
+        if progress is not None:
+            progress(len(windows))
+    if exact:
+        return [_output(float(t), d, context_length) for t, d in zip(totals.sum(1), documents, strict=True)]
+    errors: list[float | None] = [None] * len(documents)
+    if num_samples > 1:
+        errors = (totals.std(dim=1) / math.sqrt(num_samples)).tolist()
+    return [_output(float(t), d, context_length, e) for t, d, e in zip(totals.mean(1), documents, errors, strict=True)]
+
+
+def _all_masks(segment: Tensor, maskable: Tensor, draws: int) -> Iterator[Corruption]:
+    """Mask number m = 1 .. 2^B - 1 of every segment at once: bit i is its i-th maskable token."""
+    before = maskable.long().cumsum(-1) - maskable.long()
+    ordinal = before - before.new_full(before.shape, before.shape[-1]).scatter_reduce(
+        -1, segment, before, "amin"
+    ).gather(-1, segment)
+    n = torch.zeros_like(segment).scatter_add_(-1, segment, maskable.long()).gather(-1, segment)
+    for m in range(1, draws + 1):
+        k = m.bit_count()
+        masked = maskable & ((m >> ordinal) & 1).bool() & (m < 2**n)
+        subsets = torch.exp(torch.lgamma(n + 1.0) - math.lgamma(k + 1) - torch.lgamma((n - k).clamp_min(0) + 1.0))
+        yield Corruption(masked, torch.where(masked, 1 / (k * subsets.round()), 0.0))
+
+
+def _drawn_masks(
+    segment: Tensor, maskable: Tensor, windows: Sequence[tuple[int, int]], num_samples: int, seed: int
+) -> Iterator[Corruption]:
+    """`num_samples` masks per segment, t stratified over the samples under a random rotation."""
+    length = segment.shape[-1]
+
+    def draws(name: str, *key: int) -> Tensor:
+        return torch.stack([uniform(length, key=(name, seed, *window, *key)) for window in windows])
+
+    rotation = draws("nelbo rotation") * num_samples
+    for draw in range(num_samples):
+        within = draws("nelbo level", draw)
+        t = ((draw + rotation.long()) % num_samples + 1 - within) / num_samples
+        noise = draws("nelbo mask", draw)
+        yield mask_exact(t.to(segment.device), noise.to(segment.device), segment, maskable)
+
+
+def _batches(
+    documents: Sequence[Document], context_length: int | None, batch_tokens: int, device: torch.device
+) -> Iterator[tuple[list[tuple[int, int]], Tensor, Layout]]:
+    """((document, start) of the rows, x0, layout), windows of like length together, longest first."""
+    windows = [
+        ((owner, start), document.ids[start : start + (context_length or len(document.ids))])
+        for owner, document in enumerate(documents)
+        for start in range(0, len(document.ids), context_length or max(1, len(document.ids)))
+    ]
+    windows.sort(key=lambda item: -len(item[1]))
+    while windows:
+        width = len(windows[0][1])
+        take = max(1, batch_tokens // max(1, width))
+        batch, windows = windows[:take], windows[take:]
+        x0 = torch.zeros(len(batch), width, dtype=torch.long)
+        document = torch.full_like(x0, PADDING)
+        for row, (_, ids) in enumerate(batch):
+            x0[row, : len(ids)] = ids
+            document[row, : len(ids)] = 0
+        position = torch.arange(width, device=device).expand(len(batch), width)
+        yield [window for window, _ in batch], x0.to(device), Layout.of(position, document.to(device))
+
+
+def _row_sums(values: Tensor, where: Tensor) -> list[float]:
+    """Sums of `values` (where.sum(),) over each row of `where`."""
+    rows = where.nonzero()[:, 0]
+    sums = torch.zeros(where.shape[0], dtype=torch.float64, device=where.device)
+    return sums.index_add_(0, rows, values.double()).tolist()
+
+
+def _output(
+    nats: float, document: Document, context_length: int | None, standard_error: float | None = None
+) -> LikelihoodOutput:
+    given = torch.arange(0, len(document.ids), context_length or max(1, len(document.ids)))
+    return LikelihoodOutput(
+        nats,
+        len(document.ids) - len(given),
+        int(document.num_bytes.sum() - document.num_bytes[given].sum()),
+        standard_error,
+    )

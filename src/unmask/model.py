@@ -1,0 +1,578 @@
+"""The face of the library: `load` and `adapt`, and the model object they return.
+
+Each method is a line or two into the layers below; what is decided here is how text meets tokens, which mode
+a checkpoint decodes in, and what a run leaves in its folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from unmask import hf
+from unmask.data import HubStream, find_files, load_corpus, read_documents
+from unmask.denoiser import DiffusionConfig
+from unmask.evaluation import likelihood
+from unmask.evaluation.likelihood import LikelihoodOutput
+from unmask.progress import progress
+from unmask.sampling import SampledTokens, Selector, sample_autoregressive, sample_blocks
+from unmask.sampling.output import Callback
+from unmask.train import (
+    RULE_TEXT,
+    Evaluator,
+    Progress,
+    Settings,
+    append_metrics,
+    count_steps,
+    diffusion_config,
+    latest_checkpoint,
+    load_recipe,
+    read_state,
+    resolve,
+    train,
+)
+from unmask.version import __version__
+
+Prompts = str | Sequence[str] | Sequence[dict[str, str]] | Sequence[Sequence[dict[str, str]]] | Tensor
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """What `generate` returns, one entry a row.
+
+    sequences: (batch, length) int64, prompt included, padded on the right. texts: the new text, without end
+    token and stop string. num_new_tokens: (batch,) up to and with the end token or the token that completed a
+    stop string. num_forwards: (batch,) passes after the prefill that the row needed. num_prefill_forwards:
+    (batch,). tokens_per_cycle: speculative mode only.
+    """
+
+    sequences: Tensor
+    texts: list[str]
+    num_new_tokens: Tensor
+    num_forwards: Tensor
+    num_prefill_forwards: Tensor
+    tokens_per_cycle: Tensor | None = None
+
+    @property
+    def tokens_per_forward(self) -> Tensor:
+        """(batch,) float: num_new_tokens / num_forwards."""
+        return self.num_new_tokens / self.num_forwards.clamp_min(1)
+
+
+class DiffusionLM:
+    """A causal language model and, once converted, the diffusion language model it became.
+
+    model: the stock HF model. tokenizer: its tokenizer. diffusion: what it was converted to, None for an
+    untouched AR model.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, diffusion: DiffusionConfig | None = None) -> None:
+        self.model, self.tokenizer, self.diffusion = model, tokenizer, diffusion
+        self.network = hf.HFNetwork(model, None if diffusion is None else diffusion.mask_token_id)
+
+    # --- decoding
+
+    def generate(
+        self,
+        prompts: Prompts,
+        mode: str | None = None,
+        max_new_tokens: int = 128,
+        block_size: int | None = None,
+        max_denoising_steps: int | None = None,
+        select: Selector | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop_strings: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        callback: Callback | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+    ) -> SampleOutput:
+        """Continue prompts: text, texts, chat messages, or token ids with an attention mask.
+
+        mode: "diffusion" (block by block, the default of a converted checkpoint) or "ar" (every checkpoint).
+        select: a commit rule of `unmask.sampling`, Threshold(0.9) by default. temperature 0 is greedy.
+        callback(row, positions, tokens) is called at each commit. The same seed gives the same output.
+        """
+        mode = mode or ("ar" if self.diffusion is None else "diffusion")
+        self._check_mode(mode)
+        rows = self._prompt_ids(prompts, attention_mask)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
+        context = self.network.context_length
+        for ids in rows:
+            if context is not None and len(ids) + max_new_tokens > context:
+                room = context - len(ids)
+                fix = f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt"
+                raise ValueError(
+                    f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's context of "
+                    f"{context}: {fix}"
+                )
+        stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+        if any(not s for s in stops):
+            raise ValueError("stop string '' is empty: it would end every row before it begins")
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": secrets.randbits(31) if seed is None else seed,
+            "end_token_ids": hf.end_token_ids(self.model, self.tokenizer),
+            "stop": _StopStrings(self, rows, stops) if stops else None,
+            "callback": callback,
+        }
+        if mode == "ar":
+            sampled = sample_autoregressive(self.network, rows, **options)
+        else:
+            assert self.diffusion is not None
+            sampled = sample_blocks(
+                self.network,
+                self.diffusion.with_block_size(block_size),
+                rows,
+                context_length=context,
+                max_denoising_steps=max_denoising_steps,
+                select=select,
+                **options,
+            )
+        return self._output(rows, sampled, stops)
+
+    def _check_mode(self, mode: str) -> None:
+        if mode not in ("ar", "diffusion", "speculative"):
+            raise ValueError(f"mode {mode!r} is unknown: use 'diffusion', 'ar' or 'speculative'")
+        if mode == "speculative":
+            raise ValueError("mode 'speculative' is not available: this checkpoint has no drafter; use 'ar'")
+        if mode == "diffusion" and self.diffusion is None:
+            raise ValueError("mode 'diffusion' is not available: this is an untouched AR model; adapt it, or use 'ar'")
+
+    def _prompt_ids(self, prompts: Prompts, attention_mask: Tensor | None) -> list[Tensor]:
+        if isinstance(prompts, Tensor):
+            real = torch.ones_like(prompts) if attention_mask is None else attention_mask
+            rows = [row[keep.bool()].to(torch.long) for row, keep in zip(prompts, real, strict=True)]
+        else:
+            items: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+            if items and isinstance(items[0], dict):
+                items = [items]
+            rows = [torch.tensor(self._encode(item), dtype=torch.long) for item in items]
+        if not rows:
+            raise ValueError("prompts is empty: give at least one")
+        return [row if len(row) else self._begin() for row in rows]
+
+    def _encode(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if self.tokenizer.chat_template is None:
+            raise ValueError("messages need a chat template, which this tokenizer lacks: give text instead")
+        encoded = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+        return list(encoded["input_ids"])
+
+    def _begin(self) -> Tensor:
+        """Where an unconditional text starts: the begin token, else the end token."""
+        begin = self.tokenizer.bos_token_id
+        if begin is None:
+            begin = next(iter(hf.end_token_ids(self.model, self.tokenizer)), None)
+        if begin is None:
+            raise ValueError("an empty prompt needs a begin or end token, and this tokenizer has neither")
+        return torch.tensor([begin], dtype=torch.long)
+
+    def new_text(self, prompt: Tensor, new: Sequence[int]) -> str:
+        """The text that `new` tokens add to the prompt's; decoded together, since a token's text may depend
+        on the one before it."""
+        before = self.tokenizer.decode(prompt.tolist(), skip_special_tokens=True)
+        whole = self.tokenizer.decode([*prompt.tolist(), *new], skip_special_tokens=True)
+        return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(new)
+
+    def _output(self, prompts: list[Tensor], sampled: SampledTokens, stops: list[str]) -> SampleOutput:
+        texts = []
+        for prompt, new in zip(prompts, sampled.new_tokens, strict=True):
+            text = self.new_text(prompt, new)
+            cut = min((at for at in (text.find(s) for s in stops) if at >= 0), default=len(text))
+            texts.append(text[:cut])
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            pad = next(iter(hf.end_token_ids(self.model, self.tokenizer)), 0)
+        rows = [[*p.tolist(), *new] for p, new in zip(prompts, sampled.new_tokens, strict=True)]
+        width = max(len(row) for row in rows)
+        return SampleOutput(
+            sequences=torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+            texts=texts,
+            num_new_tokens=torch.tensor([len(new) for new in sampled.new_tokens]),
+            num_forwards=sampled.num_forwards,
+            num_prefill_forwards=sampled.num_prefill_forwards,
+        )
+
+    # --- likelihood
+
+    def nll(self, texts: str | Sequence[str], *, show_progress: bool = False) -> list[LikelihoodOutput]:
+        """Exact negative log-likelihood of each text in AR mode (every checkpoint has it)."""
+        documents = self._documents(texts)
+        with progress("nll", self._num_windows(documents), show=show_progress) as advance:
+            return likelihood.nll(self.network, documents, context_length=self.network.context_length, progress=advance)
+
+    def nelbo(
+        self,
+        texts: str | Sequence[str],
+        *,
+        num_samples: int = 8,
+        exact: bool = False,
+        block_size: int | None = None,
+        seed: int | None = None,
+        show_progress: bool = False,
+    ) -> list[LikelihoodOutput]:
+        """Upper bound on the negative log-likelihood of each text in diffusion mode, with uniform masks.
+
+        Monte Carlo over `num_samples` masks per block, or exact=True by enumeration for blocks of up to 4.
+        """
+        if self.diffusion is None:
+            raise ValueError("nelbo needs a converted checkpoint: this is an untouched AR model; use nll")
+        documents = self._documents(texts)
+        with progress("nelbo", self._num_windows(documents), show=show_progress) as advance:
+            return likelihood.nelbo(
+                self.network,
+                self.diffusion.with_block_size(block_size),
+                documents,
+                num_samples=num_samples,
+                exact=exact,
+                seed=secrets.randbits(31) if seed is None else seed,
+                context_length=self.network.context_length,
+                progress=advance,
+            )
+
+    def _documents(self, texts: str | Sequence[str]) -> list[likelihood.Document]:
+        """Exactly tokenizer(text), with the UTF-8 bytes that each token spells."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise ValueError("texts is empty: give at least one document")
+        offsets = bool(self.tokenizer.is_fast)
+        encoded = self.tokenizer(texts, return_offsets_mapping=offsets, return_attention_mask=False, verbose=False)
+        documents = []
+        for i, text in enumerate(texts):
+            ids = encoded["input_ids"][i]
+            if offsets:
+                spelt = [len(text[a:b].encode()) for a, b in encoded["offset_mapping"][i]]
+            else:
+                spelt = [len(self.tokenizer.decode([token], skip_special_tokens=True).encode()) for token in ids]
+            if spelt:  # white space that the tokenizer drops belongs to the text all the same
+                spelt[-1] += len(text.encode()) - sum(spelt)
+            documents.append(
+                likelihood.Document(torch.tensor(ids, dtype=torch.long), torch.tensor(spelt, dtype=torch.long))
+            )
+        return documents
+
+    def _num_windows(self, documents: Sequence[likelihood.Document]) -> int:
+        context = self.network.context_length
+        return sum(1 if context is None else -(-len(d.ids) // context) for d in documents)
+
+    # --- folders
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write an ordinary HF folder that `load` and `AutoModelForCausalLM.from_pretrained` read."""
+        hf.save_pretrained(folder, self.model, self.tokenizer, self.diffusion)
+
+
+class _StopStrings:
+    """Ends a row at the first token whose text completes a stop string."""
+
+    def __init__(self, lm: DiffusionLM, prompts: list[Tensor], stops: list[str]) -> None:
+        self.lm, self.prompts, self.stops = lm, prompts, stops
+
+    def __call__(self, row: int, new: list[int]) -> int | None:
+        def stopped(n: int) -> bool:
+            text = self.lm.new_text(self.prompts[row], new[:n])
+            return any(stop in text for stop in self.stops)
+
+        if not stopped(len(new)):
+            return None
+        return next(n for n in range(1, len(new) + 1) if stopped(n))
+
+
+def load(
+    name: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
+) -> DiffusionLM:
+    """Load a folder or hub id, converted or not; refuse a model whose attention cannot be controlled."""
+    model, tokenizer = hf.load_pretrained(
+        name,
+        device=device,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        device_map=device_map,
+        quantization_config=quantization_config,
+    )
+    hf.probe(model)
+    return DiffusionLM(model, tokenizer, hf.read_diffusion(model))
+
+
+# --- adaptation
+
+
+def recipes() -> dict[str, dict[str, Any]]:
+    """Recipe name -> its settings; those left to the parent's size are None."""
+    from unmask.train import recipe_names
+
+    return {name: asdict(load_recipe(name)) for name in recipe_names()}
+
+
+def adapt(
+    model: str | Path | DiffusionLM,
+    data: str | Path | Sequence[str | Path],
+    recipe: str = "efficient-dlm",
+    output_dir: str | Path = "runs/adapted",
+    *,
+    resume: bool = False,
+    show_progress: bool = True,
+    **settings: Any,
+) -> DiffusionLM:
+    """Turn a causal LM into what `recipe` says, by training it on `data`, and save it to `output_dir`.
+
+    model: folder, hub id or a loaded model (trained in place). data: .txt, .jsonl or .parquet files, folders
+    of them, or one hub id. settings: any of the recipe's, overriding it. resume: go on from the newest
+    checkpoint of the same run; a finished run is loaded and returned. Returns the adapted model, in eval mode.
+    """
+    chosen = load_recipe(recipe, **settings)
+    output_dir = Path(output_dir)
+    sources = [data] if isinstance(data, str | Path) else list(data)
+    if not sources:
+        raise ValueError("data is empty: give at least one file, folder or hub id")
+    files = find_files(sources)  # before anything slow
+    held_out_files = find_files([chosen.eval_data]) if chosen.eval_data else None
+    previous = _read_run(output_dir, resume)
+
+    lm = model if isinstance(model, DiffusionLM) else load(model, dtype=torch.float32)
+    name = str(getattr(lm.model.config, "_name_or_path", "") or "a model in memory")
+    parent = {"name": name, "class": type(lm.model).__name__, "fingerprint": _fingerprint(lm.model)}
+    chosen = resolve(chosen, sum(p.numel() for p in lm.model.parameters()), lm.network.context_length)
+    end_token_id = _end_token_id(lm, chosen)
+
+    source: Any
+    if files is None:
+        source = HubStream(
+            str(sources[0]), lm.tokenizer, end_token_id=end_token_id, text_column=chosen.text_column, split=chosen.split
+        )
+    else:
+        total = sum(file.stat().st_size for file in files)
+        with progress("tokenise", total, show=show_progress) as advance:
+            source = load_corpus(
+                files,
+                lm.tokenizer,
+                end_token_id=end_token_id,
+                text_column=chosen.text_column,
+                skip_invalid=chosen.skip_invalid,
+                progress=advance,
+            )
+    run = {
+        "parent": parent,
+        "settings": {k: v if v != float("inf") else "inf" for k, v in asdict(chosen).items()},
+        "data": {"sources": [str(s) for s in sources], "fingerprint": source.fingerprint},
+    }
+    _check_same_run(output_dir, previous, run)
+    if previous is not None and previous.get("finished"):
+        return load(output_dir)
+
+    held_out = _held_out(lm, chosen, held_out_files, source)
+    if isinstance(held_out, int):
+        source, tail = source.split(held_out) if held_out else (source, None)
+        held_out = [] if tail is None else _as_documents(tail, end_token_id)
+    total_steps = count_steps(chosen, source)
+
+    config = lm.diffusion
+    if chosen.attention != "ar":
+        mask_token_id = (
+            config.mask_token_id
+            if config is not None
+            else hf.add_mask_token(lm.model, lm.tokenizer, token=chosen.mask_token, like=chosen.mask_init)
+        )
+        config = diffusion_config(chosen, mask_token_id, __version__)
+    hf.without_dropout(lm.model)
+    adapted = DiffusionLM(lm.model, lm.tokenizer, config)
+
+    versions = {"unmask": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    run |= {"versions": versions, "rule": RULE_TEXT, "finished": False}
+    _write_run(output_dir, run)
+
+    newest = latest_checkpoint(output_dir) if resume else None
+    start = read_state(newest).step if newest is not None else 0
+    with progress("train", total_steps, start=start, show=show_progress) as advance:
+        done = start
+
+        def report(p: Progress) -> None:
+            nonlocal done
+            figures = "".join(f"  {k} {v:.4g}" for k, v in p.evaluation.items() if k in ("nelbo", "nll"))
+            note = (f"step {p.step}/{p.total_steps}  loss {p.loss:.4f}{figures}  lr {p.learning_rate:.2e}  "
+                    f"{p.tokens_per_second:,.0f} tokens/s")  # fmt: skip
+            advance(p.step - done, note)
+            done = p.step
+
+        evaluate = _evaluator(adapted, chosen, held_out) if held_out else None
+        state = train(
+            lm.model,
+            lambda wrapped: hf.HFNetwork(lm.model, None if config is None else config.mask_token_id, forward=wrapped),
+            chosen,
+            config if chosen.attention != "ar" else None,
+            source,
+            output_dir,
+            resume=resume,
+            evaluate=evaluate,
+            report=report,
+        )
+    figures = evaluate(lm.model) if evaluate is not None else {}
+    if figures:
+        append_metrics(output_dir, {"step": state.step, "tokens": state.tokens, **figures})
+    if int(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0) == 0:
+        adapted.save_pretrained(output_dir)
+        (output_dir / "README.md").write_text(_model_card(name, adapted, chosen, state.tokens, figures))
+        _write_run(output_dir, run | {"finished": True, "tokens": state.tokens, "evaluation": figures})
+    return adapted
+
+
+def _end_token_id(lm: DiffusionLM, settings: Settings) -> int | None:
+    if settings.end_token is not None:
+        ids = lm.tokenizer.get_vocab().get(settings.end_token)
+        if ids is None:
+            raise ValueError(f"end_token {settings.end_token!r} is no token of this vocabulary")
+        lm.model.generation_config.eos_token_id = ids
+        return int(ids)
+    return next(iter(hf.end_token_ids(lm.model, lm.tokenizer)), None)
+
+
+def _held_out(
+    lm: DiffusionLM, settings: Settings, files: list[Path] | None, source: Any
+) -> list[likelihood.Document] | int:
+    """Documents to evaluate on, or how many to hold out of the end of the training corpus.
+
+    Without eval_data, the last 1% of the documents, at most eval_documents; none from a stream.
+    """
+    if files is not None:
+        texts: list[str] = []
+        for file in files:
+            for text in read_documents(file, text_column=settings.text_column, skip_invalid=settings.skip_invalid):
+                if len(texts) < settings.eval_documents:
+                    texts.append(text)
+        return lm._documents(texts)
+    return 0 if isinstance(source, HubStream) else min(settings.eval_documents, len(source) // 100)
+
+
+def _as_documents(corpus: Any, end_token_id: int | None) -> list[likelihood.Document]:
+    """Held-out documents as the likelihood wants them: no end token; their bytes are not asked for."""
+    documents = []
+    for i in range(len(corpus)):
+        ids = torch.from_numpy(corpus[i].astype("int64"))
+        ids = ids[:-1] if end_token_id is not None else ids
+        documents.append(likelihood.Document(ids, torch.zeros_like(ids)))
+    return documents
+
+
+def _evaluator(lm: DiffusionLM, settings: Settings, documents: list[likelihood.Document]) -> Evaluator:
+    """Held-out figures, nats per predicted token, always with the same masks."""
+
+    def evaluate(_model: Any) -> dict[str, float]:
+        context = lm.network.context_length
+        if lm.diffusion is None:
+            summary = likelihood.summarise(likelihood.nll(lm.network, documents, context_length=context))
+            return {"nll": summary.nats_per_token}
+        outputs = likelihood.nelbo(
+            lm.network, lm.diffusion, documents, num_samples=settings.eval_samples, context_length=context
+        )
+        summary = likelihood.summarise(outputs)
+        return {"nelbo": summary.nats_per_token, "nelbo_standard_error": summary.standard_error or 0.0}
+
+    return evaluate
+
+
+# --- the run's folder
+
+
+def _read_run(output_dir: Path, resume: bool) -> dict[str, Any] | None:
+    """run.json of an earlier run here; a folder that holds anything else is left alone."""
+    path = output_dir / "run.json"
+    if path.is_file():
+        if not resume:
+            raise ValueError(
+                f"output folder {str(output_dir)!r} already holds a run: continue it with --resume, or choose another"
+            )
+        run: dict[str, Any] = json.loads(path.read_text())
+        return run
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"output folder {str(output_dir)!r} holds something else: choose an empty or new one")
+    return None
+
+
+_FREE = ("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "micro_batch_size",
+         "eval_data", "eval_documents", "eval_samples")  # fmt: skip
+"""Settings that may change from one part of a run to the next."""
+
+
+def _check_same_run(output_dir: Path, previous: dict[str, Any] | None, run: dict[str, Any]) -> None:
+    if previous is None:
+        return
+    before = previous["settings"] | {"model": previous["parent"], "data": previous["data"]["fingerprint"]}
+    now = run["settings"] | {"model": run["parent"], "data": run["data"]["fingerprint"]}
+    for key in now:
+        if key not in _FREE and before.get(key) != now[key]:
+            raise ValueError(
+                f"output folder {str(output_dir)!r} holds a different run: its {key} is {before.get(key)!r}, "
+                f"not {now[key]!r}; choose another folder"
+            )
+
+
+def _write_run(output_dir: Path, run: dict[str, Any]) -> None:
+    partial = output_dir / "run.json.partial"
+    partial.write_text(json.dumps(run, indent=2) + "\n")
+    partial.replace(output_dir / "run.json")
+
+
+def _fingerprint(model: Any) -> str:
+    """Hash of a model's parameter names, shapes and a few values of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _model_card(parent: str, lm: DiffusionLM, settings: Settings, tokens: int, figures: dict[str, float]) -> str:
+    config = lm.diffusion
+    if config is None:
+        what = "Next-token training of an autoregressive language model."
+        rows = []
+    else:
+        what = (
+            "A masked diffusion language model made from an autoregressive one. `AutoModelForCausalLM` loads the "
+            "weights; decoding as a diffusion model needs the `unmask` library."
+        )
+        rows = [
+            (
+                "attention",
+                config.attention + (f", clean half {config.clean_attention}" if config.clean_attention else ""),
+            ),
+            ("block size", config.block_size),
+            ("token shift", "yes" if config.shift else "no"),
+            ("mask token", f"`{lm.tokenizer.mask_token}` (id {config.mask_token_id})"),
+        ]
+    rows += [
+        ("recipe", settings.recipe),
+        ("training tokens", f"{tokens:,}"),
+        ("learning rate", settings.learning_rate),
+        ("rows per step x length", f"{settings.batch_size} x {settings.max_length}"),
+        *((f"held-out {name} (nats per token)", f"{value:.4f}") for name, value in figures.items()),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    tags = "tags:\n- diffusion-language-model\n- block-diffusion\n- unmask\n" if config is not None else ""
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nbase_model: {parent}\n{tags}---\n\n"
+        f"{what}\n\n| | |\n|---|---|\n| parent | {parent} |\n{table}\n\n"
+        '```python\nimport unmask\n\nlm = unmask.load("this folder")\nprint(lm.generate("...").texts[0])\n```\n'
+    )

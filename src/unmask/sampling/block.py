@@ -1,0 +1,136 @@
+"""Block diffusion sampling on a KV cache (Efficient-DLM 2512.14067, section 7).
+
+Block by block: the finished prefix stands in the cache, the active block is denoised on top of it, a commit
+rule makes positions final, and a finished block enters the cache within the next block's first forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unmask.attention import PADDING, Layout
+from unmask.denoiser import DiffusionConfig, Network, denoise, prefill
+from unmask.noise import uniform
+from unmask.sampling.output import Callback, SampledTokens, Stop, first_end, left_pad
+from unmask.sampling.select import Candidates, Selector, Threshold
+from unmask.sampling.tokens import check_sampling, choose_tokens, token_noise
+
+
+@torch.inference_mode()
+def sample_blocks(
+    network: Network,
+    config: DiffusionConfig,
+    prompts: Sequence[Tensor],
+    *,
+    max_new_tokens: int,
+    context_length: int | None = None,
+    max_denoising_steps: int | None = None,
+    select: Selector | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    end_token_ids: Sequence[int] = (),
+    stop: Stop | None = None,
+    callback: Callback | None = None,
+) -> SampledTokens:
+    """Continue ragged `prompts` (each at least one token) in blocks on absolute positions [k*B, (k+1)*B).
+
+    A prompt that ends inside a block leaves its tail fixed in that block. Blocks are whole: positions past
+    the last wanted token stay masked and are never committed; only the context length cuts a block. Rows
+    move from block to block together and a row's forwards are those it would need alone; a row leaves the
+    batch when it ends.
+    """
+    check_sampling(temperature, top_p)
+    if max_denoising_steps is not None and max_denoising_steps < 1:
+        raise ValueError(f"max_denoising_steps {max_denoising_steps} must be at least 1")
+    if config.attention == "bidirectional" or config.block_size is None:
+        raise ValueError("a bidirectional checkpoint has no blocks to decode one by one")
+    select = select or Threshold()
+    device, width, batch = network.device, config.block_size, len(prompts)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    ends = lengths + max_new_tokens
+    if context_length is not None:
+        ends = ends.clamp_max(context_length)
+
+    # canvas: every row from its own position 0, masks where nothing stands yet
+    canvas = torch.full((batch, int(ends.max()) + width), config.mask_token_id, device=device)
+    for i, prompt in enumerate(prompts):
+        canvas[i, : len(prompt)] = prompt.to(device)
+    open_ = torch.arange(canvas.shape[1], device=device) >= lengths[:, None]
+    starts = lengths // width * width
+
+    ids, position, real = left_pad([p[: len(p) // width * width] for p in prompts], 0, device)
+    past = prefill(network, config.pattern, ids, Layout.of(position, torch.where(real, 0, PADDING)),
+                   keep_logits=config.shift)  # fmt: skip
+    num_forwards = torch.zeros(batch, dtype=torch.long)
+    num_new = (ends - lengths).tolist()
+    rows = torch.arange(batch, device=device)
+    finished: tuple[Tensor, Layout] | None = None
+
+    while len(rows):
+        position = starts[rows, None] + torch.arange(width, device=device)
+        inside = position < (context_length or canvas.shape[1])
+        layout = Layout.of(position, torch.where(inside, 0, PADDING))
+        xt = canvas[rows].gather(1, position)
+        masked = open_[rows].gather(1, position) & (position < ends[rows, None])
+        priority = torch.stack([uniform(width, key=("order", seed, r, s)) for r, s in
+                                zip(rows.tolist(), starts[rows].tolist(), strict=True)]).to(device)  # fmt: skip
+        noise = None
+        step, done = 0, torch.zeros(len(rows), dtype=torch.bool, device=device)
+        while bool(masked.any()):
+            logits = denoise(network, config, past, xt, layout, masked, finished)
+            finished = None
+            num_forwards[rows[masked.any(-1)].cpu()] += 1
+            if temperature > 0 and noise is None:
+                noise = token_noise(logits.shape[-1], seed, rows, position)
+            tokens = choose_tokens(logits, temperature, top_p, None if noise is None else noise[masked.cpu()])
+            candidates = Candidates(masked, _confidence(logits, tokens, masked), logits, priority)
+            remaining = masked.sum(-1)
+            at_least = torch.zeros_like(remaining)
+            if max_denoising_steps is not None:
+                at_least = (remaining / max(1, max_denoising_steps - step)).ceil().long()
+            commit = select(candidates, at_least)
+            xt = torch.where(commit, xt.masked_scatter(masked, tokens), xt)
+            masked = masked & ~commit
+            step += 1
+            if callback is not None:
+                for i, row in enumerate(rows.tolist()):
+                    if bool(commit[i].any()):
+                        callback(row, position[i][commit[i]].tolist(), xt[i][commit[i]].tolist())
+            canvas[rows] = canvas[rows].scatter(1, position, xt)
+            for i, row in _changed(rows, commit, done):
+                # Only what everything before it is committed for can end a row.
+                known = int(position[i][masked[i]].min()) if bool(masked[i].any()) else int(position[i, -1]) + 1
+                new = canvas[row, lengths[row] : min(known, int(ends[row]))].tolist()
+                kept = first_end(new, end_token_ids)
+                if stop is not None:
+                    stopped = stop(row, new[:kept])
+                    kept = stopped if stopped is not None else kept
+                if kept is not None:
+                    num_new[row] = kept
+                    done[i], masked[i] = True, False
+        starts[rows] += width
+        going = ~done & (starts[rows] < ends[rows])
+        if bool(going.any()):
+            past.select(going.nonzero()[:, 0])
+            finished = xt[going], layout.index(going)
+        rows = rows[going]
+
+    new_tokens = [canvas[i, len(p) : len(p) + num_new[i]].tolist() for i, p in enumerate(prompts)]
+    return SampledTokens(new_tokens, num_forwards, (starts.new_tensor([len(p) for p in prompts]) >= width).long().cpu())
+
+
+def _confidence(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
+    """Untruncated probability at temperature 1 of each proposed token, scattered to (batch, block), float64."""
+    logits = logits.double()
+    log_p = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    return torch.zeros(masked.shape, dtype=torch.float64, device=masked.device).masked_scatter(masked, log_p.exp())
+
+
+def _changed(rows: Tensor, commit: Tensor, done: Tensor) -> list[tuple[int, int]]:
+    """(index, row) of the rows that committed something and have not ended."""
+    return [(i, row) for i, (row, any_) in enumerate(zip(rows.tolist(), (commit.any(-1) & ~done).tolist(),
+                                                         strict=True)) if any_]  # fmt: skip

@@ -1,0 +1,47 @@
+"""What a sampler returns, and where a row ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Stop = Callable[[int, list[int]], int | None]
+"""(row, its new tokens so far, from the first) -> how many of them to keep if the row ends there, else None."""
+
+Callback = Callable[[int, list[int], list[int]], None]
+"""(row, absolute positions, tokens) at each commit."""
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """New tokens per row, up to and with the one that ended it, and the forwards each row needed alone.
+
+    num_forwards counts every pass after the prefill: denoising, and cache writes that no denoising pass
+    carried along. num_prefill_forwards is 0 or 1.
+    """
+
+    new_tokens: list[list[int]]
+    num_forwards: Tensor
+    num_prefill_forwards: Tensor
+
+
+def first_end(tokens: Sequence[int], end_token_ids: Sequence[int]) -> int | None:
+    """Length up to and with the first end token, or None."""
+    return next((i + 1 for i, token in enumerate(tokens) if token in end_token_ids), None)
+
+
+def left_pad(rows: Sequence[Tensor], fill: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-aligned (ids, position, real), each (batch, longest), of rows of unequal length.
+
+    Positions count from each row's own first token; padding stands at 0.
+    """
+    width = max((len(row) for row in rows), default=0)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    ids = torch.full((len(rows), width), fill, dtype=torch.long, device=device)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = row.to(device)
+    index = torch.arange(width, device=device) - (width - lengths)[:, None]
+    return ids, index.clamp_min(0), index >= 0

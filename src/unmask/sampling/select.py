@@ -1,0 +1,134 @@
+"""Commit rules: which masked positions become final after a denoising forward.
+
+A rule is called as `rule(candidates, at_least)` and returns commit (batch, block) bool, a subset of the
+masked positions: the `count` best by the rule's own order, never fewer than `at_least` (batch,) and never
+more than there are. Ties go to the lower position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a denoising forward proposes for the masked positions of the active blocks.
+
+    masked: (batch, block) bool. confidence: (batch, block) float64, the untruncated probability at
+    temperature 1 of the proposed token, 0 where nothing is masked. logits: (masked.sum(), vocabulary).
+    priority: (batch, block) float64 uniforms, fixed per (seed, row, position).
+    """
+
+    masked: Tensor
+    confidence: Tensor
+    logits: Tensor
+    priority: Tensor
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy in nats of each masked position's distribution, (batch, block) float64, 0 elsewhere."""
+        log_p = self.logits.double().log_softmax(-1)
+        entropy = -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
+        return torch.zeros_like(self.confidence).masked_scatter(self.masked, entropy)
+
+
+Selector = Callable[[Candidates, Tensor], Tensor]
+
+
+def commit_best(score: Tensor, masked: Tensor, count: Tensor, at_least: Tensor) -> Tensor:
+    """The max(count, at_least) masked positions of highest score in each row."""
+    score = score.masked_fill(~masked, -torch.inf)
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank.scatter_(-1, order, torch.arange(score.shape[-1], device=score.device).expand_as(order))
+    return masked & (rank < torch.maximum(count, at_least)[:, None])
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """The n most confident positions per forward (low-confidence remasking of LLaDA, static SDAR)."""
+
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n {self.n} must be at least 1: nothing would ever be committed")
+
+    def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
+        count = torch.full_like(at_least, self.n)
+        return commit_best(candidates.confidence, candidates.masked, count, at_least)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Every position of confidence strictly above a threshold, at least the best one (Fast-dLLM, SDAR).
+
+    1 is one token per forward, 0 one forward per block.
+    """
+
+    confidence_threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.confidence_threshold <= 1:
+            raise ValueError(f"confidence_threshold {self.confidence_threshold} must lie in [0, 1]")
+
+    def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
+        sure = candidates.masked & (candidates.confidence > self.confidence_threshold)
+        count = sure.sum(-1).clamp_min(1)
+        return commit_best(candidates.confidence, candidates.masked, count, at_least)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The largest n with (n + 1)(1 - c_(n)) < factor, c_(n) the n-th confidence (Fast-dLLM 2505.22618)."""
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise ValueError(f"factor {self.factor} must be positive")
+
+    def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
+        ranked = candidates.confidence.masked_fill(~candidates.masked, 0.0).sort(-1, descending=True).values
+        n = torch.arange(1, ranked.shape[-1] + 1, device=ranked.device)
+        count = ((n * ((n + 1) * (1 - ranked) < self.factor)).amax(-1)).clamp_min(1)
+        return commit_best(candidates.confidence, candidates.masked, count, at_least)
+
+
+@dataclass(frozen=True)
+class EntropyBound:
+    """By rising entropy, the largest k with sum_{i<=k} H_i - max_{i<=k} H_i <= bound (2505.24857).
+
+    The left side bounds the error of drawing the k tokens independently.
+    """
+
+    entropy_bound: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.entropy_bound >= 0:
+            raise ValueError(f"entropy_bound {self.entropy_bound} must not be negative")
+
+    def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
+        entropy = candidates.entropy
+        ranked = entropy.masked_fill(~candidates.masked, torch.inf).sort(-1).values
+        joint = ranked.cumsum(-1) - ranked  # sorted, so the last of the first k is their maximum
+        count = (joint <= self.entropy_bound).sum(-1).clamp_min(1)
+        return commit_best(-entropy, candidates.masked, count, at_least)
+
+
+@dataclass(frozen=True)
+class Random:
+    """n positions per forward in a uniformly random order, whatever the model thinks of them."""
+
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n {self.n} must be at least 1: nothing would ever be committed")
+
+    def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
+        return commit_best(candidates.priority, candidates.masked, torch.full_like(at_least, self.n), at_least)

@@ -1,0 +1,486 @@
+"""Recipes and the training loop, on Accelerate.
+
+A recipe is a TOML file of settings. A run is a function of its settings, its data and its seed: rows come
+from one stream in a fixed order, noise from (seed, step, row in the global batch), and the loss is divided by
+the token count of the whole step, so that micro-batches, accumulation and ranks change nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from torch import Tensor
+
+from unmask.attention import Layout
+from unmask.corruption import (
+    Corruption,
+    mask_bernoulli,
+    mask_complementary,
+    mask_exact,
+    noise_levels,
+    position_noise,
+    segments,
+)
+from unmask.data import Batch, Corpus, HubStream, Packer, PackState
+from unmask.denoiser import DiffusionConfig, Network
+from unmask.objectives import LossOutput, ar_loss, diffusion_loss, predictable
+
+Evaluator = Callable[[Any], dict[str, float]]
+"""Called with the unwrapped model; returns named figures for metrics.jsonl."""
+
+
+# --- settings and recipes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that defines a run besides the model and the data. None means: resolved from the model.
+
+    attention "ar" trains the next-token loss instead. noise_level: "block" | "sequence" shares t.
+    masking: "exact" draws ceil(t n) of n tokens, "bernoulli" each with probability t. half_life: of
+    position-dependent masking, inf is uniform. batch_size counts rows of max_length in one optimiser step,
+    micro_batch_size those that run at once on one device.
+    """
+
+    recipe: str
+    # what is learnt
+    attention: str = "two_stream"
+    clean_attention: str | None = None
+    block_size: int | None = None
+    shift: bool = False
+    noise_level: str = "block"
+    masking: str = "exact"
+    complementary: bool = False
+    half_life: float = math.inf
+    mask_token: str | None = None
+    mask_init: str | None = None
+    # data
+    max_length: int | None = None
+    text_column: str = "text"
+    split: str = "train"
+    skip_invalid: bool = False
+    end_token: str | None = None
+    eval_data: str | None = None
+    eval_documents: int = 64
+    eval_samples: int = 4
+    # optimisation
+    max_tokens: int | None = None
+    batch_size: int | None = None
+    micro_batch_size: int | None = None
+    learning_rate: float | None = None
+    min_learning_rate_ratio: float | None = None
+    warmup_ratio: float = 0.02
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    # bookkeeping
+    log_every: int = 10
+    eval_every: int = 200
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    report_to: str | None = None
+
+    def __post_init__(self) -> None:
+        choices = {
+            "attention": ("two_stream", "block_causal", "bidirectional", "ar"),
+            "noise_level": ("block", "sequence"),
+            "masking": ("exact", "bernoulli"),
+            "mixed_precision": ("no", "bf16", "fp16"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
+        for name in ("block_size", "max_length", "batch_size", "micro_batch_size", "log_every", "eval_every",
+                     "save_every", "keep_checkpoints", "eval_samples", "max_tokens", "learning_rate", "half_life",
+                     "max_grad_norm"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be positive")
+        if self.complementary and self.masking != "exact":
+            raise ValueError("complementary=true needs masking='exact'")
+        if math.isfinite(self.half_life) and self.masking != "exact":
+            raise ValueError(f"half_life={self.half_life} needs masking='exact': Bernoulli masks have no order")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes shipped with the package."""
+    folder = resources.files("unmask") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name: str, **overrides: Any) -> Settings:
+    """Settings of a recipe with overrides; unknown names and values of the wrong type are errors."""
+    if name not in recipe_names():
+        raise ValueError(f"recipe {name!r} is unknown: use one of {', '.join(recipe_names())}")
+    text = (resources.files("unmask") / "recipes" / f"{name}.toml").read_text()
+    values = tomllib.loads(text) | overrides
+    known = {f.name: str(f.type) for f in fields(Settings)}
+    for key, value in values.items():
+        if key not in known or key == "recipe":
+            raise ValueError(f"setting {key!r} is unknown: use one of {', '.join(k for k in known if k != 'recipe')}")
+        values[key] = _typed(key, value, known[key])
+    return Settings(recipe=name, **values)
+
+
+def _typed(name: str, value: Any, annotation: str) -> Any:
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if value is None and "None" in kinds:
+        return None
+    if "float" in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    for kind, python in (("bool", bool), ("int", int), ("float", float), ("str", str)):
+        if kind in kinds and type(value) is python:
+            return value
+    raise ValueError(f"setting {name}={value!r} has the wrong type: it takes {annotation}")
+
+
+_SMALL, _LARGE = 100e6, 1e9
+_RULE: dict[str, tuple[float, float]] = {
+    # measured on parents below 100M parameters; published for parents from 1B
+    "learning_rate": (4e-3, 1e-5),
+    "min_learning_rate_ratio": (0.1, 0.3),
+    "batch_tokens": (4096, 2**21),
+    "max_length": (512, 4096),
+    "block_size": (8, 16),
+    "micro_batch_tokens": (16384, 4096),
+}
+
+
+def resolve(settings: Settings, num_parameters: int, context_length: int | None) -> Settings:
+    """Fill what depends on the parent's size.
+
+    Up to 100M parameters our measured values, from 1B the published ones, between them interpolated in the
+    logarithms of size and value: value = small * (large / small)^s, s = log(N / 100M) / log(10) in [0, 1].
+    """
+    s = min(1.0, max(0.0, math.log(num_parameters / _SMALL) / math.log(_LARGE / _SMALL)))
+    ruled = {name: small * (large / small) ** s for name, (small, large) in _RULE.items()}
+    block = settings.block_size or 2 ** round(math.log2(ruled["block_size"]))
+    length = settings.max_length
+    if length is None:
+        length = 2 ** round(math.log2(ruled["max_length"]))
+        if context_length is not None:
+            length = min(length, context_length)
+        length = length // block * block
+    elif length % block:
+        raise ValueError(f"max_length={length} is no multiple of block_size={block}")
+    if context_length is not None and length > context_length:
+        raise ValueError(f"max_length={length} exceeds the model's context of {context_length}")
+    if length < block:
+        raise ValueError(f"block_size={block} exceeds max_length={length}")
+    batch = settings.batch_size or max(1, round(ruled["batch_tokens"] / length))
+    return replace(
+        settings,
+        block_size=block,
+        max_length=length,
+        batch_size=batch,
+        micro_batch_size=min(settings.micro_batch_size or max(1, round(ruled["micro_batch_tokens"] / length)), batch),
+        learning_rate=settings.learning_rate or float(f"{ruled['learning_rate']:.2g}"),
+        min_learning_rate_ratio=(
+            ruled["min_learning_rate_ratio"]
+            if settings.min_learning_rate_ratio is None
+            else settings.min_learning_rate_ratio
+        ),
+    )
+
+
+RULE_TEXT = (
+    "learning rate, batch and length: our measured values up to 100M parameters, the paper's from 1B, "
+    "log-interpolated between"
+)
+
+
+def diffusion_config(settings: Settings, mask_token_id: int, version: str) -> DiffusionConfig:
+    """What a checkpoint trained with these (resolved) settings says of itself."""
+    return DiffusionConfig(
+        mask_token_id=mask_token_id,
+        attention=settings.attention,
+        clean_attention=settings.clean_attention,
+        block_size=None if settings.attention == "bidirectional" else settings.block_size,
+        shift=settings.shift,
+        recipe=settings.recipe,
+        version=version,
+    )
+
+
+# --- one step's noise and loss
+
+
+def corruptions(settings: Settings, layout: Layout, step: int, rows: Tensor) -> list[Corruption]:
+    """The mask of these rows of the global batch at an optimiser step; two with complementary pairs."""
+    assert settings.batch_size is not None
+    assert settings.block_size is not None
+    by_block = settings.noise_level == "block"
+    device, length = layout.position.device, layout.position.shape[1]
+    segment = segments(layout, settings.block_size) if by_block else torch.zeros_like(layout.position)
+    t = noise_levels(settings.seed, step, rows, settings.batch_size, length).to(device)
+    noise = position_noise(settings.seed, step, rows, length).to(device)
+    maskable = predictable(layout)
+    if settings.masking == "bernoulli":
+        return [mask_bernoulli(t, noise, segment, maskable)]
+    size = settings.block_size if by_block else length
+    place = (layout.position % size + 1) / size
+    if settings.complementary:
+        return list(mask_complementary(t, noise, segment, maskable, place=place, half_life=settings.half_life))
+    return [mask_exact(t, noise, segment, maskable, place=place, half_life=settings.half_life)]
+
+
+def step_loss(
+    network: Network, settings: Settings, config: DiffusionConfig | None, batch: Batch, step: int, rows: Tensor
+) -> LossOutput:
+    """Loss (sum, count) of these rows; a mean over draws where a pair of masks is drawn."""
+    if config is None:
+        return ar_loss(network, batch.x0, batch.layout)
+    drawn = corruptions(settings, batch.layout, step, rows)
+    losses = [diffusion_loss(network, config, batch.x0, batch.layout, corruption) for corruption in drawn]
+    total = losses[0]
+    for loss in losses[1:]:
+        total = LossOutput(total.sum + loss.sum, total.count)
+    return LossOutput(total.sum / len(losses), total.count)
+
+
+def learning_rate_at(settings: Settings, step: int, total_steps: int) -> float:
+    """Linear warm-up, then a cosine from learning_rate to learning_rate * min_learning_rate_ratio."""
+    assert settings.learning_rate is not None
+    assert settings.min_learning_rate_ratio is not None
+    warmup = max(1, round(settings.warmup_ratio * total_steps))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    floor = settings.min_learning_rate_ratio
+    return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+# --- the loop
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One log step, for whoever shows it."""
+
+    step: int
+    total_steps: int
+    tokens: int
+    loss: float
+    learning_rate: float
+    tokens_per_second: float
+    evaluation: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds besides weights and optimiser."""
+
+    step: int = 0
+    tokens: int = 0
+    data: PackState = field(default_factory=PackState)
+
+
+def train(
+    model: Any,
+    make_network: Callable[[Any], Network],
+    settings: Settings,
+    config: DiffusionConfig | None,
+    source: Corpus | HubStream,
+    output_dir: Path,
+    *,
+    resume: bool = False,
+    evaluate: Evaluator | None = None,
+    report: Callable[[Progress], None] | None = None,
+) -> TrainState:
+    """Train `model` in place and return where it ended. `settings` are resolved ones.
+
+    Checkpoints go to output_dir/checkpoint-<step>, metrics to output_dir/metrics.jsonl. With `resume` the
+    newest whole checkpoint is continued, bit for bit as if never interrupted on the same hardware.
+    """
+    assert settings.max_length is not None
+    assert settings.batch_size is not None
+    assert settings.micro_batch_size is not None
+    accelerator = accelerate.Accelerator(
+        mixed_precision=settings.mixed_precision, log_with=settings.report_to, project_dir=str(output_dir)
+    )
+    if settings.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"batch_size={settings.batch_size} is no multiple of the {accelerator.num_processes} processes"
+        )
+    if settings.report_to:
+        accelerator.init_trackers("unmask", config={k: str(v) for k, v in asdict(settings).items()})
+    model.train()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    wrapped, optimizer = accelerator.prepare(model, _optimizer(model, settings))
+    network = make_network(wrapped)
+
+    state = TrainState()
+    newest = latest_checkpoint(output_dir) if resume else None
+    if newest is not None:
+        accelerator.load_state(str(newest))
+        state = read_state(newest)
+    if accelerator.is_main_process:
+        _trim_metrics(output_dir / "metrics.jsonl", state.step)
+
+    total_steps = count_steps(settings, source)
+    packer = Packer(
+        source,
+        settings.max_length,
+        seed=settings.seed,
+        epochs=None if settings.max_tokens is not None else 1,
+        state=state.data,
+    )
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    share = settings.batch_size // ranks
+    summed, counted, since, tokens_since = 0.0, 0, time.perf_counter(), 0
+    while settings.max_tokens is None or state.tokens < settings.max_tokens:
+        full = packer.batch(settings.batch_size)
+        if full is None:
+            break
+        rate = learning_rate_at(settings, state.step, total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        mine = full.rows(rank * share, (rank + 1) * share)
+        # Every rank sees the whole step's rows, so the count to divide by needs no communication.
+        count = int(predictable(full.layout).sum())
+        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        for start, micro in _micro_batches(mine, settings.micro_batch_size):
+            rows = torch.arange(len(micro.x0)) + rank * share + start
+            last = start + settings.micro_batch_size >= len(mine.x0)
+            with accelerator.autocast(), _sync(accelerator, wrapped, last):
+                loss = step_loss(network, settings, config, micro.to(accelerator.device), state.step, rows)
+                # Gradients are averaged over ranks, hence the factor.
+                accelerator.backward(loss.sum * (ranks / max(1, count)))
+            total += loss.sum.detach().double()
+        accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        state = TrainState(state.step + 1, state.tokens + full.num_tokens, packer.state)
+
+        summed, counted = summed + float(accelerator.reduce(total)), counted + count
+        tokens_since += full.num_tokens
+        ended = settings.max_tokens is not None and state.tokens >= settings.max_tokens
+        evaluation: dict[str, float] = {}
+        if evaluate is not None and accelerator.is_main_process and state.step % settings.eval_every == 0 and not ended:
+            before = time.perf_counter()
+            wrapped.eval()
+            evaluation = evaluate(accelerator.unwrap_model(wrapped))
+            wrapped.train()
+            since += time.perf_counter() - before
+        if accelerator.is_main_process and (state.step % settings.log_every == 0 or evaluation or ended):
+            speed = tokens_since / max(1e-9, time.perf_counter() - since)
+            row = {"step": state.step, "tokens": state.tokens, "loss": summed / max(1, counted),
+                   "learning_rate": rate, **evaluation}  # fmt: skip
+            append_metrics(output_dir, row)
+            if settings.report_to:
+                accelerator.log({k: v for k, v in row.items() if k != "step"}, step=state.step)
+            if report is not None:
+                report(Progress(state.step, max(total_steps, state.step), state.tokens, row["loss"], rate, speed,
+                                evaluation))  # fmt: skip
+            summed, counted, since, tokens_since = 0.0, 0, time.perf_counter(), 0
+        if state.step % settings.save_every == 0:
+            save_checkpoint(accelerator, output_dir, state, settings.keep_checkpoints)
+    accelerator.end_training()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # undoes the mixed-precision wrapper of forward
+    model.eval()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    return state
+
+
+def count_steps(settings: Settings, source: Corpus | HubStream) -> int:
+    """Optimiser steps of the run; a stream of unknown length needs max_tokens."""
+    assert settings.max_length is not None
+    assert settings.batch_size is not None
+    tokens = settings.max_tokens
+    if tokens is None:
+        if not isinstance(source, Corpus):
+            raise ValueError("a streamed data set has no known end: give --max-tokens")
+        tokens = source.num_tokens
+    return math.ceil(tokens / (settings.max_length * settings.batch_size))
+
+
+def _optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW; no decay on vectors (norms, biases)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=1.0, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+def _micro_batches(batch: Batch, size: int) -> Iterator[tuple[int, Batch]]:
+    for start in range(0, len(batch.x0), size):
+        yield start, batch.rows(start, start + size)
+
+
+def _sync(accelerator: accelerate.Accelerator, model: Any, last: bool) -> Any:
+    """Gradients travel between ranks with the last micro-batch only."""
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+# --- what a run leaves on disk
+
+
+def append_metrics(output_dir: Path, row: dict[str, Any]) -> None:
+    with (output_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _trim_metrics(path: Path, step: int) -> None:
+    """Drop rows after `step`: they will be written again."""
+    rows = path.read_text().splitlines() if path.exists() else []
+    kept = []
+    for row in rows:
+        try:
+            if json.loads(row)["step"] <= step:
+                kept.append(row)
+        except json.JSONDecodeError:  # a line cut by the interruption
+            continue
+    path.write_text("".join(row + "\n" for row in kept))
+
+
+def save_checkpoint(accelerator: accelerate.Accelerator, output_dir: Path, state: TrainState, keep: int) -> None:
+    """Write checkpoint-<step> whole or not at all, and drop the oldest beyond `keep`."""
+    final = output_dir / f"checkpoint-{state.step}"
+    partial = output_dir / f"checkpoint-{state.step}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    if accelerator.is_main_process:
+        (partial / "state.json").write_text(json.dumps(asdict(state)))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for old in _checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    found = [p for p in output_dir.glob("checkpoint-*") if p.suffix != ".partial" and (p / "state.json").is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    return next(reversed(_checkpoints(output_dir)), None)
+
+
+def read_state(checkpoint: Path) -> TrainState:
+    raw = json.loads((checkpoint / "state.json").read_text())
+    return TrainState(raw["step"], raw["tokens"], PackState(**raw["data"]))

@@ -11,7 +11,7 @@ position ids, left padding, and queries on top of a cache.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Layout(NamedTuple):
         """True where a token is no padding."""
         return self.document != PADDING
 
-    def index(self, *index: object) -> Layout:
+    def at(self, *index: Any) -> Layout:
         """The same indexing applied to all three tensors."""
         return Layout(*(field[index] for field in self))
 
@@ -122,14 +122,14 @@ def intersect(*patterns: Pattern) -> Pattern:
 
 def dense(pattern: Pattern, q: Layout, kv: Layout) -> Tensor:
     """The pattern as a bool tensor (batch, queries, keys), True = attend."""
-    return pattern(q.index(..., slice(None), None), kv.index(..., None, slice(None)))
+    return pattern(q.at(..., slice(None), None), kv.at(..., None, slice(None)))
 
 
 def block_mask(pattern: Pattern, q: Layout, kv: Layout) -> BlockMask:
     """The pattern as FlexAttention's BlockMask, for (batch, queries) against (batch, keys)."""
 
     def mask_mod(b: Tensor, _h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return pattern(q.index(b, q_idx), kv.index(b, kv_idx))
+        return pattern(q.at(b, q_idx), kv.at(b, kv_idx))
 
     (batch, queries), keys = q.position.shape, kv.position.shape[1]
     return create_block_mask(mask_mod, batch, None, queries, keys, device=str(q.position.device))

@@ -262,7 +262,7 @@ class Batch:
         return int(self.layout.real.sum())
 
     def rows(self, start: int, stop: int) -> Batch:
-        return Batch(self.x0[start:stop], self.layout.index(slice(start, stop)))
+        return Batch(self.x0[start:stop], self.layout.at(slice(start, stop)))
 
     def to(self, device: torch.device) -> Batch:
         return Batch(self.x0.to(device), Layout(*(field.to(device) for field in self.layout)))

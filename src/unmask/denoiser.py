@@ -94,7 +94,7 @@ class Past:
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch."""
         self.cache.batch_select_indices(rows)
-        self.layout = self.layout.index(rows)
+        self.layout = self.layout.at(rows)
         if self.next_logits is not None:
             self.next_logits = self.next_logits[rows]
 
@@ -163,7 +163,7 @@ def prefill(
     network: Network, pattern: Pattern, input_ids: Tensor, layout: Layout, *, keep_logits: bool = False
 ) -> Past:
     """Run the (left-padded) prompts once; with `keep_logits` the last row's logits stay for what follows."""
-    past = Past(network.new_cache(), layout.index(..., slice(0, 0)))
+    past = Past(network.new_cache(), layout.at(..., slice(0, 0)))
     batch, length = input_ids.shape
     if length:
         last = (torch.arange(batch, device=input_ids.device) + 1) * length - 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -191,7 +191,8 @@ def takes_chunked_attention(model: Any) -> bool:
     config = model.config.get_text_config()
     if config._attn_implementation != "sdpa" or getattr(config, "attention_dropout", 0.0):
         return False
-    return _probe_chunked(type(config), _tiny_json(config))
+    config_class: Any = type(config)
+    return _probe_chunked(config_class, _tiny_json(config))
 
 
 @contextmanager
@@ -240,8 +241,9 @@ def probe(model: Any) -> None:
             f"{type(model).__name__} runs attention implementation {implementation!r}, which takes no 4-D mask: "
             "load it with attn_implementation='sdpa' or 'eager'"
         )
+    config_class: Any = type(config)
     reason = _probe_class(
-        type(config),
+        config_class,
         _tiny_json(config),
         "sdpa" if implementation == "flex_attention" else implementation,
     )
@@ -253,7 +255,7 @@ def probe(model: Any) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _probe_chunked(config_class: type, config: str) -> bool:
+def _probe_chunked(config_class: Hashable, config: str) -> bool:
     try:
         network = HFNetwork(_tiny_model(config_class, config, "sdpa"))
         layout = Layout.of(torch.arange(40)[None])
@@ -267,7 +269,7 @@ def _probe_chunked(config_class: type, config: str) -> bool:
         return False
 
 
-def _tiny_model(config_class: type, config: str, implementation: str) -> Any:
+def _tiny_model(config_class: Any, config: str, implementation: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(
@@ -276,12 +278,12 @@ def _tiny_model(config_class: type, config: str, implementation: str) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _probe_class(config_class: type, config: str, implementation: str) -> str | None:
+def _probe_class(config_class: Hashable, config: str, implementation: str) -> str | None:
     """Why the class is refused, or None."""
     try:
         tiny = _tiny_model(config_class, config, implementation)
     except Exception as error:
-        return f"no tiny instance of {config_class.__name__} could be built to test it ({_first_line(error)})"
+        return f"no tiny instance of {config_class} could be built to test it ({_first_line(error)})"
     try:
         with torch.inference_mode():
             return probe_network(HFNetwork(tiny))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ from unmask.train import (
     latest_checkpoint,
     load_recipe,
     read_state,
+    recipe_names,
     resolve,
     train,
 )
@@ -318,10 +321,12 @@ def load(
 
 
 def recipes() -> dict[str, dict[str, Any]]:
-    """Recipe name -> its settings; those left to the parent's size are None."""
-    from unmask.train import recipe_names
+    """Recipe name -> its settings; those left to the parent's size are None, infinity is "inf"."""
+    return {name: _plain(load_recipe(name)) for name in recipe_names()}
 
-    return {name: asdict(load_recipe(name)) for name in recipe_names()}
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    return {name: "inf" if value == math.inf else value for name, value in asdict(settings).items()}
 
 
 def adapt(
@@ -371,9 +376,9 @@ def adapt(
                 skip_invalid=chosen.skip_invalid,
                 progress=advance,
             )
-    run = {
+    run: dict[str, Any] = {
         "parent": parent,
-        "settings": {k: v if v != float("inf") else "inf" for k, v in asdict(chosen).items()},
+        "settings": _plain(chosen),
         "data": {"sources": [str(s) for s in sources], "fingerprint": source.fingerprint},
     }
     _check_same_run(output_dir, previous, run)
@@ -401,6 +406,10 @@ def adapt(
     output_dir.mkdir(parents=True, exist_ok=True)
     run |= {"versions": versions, "rule": RULE_TEXT, "finished": False}
     _write_run(output_dir, run)
+
+    if show_progress:
+        shown = ("block_size", "max_length", "batch_size", "learning_rate", "min_learning_rate_ratio", "half_life")
+        print(f"{RULE_TEXT}: " + ", ".join(f"{name}={run['settings'][name]}" for name in shown), file=sys.stderr)
 
     newest = latest_checkpoint(output_dir) if resume else None
     start = read_state(newest).step if newest is not None else 0
@@ -547,7 +556,7 @@ def _model_card(parent: str, lm: DiffusionLM, settings: Settings, tokens: int, f
     config = lm.diffusion
     if config is None:
         what = "Next-token training of an autoregressive language model."
-        rows = []
+        rows: list[tuple[str, Any]] = []
     else:
         what = (
             "A masked diffusion language model made from an autoregressive one. `AutoModelForCausalLM` loads the "

@@ -32,7 +32,7 @@ def progress(description: str, total: float | None, *, start: float = 0, show: b
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"),
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total, completed=start, note="")
+        task = bar.add_task(description, total=total, completed=int(start), note="")
         yield lambda amount, note="", /: bar.update(task, advance=amount, note=note)
 
 

@@ -125,6 +125,12 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
+def recipe_summary(name: str) -> str:
+    """A recipe's first line: what it reproduces."""
+    text = (resources.files("unmask") / "recipes" / f"{name}.toml").read_text()
+    return text.splitlines()[0].removeprefix("# ")
+
+
 def load_recipe(name: str, **overrides: Any) -> Settings:
     """Settings of a recipe with overrides; unknown names and values of the wrong type are errors."""
     if name not in recipe_names():

@@ -116,7 +116,7 @@ def sample_blocks(
         going = ~done & (starts[rows] < ends[rows])
         if bool(going.any()):
             past.select(going.nonzero()[:, 0])
-            finished = xt[going], layout.index(going)
+            finished = xt[going], layout.at(going)
         rows = rows[going]
 
     new_tokens = [canvas[i, len(p) : len(p) + num_new[i]].tolist() for i, p in enumerate(prompts)]

@@ -1,0 +1,318 @@
+"""The command line. Torch is imported inside the commands, so that --help stays fast.
+
+Exit code 0 on success, 2 on bad input with one line on stderr. With --json a command prints exactly one JSON
+object on stdout; progress and logs go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unmask.version import __version__
+
+app = typer.Typer(
+    help="Turn any pretrained autoregressive language model into a diffusion language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Data = Annotated[
+    list[str],
+    typer.Option("--data", help="A .txt, .jsonl or .parquet file, a folder of them, or a hub id; can be repeated."),
+]
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="Example: unmask adapt Qwen/Qwen3-0.6B-Base --data corpus.jsonl --output runs/q --max-tokens 50000000 "
+    "block_size=16 mixed_precision=bf16"
+)
+def adapt(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a causal language model.")],
+    data: Data,
+    output: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics, final model.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="SETTING=VALUE of the recipe (see `unmask recipes NAME`).")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="Name of a recipe (see `unmask recipes`).")] = "efficient-dlm",
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Clean, unpadded training tokens; without it, one pass over the data.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Continue the run in the output folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a model by training it on text."""
+    more, chosen = _split_settings(settings or [])
+    if max_tokens is not None:
+        chosen["max_tokens"] = max_tokens
+
+    import unmask
+
+    unmask.adapt(model, [*data, *more], recipe, output, resume=resume, **chosen)
+    run = json.loads((output / "run.json").read_text())
+    if as_json:
+        print(
+            json.dumps(
+                {"output": str(output), "tokens": run["tokens"], **run["evaluation"], "settings": run["settings"]}
+            )
+        )
+        return
+    for name, value in run["evaluation"].items():
+        print(f"held-out {name}: {value:.4f} nats per predicted token", file=sys.stderr)
+    print(f"saved to {output}")
+
+
+@app.command(epilog='Example: unmask generate runs/q "Once upon a time" --max-new-tokens 64 --confidence-threshold 0.8')
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    mode: Annotated[str | None, typer.Option(help="diffusion or ar; by default what the checkpoint is.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 128,
+    block_size: Annotated[int | None, typer.Option(help="Decode in blocks of another size.")] = None,
+    max_denoising_steps: Annotated[int | None, typer.Option(help="Forwards per block at most.")] = None,
+    confidence_threshold: Annotated[
+        float | None, typer.Option(help="Commit tokens of higher probability: 1 is one a forward, 0 a block.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this mass.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End where this text appears; can be repeated.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+
+    import unmask
+    from unmask.sampling import Threshold
+
+    select = None if confidence_threshold is None else Threshold(confidence_threshold)
+    lm = unmask.load(model)
+    live = _Stream(lm, text) if sys.stdout.isatty() and not as_json and not stop else None
+    out = lm.generate(
+        text,
+        mode=mode,
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
+        max_denoising_steps=max_denoising_steps,
+        select=select,
+        temperature=temperature,
+        top_p=top_p,
+        stop_strings=stop,
+        seed=seed,
+        callback=live,
+    )
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "text": out.texts[0],
+                    "mode": mode or ("ar" if lm.diffusion is None else "diffusion"),
+                    "num_new_tokens": int(out.num_new_tokens[0]),
+                    "num_forwards": int(out.num_forwards[0]),
+                    "num_prefill_forwards": int(out.num_prefill_forwards[0]),
+                    "tokens_per_forward": round(float(out.tokens_per_forward[0]), 4),
+                }
+            )
+        )
+        return
+    print(out.texts[0][live.shown :] if live is not None else text + out.texts[0])
+    print(
+        f"{int(out.num_new_tokens[0])} tokens in {int(out.num_forwards[0])} forwards "
+        f"({float(out.tokens_per_forward[0]):.2f} per forward)",
+        file=sys.stderr,
+    )
+
+
+class _Stream:
+    """Writes the text as far as it is final: up to the first position that is still masked."""
+
+    def __init__(self, lm: Any, prompt: str) -> None:
+        self.lm, self.shown = lm, 0
+        self.prompt = lm._prompt_ids(prompt, None)[0]
+        self.tokens: dict[int, int] = {}
+        print(prompt, end="", flush=True)
+
+    def __call__(self, _row: int, positions: list[int], tokens: list[int]) -> None:
+        self.tokens.update(zip(positions, tokens, strict=True))
+        new: list[int] = []
+        while len(self.prompt) + len(new) in self.tokens:
+            new.append(self.tokens[len(self.prompt) + len(new)])
+        text = self.lm.new_text(self.prompt, new)
+        if not text.endswith("\ufffd"):  # half a character waits for its other half
+            print(text[self.shown :], end="", flush=True)
+            self.shown = max(self.shown, len(text))
+
+
+@app.command(epilog="Example: unmask evaluate runs/q --data test.jsonl --num-samples 16 --json")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    data: Data,
+    more: Annotated[list[str] | None, typer.Argument(help="Further data files.", show_default=False)] = None,
+    max_documents: Annotated[int | None, typer.Option(help="Only the first documents.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Score with another block size.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Masks per block of the NELBO.")] = 8,
+    exact: Annotated[bool, typer.Option(help="Enumerate all masks (blocks of up to 4 tokens).")] = False,
+    text_column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files.")] = "text",
+    skip_invalid: Annotated[bool, typer.Option(help="Leave broken documents out instead of stopping.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Likelihood of text: exact NLL in AR mode, NELBO in diffusion mode."""
+    from unmask.data import find_files, read_documents
+
+    files = find_files([*data, *(more or [])])
+    if files is None:
+        raise ValueError(f"data {data[0]!r} is no file here: evaluate takes .txt, .jsonl and .parquet files")
+    if max_documents is not None and max_documents < 1:
+        raise ValueError(f"--max-documents {max_documents} must be at least 1")
+    texts: list[str] = []
+    for file in files:
+        before = len(texts)
+        for text in read_documents(file, text_column=text_column, skip_invalid=skip_invalid):
+            if max_documents is not None and len(texts) >= max_documents:
+                break
+            texts.append(text)
+        if len(texts) == before and not texts:
+            raise ValueError(f"data file {str(file)!r} holds no documents")
+
+    import unmask
+    from unmask.evaluation.likelihood import summarise
+
+    lm = unmask.load(model)
+    if lm.diffusion is None and (exact or block_size is not None):
+        raise ValueError(f"model {model!r} is an untouched AR model and has no blocks: leave --block-size and --exact")
+    exact_nll = summarise(lm.nll(texts, show_progress=True))
+    bound = None
+    if lm.diffusion is not None:
+        bound = summarise(
+            lm.nelbo(texts, num_samples=num_samples, exact=exact, block_size=block_size, seed=seed, show_progress=True)
+        )
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "nll": exact_nll.nats_per_token,
+                    "nelbo": bound and bound.nats_per_token,
+                    "nelbo_standard_error": bound and (0.0 if exact else bound.standard_error),
+                    "nll_bits_per_byte": exact_nll.bits_per_byte,
+                    "nelbo_bits_per_byte": bound and bound.bits_per_byte,
+                    "num_documents": exact_nll.num_documents,
+                    "num_tokens": exact_nll.num_tokens,
+                    "num_samples": num_samples if bound and not exact else None,
+                    "block_size": (block_size or lm.diffusion.block_size) if lm.diffusion else None,
+                }
+            )
+        )
+        return
+    print(f"{exact_nll.num_documents} documents, {exact_nll.num_tokens} predicted tokens")
+    print(
+        f"nll    {exact_nll.nats_per_token:.4f} nats/token  {exact_nll.bits_per_byte:.4f} bits/byte  (AR mode, exact)"
+    )
+    if bound is not None:
+        spread = f" ± {bound.standard_error:.4f}" if bound.standard_error else ""
+        how = "exact enumeration" if exact else f"{num_samples} masks per block"
+        print(
+            f"nelbo  {bound.nats_per_token:.4f}{spread} nats/token  {bound.bits_per_byte:.4f} bits/byte  "
+            f"(diffusion mode, bound, {how})"
+        )
+    else:
+        print("nelbo  none: an untouched AR model has no diffusion mode")
+
+
+@app.command(epilog="Example: unmask recipes efficient-dlm")
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show the settings of this recipe.")] = None, as_json: Json = False
+) -> None:
+    """List the recipes, or the settings of one."""
+    import unmask
+    from unmask.train import recipe_summary
+
+    found = unmask.recipes()
+    if name is not None and name not in found:
+        raise ValueError(f"recipe {name!r} is unknown: use one of {', '.join(found)}")
+    if as_json:
+        print(json.dumps(found if name is None else {name: found[name]}))
+    elif name is None:
+        for recipe in found:
+            print(f"{recipe:16} {recipe_summary(recipe)}")
+    else:
+        print(f"# {recipe_summary(name)}")
+        for key, value in found[name].items():
+            print(f"{key} = {'(from the parent)' if value is None else json.dumps(value)}")
+
+
+@app.command(epilog="Example: unmask demo; unmask demo Qwen/Qwen3-0.6B-Base --data corpus.txt --output runs/q")
+def demo(
+    model: Annotated[str | None, typer.Argument(help="Folder or hub id; by default a tiny base made here.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Text to adapt on; by default Python's own sources.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where base and converted model go.")] = Path("runs/demo"),
+    max_tokens: Annotated[int, typer.Option(help="Training tokens of the conversion.")] = 400_000,
+) -> None:
+    """The whole job on a default: make a tiny AR base, convert it, generate with it and measure it."""
+    from unmask.demo import run_demo
+
+    run_demo(model, data, output, max_tokens)
+
+
+def _split_settings(items: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Further data files, and SETTING=VALUE pairs with TOML values (bare words are strings)."""
+    files, chosen = [], {}
+    for item in items:
+        name, separator, raw = item.partition("=")
+        if not separator or not name.isidentifier():
+            files.append(item)
+            continue
+        try:
+            chosen[name] = tomllib.loads(f"value = {raw}")["value"]
+        except tomllib.TOMLDecodeError:
+            chosen[name] = raw
+    return files, chosen
+
+
+def main() -> None:
+    """Entry point of the `unmask` command."""
+    try:
+        code = app(standalone_mode=False)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        # Usage errors of the parser (typer brings its own copy of click) know their exit code and message.
+        if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message())
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> None:
+    line = " ".join(message.split()) or "bad input"
+    print(f"unmask: error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Tiny real models and a tiny real tokenizer; nothing here is downloaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers as tf
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
+
+from unmask import hf
+from unmask.denoiser import DiffusionConfig
+
+hf_logging.set_verbosity_error()
+hf_logging.disable_progress_bar()
+
+VOCABULARY = 97
+_SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "initializer_range": 0.15,
+}  # fmt: skip
+_GQA = _SIZES | {"num_key_value_heads": 2}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 1,
+        "eos_token_id": 2, "initializer_range": 0.15}  # fmt: skip
+_MIXED = ["sliding_attention", "full_attention"]
+
+SUPPORTED = {
+    "gpt2": lambda: tf.GPT2Config(**_GPT),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**_SIZES),
+    "opt": lambda: tf.OPTConfig(**(_SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.15})),
+    "llama": lambda: tf.LlamaConfig(**_GQA),
+    "mistral": lambda: tf.MistralConfig(**_GQA, sliding_window=None),
+    "mistral_window": lambda: tf.MistralConfig(**_GQA, sliding_window=7),
+    "qwen2": lambda: tf.Qwen2Config(**_GQA),
+    "qwen2_window": lambda: tf.Qwen2Config(**_GQA, use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    "qwen3": lambda: tf.Qwen3Config(**_GQA, head_dim=8),
+    "qwen3_moe": lambda: tf.Qwen3MoeConfig(**_GQA, **_MOE, head_dim=8),
+    "mixtral": lambda: tf.MixtralConfig(**_GQA, num_local_experts=4, num_experts_per_tok=2),
+    "gemma2": lambda: tf.Gemma2Config(**_GQA, head_dim=8, sliding_window=7, layer_types=_MIXED),
+    "gemma3": lambda: tf.Gemma3TextConfig(**_GQA, head_dim=8, sliding_window=7, layer_types=_MIXED),
+    "olmo2": lambda: tf.Olmo2Config(**_GQA),
+    "phi3": lambda: tf.Phi3Config(**_GQA),
+    "smollm3": lambda: tf.SmolLM3Config(**_GQA),
+    "granite": lambda: tf.GraniteConfig(**_GQA),
+    "bitnet": lambda: tf.BitNetConfig(**_GQA),
+}
+REFUSED = {
+    "bloom": lambda: tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+    "mpt": lambda: tf.MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+    "gpt_neo": lambda: tf.GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4,
+                                       attention_types=[[["global", "local"], 1]], window_size=8),
+    "lfm2": lambda: tf.Lfm2Config(**_GQA, layer_types=["conv", "full_attention"]),
+    "qwen3_next": lambda: tf.Qwen3NextConfig(**_GQA, **_MOE, head_dim=8, shared_expert_intermediate_size=16,
+                                             layer_types=["linear_attention", "full_attention"]),
+    "mamba": lambda: tf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
+}  # fmt: skip
+MASK = VOCABULARY - 1
+
+
+def tiny_model(config: object, dtype: torch.dtype = torch.float32):
+    """A random instance in eval mode, seeded."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def tiny_llama(dtype: torch.dtype = torch.float64, **changes: object):
+    return tiny_model(tf.LlamaConfig(**(_GQA | changes)), dtype)
+
+
+def network(model=None, dtype: torch.dtype = torch.float64) -> hf.HFNetwork:
+    """A tiny llama (unless given) whose last vocabulary row is the mask token."""
+    return hf.HFNetwork(tiny_llama(dtype) if model is None else model, MASK)
+
+
+def block_config(
+    block_size: int = 4, *, shift: bool = False, clean: str | None = "block_causal", attention: str = "two_stream"
+) -> DiffusionConfig:
+    return DiffusionConfig(MASK, attention, clean, block_size, shift, "test", "0")
+
+
+def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Ids that are neither special nor the mask."""
+    return torch.randint(3, MASK, shape, generator=torch.Generator().manual_seed(seed))
+
+
+STORIES = [
+    f"Once there was a {animal} who liked to {verb} in the {place}. The {animal} was very {mood} that day."
+    for animal in ("cat", "dog", "little bird", "grey mouse")
+    for verb in ("play", "sing", "run and jump")
+    for place in ("garden", "old house", "sun")
+    for mood in ("happy", "tired")
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_and_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ordinary HF folder: a byte-level BPE tokenizer with <s>, </s> and a tiny llama without a spare row."""
+    folder = tmp_path_factory.mktemp("parent")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(STORIES, 300, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
+    config = tf.LlamaConfig(**(_GQA | {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1,
+                                       "pad_token_id": None, "tie_word_embeddings": True}))  # fmt: skip
+    tiny_model(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "stories.txt"
+    path.write_text("<|endoftext|>".join(STORIES))
+    return path
+
+
+@pytest.fixture(scope="session")
+def converted(tokenizer_and_model: Path, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The parent after a short conversion."""
+    import unmask
+
+    folder = tmp_path_factory.mktemp("runs") / "converted"
+    unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", folder, show_progress=False, max_tokens=4000,
+                 max_length=64, block_size=4, batch_size=4, eval_every=4, save_every=5)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real models and corpora beside the checkout, where there are any."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not (folder / "models").is_dir():
+        pytest.skip("needs the folder shared/ with real models beside the checkout")
+    return folder

@@ -1,0 +1,112 @@
+"""Patterns equal a double loop over their definitions, and both expansions equal each other."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from unmask import attention
+from unmask.attention import PADDING, Layout
+from unmask.chunked import chunked_attention
+
+B = 4
+
+
+def packed(length: int = 22) -> Layout:
+    """Two rows: documents of 9 + 8 tokens with 5 of padding, and one of 22."""
+    position = torch.stack([torch.cat([torch.arange(9), torch.arange(8), torch.arange(5)]), torch.arange(length)])
+    document = torch.stack([torch.tensor([0] * 9 + [1] * 8 + [PADDING] * 5), torch.zeros(length, dtype=torch.long)])
+    return Layout.of(position, document)
+
+
+def both_streams(layout: Layout) -> Layout:
+    return layout._replace(noisy=torch.ones_like(layout.noisy)).then(layout)
+
+
+def by_definition(name: str, q: tuple[int, bool], kv: tuple[int, bool]) -> bool:
+    (i, q_noisy), (j, kv_noisy) = q, kv
+    if name == "causal":
+        return j <= i
+    if name == "bidirectional":
+        return True
+    if name == "block_causal":
+        return j // B <= i // B
+    if name == "window":
+        return abs(i - j) < 3
+    if q_noisy:
+        return j // B == i // B if kv_noisy else j // B < i // B
+    if kv_noisy:
+        return False
+    return j <= i if name == "two_stream causal" else j // B <= i // B
+
+
+PATTERNS = {
+    "causal": attention.causal,
+    "bidirectional": attention.bidirectional,
+    "block_causal": attention.block_causal(B),
+    "window": attention.window(3),
+    "two_stream block_causal": attention.two_stream(B),
+    "two_stream causal": attention.two_stream(B, "causal"),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_dense_pattern_equals_double_loop(name: str) -> None:
+    layout = both_streams(packed())
+    pattern = attention.intersect(PATTERNS[name], attention.same_document)
+    got = attention.dense(pattern, layout, layout)
+    for row in range(2):
+        where = [tuple(field[row, k].item() for field in layout) for k in range(layout.position.shape[1])]
+        for a, (i, q_doc, q_noisy) in enumerate(where):
+            for b, (j, kv_doc, kv_noisy) in enumerate(where):
+                expected = q_doc == kv_doc and by_definition(name, (i, q_noisy), (j, kv_noisy))
+                assert got[row, a, b].item() == expected, (row, a, b)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_block_mask_equals_dense(name: str) -> None:
+    layout = both_streams(packed())
+    pattern = attention.intersect(PATTERNS[name], attention.same_document)
+    allowed = attention.dense(pattern, layout, layout)
+    q, k, v = torch.randn(3, 2, 2, layout.position.shape[1], 8, generator=torch.Generator().manual_seed(0))
+    mask = attention.block_mask(pattern, layout, layout)
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
+    torch.testing.assert_close(flex_attention(q, k, v, block_mask=mask), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_every_token_sees_itself_and_padding_never_leaks(name: str) -> None:
+    layout = both_streams(packed())
+    allowed = attention.dense(attention.intersect(PATTERNS[name], attention.same_document), layout, layout)
+    assert allowed.diagonal(dim1=-2, dim2=-1).all()
+    assert not allowed[layout.real[:, :, None] & ~layout.real[:, None, :]].any()
+
+
+@pytest.mark.parametrize("length", [100, 128, 300])
+def test_chunked_attention_matches_dense_with_gradients(length: int) -> None:
+    position = torch.arange(length) % 77
+    layout = both_streams(Layout.of(position[None], (torch.arange(length) // 77)[None]))
+    pattern = attention.intersect(attention.two_stream(8), attention.same_document)
+    allowed = attention.dense(pattern, layout, layout)[:, None]
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 4, 2 * length, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    k, v = (
+        torch.randn(3, 2, 2 * length, 8, generator=generator, dtype=torch.float64, requires_grad=True) for _ in "kv"
+    )
+    weight = torch.randn(q.shape, generator=generator, dtype=torch.float64)
+    dense = scaled_dot_product_attention(
+        q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=allowed, scale=0.3
+    )
+    chunked = chunked_attention(q, k, v, allowed, 0.3)
+    torch.testing.assert_close(chunked, dense, atol=1e-10, rtol=0)
+    for a, b in zip(
+        torch.autograd.grad((chunked * weight).sum(), (q, k, v)),
+        torch.autograd.grad((dense * weight).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+def test_two_stream_names_an_unknown_clean_attention() -> None:
+    with pytest.raises(ValueError, match="'full' is unknown"):
+        attention.two_stream(4, "full")

@@ -207,7 +207,7 @@ def test_mask_token_can_reuse_a_token_with_its_embedding(tokenizer_and_model: Pa
     assert torch.equal(model.get_input_embeddings().weight, before)
 
 
-def test_qwen3_gets_the_token_that_engines_know(tokenizer_and_model: Path, shared: Path) -> None:
+def test_qwen3_gets_the_token_that_engines_know(shared: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "qwen2")
     config = tf.Qwen3Config(vocab_size=151936, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                             num_attention_heads=1, num_key_value_heads=1, head_dim=8)  # fmt: skip
@@ -234,7 +234,9 @@ def test_mask_token_has_probability_zero_everywhere(converted: Path) -> None:
         assert logits[..., :mask].isfinite().all()
 
 
-def test_saved_folder_loads_with_the_same_logits_here_and_in_stock_transformers(converted: Path, tmp_path: Path) -> None:
+def test_saved_folder_loads_with_the_same_logits_here_and_in_stock_transformers(
+    converted: Path, tmp_path: Path
+) -> None:
     lm = unmask.load(converted)
     lm.save_pretrained(tmp_path)
     again, stock = unmask.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)

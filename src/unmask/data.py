@@ -200,7 +200,8 @@ def load_corpus(
             if len(texts) == 256:
                 flush(texts)
                 texts = []
-        flush(texts)
+        if texts:
+            flush(texts)
         if len(pieces) == before:
             raise ValueError(f"data file {str(path)!r} holds no documents")
     lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
@@ -235,7 +236,8 @@ class HubStream:
             if len(texts) == 256:
                 yield from tokenize(self.tokenizer, texts, self.end_token_id)
                 texts = []
-        yield from tokenize(self.tokenizer, texts, self.end_token_id)
+        if texts:
+            yield from tokenize(self.tokenizer, texts, self.end_token_id)
 
 
 # --- token ids -> packed rows

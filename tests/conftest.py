@@ -128,7 +128,8 @@ def converted(tokenizer_and_model: Path, stories: Path, tmp_path_factory: pytest
 
     folder = tmp_path_factory.mktemp("runs") / "converted"
     unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", folder, show_progress=False, max_tokens=4000,
-                 max_length=64, block_size=4, batch_size=4, eval_every=4, save_every=5, eval_data=str(stories))  # fmt: skip
+                 max_length=64, block_size=4, batch_size=4, save_every=5, eval_every=4,
+                 eval_data=str(stories))  # fmt: skip
     return folder
 
 

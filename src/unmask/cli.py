@@ -304,8 +304,16 @@ def main() -> None:
         # Usage errors of the parser (typer brings its own copy of click) know their exit code and message.
         if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
             raise
-        _fail(error.format_message())
+        _fail(error.format_message() + _given(getattr(error, "param", None)))
     sys.exit(code or 0)
+
+
+def _given(param: Any) -> str:
+    """The value that the command line gave an option, for messages that leave it out."""
+    for option in getattr(param, "opts", ()):
+        if option in sys.argv[:-1]:
+            return f" (got {sys.argv[sys.argv.index(option) + 1]!r})"
+    return ""
 
 
 def _fail(message: str) -> None:

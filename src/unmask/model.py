@@ -104,7 +104,8 @@ class DiffusionLM:
 
         mode: "diffusion" (block by block, the default of a converted checkpoint) or "ar" (every checkpoint).
         select: a commit rule of `unmask.sampling`, Threshold(0.9) by default. temperature 0 is greedy.
-        callback(row, positions, tokens) is called at each commit. The same seed gives the same output.
+        callback(row, positions, tokens) is called at each commit. The same seed gives the same output. A row
+        ends at the end token, after max_new_tokens, or where the model's context does.
         """
         mode = mode or ("ar" if self.diffusion is None else "diffusion")
         self._check_mode(mode)
@@ -113,18 +114,16 @@ class DiffusionLM:
             raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
         context = self.network.context_length
         for ids in rows:
-            if context is not None and len(ids) + max_new_tokens > context:
-                room = context - len(ids)
-                fix = f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt"
+            if context is not None and len(ids) >= context:
                 raise ValueError(
-                    f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's context of "
-                    f"{context}: {fix}"
+                    f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}: shorten it"
                 )
         stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
         if any(not s for s in stops):
             raise ValueError("stop string '' is empty: it would end every row before it begins")
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
+            "context_length": context,
             "temperature": temperature,
             "top_p": top_p,
             "seed": secrets.randbits(31) if seed is None else seed,
@@ -140,7 +139,6 @@ class DiffusionLM:
                 self.network,
                 self.diffusion.with_block_size(block_size),
                 rows,
-                context_length=context,
                 max_denoising_steps=max_denoising_steps,
                 select=select,
                 **options,

@@ -19,6 +19,7 @@ def sample_autoregressive(
     prompts: Sequence[Tensor],
     *,
     max_new_tokens: int,
+    context_length: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -61,6 +62,8 @@ def sample_autoregressive(
             kept = len(new_tokens[row]) if token in end_token_ids else None
             if kept is None and stop is not None:
                 kept = stop(row, new_tokens[row])
+            if kept is None and place + 1 == context_length:
+                kept = len(new_tokens[row])
             if kept is None:
                 going.append(i)
             else:

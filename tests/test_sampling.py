@@ -101,12 +101,15 @@ def test_sampled_tokens_equal_uncached_with_the_same_noise() -> None:
     check(network(), block_config(4), (5, 9), max_new_tokens=9, select=Confidence(2), temperature=1.0, seed=5)
 
 
-def test_block_cut_by_the_context_equals_uncached() -> None:
-    prompt = random_tokens(9)
-    config = block_config(8)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_block_cut_by_the_context_equals_uncached(name: str) -> None:
+    """The context of 128 ends inside a block of 24, where learned positions have no rows left."""
+    net = hf.HFNetwork(tiny_model(SUPPORTED[name](), torch.float64), MASK)
+    prompt, config = random_tokens(121), block_config(24)
     with torch.no_grad():
-        got = sample_blocks(network(), config, [prompt], max_new_tokens=5, context_length=14, select=Confidence(1))
-        assert got.new_tokens[0] == uncached(network(), config, prompt, max_new_tokens=5, n=1, context=14)[0]
+        got = sample_blocks(net, config, [prompt], max_new_tokens=99, context_length=128, select=Confidence(1))
+        assert len(got.new_tokens[0]) == 7
+        assert got.new_tokens[0] == uncached(net, config, prompt, max_new_tokens=99, n=1, context=128)[0]
 
 
 def test_limits_of_the_threshold() -> None:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 import transformers
 from torch import Tensor
@@ -400,11 +401,14 @@ def adapt(
     hf.without_dropout(lm.model)
     adapted = DiffusionLM(lm.model, lm.tokenizer, config)
 
+    ranks = accelerate.PartialState()
+    ranks.wait_for_everyone()  # all have read the folder before one writes to it
     versions = {"unmask": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    output_dir.mkdir(parents=True, exist_ok=True)
     run |= {"versions": versions, "rule": RULE_TEXT, "finished": False}
-    _write_run(output_dir, run)
-
+    show_progress = show_progress and ranks.is_main_process
+    if ranks.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _write_run(output_dir, run)
     if show_progress:
         shown = ("block_size", "max_length", "batch_size", "learning_rate", "min_learning_rate_ratio", "half_life")
         print(f"{RULE_TEXT}: " + ", ".join(f"{name}={run['settings'][name]}" for name in shown), file=sys.stderr)
@@ -434,13 +438,14 @@ def adapt(
             evaluate=evaluate,
             report=report,
         )
-    figures = evaluate(lm.model) if evaluate is not None else {}
-    if figures:
-        append_metrics(output_dir, {"step": state.step, "tokens": state.tokens, **figures})
-    if int(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0) == 0:
+    if ranks.is_main_process:
+        figures = evaluate(lm.model) if evaluate is not None else {}
+        if figures:
+            append_metrics(output_dir, {"step": state.step, "tokens": state.tokens, **figures})
         adapted.save_pretrained(output_dir)
         (output_dir / "README.md").write_text(_model_card(name, adapted, chosen, state.tokens, figures))
         _write_run(output_dir, run | {"finished": True, "tokens": state.tokens, "evaluation": figures})
+    ranks.wait_for_everyone()
     return adapted
 
 

@@ -341,6 +341,7 @@ def train(
     if accelerator.is_main_process:
         _trim_metrics(output_dir / "metrics.jsonl", state.step)
 
+    goal = token_goal(settings, source)
     total_steps = count_steps(settings, source)
     packer = Packer(
         source,
@@ -351,8 +352,10 @@ def train(
     )
     rank, ranks = accelerator.process_index, accelerator.num_processes
     share = settings.batch_size // ranks
-    summed, counted, since, tokens_since = 0.0, 0, time.perf_counter(), 0
-    while settings.max_tokens is None or state.tokens < settings.max_tokens:
+    # Kept on the device: a step waits for nothing, a log line for its figures.
+    summed = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    counted, since, tokens_since = 0, time.perf_counter(), 0
+    while state.tokens < goal:
         full = packer.batch(settings.batch_size)
         if full is None:
             break
@@ -362,7 +365,6 @@ def train(
         mine = full.rows(rank * share, (rank + 1) * share)
         # Every rank sees the whole step's rows, so the count to divide by needs no communication.
         count = int(predictable(full.layout).sum())
-        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         for start, micro in _micro_batches(mine, settings.micro_batch_size):
             rows = torch.arange(len(micro.x0)) + rank * share + start
             last = start + settings.micro_batch_size >= len(mine.x0)
@@ -370,33 +372,42 @@ def train(
                 loss = step_loss(network, settings, config, micro.to(accelerator.device), state.step, rows)
                 # Gradients are averaged over ranks, hence the factor.
                 accelerator.backward(loss.sum * (ranks / max(1, count)))
-            total += loss.sum.detach().double()
+            summed += loss.sum.detach()
         accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         state = TrainState(state.step + 1, state.tokens + full.num_tokens, packer.state)
 
-        summed, counted = summed + float(accelerator.reduce(total)), counted + count
+        counted += count
         tokens_since += full.num_tokens
-        ended = settings.max_tokens is not None and state.tokens >= settings.max_tokens
+        ended = state.tokens >= goal
+        evaluating = evaluate is not None and state.step % settings.eval_every == 0 and not ended
         evaluation: dict[str, float] = {}
-        if evaluate is not None and accelerator.is_main_process and state.step % settings.eval_every == 0 and not ended:
+        if evaluate is not None and evaluating and accelerator.is_main_process:
             before = time.perf_counter()
             wrapped.eval()
             evaluation = evaluate(accelerator.unwrap_model(wrapped))
             wrapped.train()
             since += time.perf_counter() - before
-        if accelerator.is_main_process and (state.step % settings.log_every == 0 or evaluation or ended):
+        if state.step % settings.log_every == 0 or evaluating or ended:
+            loss_now = float(accelerator.reduce(summed)) / max(1, counted)
             speed = tokens_since / max(1e-9, time.perf_counter() - since)
-            row = {"step": state.step, "tokens": state.tokens, "loss": summed / max(1, counted),
-                   "learning_rate": rate, **evaluation}  # fmt: skip
-            append_metrics(output_dir, row)
-            if settings.report_to:
-                accelerator.log({k: v for k, v in row.items() if k != "step"}, step=state.step)
-            if report is not None:
-                report(Progress(state.step, max(total_steps, state.step), state.tokens, row["loss"], rate, speed,
-                                evaluation))  # fmt: skip
-            summed, counted, since, tokens_since = 0.0, 0, time.perf_counter(), 0
+            if accelerator.is_main_process:
+                row = {
+                    "step": state.step,
+                    "tokens": state.tokens,
+                    "loss": loss_now,
+                    "learning_rate": rate,
+                    **evaluation,
+                }
+                append_metrics(output_dir, row)
+                if settings.report_to:
+                    accelerator.log({k: v for k, v in row.items() if k != "step"}, step=state.step)
+                if report is not None:
+                    steps = max(total_steps, state.step)
+                    report(Progress(state.step, steps, state.tokens, loss_now, rate, speed, evaluation))
+            summed.zero_()
+            counted, since, tokens_since = 0, time.perf_counter(), 0
         if state.step % settings.save_every == 0:
             save_checkpoint(accelerator, output_dir, state, settings.keep_checkpoints)
     accelerator.end_training()
@@ -407,16 +418,20 @@ def train(
     return state
 
 
+def token_goal(settings: Settings, source: Corpus | HubStream) -> int:
+    """Tokens to train on: max_tokens, else one pass; a stream has no known end."""
+    if settings.max_tokens is not None:
+        return settings.max_tokens
+    if not isinstance(source, Corpus):
+        raise ValueError("a streamed data set has no known end: give --max-tokens")
+    return source.num_tokens
+
+
 def count_steps(settings: Settings, source: Corpus | HubStream) -> int:
-    """Optimiser steps of the run; a stream of unknown length needs max_tokens."""
+    """Optimiser steps of the run."""
     assert settings.max_length is not None
     assert settings.batch_size is not None
-    tokens = settings.max_tokens
-    if tokens is None:
-        if not isinstance(source, Corpus):
-            raise ValueError("a streamed data set has no known end: give --max-tokens")
-        tokens = source.num_tokens
-    return math.ceil(tokens / (settings.max_length * settings.batch_size))
+    return math.ceil(token_goal(settings, source) / (settings.max_length * settings.batch_size))
 
 
 def _optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer:

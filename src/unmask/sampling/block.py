@@ -73,7 +73,7 @@ def sample_blocks(
     while len(rows):
         position = starts[rows, None] + torch.arange(width, device=device)
         inside = position < (context_length or canvas.shape[1])
-        layout = Layout.of(position, torch.where(inside, 0, PADDING))
+        layout = Layout.of(torch.where(inside, position, 0), torch.where(inside, 0, PADDING))
         xt = canvas[rows].gather(1, position)
         masked = open_[rows].gather(1, position) & (position < ends[rows, None])
         priority = torch.stack([uniform(width, key=("order", seed, r, s)) for r, s in

@@ -303,7 +303,10 @@ class Packer:
             epoch, start = epoch + 1, 0
 
     def batch(self, size: int) -> Batch | None:
-        """The next `size` rows (fewer at the end), or None when nothing is left."""
+        """The next `size` rows, at the end filled up with padding, or None when nothing is left.
+
+        Always `size` rows, so that every rank of a distributed step has its share to run.
+        """
         ids = np.zeros((size, self.max_length), dtype=np.int64)
         position = np.tile(np.arange(self.max_length), (size, 1))
         document = np.full((size, self.max_length), PADDING, dtype=np.int64)
@@ -326,8 +329,7 @@ class Packer:
             self.state = replace(self.state, offset=self.state.offset + take)
             if column == self.max_length:
                 row, column, number = row + 1, 0, 0
-        filled = row + (column > 0)
-        if not filled:
+        if row + column == 0:
             return None
-        x0, where, owner = (torch.from_numpy(array[:filled]) for array in (ids, position, document))
+        x0, where, owner = (torch.from_numpy(array) for array in (ids, position, document))
         return Batch(x0, Layout.of(where, owner))

@@ -413,6 +413,10 @@ def adapt(
         shown = ("block_size", "max_length", "batch_size", "learning_rate", "min_learning_rate_ratio", "half_life")
         print(f"{RULE_TEXT}: " + ", ".join(f"{name}={run['settings'][name]}" for name in shown), file=sys.stderr)
 
+        if chosen.anneal_steps > total_steps:
+            print(f"note: anneal_steps={chosen.anneal_steps} is more than the {total_steps} steps of this run, which "
+                  "ends before attention is fully open", file=sys.stderr)  # fmt: skip
+
     newest = latest_checkpoint(output_dir) if resume else None
     start = read_state(newest).step if newest is not None else 0
     with progress("train", total_steps, start=start, show=show_progress) as advance:

@@ -307,6 +307,16 @@ def test_remasking_keeps_the_share_of_clean_tokens(remask: Remask) -> None:
     assert all(MASK not in tokens for tokens in got.new_tokens)
 
 
+@pytest.mark.parametrize("variant", ["cap", "rescale", "confidence", "loop"])
+def test_a_remasked_ragged_batch_equals_each_row_with_its_number(variant: str) -> None:
+    net, options = network(), {"remask": Remask(variant, 0.3), "max_denoising_steps": 15, "temperature": 1.0, "seed": 3}
+    got = sample_bidirectional(net, config(), CANVASES, **options)
+    for row, one in enumerate(CANVASES):
+        alone = sample_bidirectional(net, config(), [one], row_numbers=[row], **options)
+        assert alone.new_tokens[0] == got.new_tokens[row]
+        assert alone.num_forwards[0] == got.num_forwards[row]
+
+
 def test_a_remasked_position_is_drawn_with_fresh_noise() -> None:
     assert torch.equal(gumbel(9, 1, 2, 3), gumbel(9, 1, 2, 3, draw=0))
     assert not torch.equal(gumbel(9, 1, 2, 3), gumbel(9, 1, 2, 3, draw=1))

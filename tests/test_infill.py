@@ -183,6 +183,7 @@ def test_bound_of_a_continuation_equals_enumeration_and_the_whole_document() -> 
         ((["a", "b"], "c", 4), {}, "2 prefixes do not go with 1 suffixes"),
         (("a", "b", 4), {"max_denoising_steps": 5}, "max_denoising_steps 5 exceeds the 4 tokens"),
         (("a", "b", 4), {"attention": "causal"}, "attention 'causal' is unknown"),
+        (("a", "b", 4), {"mode": "ar"}, "mode 'ar' cannot see a suffix"),
         (("a", "b", 4), {"block_size": 4}, "block_size 4 has no meaning here"),
         (("a", "b", 4), {"stop_strings": [""]}, "stop string '' is empty"),
     ],

@@ -14,8 +14,10 @@ from unmask.noise import gumbel
 from unmask.sampling import (
     Candidates,
     Confidence,
+    Entropy,
     EntropyBound,
     Factor,
+    Margin,
     Random,
     Threshold,
     sample_autoregressive,
@@ -274,6 +276,8 @@ def candidates(confidence: list[float], masked: list[bool] | None = None) -> Can
         (EntropyBound(0.0), [1]),
         (EntropyBound(0.2), [1, 3]),  # H = .198, .325, .673, .693: sum less the largest .198 | .523
         (Random(2), [1, 3]),
+        (Entropy(2), [1, 3]),
+        (Margin(3), [1, 2, 3]),
     ],
 )
 def test_rules_commit_what_they_say(rule, expected: list[int]) -> None:
@@ -281,7 +285,8 @@ def test_rules_commit_what_they_say(rule, expected: list[int]) -> None:
     assert commit[0].nonzero()[:, 0].tolist() == expected
 
 
-@pytest.mark.parametrize("rule", [Confidence(1), Threshold(1.0), Factor(1e-9), EntropyBound(0.0), Random(1)])
+@pytest.mark.parametrize("rule", [Confidence(1), Threshold(1.0), Factor(1e-9), EntropyBound(0.0), Random(1), Entropy(1),
+                                  Margin(1)])  # fmt: skip
 def test_every_rule_honours_at_least_and_the_mask(rule) -> None:
     masked = [True, False, True, True]
     commit = rule(candidates([0.5, 0.95, 0.6, 0.9], masked), torch.tensor([2]))

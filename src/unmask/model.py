@@ -173,6 +173,7 @@ class DiffusionLM:
         prefix: str | Sequence[str],
         suffix: str | Sequence[str],
         num_tokens: int | Sequence[int],
+        mode: str | None = None,
         max_denoising_steps: int | None = None,
         block_size: int | None = None,
         select: Selector | None = None,
@@ -202,6 +203,8 @@ class DiffusionLM:
         config = self.diffusion
         if config is None:
             raise ValueError("infill needs a converted checkpoint: this is an untouched AR model; adapt it first")
+        if mode not in (None, "diffusion"):
+            raise ValueError(f"mode {mode!r} cannot see a suffix: infill works in mode 'diffusion'")
         if attention not in (None, "bidirectional"):
             raise ValueError(f"attention {attention!r} is unknown: leave it out, or use 'bidirectional'")
         if attention == "bidirectional":
@@ -727,7 +730,7 @@ def _model_card(parent: str, lm: DiffusionLM, settings: Settings, tokens: int, f
                 "attention",
                 config.attention + (f", clean half {config.clean_attention}" if config.clean_attention else ""),
             ),
-            ("block size", config.block_size),
+            ("block size", config.block_size or "whole canvas"),
             ("token shift", "yes" if config.shift else "no"),
             ("mask token", f"`{lm.tokenizer.mask_token}` (id {config.mask_token_id})"),
         ]

@@ -128,8 +128,10 @@ def sample_bidirectional(
             assert progress is not None
             generated = open_[rows] & ~here
             reveal, again = remask.rates(step / max_denoising_steps, progress, generated, confidence[rows])
-            chance = torch.stack([uniform(len(index), key=("remask", seed, numbers[i], step)) for i in rows.tolist()])
-            commit, back = here & (chance.to(device) < reveal), generated & (chance.to(device) < again)
+            chance = torch.ones_like(reveal)
+            for k, i in enumerate(rows.tolist()):
+                chance[k, : sizes[i]] = uniform(sizes[i], key=("remask", seed, numbers[i], step)).to(device)
+            commit, back = here & (chance < reveal), generated & (chance < again)
         if bool(commit.any()):
             confidence[rows] = torch.where(commit, found, confidence[rows])
             xt[rows] = torch.where(commit, before.masked_scatter(here, tokens), before)
@@ -137,8 +139,8 @@ def sample_bidirectional(
         if bool(back.any()):
             xt[rows] = xt[rows].masked_fill(back, config.mask_token_id)
             draws[rows] += back
-            for i, j in zip(rows[back.nonzero()[:, 0]].tolist(), back.nonzero()[:, 1].tolist(), strict=True):
-                if noise is not None:
+            if noise is not None:
+                for i, j in zip(rows[back.nonzero()[:, 0]].tolist(), back.nonzero()[:, 1].tolist(), strict=True):
                     noise[slot[i, j]] = gumbel(noise.shape[-1], seed, numbers[i], j, draw=int(draws[i, j]))
         step += 1
         last = step == max_denoising_steps
@@ -152,9 +154,8 @@ def sample_bidirectional(
                 known = int(waiting[0]) if len(waiting) else len(places[row])
                 new = xt[row][places[row][:known]].tolist()
                 kept = first_end(new, end_token_ids)
-                if stop is not None and new:
-                    stopped = stop(row, new[:kept])
-                    kept = stopped if stopped is not None else kept
+                if stop is not None and new and (stopped := stop(row, new[:kept])) is not None:
+                    kept = stopped
                 if kept is not None:
                     num_new[row], masked[row] = kept, False
         if remask is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _HELD, _LOOP_BEGINS, _LOOP_ENDS = 0.9, 0.55, 0.05
-"""Of the loop variant: the share of clean tokens held, and the times between which it is (ReMDM, Table 1)."""
+"""Of the loop variant: the share of clean tokens held, and the times between which it is."""
 
 
 @dataclass(frozen=True)

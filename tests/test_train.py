@@ -222,7 +222,7 @@ def test_small_parents_get_measured_values_and_large_ones_the_papers() -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_resolves_at_every_size(name: str) -> None:
     for parameters in (10**5, 10**8, 5 * 10**8, 10**10):
-        chosen = resolve(load_recipe(name), parameters, 512)
+        chosen = resolve(load_recipe(name), parameters, 2048)
         assert chosen.max_length % chosen.block_size == 0
         assert chosen.micro_batch_size <= chosen.batch_size
     assert name in unmask.recipes()

@@ -142,6 +142,38 @@ def nelbo(
     return [_output(float(t), d, context_length, e) for t, d, e in zip(totals.mean(1), documents, errors, strict=True)]
 
 
+@torch.inference_mode()
+def continuation_nelbo(
+    network: Network,
+    config: DiffusionConfig,
+    texts: Sequence[Tensor],
+    num_given: Sequence[int],
+    *,
+    num_samples: int = 8,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+) -> list[LikelihoodOutput]:
+    """The NELBO of each text after its first `num_given` tokens, given those; bytes are not counted."""
+    documents = [Document(text, torch.zeros_like(text)) for text in texts]
+    totals = torch.zeros(len(texts), num_samples, dtype=torch.float64)
+    for windows, x0, layout in _batches(documents, None, batch_tokens, network.device):
+        given = torch.tensor([num_given[owner] for owner, _ in windows], device=network.device)
+        maskable = predictable(layout) & (layout.position >= given[:, None])
+        segment = segments(layout, config.segment_size)
+        for draw, corruption in enumerate(_drawn_masks(segment, maskable, windows, num_samples, seed)):
+            values = corruption.weight[corruption.masked].double() * token_nll(network, config, x0, layout, corruption)
+            for (owner, _), value in zip(windows, _row_sums(values, corruption.masked), strict=True):
+                totals[owner, draw] += value
+    errors: list[float | None] = [None] * len(texts)
+    if num_samples > 1:
+        errors = (totals.std(dim=1) / math.sqrt(num_samples)).tolist()
+    counts = [len(text) - max(1, n) for text, n in zip(texts, num_given, strict=True)]
+    return [
+        LikelihoodOutput(float(total), count, 0, error)
+        for total, count, error in zip(totals.mean(1), counts, errors, strict=True)
+    ]
+
+
 def _all_masks(segment: Tensor, maskable: Tensor, draws: int) -> Iterator[Corruption]:
     """Mask number m = 1 .. 2^B - 1 of every segment at once: bit i is its i-th maskable token."""
     before = maskable.long().cumsum(-1) - maskable.long()

@@ -57,6 +57,7 @@ class Settings:
     divide by the predictable "tokens" (unbiased) or the "masked" ones of the micro-batch (DiffuLLaMA's code).
     anneal_steps, anneal_form, anneal_redraw: see `annealing`; 1 is full attention at once. batch_size counts
     rows of max_length in one optimiser step, micro_batch_size those that run at once on one device.
+    eval_every: steps, by default a tenth of the run.
     """
 
     recipe: str
@@ -73,7 +74,7 @@ class Settings:
     anneal_steps: int = 1
     anneal_form: str = "entries"
     anneal_redraw: bool = False
-    half_life: float = math.inf
+    half_life: float | None = None
     mask_token: str | None = None
     mask_init: str | None = None
     # data
@@ -84,7 +85,7 @@ class Settings:
     end_token: str | None = None
     eval_data: str | None = None
     eval_documents: int = 64
-    eval_samples: int = 4
+    eval_samples: int = 2
     # optimisation
     max_tokens: int | None = None
     batch_size: int | None = None
@@ -101,7 +102,7 @@ class Settings:
     seed: int = 0
     # bookkeeping
     log_every: int = 10
-    eval_every: int = 200
+    eval_every: int | None = None
     save_every: int = 500
     keep_checkpoints: int = 2
     report_to: str | None = None
@@ -133,7 +134,7 @@ class Settings:
             )
         if self.complementary and self.masking != "exact":
             raise ValueError("complementary=true needs masking='exact'")
-        if math.isfinite(self.half_life) and self.masking != "exact":
+        if self.half_life is not None and math.isfinite(self.half_life) and self.masking != "exact":
             raise ValueError(f"half_life={self.half_life} needs masking='exact': Bernoulli masks have no order")
 
 
@@ -180,8 +181,8 @@ _RULE: dict[str, tuple[float, float]] = {
     # measured on parents below 100M parameters; published for parents from 1B
     "learning_rate": (4e-3, 1e-5),
     "min_learning_rate_ratio": (0.1, 0.3),
-    "batch_tokens": (4096, 2**21),
-    "max_length": (512, 4096),
+    "batch_tokens": (1024, 2**21),
+    "max_length": (256, 4096),
     "block_size": (8, 16),
     "micro_batch_tokens": (16384, 4096),
 }
@@ -192,6 +193,7 @@ def resolve(settings: Settings, num_parameters: int, context_length: int | None)
 
     Up to 100M parameters our measured values, from 1B the published ones, between them interpolated in the
     logarithms of size and value: value = small * (large / small)^s, s = log(N / 100M) / log(10) in [0, 1].
+    half_life, infinite for small parents and 0.1 for large ones, is 0.1 / s.
     """
     s = min(1.0, max(0.0, math.log(num_parameters / _SMALL) / math.log(_LARGE / _SMALL)))
     ruled = {name: small * (large / small) ** s for name, (small, large) in _RULE.items()}
@@ -217,6 +219,7 @@ def resolve(settings: Settings, num_parameters: int, context_length: int | None)
         max_length=length,
         batch_size=batch,
         micro_batch_size=min(settings.micro_batch_size or max(1, round(ruled["micro_batch_tokens"] / length)), batch),
+        half_life=(0.1 / s if s else math.inf) if settings.half_life is None else settings.half_life,
         learning_rate=settings.learning_rate or float(f"{ruled['learning_rate']:.2g}"),
         min_learning_rate_ratio=(
             ruled["min_learning_rate_ratio"]
@@ -265,9 +268,10 @@ def corruptions(settings: Settings, layout: Layout, step: int, rows: Tensor) -> 
         return [mask_bernoulli(t, noise, segment, maskable)]
     size = settings.block_size if by_block else length
     place = (layout.position % size + 1) / size
+    half_life = math.inf if settings.half_life is None else settings.half_life
     if settings.complementary:
-        return list(mask_complementary(t, noise, segment, maskable, place=place, half_life=settings.half_life))
-    return [mask_exact(t, noise, segment, maskable, place=place, half_life=settings.half_life)]
+        return list(mask_complementary(t, noise, segment, maskable, place=place, half_life=half_life))
+    return [mask_exact(t, noise, segment, maskable, place=place, half_life=half_life)]
 
 
 @functools.lru_cache(maxsize=1)
@@ -405,6 +409,7 @@ def train(
 
     goal = token_goal(settings, source)
     total_steps = count_steps(settings, source)
+    eval_every = settings.eval_every or max(1, total_steps // 10)
     packer = Packer(
         source,
         settings.max_length,
@@ -443,7 +448,7 @@ def train(
         counted += count
         tokens_since += full.num_tokens
         ended = state.tokens >= goal
-        evaluating = evaluate is not None and state.step % settings.eval_every == 0 and not ended
+        evaluating = evaluate is not None and state.step % eval_every == 0 and not ended
         evaluation: dict[str, float] = {}
         if evaluate is not None and evaluating and accelerator.is_main_process:
             before = time.perf_counter()

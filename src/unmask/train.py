@@ -52,7 +52,8 @@ class Settings:
     attention "ar" trains the next-token loss instead. noise_level: "block" | "sequence" shares t.
     masking: "exact" draws ceil(t n) of n tokens, "bernoulli" each with probability t. half_life: of
     position-dependent masking, inf is uniform. batch_size counts rows of max_length in one optimiser step,
-    micro_batch_size those that run at once on one device.
+    micro_batch_size those that run at once on one device. predict_padding: one document a row, filled up with end
+    tokens that are corrupted and predicted (DiffuLLaMA's fine-tuning), instead of packed rows.
     """
 
     recipe: str
@@ -73,6 +74,7 @@ class Settings:
     split: str = "train"
     skip_invalid: bool = False
     end_token: str | None = None
+    predict_padding: bool = False
     eval_data: str | None = None
     eval_documents: int = 64
     eval_samples: int = 4
@@ -228,7 +230,9 @@ def diffusion_config(settings: Settings, mask_token_id: int, version: str) -> Di
 # --- one step's noise and loss
 
 
-def corruptions(settings: Settings, layout: Layout, step: int, rows: Tensor) -> list[Corruption]:
+def corruptions(
+    settings: Settings, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None = None
+) -> list[Corruption]:
     """The mask of these rows of the global batch at an optimiser step; two with complementary pairs."""
     assert settings.batch_size is not None
     assert settings.block_size is not None
@@ -237,7 +241,7 @@ def corruptions(settings: Settings, layout: Layout, step: int, rows: Tensor) -> 
     segment = segments(layout, settings.block_size) if by_block else torch.zeros_like(layout.position)
     t = noise_levels(settings.seed, step, rows, settings.batch_size, length).to(device)
     noise = position_noise(settings.seed, step, rows, length).to(device)
-    maskable = predictable(layout)
+    maskable = predictable(layout, loss_mask)
     if settings.masking == "bernoulli":
         return [mask_bernoulli(t, noise, segment, maskable)]
     size = settings.block_size if by_block else length
@@ -252,9 +256,9 @@ def step_loss(
 ) -> LossOutput:
     """Loss (sum, count) of these rows; a mean over draws where a pair of masks is drawn."""
     if config is None:
-        return ar_loss(network, batch.x0, batch.layout)
-    drawn = corruptions(settings, batch.layout, step, rows)
-    losses = [diffusion_loss(network, config, batch.x0, batch.layout, corruption) for corruption in drawn]
+        return ar_loss(network, batch.x0, batch.layout, batch.loss_mask)
+    drawn = corruptions(settings, batch.layout, step, rows, batch.loss_mask)
+    losses = [diffusion_loss(network, config, batch.x0, batch.layout, c, batch.loss_mask) for c in drawn]
     total = losses[0]
     for loss in losses[1:]:
         total = LossOutput(total.sum + loss.sum, total.count)
@@ -364,7 +368,7 @@ def train(
             group["lr"] = rate
         mine = full.rows(rank * share, (rank + 1) * share)
         # Every rank sees the whole step's rows, so the count to divide by needs no communication.
-        count = int(predictable(full.layout).sum())
+        count = int(predictable(full.layout, full.loss_mask).sum())
         for start, micro in _micro_batches(mine, settings.micro_batch_size):
             rows = torch.arange(len(micro.x0)) + rank * share + start
             last = start + settings.micro_batch_size >= len(mine.x0)
@@ -431,7 +435,9 @@ def count_steps(settings: Settings, source: Corpus | HubStream) -> int:
     """Optimiser steps of the run."""
     assert settings.max_length is not None
     assert settings.batch_size is not None
-    return math.ceil(token_goal(settings, source) / (settings.max_length * settings.batch_size))
+    length = settings.max_length
+    per_row = source.tokens_per_row(length) if isinstance(source, Corpus) else length
+    return math.ceil(token_goal(settings, source) / (per_row * settings.batch_size))
 
 
 def _optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer:

@@ -40,10 +40,15 @@ class LikelihoodOutput:
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids of one document (length,), and the UTF-8 bytes of the text that each token spells."""
+    """Token ids of one document (length,), and the UTF-8 bytes of the text that each token spells.
+
+    loss_mask: (length,) bool, False on tokens that are given (a prompt) and so never corrupted nor scored;
+    None gives only the first token of each window.
+    """
 
     ids: Tensor
     num_bytes: Tensor
+    loss_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ def nll(
 ) -> list[LikelihoodOutput]:
     """Exact: -sum_i log p(x_i | x_<i) under the causal pattern, next-token rows."""
     totals = [0.0] * len(documents)
-    for windows, x0, layout in _batches(documents, context_length, batch_tokens, network.device):
-        wanted = predictable(layout)
+    for windows, x0, layout, loss_mask in _batches(documents, context_length, batch_tokens, network.device):
+        wanted = predictable(layout, loss_mask)
         log_p = score_ar(network, x0, layout, wanted).double().log_softmax(-1)
         values = -log_p.gather(-1, x0[wanted][:, None])[:, 0]
         for (owner, _), value in zip(windows, _row_sums(values, wanted), strict=True):
@@ -121,8 +126,8 @@ def nelbo(
         raise ValueError(f"num_samples {num_samples} must be at least 1")
     draws = 2 ** (config.segment_size or 0) - 1 if exact else num_samples
     totals = torch.zeros(len(documents), draws, dtype=torch.float64)
-    for windows, x0, layout in _batches(documents, context_length, batch_tokens, network.device):
-        segment, maskable = segments(layout, config.segment_size), predictable(layout)
+    for windows, x0, layout, loss_mask in _batches(documents, context_length, batch_tokens, network.device):
+        segment, maskable = segments(layout, config.segment_size), predictable(layout, loss_mask)
         masks = (
             _all_masks(segment, maskable, draws)
             if exact
@@ -175,8 +180,8 @@ def _drawn_masks(
 
 def _batches(
     documents: Sequence[Document], context_length: int | None, batch_tokens: int, device: torch.device
-) -> Iterator[tuple[list[tuple[int, int]], Tensor, Layout]]:
-    """((document, start) of the rows, x0, layout), windows of like length together, longest first."""
+) -> Iterator[tuple[list[tuple[int, int]], Tensor, Layout, Tensor]]:
+    """((document, start) of the rows, x0, layout, loss mask), windows of like length together, longest first."""
     windows = [
         ((owner, start), document.ids[start : start + (context_length or len(document.ids))])
         for owner, document in enumerate(documents)
@@ -189,11 +194,16 @@ def _batches(
         batch, windows = windows[:take], windows[take:]
         x0 = torch.zeros(len(batch), width, dtype=torch.long)
         document = torch.full_like(x0, PADDING)
-        for row, (_, ids) in enumerate(batch):
+        loss_mask = torch.ones_like(x0, dtype=torch.bool)
+        for row, ((owner, start), ids) in enumerate(batch):
             x0[row, : len(ids)] = ids
             document[row, : len(ids)] = 0
+            learnt = documents[owner].loss_mask
+            if learnt is not None:
+                loss_mask[row, : len(ids)] = learnt[start : start + len(ids)]
         position = torch.arange(width, device=device).expand(len(batch), width)
-        yield [window for window, _ in batch], x0.to(device), Layout.of(position, document.to(device))
+        layout = Layout.of(position, document.to(device))
+        yield [window for window, _ in batch], x0.to(device), layout, loss_mask.to(device)
 
 
 def _row_sums(values: Tensor, where: Tensor) -> list[float]:
@@ -206,10 +216,8 @@ def _row_sums(values: Tensor, where: Tensor) -> list[float]:
 def _output(
     nats: float, document: Document, context_length: int | None, standard_error: float | None = None
 ) -> LikelihoodOutput:
-    given = torch.arange(0, len(document.ids), context_length or max(1, len(document.ids)))
-    return LikelihoodOutput(
-        nats,
-        len(document.ids) - len(given),
-        int(document.num_bytes.sum() - document.num_bytes[given].sum()),
-        standard_error,
-    )
+    predicted = torch.ones_like(document.ids, dtype=torch.bool)
+    predicted[:: context_length or max(1, len(document.ids))] = False
+    if document.loss_mask is not None:
+        predicted &= document.loss_mask
+    return LikelihoodOutput(nats, int(predicted.sum()), int(document.num_bytes[predicted].sum()), standard_error)

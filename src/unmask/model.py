@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from unmask import hf
+from unmask import hf, lora
 from unmask.data import Corpus, HubStream, find_files, load_corpus
 from unmask.denoiser import DiffusionConfig
 from unmask.evaluation import likelihood
@@ -304,7 +304,15 @@ def load(
     device_map: Any = None,
     quantization_config: Any = None,
 ) -> DiffusionLM:
-    """Load a folder or hub id, converted or not; refuse a model whose attention cannot be controlled."""
+    """Load a folder or hub id, converted or not; refuse a model whose attention cannot be controlled.
+
+    An adapter's folder is its base with the adapter merged into it.
+    """
+    base = lora.adapter_base(name)
+    if base is not None:
+        lm = load(base, device, dtype, attn_implementation, device_map, quantization_config)
+        lora.load_adapter(lm.model, name)
+        return DiffusionLM(lm.model, hf.load_tokenizer(name), hf.read_diffusion(lm.model))
     model, tokenizer = hf.load_pretrained(
         name,
         device=device,
@@ -318,6 +326,8 @@ def load(
 
 
 # --- adaptation
+
+IN_MEMORY = "a model in memory"
 
 
 def recipes() -> dict[str, dict[str, Any]]:
@@ -350,12 +360,16 @@ def adapt(
     sources = [data] if isinstance(data, str | Path) else list(data)
     if not sources:
         raise ValueError("data is empty: give at least one file, folder or hub id")
+    if chosen.lora_rank is not None:
+        lora.require_peft()
     files = find_files(sources)  # before anything slow
     held_out_files = find_files([chosen.eval_data]) if chosen.eval_data else None
     previous = _read_run(output_dir, resume)
 
     lm = model if isinstance(model, DiffusionLM) else load(model, dtype=torch.float32)
-    name = str(getattr(lm.model.config, "_name_or_path", "") or "a model in memory")
+    name = str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
+    if chosen.lora_rank is not None and not chosen.lora_merge and name == IN_MEMORY:
+        raise ValueError("lora_merge=false: an adapter needs the name of its base, and this model is in memory only")
     parent = {"name": name, "class": type(lm.model).__name__, "fingerprint": _fingerprint(lm.model)}
     if chosen.block_size is None and lm.diffusion is not None:
         chosen = replace(chosen, block_size=lm.diffusion.block_size)
@@ -406,11 +420,16 @@ def adapt(
         config = diffusion_config(chosen, mask_token_id, __version__)
     hf.without_dropout(lm.model)
     adapted = DiffusionLM(lm.model, lm.tokenizer, config)
+    tuner = None
+    if chosen.lora_rank is not None:
+        alpha = 2.0 * chosen.lora_rank if chosen.lora_alpha is None else chosen.lora_alpha
+        tuner = lora.add_lora(lm.model, chosen.lora_rank, alpha, chosen.trainable, chosen.seed)
+    trained = sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
 
     ranks = accelerate.PartialState()
     ranks.wait_for_everyone()  # all have read the folder before one writes to it
     versions = {"unmask": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    run |= {"versions": versions, "rule": RULE_TEXT, "finished": False}
+    run |= {"versions": versions, "rule": RULE_TEXT, "trained_parameters": trained, "finished": False}
     show_progress = show_progress and ranks.is_main_process
     if ranks.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -444,14 +463,22 @@ def adapt(
             evaluate=evaluate,
             report=report,
         )
+    if tuner is not None:
+        if ranks.is_main_process and not chosen.lora_merge:
+            hf.write_diffusion(lm.model, config)
+            lora.save_adapter(output_dir, tuner, name)
+            lm.tokenizer.save_pretrained(output_dir)
+        lora.merge(tuner)
     if ranks.is_main_process:
         figures = evaluate(lm.model) if evaluate is not None else {}
         if figures:
             append_metrics(output_dir, {"step": state.step, "tokens": state.tokens, **figures})
-        adapted.save_pretrained(output_dir)
+        if tuner is None or chosen.lora_merge:
+            adapted.save_pretrained(output_dir)
         (output_dir / "README.md").write_text(_model_card(name, adapted, chosen, state.tokens, figures))
         _write_run(output_dir, run | {"finished": True, "tokens": state.tokens, "evaluation": figures})
     ranks.wait_for_everyone()
+    lm.model.config._name_or_path = str(output_dir)
     return adapted
 
 

@@ -44,6 +44,8 @@ Evaluator = Callable[[Any], dict[str, float]]
 
 # --- settings and recipes
 
+LORA_TRAINABLE = ("embeddings", "norms", "head")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -53,7 +55,9 @@ class Settings:
     masking: "exact" draws ceil(t n) of n tokens, "bernoulli" each with probability t. half_life: of
     position-dependent masking, inf is uniform. batch_size counts rows of max_length in one optimiser step,
     micro_batch_size those that run at once on one device. predict_padding: one document a row, filled up with end
-    tokens that are corrupted and predicted (DiffuLLaMA's fine-tuning), instead of packed rows.
+    tokens that are corrupted and predicted (DiffuLLaMA's fine-tuning), instead of packed rows. lora_rank: train
+    adapters of this rank instead of the weights, scaled by lora_alpha / lora_rank (lora_alpha None: twice the
+    rank); lora_trainable: what is trained beside them; lora_merge=false saves a PEFT adapter, not a model.
     """
 
     recipe: str
@@ -78,6 +82,11 @@ class Settings:
     eval_data: str | None = None
     eval_documents: int = 64
     eval_samples: int = 4
+    # adapters
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_trainable: str = "embeddings,norms,head"
+    lora_merge: bool = True
     # optimisation
     max_tokens: int | None = None
     batch_size: int | None = None
@@ -111,14 +120,25 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
         for name in ("block_size", "max_length", "batch_size", "micro_batch_size", "log_every", "eval_every",
                      "save_every", "keep_checkpoints", "eval_samples", "max_tokens", "learning_rate", "half_life",
-                     "max_grad_norm"):  # fmt: skip
+                     "max_grad_norm", "lora_rank", "lora_alpha"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive")
+        for name in self.trainable:
+            if name not in LORA_TRAINABLE:
+                raise ValueError(
+                    f"lora_trainable={self.lora_trainable!r}: {name!r} is unknown: use any of "
+                    f"{', '.join(LORA_TRAINABLE)}, with commas between"
+                )
         if self.complementary and self.masking != "exact":
             raise ValueError("complementary=true needs masking='exact'")
         if math.isfinite(self.half_life) and self.masking != "exact":
             raise ValueError(f"half_life={self.half_life} needs masking='exact': Bernoulli masks have no order")
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The parts named in lora_trainable."""
+        return tuple(name.strip() for name in self.lora_trainable.split(",") if name.strip())
 
 
 def recipe_names() -> list[str]:

@@ -86,11 +86,11 @@ def nll(
 ) -> list[LikelihoodOutput]:
     """Exact: -sum_i log p(x_i | x_<i) under the causal pattern, next-token rows."""
     totals = [0.0] * len(documents)
-    for windows, x0, layout, loss_mask in _batches(documents, context_length, batch_tokens, network.device):
+    for windows, x0, layout, loss_mask in batches(documents, context_length, batch_tokens, network.device):
         wanted = predictable(layout, loss_mask)
         log_p = score_ar(network, x0, layout, wanted).double().log_softmax(-1)
         values = -log_p.gather(-1, x0[wanted][:, None])[:, 0]
-        for (owner, _), value in zip(windows, _row_sums(values, wanted), strict=True):
+        for (owner, _), value in zip(windows, row_sums(values, wanted), strict=True):
             totals[owner] += value
         if progress is not None:
             progress(len(windows))
@@ -126,7 +126,7 @@ def nelbo(
         raise ValueError(f"num_samples {num_samples} must be at least 1")
     draws = 2 ** (config.segment_size or 0) - 1 if exact else num_samples
     totals = torch.zeros(len(documents), draws, dtype=torch.float64)
-    for windows, x0, layout, loss_mask in _batches(documents, context_length, batch_tokens, network.device):
+    for windows, x0, layout, loss_mask in batches(documents, context_length, batch_tokens, network.device):
         segment, maskable = segments(layout, config.segment_size), predictable(layout, loss_mask)
         masks = (
             _all_masks(segment, maskable, draws)
@@ -135,7 +135,7 @@ def nelbo(
         )
         for draw, corruption in enumerate(masks):
             values = corruption.weight[corruption.masked].double() * token_nll(network, config, x0, layout, corruption)
-            for (owner, _), value in zip(windows, _row_sums(values, corruption.masked), strict=True):
+            for (owner, _), value in zip(windows, row_sums(values, corruption.masked), strict=True):
                 totals[owner, draw] += value
         if progress is not None:
             progress(len(windows))
@@ -178,7 +178,7 @@ def _drawn_masks(
         yield mask_exact(t.to(segment.device), noise.to(segment.device), segment, maskable)
 
 
-def _batches(
+def batches(
     documents: Sequence[Document], context_length: int | None, batch_tokens: int, device: torch.device
 ) -> Iterator[tuple[list[tuple[int, int]], Tensor, Layout, Tensor]]:
     """((document, start) of the rows, x0, layout, loss mask), windows of like length together, longest first."""
@@ -206,7 +206,7 @@ def _batches(
         yield [window for window, _ in batch], x0.to(device), layout, loss_mask.to(device)
 
 
-def _row_sums(values: Tensor, where: Tensor) -> list[float]:
+def row_sums(values: Tensor, where: Tensor) -> list[float]:
     """Sums of `values` (where.sum(),) over each row of `where`."""
     rows = where.nonzero()[:, 0]
     sums = torch.zeros(where.shape[0], dtype=torch.float64, device=where.device)

@@ -33,6 +33,10 @@ def by_definition(name: str, q: tuple[int, bool], kv: tuple[int, bool]) -> bool:
         return j // B <= i // B
     if name == "window":
         return abs(i - j) < 3
+    if name == "annealed":
+        return j <= i or bool(OPENED[i, j])
+    if name == "lookahead":
+        return j - i <= 3
     if q_noisy:
         return j // B == i // B if kv_noisy else j // B < i // B
     if kv_noisy:
@@ -40,11 +44,14 @@ def by_definition(name: str, q: tuple[int, bool], kv: tuple[int, bool]) -> bool:
     return j <= i if name == "two_stream causal" else j // B <= i // B
 
 
+OPENED = torch.rand(22, 22, generator=torch.Generator().manual_seed(0)) < 0.4
 PATTERNS = {
     "causal": attention.causal,
     "bidirectional": attention.bidirectional,
     "block_causal": attention.block_causal(B),
     "window": attention.window(3),
+    "annealed": attention.annealed(OPENED),
+    "lookahead": attention.lookahead(3),
     "two_stream block_causal": attention.two_stream(B),
     "two_stream causal": attention.two_stream(B, "causal"),
 }

@@ -40,7 +40,7 @@ def test_help_is_fast_and_shows_examples() -> None:
     best = min(_seconds([sys.executable, "-m", "unmask.cli", "--help"]) for _ in range(3))
     bare = min(_seconds([sys.executable, "-c", "import typer"]) for _ in range(3))
     assert best < bare + 0.5  # no torch, which takes seconds
-    for command in ("adapt", "generate", "evaluate", "recipes", "demo"):
+    for command in ("adapt", "generate", "infill", "evaluate", "recipes", "demo"):
         text = subprocess.run([sys.executable, "-m", "unmask.cli", command, "--help"], capture_output=True, text=True)
         assert text.returncode == 0
         assert f"Example: unmask {command}" in " ".join(text.stdout.split())

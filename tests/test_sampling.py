@@ -97,6 +97,11 @@ def test_cached_equals_uncached_on_every_architecture(name: str, shift: bool) ->
     check(net, block_config(4, shift=shift), (3, 9), max_new_tokens=10, select=Threshold(0.03))
 
 
+def test_a_row_that_ends_in_its_first_block_leaves_the_others_as_they_are() -> None:
+    """The cache is empty then, and must forget the row all the same."""
+    check(network(), block_config(8), (2, 6), max_new_tokens=5, select=Confidence(1))
+
+
 def test_sampled_tokens_equal_uncached_with_the_same_noise() -> None:
     check(network(), block_config(4), (5, 9), max_new_tokens=9, select=Confidence(2), temperature=1.0, seed=5)
 

@@ -260,7 +260,11 @@ def packed() -> tuple[Batch, list[slice]]:
     return batch, [slice(0, 11), slice(11, 20), slice(20, 26)]
 
 
-EVERY = [{}, {"half_life": 0.1}, {"masking": "bernoulli"}, {"complementary": True}, {"noise_level": "sequence"}]
+EVERY = [{"half_life": h} for h in (math.inf, 0.1)] + [
+    {"masking": "bernoulli", "half_life": math.inf},
+    {"complementary": True, "half_life": math.inf},
+    {"noise_level": "sequence", "half_life": math.inf},
+]
 
 
 @pytest.mark.parametrize("options", EVERY)
@@ -303,7 +307,7 @@ def test_packed_loss_and_gradients_equal_each_example_alone(config) -> None:
     def loss_of(x0, layout, corruption, loss_mask):
         if config is None:
             return step_loss(net, chosen, None, Batch(x0, layout, loss_mask), 3, torch.arange(1))
-        return diffusion_loss(net, config, x0, layout, corruption, loss_mask)
+        return diffusion_loss(net, config, x0, layout, corruption, loss_mask=loss_mask)
 
     def gradients(loss) -> list[torch.Tensor]:
         found = torch.autograd.grad(loss.sum, list(net.model.parameters()), allow_unused=True)

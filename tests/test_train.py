@@ -212,6 +212,8 @@ def test_small_parents_get_measured_values_and_large_ones_the_papers() -> None:
     small, middle, large = (resolve(recipe, n, None) for n in (10**6, int(10**8.5), 4 * 10**9))
     assert large.learning_rate == 1e-5
     assert large.min_learning_rate_ratio == pytest.approx(0.3)
+    assert large.half_life == pytest.approx(0.1)
+    assert small.half_life == math.inf
     assert small.learning_rate > middle.learning_rate > large.learning_rate
     assert middle.learning_rate == pytest.approx(math.sqrt(small.learning_rate * large.learning_rate), rel=0.05)
     assert resolve(replace(recipe, learning_rate=1e-3), 10**6, None).learning_rate == 1e-3
@@ -220,7 +222,7 @@ def test_small_parents_get_measured_values_and_large_ones_the_papers() -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_resolves_at_every_size(name: str) -> None:
     for parameters in (10**5, 10**8, 5 * 10**8, 10**10):
-        chosen = resolve(load_recipe(name), parameters, 512)
+        chosen = resolve(load_recipe(name), parameters, 2048)
         assert chosen.max_length % chosen.block_size == 0
         assert chosen.micro_batch_size <= chosen.batch_size
     assert name in unmask.recipes()
@@ -235,7 +237,10 @@ def test_every_recipe_resolves_at_every_size(name: str) -> None:
         (lambda: load_recipe("efficient-dlm", attention="full"), "attention='full' is unknown"),
         (lambda: load_recipe("efficient-dlm", max_tokens=0), "max_tokens=0 must be positive"),
         (lambda: load_recipe("efficient-dlm", half_life=-1.0), "half_life=-1.0 must be positive"),
-        (lambda: load_recipe("efficient-dlm", masking="bernoulli"), "half_life=0.1 needs masking='exact'"),
+        (
+            lambda: load_recipe("efficient-dlm", half_life=0.1, masking="bernoulli"),
+            "half_life=0.1 needs masking='exact'",
+        ),
         (
             lambda: load_recipe("efficient-dlm", half_life=math.inf, masking="bernoulli", complementary=True),
             "complementary=true needs",

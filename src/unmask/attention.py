@@ -94,6 +94,31 @@ def two_stream(block_size: int, clean: str = "block_causal") -> Pattern:
     return pattern
 
 
+def annealed(opened: Tensor) -> Pattern:
+    """Causal, plus the future positions that `opened` opens (DiffuLLaMA 2410.17891, section 3.3).
+
+    opened: (length, length) bool, indexed [query position, key position] inside a document; what it holds on
+    and below the diagonal changes nothing. One matrix serves all rows, documents, heads and layers.
+    """
+
+    def pattern(q: Layout, kv: Layout) -> Tensor:
+        return (kv.position <= q.position) | opened[q.position, kv.position]
+
+    return pattern
+
+
+def lookahead(reach: int) -> Pattern:
+    """A token sees everything before it and the `reach` tokens after it; 0 is causal.
+
+    The contiguous reading of DiffuLLaMA's annealing (2410.17891, section 3.3, its prose).
+    """
+
+    def pattern(q: Layout, kv: Layout) -> Tensor:
+        return kv.position <= q.position + reach
+
+    return pattern
+
+
 def same_document(q: Layout, kv: Layout) -> Tensor:
     """Packed documents never see each other, and nothing sees padding but padding."""
     return q.document == kv.document

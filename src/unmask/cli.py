@@ -96,6 +96,8 @@ def generate(
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this mass.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample from so many tokens at most.")] = None,
+    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance; 1 is none.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End where this text appears; can be repeated.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     as_json: Json = False,
@@ -118,6 +120,8 @@ def generate(
         select=select,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
+        guidance_scale=guidance_scale,
         stop_strings=stop,
         seed=seed,
         callback=live,
@@ -218,6 +222,69 @@ class _Stream:
         if not text.endswith("\ufffd"):  # half a character waits for its other half
             print(text[self.shown :], end="", flush=True)
             self.shown = max(self.shown, len(text))
+
+
+@app.command(
+    epilog='Example: unmask infill runs/d --prefix "Tom had a dog." --suffix " They were happy." --num-tokens 16'
+)
+def infill(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a converted model.")],
+    prefix: Annotated[str, typer.Option(help="The text before the gap.")],
+    suffix: Annotated[str, typer.Option(help="The text after the gap.")],
+    num_tokens: Annotated[
+        list[int], typer.Option(help="Tokens in the gap; repeated, candidate lengths to choose from by the bound.")
+    ],
+    max_denoising_steps: Annotated[
+        int | None, typer.Option(help="Forwards at most (per block, if block-wise).")
+    ] = None,
+    confidence_threshold: Annotated[float | None, typer.Option(help="Commit tokens of higher probability.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this mass.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample from so many tokens at most.")] = None,
+    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance; 1 is none.")] = 1.0,
+    attention: Annotated[
+        str | None, typer.Option(help="bidirectional: let a block-wise model see the whole suffix.")
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the gap where this text appears.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fill the gap between a prefix and a suffix."""
+    import unmask
+    from unmask.sampling import Threshold
+
+    lm = unmask.load(model)
+    out = lm.infill(
+        prefix,
+        suffix,
+        num_tokens[0] if len(num_tokens) == 1 else num_tokens,
+        max_denoising_steps=max_denoising_steps,
+        select=None if confidence_threshold is None else Threshold(confidence_threshold),
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        guidance_scale=guidance_scale,
+        attention=attention,
+        stop_strings=stop,
+        seed=seed,
+    )
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "text": out.texts[0],
+                    "prefix": prefix,
+                    "suffix": suffix,
+                    "num_new_tokens": int(out.num_new_tokens[0]),
+                    "num_forwards": int(out.num_forwards[0]),
+                    "num_prefill_forwards": int(out.num_prefill_forwards[0]),
+                    "tokens_per_forward": round(float(out.tokens_per_forward[0]), 4),
+                }
+            )
+        )
+        return
+    print(prefix + out.texts[0] + suffix)
+    print(f"{int(out.num_new_tokens[0])} tokens in {int(out.num_forwards[0])} forwards", file=sys.stderr)
 
 
 @app.command(epilog="Example: unmask evaluate runs/q --data test.jsonl --num-samples 16 --json")

@@ -126,11 +126,20 @@ class Network(Protocol):
 # --- whole sequences: training and scoring
 
 
-def score(network: Network, config: DiffusionConfig, xt: Tensor, x0: Tensor, layout: Layout, wanted: Tensor) -> Tensor:
+def score(
+    network: Network,
+    config: DiffusionConfig,
+    xt: Tensor,
+    x0: Tensor,
+    layout: Layout,
+    wanted: Tensor,
+    pattern: Pattern | None = None,
+) -> Tensor:
     """Logits of the wanted positions of xt; with two streams each block of xt sees the clean x0 before it.
 
     One pass over [xt | x0] with the positions repeated scores every block after its clean prefix at once
-    (Efficient-DLM 2512.14067, section 2). `layout` is that of x0.
+    (Efficient-DLM 2512.14067, section 2). `layout` is that of x0. `pattern` stands in for
+    the config's while a mask is annealed.
     """
     batch, length = xt.shape
     if config.attention == "two_stream":
@@ -146,7 +155,7 @@ def score(network: Network, config: DiffusionConfig, xt: Tensor, x0: Tensor, lay
             assert config.block_size is not None
             row = torch.where(layout.position % config.block_size == 0, row + length, row)
     row = row + torch.arange(batch, device=xt.device)[:, None] * input_ids.shape[1]
-    return network(input_ids, passed, config.pattern, rows=row[wanted])
+    return network(input_ids, passed, pattern or config.pattern, rows=row[wanted])
 
 
 def score_ar(network: Network, x0: Tensor, layout: Layout, wanted: Tensor) -> Tensor:

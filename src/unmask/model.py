@@ -28,7 +28,16 @@ from unmask.denoiser import DiffusionConfig
 from unmask.evaluation import likelihood
 from unmask.evaluation.likelihood import LikelihoodOutput
 from unmask.progress import progress
-from unmask.sampling import SampledTokens, Selector, sample_autoregressive, sample_blocks
+from unmask.sampling import (
+    Canvas,
+    Remask,
+    SampledTokens,
+    Selector,
+    sample_autoregressive,
+    sample_bidirectional,
+    sample_blocks,
+    sample_canvases,
+)
 from unmask.sampling.output import Callback
 from unmask.supervised import check_template
 from unmask.train import (
@@ -102,11 +111,17 @@ class DiffusionLM:
         callback: Callback | None = None,
         *,
         attention_mask: Tensor | None = None,
+        top_k: int | None = None,
+        guidance_scale: float = 1.0,
+        remask: Remask | None = None,
     ) -> SampleOutput:
         """Continue prompts: text, texts, chat messages, or token ids with an attention mask.
 
         mode: "diffusion" (block by block, the default of a converted checkpoint) or "ar" (every checkpoint).
-        select: a commit rule of `unmask.sampling`, Threshold(0.9) by default. temperature 0 is greedy.
+        A checkpoint with bidirectional attention fills whole canvases of block_size tokens, by default one of
+        max_new_tokens. select: a commit rule of `unmask.sampling`, Threshold(0.9) by default. temperature 0 is
+        greedy. guidance_scale: of classifier-free guidance towards the prompt, 1 is none (diffusion mode).
+        remask: take tokens back while sampling (bidirectional attention only).
         callback(row, positions, tokens) is called at each commit. The same seed gives the same output. A row
         ends at the end token, after max_new_tokens, or where the model's context does.
         """
@@ -129,24 +144,158 @@ class DiffusionLM:
             "context_length": context,
             "temperature": temperature,
             "top_p": top_p,
+            "top_k": top_k,
             "seed": secrets.randbits(31) if seed is None else seed,
             "end_token_ids": hf.end_token_ids(self.model, self.tokenizer),
             "stop": _StopStrings(self, rows, stops) if stops else None,
             "callback": callback,
         }
         if mode == "ar":
-            sampled = sample_autoregressive(self.network, rows, **options)
-        else:
-            assert self.diffusion is not None
-            sampled = sample_blocks(
-                self.network,
-                self.diffusion.with_block_size(block_size),
-                rows,
-                max_denoising_steps=max_denoising_steps,
-                select=select,
-                **options,
+            if guidance_scale != 1:
+                raise ValueError(f"guidance_scale {guidance_scale} needs mode 'diffusion': AR mode has no mask token")
+            self._check_remask(remask, None)
+            return self._output(rows, sample_autoregressive(self.network, rows, **options), stops)
+        assert self.diffusion is not None
+        self._check_remask(remask, self.diffusion)
+        options |= {
+            "max_denoising_steps": max_denoising_steps,
+            "select": select,
+            "guidance_scale": guidance_scale,
+        }
+        if self.diffusion.attention == "bidirectional":
+            sampled = sample_canvases(
+                self.network, self.diffusion, rows, canvas_size=block_size, remask=remask, **options
             )
+        else:
+            sampled = sample_blocks(self.network, self.diffusion.with_block_size(block_size), rows, **options)
         return self._output(rows, sampled, stops)
+
+    def infill(
+        self,
+        prefix: str | Sequence[str],
+        suffix: str | Sequence[str],
+        num_tokens: int | Sequence[int],
+        max_denoising_steps: int | None = None,
+        block_size: int | None = None,
+        select: Selector | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop_strings: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        callback: Callback | None = None,
+        *,
+        top_k: int | None = None,
+        guidance_scale: float = 1.0,
+        remask: Remask | None = None,
+        stop_tokens: Sequence[int] = (),
+        attention: str | None = None,
+        num_samples: int = 8,
+    ) -> SampleOutput:
+        """Fill num_tokens tokens between prefix and suffix, which come back unchanged.
+
+        Prefix and suffix are tokenised apart, the suffix without special tokens; texts are the new ones.
+        num_tokens may be a list of candidate lengths: each is filled, and the one kept has the lowest NELBO per
+        token of span and suffix given the prefix (`num_samples` more forwards a candidate; num_forwards counts
+        all of it). stop_tokens, stop_strings: the span ends there, the suffix follows, the rest is dropped;
+        end tokens are tokens like others. attention: None, the checkpoint's own: block-wise ones cache the prefix
+        and see of the suffix what falls into the active block; "bidirectional" shows them all of it in one noisy
+        stream, which they were not trained on. The other options are those of `generate`.
+        """
+        config = self.diffusion
+        if config is None:
+            raise ValueError("infill needs a converted checkpoint: this is an untouched AR model; adapt it first")
+        if attention not in (None, "bidirectional"):
+            raise ValueError(f"attention {attention!r} is unknown: leave it out, or use 'bidirectional'")
+        if attention == "bidirectional":
+            config = replace(config, attention="bidirectional", clean_attention=None, block_size=None)
+        self._check_remask(remask, config)
+        if block_size is not None and config.attention == "bidirectional":
+            raise ValueError(f"block_size {block_size} has no meaning here: a bidirectional span is filled as one")
+        prefixes, suffixes = ([text] if isinstance(text, str) else list(text) for text in (prefix, suffix))
+        if len(prefixes) != len(suffixes):
+            raise ValueError(f"{len(prefixes)} prefixes do not go with {len(suffixes)} suffixes: give as many of each")
+        lengths = [num_tokens] if isinstance(num_tokens, int) else list(num_tokens)
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"num_tokens {num_tokens} must be at least 1: there is nothing to fill in")
+        before = self._prompt_ids(prefixes, None)
+        after = [
+            torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+            for text in suffixes
+        ]
+        context = self.network.context_length
+        longest = max(len(p) + len(s) for p, s in zip(before, after, strict=True)) + max(lengths)
+        if context is not None and longest > context:
+            raise ValueError(
+                f"prefix, {max(lengths)} tokens and suffix make {longest}, more than the model's context of {context}: "
+                "shorten them"
+            )
+        stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+        if any(not s for s in stops):
+            raise ValueError("stop string '' is empty: it would end every span before it begins")
+        seed = secrets.randbits(31) if seed is None else seed
+        options: dict[str, Any] = {
+            "max_denoising_steps": max_denoising_steps,
+            "select": select,
+            "guidance_scale": guidance_scale,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+            "end_token_ids": stop_tokens,
+            "stop": _StopStrings(self, before, stops) if stops else None,
+            "callback": callback,
+        }
+        candidates = []
+        for length in lengths:
+            if max_denoising_steps is not None and max_denoising_steps <= max(lengths):
+                options["max_denoising_steps"] = min(max_denoising_steps, length)
+            if config.attention == "bidirectional":
+                canvases = [Canvas.around(p, length, s) for p, s in zip(before, after, strict=True)]
+                filled = sample_bidirectional(self.network, config, canvases, remask=remask, **options)
+            else:
+                filled = sample_blocks(
+                    self.network, config.with_block_size(block_size), before, max_new_tokens=length, suffixes=after,
+                    context_length=context, **options,
+                )  # fmt: skip
+            candidates.append(filled)
+        sampled = candidates[0]
+        if len(candidates) > 1:
+            sampled = self._best_length(
+                config.with_block_size(block_size), before, after, candidates, num_samples, seed
+            )
+        return self._output(before, sampled, stops, after)
+
+    def _best_length(
+        self,
+        config: DiffusionConfig,
+        before: list[Tensor],
+        after: list[Tensor],
+        candidates: list[SampledTokens],
+        num_samples: int,
+        seed: int,
+    ) -> SampledTokens:
+        """For each row the candidate of lowest NELBO per token of what follows the prefix, forwards added up."""
+        scores = []
+        for filled in candidates:
+            texts = [
+                torch.cat([p, torch.tensor(new, dtype=torch.long), s])
+                for p, new, s in zip(before, filled.new_tokens, after, strict=True)
+            ]
+            bounds = likelihood.continuation_nelbo(
+                self.network, config, texts, [len(p) for p in before], num_samples=num_samples, seed=seed
+            )
+            scores.append([bound.nats / bound.num_tokens for bound in bounds])
+        best = [min(range(len(candidates)), key=lambda c: scores[c][row]) for row in range(len(before))]
+        return SampledTokens(
+            [candidates[c].new_tokens[row] for row, c in enumerate(best)],
+            torch.stack([filled.num_forwards + num_samples for filled in candidates]).sum(0),
+            torch.stack([filled.num_prefill_forwards for filled in candidates]).sum(0),
+        )
+
+    def _check_remask(self, remask: Remask | None, config: DiffusionConfig | None) -> None:
+        if remask is not None and (config is None or config.attention != "bidirectional"):
+            how = "AR mode" if config is None else f"{config.attention} attention"
+            raise ValueError(f"{remask} needs a bidirectional canvas, and {how} has none: leave remask out")
 
     def _check_mode(self, mode: str) -> None:
         if mode not in ("ar", "diffusion", "speculative"):
@@ -192,7 +341,9 @@ class DiffusionLM:
         whole = self.tokenizer.decode([*prompt.tolist(), *new], skip_special_tokens=True)
         return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(new)
 
-    def _output(self, prompts: list[Tensor], sampled: SampledTokens, stops: list[str]) -> SampleOutput:
+    def _output(
+        self, prompts: list[Tensor], sampled: SampledTokens, stops: list[str], suffixes: list[Tensor] | None = None
+    ) -> SampleOutput:
         texts = []
         for prompt, new in zip(prompts, sampled.new_tokens, strict=True):
             text = self.new_text(prompt, new)
@@ -202,6 +353,8 @@ class DiffusionLM:
         if pad is None:
             pad = next(iter(hf.end_token_ids(self.model, self.tokenizer)), 0)
         rows = [[*p.tolist(), *new] for p, new in zip(prompts, sampled.new_tokens, strict=True)]
+        if suffixes is not None:
+            rows = [[*row, *suffix.tolist()] for row, suffix in zip(rows, suffixes, strict=True)]
         width = max(len(row) for row in rows)
         return SampleOutput(
             sequences=torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
@@ -437,6 +590,10 @@ def adapt(
     if show_progress:
         shown = ("block_size", "max_length", "batch_size", "learning_rate", "min_learning_rate_ratio", "half_life")
         print(f"{RULE_TEXT}: " + ", ".join(f"{name}={run['settings'][name]}" for name in shown), file=sys.stderr)
+
+        if chosen.anneal_steps > total_steps:
+            print(f"note: anneal_steps={chosen.anneal_steps} is more than the {total_steps} steps of this run, which "
+                  "ends before attention is fully open", file=sys.stderr)  # fmt: skip
 
     newest = latest_checkpoint(output_dir) if resume else None
     start = read_state(newest).step if newest is not None else 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from unmask.attention import Layout
+from unmask.attention import Layout, Pattern
 from unmask.corruption import Corruption
 from unmask.denoiser import DiffusionConfig, Network, score, score_ar
 
@@ -36,11 +36,18 @@ def predictable(layout: Layout, loss_mask: Tensor | None = None) -> Tensor:
     return tokens if loss_mask is None else tokens & loss_mask
 
 
-def token_nll(network: Network, config: DiffusionConfig, x0: Tensor, layout: Layout, corruption: Corruption) -> Tensor:
+def token_nll(
+    network: Network,
+    config: DiffusionConfig,
+    x0: Tensor,
+    layout: Layout,
+    corruption: Corruption,
+    pattern: Pattern | None = None,
+) -> Tensor:
     """-log p(x0_i | xt) on the masked positions, (masked.sum(),) in row-major order."""
     masked = corruption.masked
     xt = corruption.apply(x0, config.mask_token_id)
-    logits = score(network, config, xt, x0, layout, masked)
+    logits = score(network, config, xt, x0, layout, masked, pattern)
     return cross_entropy(logits, x0[masked], reduction="none")
 
 
@@ -50,14 +57,15 @@ def diffusion_loss(
     x0: Tensor,
     layout: Layout,
     corruption: Corruption,
+    pattern: Pattern | None = None,
     loss_mask: Tensor | None = None,
 ) -> LossOutput:
     """sum_i w_i * -log p(x0_i | xt, clean context), over masked i (Efficient-DLM 2512.14067, eq. 1).
 
     The count is that of all predictable tokens, masked or not, so that sum / count is, in expectation, the
-    NELBO in nats per predicted token when masks are uniform.
+    NELBO in nats per predicted token when masks are uniform. `pattern`: an annealed mask, else the config's.
     """
-    nll = token_nll(network, config, x0, layout, corruption)
+    nll = token_nll(network, config, x0, layout, corruption, pattern)
     return LossOutput((corruption.weight[corruption.masked] * nll).sum(), predictable(layout, loss_mask).sum())
 
 

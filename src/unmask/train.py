@@ -7,6 +7,7 @@ the token count of the whole step, so that micro-batches, accumulation and ranks
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import accelerate
 import torch
 from torch import Tensor
 
-from unmask.attention import Layout
+from unmask.attention import Layout, Pattern, annealed, lookahead
 from unmask.corruption import (
     Corruption,
     mask_bernoulli,
@@ -36,6 +37,7 @@ from unmask.corruption import (
 )
 from unmask.data import Batch, Corpus, HubStream, Packer, PackState
 from unmask.denoiser import DiffusionConfig, Network
+from unmask.noise import uniform
 from unmask.objectives import LossOutput, ar_loss, diffusion_loss, predictable
 
 Evaluator = Callable[[Any], dict[str, float]]
@@ -53,8 +55,11 @@ class Settings:
 
     attention "ar" trains the next-token loss instead. noise_level: "block" | "sequence" shares t.
     masking: "exact" draws ceil(t n) of n tokens, "bernoulli" each with probability t. half_life: of
-    position-dependent masking, inf is uniform. batch_size counts rows of max_length in one optimiser step,
-    micro_batch_size those that run at once on one device. predict_padding: one document a row, filled up with end
+    position-dependent masking, inf is uniform. min_noise_level: t is drawn from (it, 1]. loss_normaliser:
+    divide by the predictable "tokens" (unbiased) or the "masked" ones of the micro-batch (DiffuLLaMA's code).
+    anneal_steps, anneal_form, anneal_redraw: see `annealing`; 1 is full attention at once. batch_size counts
+    rows of max_length in one optimiser step, micro_batch_size those that run at once on one device.
+    eval_every: steps, by default a tenth of the run. predict_padding: one document a row, filled up with end
     tokens that are corrupted and predicted (DiffuLLaMA's fine-tuning), instead of packed rows. lora_rank: train
     adapters of this rank instead of the weights, scaled by lora_alpha / lora_rank (lora_alpha None: twice the
     rank); lora_trainable: what is trained beside them; lora_merge=false saves a PEFT adapter, not a model.
@@ -69,7 +74,12 @@ class Settings:
     noise_level: str = "block"
     masking: str = "exact"
     complementary: bool = False
-    half_life: float = math.inf
+    min_noise_level: float = 0.0
+    loss_normaliser: str = "tokens"
+    anneal_steps: int = 1
+    anneal_form: str = "entries"
+    anneal_redraw: bool = False
+    half_life: float | None = None
     mask_token: str | None = None
     mask_init: str | None = None
     # data
@@ -81,7 +91,7 @@ class Settings:
     predict_padding: bool = False
     eval_data: str | None = None
     eval_documents: int = 64
-    eval_samples: int = 4
+    eval_samples: int = 2
     # adapters
     lora_rank: int | None = None
     lora_alpha: float | None = None
@@ -103,7 +113,7 @@ class Settings:
     seed: int = 0
     # bookkeeping
     log_every: int = 10
-    eval_every: int = 200
+    eval_every: int | None = None
     save_every: int = 500
     keep_checkpoints: int = 2
     report_to: str | None = None
@@ -113,6 +123,8 @@ class Settings:
             "attention": ("two_stream", "block_causal", "bidirectional", "ar"),
             "noise_level": ("block", "sequence"),
             "masking": ("exact", "bernoulli"),
+            "loss_normaliser": ("tokens", "masked"),
+            "anneal_form": ("entries", "window"),
             "mixed_precision": ("no", "bf16", "fp16"),
         }
         for name, allowed in choices.items():
@@ -120,7 +132,7 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
         for name in ("block_size", "max_length", "batch_size", "micro_batch_size", "log_every", "eval_every",
                      "save_every", "keep_checkpoints", "eval_samples", "max_tokens", "learning_rate", "half_life",
-                     "max_grad_norm", "lora_rank", "lora_alpha"):  # fmt: skip
+                     "max_grad_norm", "anneal_steps", "lora_rank", "lora_alpha"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive")
@@ -130,9 +142,16 @@ class Settings:
                     f"lora_trainable={self.lora_trainable!r}: {name!r} is unknown: use any of "
                     f"{', '.join(LORA_TRAINABLE)}, with commas between"
                 )
+        if not 0 <= self.min_noise_level < 1:
+            raise ValueError(f"min_noise_level={self.min_noise_level} must lie in [0, 1)")
+        if self.anneal_steps > 1 and self.attention != "bidirectional":
+            raise ValueError(
+                f"anneal_steps={self.anneal_steps} opens a causal mask towards attention='bidirectional', "
+                f"not towards {self.attention!r}: use anneal_steps=1"
+            )
         if self.complementary and self.masking != "exact":
             raise ValueError("complementary=true needs masking='exact'")
-        if math.isfinite(self.half_life) and self.masking != "exact":
+        if self.half_life is not None and math.isfinite(self.half_life) and self.masking != "exact":
             raise ValueError(f"half_life={self.half_life} needs masking='exact': Bernoulli masks have no order")
 
     @property
@@ -184,8 +203,8 @@ _RULE: dict[str, tuple[float, float]] = {
     # measured on parents below 100M parameters; published for parents from 1B
     "learning_rate": (4e-3, 1e-5),
     "min_learning_rate_ratio": (0.1, 0.3),
-    "batch_tokens": (4096, 2**21),
-    "max_length": (512, 4096),
+    "batch_tokens": (1024, 2**21),
+    "max_length": (256, 4096),
     "block_size": (8, 16),
     "micro_batch_tokens": (16384, 4096),
 }
@@ -196,10 +215,13 @@ def resolve(settings: Settings, num_parameters: int, context_length: int | None)
 
     Up to 100M parameters our measured values, from 1B the published ones, between them interpolated in the
     logarithms of size and value: value = small * (large / small)^s, s = log(N / 100M) / log(10) in [0, 1].
+    half_life, infinite for small parents and 0.1 for large ones, is 0.1 / s.
     """
     s = min(1.0, max(0.0, math.log(num_parameters / _SMALL) / math.log(_LARGE / _SMALL)))
     ruled = {name: small * (large / small) ** s for name, (small, large) in _RULE.items()}
     block = settings.block_size or 2 ** round(math.log2(ruled["block_size"]))
+    if settings.attention == "bidirectional" and settings.noise_level == "sequence":
+        block = settings.block_size or 1  # no blocks: any length will do
     length = settings.max_length
     if length is None:
         length = 2 ** round(math.log2(ruled["max_length"]))
@@ -219,6 +241,7 @@ def resolve(settings: Settings, num_parameters: int, context_length: int | None)
         max_length=length,
         batch_size=batch,
         micro_batch_size=min(settings.micro_batch_size or max(1, round(ruled["micro_batch_tokens"] / length)), batch),
+        half_life=(0.1 / s if s else math.inf) if settings.half_life is None else settings.half_life,
         learning_rate=settings.learning_rate or float(f"{ruled['learning_rate']:.2g}"),
         min_learning_rate_ratio=(
             ruled["min_learning_rate_ratio"]
@@ -259,26 +282,69 @@ def corruptions(
     by_block = settings.noise_level == "block"
     device, length = layout.position.device, layout.position.shape[1]
     segment = segments(layout, settings.block_size) if by_block else torch.zeros_like(layout.position)
-    t = noise_levels(settings.seed, step, rows, settings.batch_size, length).to(device)
+    # Stratified levels of neighbouring rows are alike, which a loss divided within micro-batches would feel.
+    strata = settings.batch_size if settings.loss_normaliser == "tokens" else 1
+    t = noise_levels(settings.seed, step, rows, strata, length).to(device)
+    t = settings.min_noise_level + (1 - settings.min_noise_level) * t
     noise = position_noise(settings.seed, step, rows, length).to(device)
     maskable = predictable(layout, loss_mask)
     if settings.masking == "bernoulli":
         return [mask_bernoulli(t, noise, segment, maskable)]
     size = settings.block_size if by_block else length
     place = (layout.position % size + 1) / size
+    half_life = math.inf if settings.half_life is None else settings.half_life
     if settings.complementary:
-        return list(mask_complementary(t, noise, segment, maskable, place=place, half_life=settings.half_life))
-    return [mask_exact(t, noise, segment, maskable, place=place, half_life=settings.half_life)]
+        return list(mask_complementary(t, noise, segment, maskable, place=place, half_life=half_life))
+    return [mask_exact(t, noise, segment, maskable, place=place, half_life=half_life)]
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(length: int, ratio: float, key: tuple[int | str, ...]) -> Tensor:
+    """Each entry True with probability `ratio`; kept, since all micro-batches of a step share it."""
+    return uniform(length, length, key=key) < ratio
+
+
+def annealing(settings: Settings, step: int, rows: Tensor, device: torch.device) -> Pattern | None:
+    """The pattern of an optimiser step while attention opens up; None once it is fully bidirectional.
+
+    r = min(1, (step + 1) / anneal_steps) (DiffuLLaMA 2410.17891, section 3.3). anneal_form "entries": every
+    entry above the diagonal is open with probability r, one max_length x max_length matrix a step, on
+    positions inside documents; with `anneal_redraw` one for each micro-batch, told apart by its first row.
+    "window": the next ceil(r * max_length) positions are open. A function of the step alone, so that a resumed
+    run goes on where it stopped.
+    """
+    assert settings.max_length is not None
+    ratio = (step + 1) / settings.anneal_steps
+    if ratio >= 1:
+        return None
+    if settings.anneal_form == "window":
+        return lookahead(math.ceil(ratio * settings.max_length))
+    key: tuple[int | str, ...] = ("anneal", settings.seed, step)
+    if settings.anneal_redraw:
+        key += (int(rows[0]),)
+    return annealed(_opened(settings.max_length, ratio, key).to(device))
 
 
 def step_loss(
     network: Network, settings: Settings, config: DiffusionConfig | None, batch: Batch, step: int, rows: Tensor
 ) -> LossOutput:
-    """Loss (sum, count) of these rows; a mean over draws where a pair of masks is drawn."""
+    """Loss (sum, count) of these rows; a mean over draws where a pair of masks is drawn.
+
+    loss_normaliser "masked": the sum is that of DiffuLLaMA's released code, sum (1/t) CE / masked tokens of
+    the micro-batch, times the count, so that dividing by the step's count gives the mean over micro-batches.
+    """
     if config is None:
         return ar_loss(network, batch.x0, batch.layout, batch.loss_mask)
-    drawn = corruptions(settings, batch.layout, step, rows, batch.loss_mask)
-    losses = [diffusion_loss(network, config, batch.x0, batch.layout, c, batch.loss_mask) for c in drawn]
+    # A reused mask token that stands in the text by nature is seen as a mask and never predicted.
+    natural = batch.x0 == config.mask_token_id
+    drawn = [c.sparing(natural) for c in corruptions(settings, batch.layout, step, rows, batch.loss_mask)]
+    pattern = annealing(settings, step, rows, batch.x0.device)
+    losses = [diffusion_loss(network, config, batch.x0, batch.layout, c, pattern, batch.loss_mask) for c in drawn]
+    if settings.loss_normaliser == "masked":
+        losses = [
+            LossOutput(loss.sum * loss.count / corruption.masked.sum().clamp_min(1), loss.count)
+            for loss, corruption in zip(losses, drawn, strict=True)
+        ]
     total = losses[0]
     for loss in losses[1:]:
         total = LossOutput(total.sum + loss.sum, total.count)
@@ -367,6 +433,7 @@ def train(
 
     goal = token_goal(settings, source)
     total_steps = count_steps(settings, source)
+    eval_every = settings.eval_every or max(1, total_steps // 10)
     packer = Packer(
         source,
         settings.max_length,
@@ -405,7 +472,7 @@ def train(
         counted += count
         tokens_since += full.num_tokens
         ended = state.tokens >= goal
-        evaluating = evaluate is not None and state.step % settings.eval_every == 0 and not ended
+        evaluating = evaluate is not None and state.step % eval_every == 0 and not ended
         evaluation: dict[str, float] = {}
         if evaluate is not None and evaluating and accelerator.is_main_process:
             before = time.perf_counter()

@@ -147,6 +147,24 @@ def nelbo(
     return [_output(float(t), d, context_length, e) for t, d, e in zip(totals.mean(1), documents, errors, strict=True)]
 
 
+def continuation_nelbo(
+    network: Network,
+    config: DiffusionConfig,
+    texts: Sequence[Tensor],
+    num_given: Sequence[int],
+    *,
+    num_samples: int = 8,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+) -> list[LikelihoodOutput]:
+    """The NELBO of each text after its first `num_given` tokens, given those; bytes are not counted."""
+    documents = [
+        Document(text, torch.zeros_like(text), torch.arange(len(text)) >= given)
+        for text, given in zip(texts, num_given, strict=True)
+    ]
+    return nelbo(network, config, documents, num_samples=num_samples, seed=seed, batch_tokens=batch_tokens)
+
+
 def _all_masks(segment: Tensor, maskable: Tensor, draws: int) -> Iterator[Corruption]:
     """Mask number m = 1 .. 2^B - 1 of every segment at once: bit i is its i-th maskable token."""
     before = maskable.long().cumsum(-1) - maskable.long()

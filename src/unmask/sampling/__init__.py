@@ -1,19 +1,39 @@
 """Samplers and the commit rules they take."""
 
 from unmask.sampling.autoregressive import sample_autoregressive
+from unmask.sampling.bidirectional import Canvas, sample_bidirectional, sample_canvases
 from unmask.sampling.block import sample_blocks
 from unmask.sampling.output import SampledTokens
-from unmask.sampling.select import Candidates, Confidence, EntropyBound, Factor, Random, Selector, Threshold
+from unmask.sampling.remask import Remask
+from unmask.sampling.select import (
+    Ancestral,
+    Candidates,
+    Confidence,
+    Entropy,
+    EntropyBound,
+    Factor,
+    Margin,
+    Random,
+    Selector,
+    Threshold,
+)
 
 __all__ = [
+    "Ancestral",
     "Candidates",
+    "Canvas",
     "Confidence",
+    "Entropy",
     "EntropyBound",
     "Factor",
+    "Margin",
     "Random",
+    "Remask",
     "SampledTokens",
     "Selector",
     "Threshold",
     "sample_autoregressive",
+    "sample_bidirectional",
     "sample_blocks",
+    "sample_canvases",
 ]

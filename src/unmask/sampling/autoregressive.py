@@ -22,6 +22,7 @@ def sample_autoregressive(
     context_length: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int | None = None,
     seed: int = 0,
     end_token_ids: Sequence[int] = (),
     stop: Stop | None = None,
@@ -31,7 +32,7 @@ def sample_autoregressive(
 
     The prefill ends before the last prompt token, so a row needs exactly one forward per new token.
     """
-    check_sampling(temperature, top_p)
+    check_sampling(temperature, top_p, top_k)
     device, batch = network.device, len(prompts)
     ids, position, real = left_pad([prompt[:-1] for prompt in prompts], 0, device)
     layout = Layout.of(position, torch.where(real, 0, PADDING))
@@ -51,7 +52,7 @@ def sample_autoregressive(
         noise = None
         if temperature > 0:
             noise = token_noise(logits.shape[-1], seed, rows, position)[:, 0]
-        tokens = choose_tokens(logits, temperature, top_p, noise)
+        tokens = choose_tokens(logits, temperature, top_p, noise, top_k)
         going = []
         for i, (row, token, place) in enumerate(
             zip(rows.tolist(), tokens.tolist(), position[:, 0].tolist(), strict=True)

@@ -14,8 +14,9 @@ from torch import Tensor
 from unmask.attention import PADDING, Layout
 from unmask.denoiser import DiffusionConfig, Network, denoise, prefill
 from unmask.noise import uniform
+from unmask.sampling.guidance import GuidedNetwork
 from unmask.sampling.output import Callback, SampledTokens, Stop, first_end, left_pad
-from unmask.sampling.select import Candidates, Selector, Threshold
+from unmask.sampling.select import Candidates, Selector, Threshold, token_confidence
 from unmask.sampling.tokens import check_sampling, choose_tokens, token_noise
 
 
@@ -26,11 +27,14 @@ def sample_blocks(
     prompts: Sequence[Tensor],
     *,
     max_new_tokens: int,
+    suffixes: Sequence[Tensor] | None = None,
     context_length: int | None = None,
     max_denoising_steps: int | None = None,
     select: Selector | None = None,
+    guidance_scale: float = 1.0,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int | None = None,
     seed: int = 0,
     end_token_ids: Sequence[int] = (),
     stop: Stop | None = None,
@@ -41,9 +45,11 @@ def sample_blocks(
     A prompt that ends inside a block leaves its tail fixed in that block. Blocks are whole: positions past
     the last wanted token stay masked and are never committed; only the context length cuts a block. Rows
     move from block to block together and a row's forwards are those it would need alone; a row leaves the
-    batch when it ends.
+    batch when it ends. `suffixes`: tokens that are to stand after the max_new_tokens of each row (infilling);
+    a block sees those that fall into it and none of the later ones.
+    guidance_scale other than 1: every pass, the prefill too, runs a second time with the prompt masked.
     """
-    check_sampling(temperature, top_p)
+    check_sampling(temperature, top_p, top_k)
     if max_denoising_steps is not None and max_denoising_steps < 1:
         raise ValueError(f"max_denoising_steps {max_denoising_steps} must be at least 1")
     if config.attention == "bidirectional" or config.block_size is None:
@@ -56,12 +62,18 @@ def sample_blocks(
         ends = ends.clamp_max(context_length)
 
     # canvas: every row from its own position 0, masks where nothing stands yet
-    canvas = torch.full((batch, int(ends.max()) + width), config.mask_token_id, device=device)
+    behind = [len(suffix) for suffix in suffixes] if suffixes is not None else [0]
+    canvas = torch.full((batch, int(ends.max()) + max(behind) + width), config.mask_token_id, device=device)
     for i, prompt in enumerate(prompts):
         canvas[i, : len(prompt)] = prompt.to(device)
+        if suffixes is not None:
+            canvas[i, int(ends[i]) : int(ends[i]) + len(suffixes[i])] = suffixes[i].to(device)
     open_ = torch.arange(canvas.shape[1], device=device) >= lengths[:, None]
     starts = lengths // width * width
 
+    passes = 1
+    if guidance_scale != 1:
+        network, passes = GuidedNetwork(network, lengths, config.mask_token_id, guidance_scale), 2
     ids, position, real = left_pad([p[: len(p) // width * width] for p in prompts], 0, device)
     past = prefill(network, config.pattern, ids, Layout.of(position, torch.where(real, 0, PADDING)),
                    keep_logits=config.shift)  # fmt: skip
@@ -83,11 +95,13 @@ def sample_blocks(
         while bool(masked.any()):
             logits = denoise(network, config, past, xt, layout, masked, finished)
             finished = None
-            num_forwards[rows[masked.any(-1)].cpu()] += 1
+            num_forwards[rows[masked.any(-1)].cpu()] += passes
             if temperature > 0 and noise is None:
                 noise = token_noise(logits.shape[-1], seed, rows, position)
-            tokens = choose_tokens(logits, temperature, top_p, None if noise is None else noise[masked.cpu()])
-            candidates = Candidates(masked, _confidence(logits, tokens, masked), logits, priority)
+            chosen_noise = None if noise is None else noise[masked.cpu()]
+            tokens = choose_tokens(logits, temperature, top_p, chosen_noise, top_k)
+            progress = None if max_denoising_steps is None else (step + 1) / max_denoising_steps
+            candidates = Candidates(masked, token_confidence(logits, tokens, masked), logits, priority, progress)
             remaining = masked.sum(-1)
             at_least = torch.zeros_like(remaining)
             if max_denoising_steps is not None:
@@ -115,19 +129,15 @@ def sample_blocks(
         starts[rows] += width
         going = ~done & (starts[rows] < ends[rows])
         if bool(going.any()):
+            if not past.layout.position.shape[1]:
+                past.cache = network.new_cache()  # an emptied cache keeps its batch size through a selection
             past.select(going.nonzero()[:, 0])
             finished = xt[going], layout.at(going)
         rows = rows[going]
 
     new_tokens = [canvas[i, len(p) : len(p) + num_new[i]].tolist() for i, p in enumerate(prompts)]
-    return SampledTokens(new_tokens, num_forwards, (starts.new_tensor([len(p) for p in prompts]) >= width).long().cpu())
-
-
-def _confidence(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
-    """Untruncated probability at temperature 1 of each proposed token, scattered to (batch, block), float64."""
-    logits = logits.double()
-    log_p = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-    return torch.zeros(masked.shape, dtype=torch.float64, device=masked.device).masked_scatter(masked, log_p.exp())
+    prefilled = (starts.new_tensor([len(p) for p in prompts]) >= width).long().cpu() * passes
+    return SampledTokens(new_tokens, num_forwards, prefilled)
 
 
 def _changed(rows: Tensor, commit: Tensor, done: Tensor) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 A rule is called as `rule(candidates, at_least)` and returns commit (batch, block) bool, a subset of the
 masked positions: the `count` best by the rule's own order, never fewer than `at_least` (batch,) and never
-more than there are. Ties go to the lower position.
+more than there are; `Ancestral` alone draws how many. Ties go to the lower position.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ class Candidates:
 
     masked: (batch, block) bool. confidence: (batch, block) float64, the untruncated probability at
     temperature 1 of the proposed token, 0 where nothing is masked. logits: (masked.sum(), vocabulary).
-    priority: (batch, block) float64 uniforms, fixed per (seed, row, position).
+    priority: (batch, block) float64 uniforms, fixed per (seed, row, position). progress: share of the step
+    budget spent once this forward's commits are made, in (0, 1]; None without a budget.
     """
 
     masked: Tensor
     confidence: Tensor
     logits: Tensor
     priority: Tensor
+    progress: float | None = None
 
     @property
     def entropy(self) -> Tensor:
@@ -34,6 +36,19 @@ class Candidates:
         log_p = self.logits.double().log_softmax(-1)
         entropy = -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
         return torch.zeros_like(self.confidence).masked_scatter(self.masked, entropy)
+
+    @property
+    def margin(self) -> Tensor:
+        """Probability of the likeliest token less that of the second, (batch, block) float64, 0 elsewhere."""
+        best = self.logits.double().softmax(-1).topk(2, dim=-1).values
+        return torch.zeros_like(self.confidence).masked_scatter(self.masked, best[:, 0] - best[:, 1])
+
+
+def token_confidence(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
+    """Untruncated probability at temperature 1 of each proposed token, scattered to masked's shape, float64."""
+    logits = logits.double()
+    log_p = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    return torch.zeros(masked.shape, dtype=torch.float64, device=masked.device).masked_scatter(masked, log_p.exp())
 
 
 Selector = Callable[[Candidates, Tensor], Tensor]
@@ -132,3 +147,46 @@ class Random:
 
     def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
         return commit_best(candidates.priority, candidates.masked, torch.full_like(at_least, self.n), at_least)
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """The n positions of lowest entropy per forward."""
+
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n {self.n} must be at least 1: nothing would ever be committed")
+
+    def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
+        return commit_best(-candidates.entropy, candidates.masked, torch.full_like(at_least, self.n), at_least)
+
+
+@dataclass(frozen=True)
+class Margin:
+    """The n positions of largest margin between their two likeliest tokens (top-k margin, 2502.06768)."""
+
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n {self.n} must be at least 1: nothing would ever be committed")
+
+    def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
+        return commit_best(candidates.margin, candidates.masked, torch.full_like(at_least, self.n), at_least)
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    """The reverse process itself: each masked position is revealed with probability (t - s) / t, by chance alone.
+
+    DiffuLLaMA 2410.17891, Algorithm 2. On a uniform grid of T steps that is 1/T, 1/(T-1), ..., 1, which makes
+    a position's step uniform on 1..T: it is read off its priority. The one rule whose pace is drawn: it needs
+    max_denoising_steps, takes no `at_least`, and may commit nothing.
+    """
+
+    def __call__(self, candidates: Candidates, _at_least: Tensor) -> Tensor:
+        if candidates.progress is None:
+            raise ValueError("Ancestral draws each position's step out of max_denoising_steps, which is None: set it")
+        return candidates.masked & (candidates.priority < candidates.progress)

@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature, top-p, and Gumbel noise fixed by (seed, row, position)."""
+"""From logits to tokens: temperature, top-p, top-k, and Gumbel noise fixed by (seed, row, position)."""
 
 from __future__ import annotations
 
@@ -22,15 +22,24 @@ def token_noise(vocabulary: int, seed: int, rows: Tensor, positions: Tensor) -> 
     return noise
 
 
-def choose_tokens(logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, noise: Tensor | None = None) -> Tensor:
+def choose_tokens(
+    logits: Tensor,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    noise: Tensor | None = None,
+    top_k: int | None = None,
+) -> Tensor:
     """Tokens (n,) of logits (n, vocabulary): the most likely one, or argmax(log p + Gumbel) in float64.
 
-    p = softmax(logits / temperature), cut to the smallest set of tokens that holds `top_p` of it.
+    p = softmax(logits / temperature), cut to the `top_k` most likely tokens (ties with the k-th stay in) and,
+    of those, to the smallest set that holds `top_p` of their mass.
     """
     if temperature == 0:
         return logits.argmax(-1)
     assert noise is not None
     scores = logits.double() / temperature
+    if top_k is not None and top_k < scores.shape[-1]:
+        scores = scores.masked_fill(scores < scores.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
     if top_p < 1:
         ranked, order = scores.sort(dim=-1, descending=True, stable=True)
         before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
@@ -39,9 +48,11 @@ def choose_tokens(logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, 
     return (scores + noise.to(scores.device)).argmax(-1)
 
 
-def check_sampling(temperature: float, top_p: float) -> None:
-    """Raise ValueError for a temperature or top_p out of range."""
+def check_sampling(temperature: float, top_p: float, top_k: int | None = None) -> None:
+    """Raise ValueError for a temperature, top_p or top_k out of range."""
     if not temperature >= 0:
         raise ValueError(f"temperature {temperature} must be 0 (greedy) or positive")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} must lie in (0, 1]")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k} must be at least 1: no token would be left to choose")

@@ -1,0 +1,219 @@
+"""Speed and memory beside the plain AR baseline of the same Hugging Face model, in the same process.
+
+Every case runs ours and the baseline in turn and reports medians and their ratio. Random weights of a given
+shape suffice: in the fixed-commit mode exactly n tokens are committed per forward, which separates the engine
+from the quality of a model. Times are seconds of CPU on CPU (one thread) and of wall clock on GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from unmask import hf
+from unmask.attention import Layout
+from unmask.corruption import mask_exact, noise_levels, position_noise, segments
+from unmask.denoiser import DiffusionConfig
+from unmask.objectives import diffusion_loss, predictable
+from unmask.sampling import Confidence, sample_blocks
+from unmask.version import __version__
+
+
+@dataclass(frozen=True)
+class Case:
+    """value: ours. baseline: the AR model's. ratio: what the case compares (see `unit`)."""
+
+    case: str
+    value: float
+    baseline: float
+    ratio: float
+    unit: str
+
+
+_SHAPES: dict[str, dict[str, int | bool]] = {
+    "tiny": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "head_dim": 64, "intermediate_size": 768, "vocab_size": 8192, "tie_word_embeddings": True},
+    "0.6b": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+             "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True},
+    "4b": {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "head_dim": 128, "intermediate_size": 9728, "vocab_size": 151936, "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936, "tie_word_embeddings": False},
+}  # fmt: skip
+
+
+def make_model(shape: str, **changes: Any) -> Any:
+    """A random Qwen3 of a named shape, or the model in a folder."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if shape not in _SHAPES:
+        return hf.load_pretrained(shape, dtype=dtype)[0]
+    torch.manual_seed(0)
+    config = Qwen3Config(**(_SHAPES[shape] | {"max_position_embeddings": 4096} | changes))
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
+
+
+def measure(ours: Callable[[], Any], baseline: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
+    """Medians of both, interleaved after a warm-up, and the median of the rounds' ratios."""
+    ours(), baseline()
+    times: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        times.append((_seconds(ours), _seconds(baseline)))
+    a, b = zip(*times, strict=True)
+    return statistics.median(a), statistics.median(b), statistics.median(x / y for x, y in times)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+# --- training
+
+
+def train_steps(model: Any, attention: str, block_size: int, rows: int, length: int) -> dict[str, Callable[[], None]]:
+    """One forward and backward of the AR loss as Hugging Face computes it, and of the diffusion loss."""
+    mask = model.config.vocab_size - 1
+    network = hf.HFNetwork(model.train(), mask)
+    clean = "block_causal" if attention == "two_stream" else None
+    config = DiffusionConfig(mask, attention, clean, block_size, False, "bench", __version__)
+    x0 = torch.randint(0, mask, (rows, length), generator=torch.Generator().manual_seed(0)).to(network.device)
+    layout = Layout.of(torch.arange(length, device=network.device).expand(rows, length))
+    step = 0
+
+    def diffusion() -> None:
+        nonlocal step
+        step += 1
+        segment = segments(layout, config.segment_size)
+        index = torch.arange(rows)
+        t, noise = noise_levels(0, step, index, rows, length), position_noise(0, step, index, length)
+        drawn = mask_exact(t.to(segment.device), noise.to(segment.device), segment, predictable(layout))
+        loss = diffusion_loss(network, config, x0, layout, drawn)
+        (loss.sum / loss.count).backward()
+        model.zero_grad()
+
+    def autoregressive() -> None:
+        model(input_ids=x0, labels=x0, use_cache=False).loss.backward()
+        model.zero_grad()
+
+    return {"diffusion": diffusion, "ar": autoregressive}
+
+
+def bench_train(shape: str, rounds: int = 5) -> list[Case]:
+    """Training steps: `ratio` is ours over AR's (lower is better)."""
+    cases = []
+    for case, attention, block, rows, length, changes in (
+        ("block_step", "two_stream", 32, 4, 512, {}),
+        ("bidirectional_step", "bidirectional", 32, 4, 512, {}),
+        ("two_stream_1024", "two_stream", 32, 4, 1024, {"num_hidden_layers": 4, "vocab_size": 1024}),
+    ):
+        steps = train_steps(make_model(shape, **changes), attention, block, rows, length)
+        ours, baseline, ratio = measure(steps["diffusion"], steps["ar"], rounds)
+        cases.append(Case(case, ours, baseline, ratio, "seconds per step"))
+    ours, baseline = (_peak_growth(shape, which) for which in ("diffusion", "ar"))
+    cases.append(Case("block_peak_memory", ours, baseline, ours / baseline, "MiB of peak growth"))
+    return cases
+
+
+def _peak_growth(shape: str, which: str) -> float:
+    """Growth of peak memory over three steps, MiB, in a process of its own."""
+    code = (
+        "import torch; from unmask.bench import memory_growth; torch.set_num_threads(1); "
+        f"print(memory_growth({shape!r}, {which!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def memory_growth(shape: str, which: str) -> float:
+    """Peak memory of three steps above what stood before them, MiB."""
+    step = train_steps(make_model(shape), "two_stream", 32, 4, 512)[which]
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    resident = _peak_resident()
+    for _ in range(3):
+        step()
+    return _peak_resident() - resident
+
+
+def _peak_resident() -> float:
+    """Peak resident memory of this process, MiB (getrusage's figure would include the parent's at the fork)."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise ValueError("peak memory is read from /proc, which this system lacks")
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**10
+
+
+# --- decoding
+
+
+def decoders(
+    model: Any, *, batch: int, block_size: int, n: int, new: int, prompt: int = 32
+) -> dict[str, Callable[[], int]]:
+    """Greedy generation of exactly `new` tokens a row by ours (n tokens a forward) and by `generate()`.
+
+    Each returns the number of new tokens."""
+    mask = model.config.vocab_size - 1
+    network = hf.HFNetwork(model.eval(), mask)
+    config = DiffusionConfig(mask, "two_stream", "block_causal", block_size, False, "bench", __version__)
+    ids = torch.randint(0, mask, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(network.device)
+    prompts: list[Tensor] = list(ids)
+
+    def diffusion() -> int:
+        out = sample_blocks(network, config, prompts, max_new_tokens=new, select=Confidence(n))
+        return sum(len(tokens) for tokens in out.new_tokens)
+
+    def autoregressive() -> int:
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+                                 do_sample=False, pad_token_id=0)  # fmt: skip
+        return int(out.shape[0] * (out.shape[1] - prompt))
+
+    return {"diffusion": diffusion, "ar": autoregressive}
+
+
+def bench_decode(shape: str, rounds: int = 3) -> list[Case]:
+    """Decoding: `ratio` is our tokens per second over AR's (higher is better)."""
+    model = make_model(shape)
+    cases = []
+    for case, batch, block, n in (
+        ("b8_block32_n4", 8, 32, 4),
+        ("b8_block32_n8", 8, 32, 8),
+        ("b8_block8_n4", 8, 8, 4),
+        ("b1_block16_n4", 1, 16, 4),
+    ):
+        run = decoders(model, batch=batch, block_size=block, n=n, new=128)
+        assert run["diffusion"]() == run["ar"]() == batch * 128
+        ours, baseline, ratio = measure(run["diffusion"], run["ar"], rounds)
+        cases.append(Case(case, batch * 128 / ours, batch * 128 / baseline, 1 / ratio, "tokens per second"))
+    speeds: dict[str, float] = {}
+    long, short = (decoders(model, batch=8, block_size=32, n=4, new=new) for new in (512, 128))
+    for which in ("diffusion", "ar"):
+        slow, fast, _ = measure(long[which], short[which], max(1, rounds - 1))
+        speeds[which] = (512 / slow) / (128 / fast)
+    cases.append(Case("length_512_vs_128", speeds["diffusion"], speeds["ar"], speeds["diffusion"] / speeds["ar"],
+                      "tokens per second at 512 new tokens over those at 128"))  # fmt: skip
+    return cases

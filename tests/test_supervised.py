@@ -264,7 +264,9 @@ EVERY = [{"half_life": h} for h in (math.inf, 0.1)] + [
     {"masking": "bernoulli", "half_life": math.inf},
     {"complementary": True, "half_life": math.inf},
     {"noise_level": "sequence", "half_life": math.inf},
-]
+    {"attention": "bidirectional", "noise_level": "sequence", "masking": "bernoulli", "half_life": math.inf,
+     "min_noise_level": 1e-3, "loss_normaliser": "masked"},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", EVERY)
@@ -402,6 +404,22 @@ def test_fine_tuning_a_converted_checkpoint_lowers_the_completions_bound(
     figures = [row["nelbo"] for row in rows if "nelbo" in row]
     assert figures[-1] < figures[0]
     assert len(figures) > 2
+
+
+@pytest.mark.parametrize(("recipe", "options"), [
+    ("ar", {}), ("efficient-dlm", {}), ("diffullama", {}), ("diffullama", {"loss_normaliser": "masked"}),
+    ("efficient-dlm", {"lora_rank": 4}), ("diffullama", {"predict_padding": True}),
+])  # fmt: skip
+def test_every_recipe_learns_completions(
+    recipe: str, options: dict, tokenizer_and_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    lm = unmask.adapt(tokenizer_and_model, pairs, recipe, tmp_path, eval_data=str(pairs), eval_every=2, log_every=1,
+                      eval_samples=8, eval_documents=8, **(RUN | {"max_tokens": 5000} | options))  # fmt: skip
+    rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    name = "nll" if recipe == "ar" else "nelbo"
+    figures = [row[name] for row in rows if name in row]
+    assert figures[-1] < 0.85 * figures[0]
+    assert (lm.diffusion is None) == (recipe == "ar")
 
 
 def test_fine_tuning_resumes_bit_for_bit(tokenizer_and_model: Path, pairs: Path, tmp_path: Path) -> None:

@@ -149,14 +149,70 @@ def generate(
     )
 
 
+@app.command(epilog="Example: unmask chat runs/q --confidence-threshold 0.8")
+def chat(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a model with a chat template.")],
+    mode: Annotated[str | None, typer.Option(help="diffusion or ar; by default what the checkpoint is.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    confidence_threshold: Annotated[
+        float | None, typer.Option(help="Commit tokens of higher probability: 1 is one a forward, 0 a block.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+) -> None:
+    """Talk to a fine-tuned model; /reset forgets the conversation, /exit ends it."""
+    import unmask
+    from unmask.sampling import Threshold
+    from unmask.supervised import check_template
+
+    select = None if confidence_threshold is None else Threshold(confidence_threshold)
+    lm = unmask.load(model)
+    check_template(lm.tokenizer)
+    lm._check_mode(mode or ("ar" if lm.diffusion is None else "diffusion"))
+    messages: list[dict[str, str]] = []
+    while (line := _ask("> ")) is not None:
+        if line == "/exit":
+            break
+        if line == "/reset":
+            messages.clear()
+        if not line or line == "/reset":
+            continue
+        asked = [*messages, {"role": "user", "content": line}]
+        try:
+            live = _Stream(lm, asked, echo=False)
+            out = lm.generate(
+                asked,
+                mode=mode,
+                max_new_tokens=max_new_tokens,
+                select=select,
+                temperature=temperature,
+                seed=seed,
+                callback=live,
+            )
+        except ValueError as error:  # too long by now, or a template that refuses: the conversation can go on
+            print(f"unmask: {' '.join(str(error).split())} (/reset begins anew)", file=sys.stderr)
+            continue
+        print(out.texts[0][live.shown :], flush=True)
+        messages = [*asked, {"role": "assistant", "content": out.texts[0].strip()}]
+
+
+def _ask(sign: str) -> str | None:
+    """A line from standard input, without white space around it; None at its end."""
+    try:
+        return (input(sign) if sys.stdin.isatty() else input()).strip()
+    except EOFError:
+        return None
+
+
 class _Stream:
     """Writes the text as far as it is final: up to the first position that is still masked."""
 
-    def __init__(self, lm: Any, prompt: str) -> None:
+    def __init__(self, lm: Any, prompt: Any, echo: bool = True) -> None:
         self.lm, self.shown = lm, 0
         self.prompt = lm._prompt_ids(prompt, None)[0]
         self.tokens: dict[int, int] = {}
-        print(prompt, end="", flush=True)
+        if echo:
+            print(prompt, end="", flush=True)
 
     def __call__(self, _row: int, positions: list[int], tokens: list[int]) -> None:
         self.tokens.update(zip(positions, tokens, strict=True))

@@ -514,9 +514,19 @@ def read_diffusion(model: Any) -> DiffusionConfig | None:
     return DiffusionConfig(**{k: v for k, v in raw.items() if k in known})
 
 
-def save_pretrained(folder: str | Path, model: Any, tokenizer: Any, diffusion: DiffusionConfig | None) -> None:
-    """Write an ordinary HF folder; a converted one has `diffusion` in its config.json."""
+def write_diffusion(model: Any, diffusion: DiffusionConfig | None) -> None:
+    """Put the `diffusion` object into the model's config."""
     if diffusion is not None:
         model.config.diffusion = asdict(diffusion)
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a folder or hub id."""
+    return AutoTokenizer.from_pretrained(name)
+
+
+def save_pretrained(folder: str | Path, model: Any, tokenizer: Any, diffusion: DiffusionConfig | None) -> None:
+    """Write an ordinary HF folder; a converted one has `diffusion` in its config.json."""
+    write_diffusion(model, diffusion)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
-from unmask import hf
-from unmask.data import HubStream, find_files, load_corpus, read_documents
+from unmask import hf, lora
+from unmask.data import Corpus, HubStream, find_files, load_corpus
 from unmask.denoiser import DiffusionConfig
 from unmask.evaluation import likelihood
 from unmask.evaluation.likelihood import LikelihoodOutput
@@ -38,6 +39,7 @@ from unmask.sampling import (
     sample_canvases,
 )
 from unmask.sampling.output import Callback
+from unmask.supervised import check_template
 from unmask.train import (
     RULE_TEXT,
     Evaluator,
@@ -319,8 +321,7 @@ class DiffusionLM:
     def _encode(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
-        if self.tokenizer.chat_template is None:
-            raise ValueError("messages need a chat template, which this tokenizer lacks: give text instead")
+        check_template(self.tokenizer)
         encoded = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
 
@@ -456,7 +457,15 @@ def load(
     device_map: Any = None,
     quantization_config: Any = None,
 ) -> DiffusionLM:
-    """Load a folder or hub id, converted or not; refuse a model whose attention cannot be controlled."""
+    """Load a folder or hub id, converted or not; refuse a model whose attention cannot be controlled.
+
+    An adapter's folder is its base with the adapter merged into it.
+    """
+    base = lora.adapter_base(name)
+    if base is not None:
+        lm = load(base, device, dtype, attn_implementation, device_map, quantization_config)
+        lora.load_adapter(lm.model, name)
+        return DiffusionLM(lm.model, hf.load_tokenizer(name), hf.read_diffusion(lm.model))
     model, tokenizer = hf.load_pretrained(
         name,
         device=device,
@@ -470,6 +479,8 @@ def load(
 
 
 # --- adaptation
+
+IN_MEMORY = "a model in memory"
 
 
 def recipes() -> dict[str, dict[str, Any]]:
@@ -502,13 +513,19 @@ def adapt(
     sources = [data] if isinstance(data, str | Path) else list(data)
     if not sources:
         raise ValueError("data is empty: give at least one file, folder or hub id")
+    if chosen.lora_rank is not None:
+        lora.require_peft()
     files = find_files(sources)  # before anything slow
     held_out_files = find_files([chosen.eval_data]) if chosen.eval_data else None
     previous = _read_run(output_dir, resume)
 
     lm = model if isinstance(model, DiffusionLM) else load(model, dtype=torch.float32)
-    name = str(getattr(lm.model.config, "_name_or_path", "") or "a model in memory")
+    name = str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
+    if chosen.lora_rank is not None and not chosen.lora_merge and name == IN_MEMORY:
+        raise ValueError("lora_merge=false: an adapter needs the name of its base, and this model is in memory only")
     parent = {"name": name, "class": type(lm.model).__name__, "fingerprint": _fingerprint(lm.model)}
+    if chosen.block_size is None and lm.diffusion is not None:
+        chosen = replace(chosen, block_size=lm.diffusion.block_size)
     chosen = resolve(chosen, sum(p.numel() for p in lm.model.parameters()), lm.network.context_length)
     end_token_id = _end_token_id(lm, chosen)
 
@@ -526,6 +543,7 @@ def adapt(
                 end_token_id=end_token_id,
                 text_column=chosen.text_column,
                 skip_invalid=chosen.skip_invalid,
+                max_length=chosen.max_length,
                 progress=advance,
             )
     run: dict[str, Any] = {
@@ -537,10 +555,12 @@ def adapt(
     if previous is not None and previous.get("finished"):
         return load(output_dir)
 
-    held_out = _held_out(lm, chosen, held_out_files, source)
+    held_out = _held_out(lm, chosen, held_out_files, source, end_token_id)
     if isinstance(held_out, int):
         source, tail = source.split(held_out) if held_out else (source, None)
         held_out = [] if tail is None else _as_documents(tail, end_token_id)
+    if chosen.predict_padding:
+        source = _filled_up(source, chosen, end_token_id)
     total_steps = count_steps(chosen, source)
 
     config = lm.diffusion
@@ -553,11 +573,16 @@ def adapt(
         config = diffusion_config(chosen, mask_token_id, __version__)
     hf.without_dropout(lm.model)
     adapted = DiffusionLM(lm.model, lm.tokenizer, config)
+    tuner = None
+    if chosen.lora_rank is not None:
+        alpha = 2.0 * chosen.lora_rank if chosen.lora_alpha is None else chosen.lora_alpha
+        tuner = lora.add_lora(lm.model, chosen.lora_rank, alpha, chosen.trainable, chosen.seed)
+    trained = sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
 
     ranks = accelerate.PartialState()
     ranks.wait_for_everyone()  # all have read the folder before one writes to it
     versions = {"unmask": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    run |= {"versions": versions, "rule": RULE_TEXT, "finished": False}
+    run |= {"versions": versions, "rule": RULE_TEXT, "trained_parameters": trained, "finished": False}
     show_progress = show_progress and ranks.is_main_process
     if ranks.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -595,14 +620,22 @@ def adapt(
             evaluate=evaluate,
             report=report,
         )
+    if tuner is not None:
+        if ranks.is_main_process and not chosen.lora_merge:
+            hf.write_diffusion(lm.model, config)
+            lora.save_adapter(output_dir, tuner, name)
+            lm.tokenizer.save_pretrained(output_dir)
+        lora.merge(tuner)
     if ranks.is_main_process:
         figures = evaluate(lm.model) if evaluate is not None else {}
         if figures:
             append_metrics(output_dir, {"step": state.step, "tokens": state.tokens, **figures})
-        adapted.save_pretrained(output_dir)
+        if tuner is None or chosen.lora_merge:
+            adapted.save_pretrained(output_dir)
         (output_dir / "README.md").write_text(_model_card(name, adapted, chosen, state.tokens, figures))
         _write_run(output_dir, run | {"finished": True, "tokens": state.tokens, "evaluation": figures})
     ranks.wait_for_everyone()
+    lm.model.config._name_or_path = str(output_dir)
     return adapted
 
 
@@ -617,30 +650,54 @@ def _end_token_id(lm: DiffusionLM, settings: Settings) -> int | None:
 
 
 def _held_out(
-    lm: DiffusionLM, settings: Settings, files: list[Path] | None, source: Any
+    lm: DiffusionLM, settings: Settings, files: list[Path] | None, source: Any, end_token_id: int | None
 ) -> list[likelihood.Document] | int:
     """Documents to evaluate on, or how many to hold out of the end of the training corpus.
 
     Without eval_data, the last 1% of the documents, at most eval_documents; none from a stream.
     """
     if files is not None:
-        texts: list[str] = []
-        for file in files:
-            for text in read_documents(file, text_column=settings.text_column, skip_invalid=settings.skip_invalid):
-                if len(texts) < settings.eval_documents:
-                    texts.append(text)
-        return lm._documents(texts)
+        corpus = load_corpus(
+            files,
+            lm.tokenizer,
+            end_token_id=end_token_id,
+            text_column=settings.text_column,
+            skip_invalid=settings.skip_invalid,
+            max_length=lm.network.context_length,
+            max_documents=settings.eval_documents,
+        )
+        return _as_documents(corpus, end_token_id)
     return 0 if isinstance(source, HubStream) else min(settings.eval_documents, len(source) // 100)
 
 
-def _as_documents(corpus: Any, end_token_id: int | None) -> list[likelihood.Document]:
-    """Held-out documents as the likelihood wants them: no end token; their bytes are not asked for."""
+def _as_documents(corpus: Corpus, end_token_id: int | None) -> list[likelihood.Document]:
+    """Held-out documents as the likelihood wants them; their bytes are not asked for.
+
+    Texts without their end token. Supervised examples whole, since where an answer ends is part of it.
+    """
     documents = []
     for i in range(len(corpus)):
-        ids = torch.from_numpy(corpus[i].astype("int64"))
-        ids = ids[:-1] if end_token_id is not None else ids
-        documents.append(likelihood.Document(ids, torch.zeros_like(ids)))
+        ids, loss_mask = corpus.document(i)
+        if loss_mask is None and end_token_id is not None:
+            ids = ids[:-1]
+        tokens = torch.from_numpy(ids.astype("int64"))
+        learnt = None if loss_mask is None else torch.from_numpy(loss_mask)
+        documents.append(likelihood.Document(tokens, torch.zeros_like(tokens), learnt))
     return documents
+
+
+def _filled_up(source: Any, settings: Settings, end_token_id: int | None) -> Corpus:
+    assert settings.max_length is not None
+    if not isinstance(source, Corpus) or end_token_id is None:
+        lacks = "an end token, which this model lacks" if end_token_id is None else "files, not a streamed data set"
+        raise ValueError(f"predict_padding=true needs {lacks}")
+    longest = int(np.diff(source.offsets).max())
+    if longest > settings.max_length:
+        raise ValueError(
+            f"predict_padding=true puts each document in a row of its own, and one of {longest} tokens exceeds "
+            f"max_length={settings.max_length}: raise max_length"
+        )
+    return source.filled_up(settings.max_length, end_token_id)
 
 
 def _evaluator(lm: DiffusionLM, settings: Settings, documents: list[likelihood.Document]) -> Evaluator:

@@ -27,9 +27,13 @@ class LossOutput:
         return LossOutput(self.sum + other.sum, self.count + other.count)
 
 
-def predictable(layout: Layout) -> Tensor:
-    """Tokens that can be in a loss: neither padding nor the given first token of a document."""
-    return layout.real & (layout.position > 0)
+def predictable(layout: Layout, loss_mask: Tensor | None = None) -> Tensor:
+    """Tokens that can be in a loss: neither padding nor the given first token of a document.
+
+    loss_mask: bool like the layout, False on what is given besides (prompts); None gives nothing more.
+    """
+    tokens = layout.real & (layout.position > 0)
+    return tokens if loss_mask is None else tokens & loss_mask
 
 
 def token_nll(
@@ -54,6 +58,7 @@ def diffusion_loss(
     layout: Layout,
     corruption: Corruption,
     pattern: Pattern | None = None,
+    loss_mask: Tensor | None = None,
 ) -> LossOutput:
     """sum_i w_i * -log p(x0_i | xt, clean context), over masked i (Efficient-DLM 2512.14067, eq. 1).
 
@@ -61,11 +66,11 @@ def diffusion_loss(
     NELBO in nats per predicted token when masks are uniform. `pattern`: an annealed mask, else the config's.
     """
     nll = token_nll(network, config, x0, layout, corruption, pattern)
-    return LossOutput((corruption.weight[corruption.masked] * nll).sum(), predictable(layout).sum())
+    return LossOutput((corruption.weight[corruption.masked] * nll).sum(), predictable(layout, loss_mask).sum())
 
 
-def ar_loss(network: Network, x0: Tensor, layout: Layout) -> LossOutput:
+def ar_loss(network: Network, x0: Tensor, layout: Layout, loss_mask: Tensor | None = None) -> LossOutput:
     """Next-token cross-entropy over the predictable tokens, each document on its own."""
-    wanted = predictable(layout)
+    wanted = predictable(layout, loss_mask)
     logits = score_ar(network, x0, layout, wanted)
     return LossOutput(cross_entropy(logits, x0[wanted], reduction="sum"), wanted.sum())

@@ -46,6 +46,8 @@ Evaluator = Callable[[Any], dict[str, float]]
 
 # --- settings and recipes
 
+LORA_TRAINABLE = ("embeddings", "norms", "head")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -57,7 +59,10 @@ class Settings:
     divide by the predictable "tokens" (unbiased) or the "masked" ones of the micro-batch (DiffuLLaMA's code).
     anneal_steps, anneal_form, anneal_redraw: see `annealing`; 1 is full attention at once. batch_size counts
     rows of max_length in one optimiser step, micro_batch_size those that run at once on one device.
-    eval_every: steps, by default a tenth of the run.
+    eval_every: steps, by default a tenth of the run. predict_padding: one document a row, filled up with end
+    tokens that are corrupted and predicted (DiffuLLaMA's fine-tuning), instead of packed rows. lora_rank: train
+    adapters of this rank instead of the weights, scaled by lora_alpha / lora_rank (lora_alpha None: twice the
+    rank); lora_trainable: what is trained beside them; lora_merge=false saves a PEFT adapter, not a model.
     """
 
     recipe: str
@@ -83,9 +88,15 @@ class Settings:
     split: str = "train"
     skip_invalid: bool = False
     end_token: str | None = None
+    predict_padding: bool = False
     eval_data: str | None = None
     eval_documents: int = 32
     eval_samples: int = 2
+    # adapters
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_trainable: str = "embeddings,norms,head"
+    lora_merge: bool = True
     # optimisation
     max_tokens: int | None = None
     batch_size: int | None = None
@@ -121,10 +132,16 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
         for name in ("block_size", "max_length", "batch_size", "micro_batch_size", "log_every", "eval_every",
                      "save_every", "keep_checkpoints", "eval_samples", "max_tokens", "learning_rate", "half_life",
-                     "max_grad_norm", "anneal_steps"):  # fmt: skip
+                     "max_grad_norm", "anneal_steps", "lora_rank", "lora_alpha"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive")
+        for name in self.trainable:
+            if name not in LORA_TRAINABLE:
+                raise ValueError(
+                    f"lora_trainable={self.lora_trainable!r}: {name!r} is unknown: use any of "
+                    f"{', '.join(LORA_TRAINABLE)}, with commas between"
+                )
         if not 0 <= self.min_noise_level < 1:
             raise ValueError(f"min_noise_level={self.min_noise_level} must lie in [0, 1)")
         if self.anneal_steps > 1 and self.attention != "bidirectional":
@@ -136,6 +153,11 @@ class Settings:
             raise ValueError("complementary=true needs masking='exact'")
         if self.half_life is not None and math.isfinite(self.half_life) and self.masking != "exact":
             raise ValueError(f"half_life={self.half_life} needs masking='exact': Bernoulli masks have no order")
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The parts named in lora_trainable."""
+        return tuple(name.strip() for name in self.lora_trainable.split(",") if name.strip())
 
 
 def recipe_names() -> list[str]:
@@ -251,7 +273,9 @@ def diffusion_config(settings: Settings, mask_token_id: int, version: str) -> Di
 # --- one step's noise and loss
 
 
-def corruptions(settings: Settings, layout: Layout, step: int, rows: Tensor) -> list[Corruption]:
+def corruptions(
+    settings: Settings, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None = None
+) -> list[Corruption]:
     """The mask of these rows of the global batch at an optimiser step; two with complementary pairs."""
     assert settings.batch_size is not None
     assert settings.block_size is not None
@@ -263,7 +287,7 @@ def corruptions(settings: Settings, layout: Layout, step: int, rows: Tensor) -> 
     t = noise_levels(settings.seed, step, rows, strata, length).to(device)
     t = settings.min_noise_level + (1 - settings.min_noise_level) * t
     noise = position_noise(settings.seed, step, rows, length).to(device)
-    maskable = predictable(layout)
+    maskable = predictable(layout, loss_mask)
     if settings.masking == "bernoulli":
         return [mask_bernoulli(t, noise, segment, maskable)]
     size = settings.block_size if by_block else length
@@ -310,12 +334,12 @@ def step_loss(
     the micro-batch, times the count, so that dividing by the step's count gives the mean over micro-batches.
     """
     if config is None:
-        return ar_loss(network, batch.x0, batch.layout)
+        return ar_loss(network, batch.x0, batch.layout, batch.loss_mask)
     # A reused mask token that stands in the text by nature is seen as a mask and never predicted.
     natural = batch.x0 == config.mask_token_id
-    drawn = [c.sparing(natural) for c in corruptions(settings, batch.layout, step, rows)]
+    drawn = [c.sparing(natural) for c in corruptions(settings, batch.layout, step, rows, batch.loss_mask)]
     pattern = annealing(settings, step, rows, batch.x0.device)
-    losses = [diffusion_loss(network, config, batch.x0, batch.layout, corruption, pattern) for corruption in drawn]
+    losses = [diffusion_loss(network, config, batch.x0, batch.layout, c, pattern, batch.loss_mask) for c in drawn]
     if settings.loss_normaliser == "masked":
         losses = [
             LossOutput(loss.sum * loss.count / corruption.masked.sum().clamp_min(1), loss.count)
@@ -431,7 +455,7 @@ def train(
             group["lr"] = rate
         mine = full.rows(rank * share, (rank + 1) * share)
         # Every rank sees the whole step's rows, so the count to divide by needs no communication.
-        count = int(predictable(full.layout).sum())
+        count = int(predictable(full.layout, full.loss_mask).sum())
         for start, micro in _micro_batches(mine, settings.micro_batch_size):
             rows = torch.arange(len(micro.x0)) + rank * share + start
             last = start + settings.micro_batch_size >= len(mine.x0)
@@ -498,7 +522,9 @@ def count_steps(settings: Settings, source: Corpus | HubStream) -> int:
     """Optimiser steps of the run."""
     assert settings.max_length is not None
     assert settings.batch_size is not None
-    return math.ceil(token_goal(settings, source) / (settings.max_length * settings.batch_size))
+    length = settings.max_length
+    per_row = source.tokens_per_row(length) if isinstance(source, Corpus) else length
+    return math.ceil(token_goal(settings, source) / (per_row * settings.batch_size))
 
 
 def _optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer:

@@ -6,12 +6,12 @@ a checkpoint decodes in, and what a run leaves in its folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,18 @@ from torch import Tensor
 from unmask import hf
 from unmask.data import HubStream, find_files, load_corpus, read_documents
 from unmask.denoiser import DiffusionConfig
+from unmask.drafter import Drafter, DrafterConfig
 from unmask.evaluation import likelihood
 from unmask.evaluation.likelihood import LikelihoodOutput
 from unmask.progress import progress
-from unmask.sampling import SampledTokens, Selector, sample_autoregressive, sample_blocks
+from unmask.sampling import (
+    Acceptance,
+    SampledTokens,
+    Selector,
+    sample_autoregressive,
+    sample_blocks,
+    sample_speculative,
+)
 from unmask.sampling.output import Callback
 from unmask.train import (
     RULE_TEXT,
@@ -55,7 +63,7 @@ class SampleOutput:
     sequences: (batch, length) int64, prompt included, padded on the right. texts: the new text, without end
     token and stop string. num_new_tokens: (batch,) up to and with the end token or the token that completed a
     stop string. num_forwards: (batch,) passes after the prefill that the row needed. num_prefill_forwards:
-    (batch,). tokens_per_cycle: speculative mode only.
+    (batch,). cycle_gains: speculative mode only, (batch, n): cycles of the row that gained j tokens each.
     """
 
     sequences: Tensor
@@ -63,7 +71,14 @@ class SampleOutput:
     num_new_tokens: Tensor
     num_forwards: Tensor
     num_prefill_forwards: Tensor
-    tokens_per_cycle: Tensor | None = None
+    cycle_gains: Tensor | None = None
+
+    @property
+    def tokens_per_cycle(self) -> Tensor | None:
+        """(batch,) float: num_new_tokens per draft and verification; None outside speculative mode."""
+        if self.cycle_gains is None:
+            return None
+        return self.num_new_tokens / self.cycle_gains.sum(-1).clamp_min(1)
 
     @property
     def tokens_per_forward(self) -> Tensor:
@@ -75,12 +90,26 @@ class DiffusionLM:
     """A causal language model and, once converted, the diffusion language model it became.
 
     model: the stock HF model. tokenizer: its tokenizer. diffusion: what it was converted to, None for an
-    untouched AR model.
+    untouched AR model. drafter: adapters hooked on `model`, with the base they belong to; else None.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, diffusion: DiffusionConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        diffusion: DiffusionConfig | None = None,
+        *,
+        drafter: Drafter | None = None,
+        base: hf.Base | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.diffusion = model, tokenizer, diffusion
-        self.network = hf.HFNetwork(model, None if diffusion is None else diffusion.mask_token_id)
+        self.drafter, self.base = drafter, base
+        self.network = self._network(None)
+
+    def _network(self, forward: Any) -> hf.HFNetwork:
+        mask_token_id = None if self.diffusion is None else self.diffusion.mask_token_id
+        gate = None if self.drafter is None else self.drafter.rows
+        return hf.HFNetwork(self.model, mask_token_id, forward=forward, gate=gate)
 
     # --- decoding
 
@@ -99,10 +128,15 @@ class DiffusionLM:
         callback: Callback | None = None,
         *,
         attention_mask: Tensor | None = None,
+        draft_length: int | str | None = None,
+        acceptance: Acceptance | None = None,
     ) -> SampleOutput:
         """Continue prompts: text, texts, chat messages, or token ids with an attention mask.
 
-        mode: "diffusion" (block by block, the default of a converted checkpoint) or "ar" (every checkpoint).
+        mode: "diffusion" (block by block, the default of a converted checkpoint), "ar" (every checkpoint) or
+        "speculative" (AR's own output in fewer forwards, for a causal clean half: recipes tri-mode, drafter).
+        draft_length: positions that speculation drafts at a time, the block size by default, or "auto" to
+        follow the recent acceptance. acceptance: `Coupled()` by default, see `unmask.sampling`.
         select: a commit rule of `unmask.sampling`, Threshold(0.9) by default. temperature 0 is greedy.
         callback(row, positions, tokens) is called at each commit. The same seed gives the same output. A row
         ends at the end token, after max_new_tokens, or where the model's context does.
@@ -133,6 +167,19 @@ class DiffusionLM:
         }
         if mode == "ar":
             sampled = sample_autoregressive(self.network, rows, **options)
+        elif mode == "speculative":
+            assert self.diffusion is not None
+            if isinstance(draft_length, str) and draft_length != "auto":
+                raise ValueError(f"draft_length {draft_length!r} must be a number of tokens or 'auto'")
+            sampled = sample_speculative(
+                self.network,
+                self.diffusion.with_block_size(block_size),
+                rows,
+                draft_length=None if isinstance(draft_length, str) else draft_length,
+                adaptive=draft_length == "auto",
+                acceptance=acceptance,
+                **options,
+            )
         else:
             assert self.diffusion is not None
             sampled = sample_blocks(
@@ -148,8 +195,14 @@ class DiffusionLM:
     def _check_mode(self, mode: str) -> None:
         if mode not in ("ar", "diffusion", "speculative"):
             raise ValueError(f"mode {mode!r} is unknown: use 'diffusion', 'ar' or 'speculative'")
-        if mode == "speculative":
+        if mode == "speculative" and self.diffusion is None:
             raise ValueError("mode 'speculative' is not available: this checkpoint has no drafter; use 'ar'")
+        if mode == "speculative" and self.diffusion is not None and not self.diffusion.serves_ar:
+            raise ValueError(
+                f"mode 'speculative' is not available: clean attention {self.diffusion.clean_attention!r} of this "
+                "checkpoint is not 'causal', so its cache is not the AR model's; use 'diffusion', or adapt with "
+                "recipe 'tri-mode' or 'drafter'"
+            )
         if mode == "diffusion" and self.diffusion is None:
             raise ValueError("mode 'diffusion' is not available: this is an untouched AR model; adapt it, or use 'ar'")
 
@@ -207,6 +260,7 @@ class DiffusionLM:
             num_new_tokens=torch.tensor([len(new) for new in sampled.new_tokens]),
             num_forwards=sampled.num_forwards,
             num_prefill_forwards=sampled.num_prefill_forwards,
+            cycle_gains=sampled.cycle_gains,
         )
 
     # --- likelihood
@@ -274,7 +328,15 @@ class DiffusionLM:
     # --- folders
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write an ordinary HF folder that `load` and `AutoModelForCausalLM.from_pretrained` read."""
+        """Write an ordinary HF folder that `load` and `AutoModelForCausalLM.from_pretrained` read.
+
+        A drafter's folder holds the drafter alone, and only `load` reads it.
+        """
+        if self.drafter is not None:
+            assert self.diffusion is not None
+            assert self.base is not None
+            hf.save_drafter(folder, self.drafter, self.tokenizer, self.diffusion, self.base)
+            return
         hf.save_pretrained(folder, self.model, self.tokenizer, self.diffusion)
 
 
@@ -303,14 +365,19 @@ def load(
     quantization_config: Any = None,
 ) -> DiffusionLM:
     """Load a folder or hub id, converted or not; refuse a model whose attention cannot be controlled."""
-    model, tokenizer = hf.load_pretrained(
-        name,
-        device=device,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        device_map=device_map,
-        quantization_config=quantization_config,
-    )
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "device_map": device_map,
+        "quantization_config": quantization_config,
+    }
+    base = hf.read_base(name)
+    if base is not None:
+        model, tokenizer, diffusion, drafter = hf.load_drafter(name, base, **options)
+        hf.probe(model)
+        return DiffusionLM(model, tokenizer, diffusion, drafter=drafter, base=base)
+    model, tokenizer = hf.load_pretrained(name, **options)
     hf.probe(model)
     return DiffusionLM(model, tokenizer, hf.read_diffusion(model))
 
@@ -354,7 +421,11 @@ def adapt(
 
     lm = model if isinstance(model, DiffusionLM) else load(model, dtype=torch.float32)
     name = str(getattr(lm.model.config, "_name_or_path", "") or "a model in memory")
-    parent = {"name": name, "class": type(lm.model).__name__, "fingerprint": _fingerprint(lm.model)}
+    parent = {"name": name, "class": type(lm.model).__name__, "fingerprint": hf.fingerprint(lm.model)}
+    if lm.drafter is not None:
+        raise ValueError(f"model {name!r} is a drafter on a frozen base: adapt the base itself")
+    if chosen.objective == "distill" and lm.diffusion is not None:
+        raise ValueError(f"model {name!r} is converted already: a drafter needs an untouched AR model as its base")
     chosen = resolve(chosen, sum(p.numel() for p in lm.model.parameters()), lm.network.context_length)
     end_token_id = _end_token_id(lm, chosen)
 
@@ -390,7 +461,12 @@ def adapt(
     total_steps = count_steps(chosen, source)
 
     config = lm.diffusion
-    if chosen.attention != "ar":
+    drafter = None
+    if chosen.objective == "distill":
+        lora = DrafterConfig(chosen.lora_rank, chosen.lora_scale, chosen.lora_targets)
+        drafter = hf.add_drafter(lm.model, lm.tokenizer, lora, token=chosen.mask_token)
+        config = diffusion_config(chosen, drafter.mask_token_id, __version__)
+    elif chosen.attention != "ar":
         mask_token_id = (
             config.mask_token_id
             if config is not None
@@ -398,7 +474,8 @@ def adapt(
         )
         config = diffusion_config(chosen, mask_token_id, __version__)
     hf.without_dropout(lm.model)
-    adapted = DiffusionLM(lm.model, lm.tokenizer, config)
+    base = None if drafter is None else hf.Base(parent["name"], parent["fingerprint"])
+    adapted = DiffusionLM(lm.model, lm.tokenizer, config, drafter=drafter, base=base)
 
     versions = {"unmask": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -423,17 +500,18 @@ def adapt(
             done = p.step
 
         evaluate = _evaluator(adapted, chosen, held_out) if held_out else None
-        state = train(
-            lm.model,
-            lambda wrapped: hf.HFNetwork(lm.model, None if config is None else config.mask_token_id, forward=wrapped),
-            chosen,
-            config if chosen.attention != "ar" else None,
-            source,
-            output_dir,
-            resume=resume,
-            evaluate=evaluate,
-            report=report,
-        )
+        with _trained_alone(lm.model, drafter):
+            state = train(
+                lm.model,
+                adapted._network,
+                chosen,
+                config if chosen.attention != "ar" else None,
+                source,
+                output_dir,
+                resume=resume,
+                evaluate=evaluate,
+                report=report,
+            )
     figures = evaluate(lm.model) if evaluate is not None else {}
     if figures:
         append_metrics(output_dir, {"step": state.step, "tokens": state.tokens, **figures})
@@ -442,6 +520,23 @@ def adapt(
         (output_dir / "README.md").write_text(_model_card(name, adapted, chosen, state.tokens, figures))
         _write_run(output_dir, run | {"finished": True, "tokens": state.tokens, "evaluation": figures})
     return adapted
+
+
+@contextmanager
+def _trained_alone(model: Any, drafter: Drafter | None) -> Iterator[None]:
+    """Within the context the drafter is a part of the model, the only one that learns."""
+    if drafter is None:
+        yield
+        return
+    learning = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    model.add_module("drafter", drafter)
+    try:
+        yield
+    finally:
+        del model.drafter
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _end_token_id(lm: DiffusionLM, settings: Settings) -> int | None:
@@ -493,7 +588,11 @@ def _evaluator(lm: DiffusionLM, settings: Settings, documents: list[likelihood.D
             lm.network, lm.diffusion, documents, num_samples=settings.eval_samples, context_length=context
         )
         summary = likelihood.summarise(outputs)
-        return {"nelbo": summary.nats_per_token, "nelbo_standard_error": summary.standard_error or 0.0}
+        figures = {"nelbo": summary.nats_per_token, "nelbo_standard_error": summary.standard_error or 0.0}
+        if settings.objective == "joint":  # the AR model is meant to stay what it was
+            exact = likelihood.summarise(likelihood.nll(lm.network, documents, context_length=context))
+            figures["nll"] = exact.nats_per_token
+        return figures
 
     return evaluate
 
@@ -538,16 +637,6 @@ def _write_run(output_dir: Path, run: dict[str, Any]) -> None:
     partial = output_dir / "run.json.partial"
     partial.write_text(json.dumps(run, indent=2) + "\n")
     partial.replace(output_dir / "run.json")
-
-
-def _fingerprint(model: Any) -> str:
-    """Hash of a model's parameter names, shapes and a few values of each."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _model_card(parent: str, lm: DiffusionLM, settings: Settings, tokens: int, figures: dict[str, float]) -> str:

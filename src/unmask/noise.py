@@ -23,11 +23,11 @@ def uniform(*shape: int, key: tuple[int | str, ...]) -> Tensor:
     return torch.rand(shape, generator=generator(*key), dtype=torch.float64)
 
 
-def gumbel(size: int, seed: int, row: int, position: int) -> Tensor:
+def gumbel(size: int, seed: int, row: int, position: int, purpose: str = "token") -> Tensor:
     """float64 Gumbel noise (size,) of one token position of one row.
 
     AR and diffusion sampling read the same noise at the same place, so that they can be compared token for
     token. float64 because float32 uniforms cut the tail at 16.6, which lowers the temperature (2409.02908).
     """
     draws = torch.empty(size, dtype=torch.float64)
-    return draws.exponential_(generator=generator("token", seed, row, position)).log_().neg_()
+    return draws.exponential_(generator=generator(purpose, seed, row, position)).log_().neg_()

@@ -36,7 +36,7 @@ from unmask.corruption import (
 )
 from unmask.data import Batch, Corpus, HubStream, Packer, PackState
 from unmask.denoiser import DiffusionConfig, Network
-from unmask.objectives import LossOutput, ar_loss, diffusion_loss, predictable
+from unmask.objectives import DISTANCES, LossOutput, ar_loss, diffusion_loss, distill_loss, joint_loss, predictable
 
 Evaluator = Callable[[Any], dict[str, float]]
 """Called with the unwrapped model; returns named figures for metrics.jsonl."""
@@ -50,9 +50,12 @@ class Settings:
     """Everything that defines a run besides the model and the data. None means: resolved from the model.
 
     attention "ar" trains the next-token loss instead. noise_level: "block" | "sequence" shares t.
-    masking: "exact" draws ceil(t n) of n tokens, "bernoulli" each with probability t. half_life: of
-    position-dependent masking, inf is uniform. batch_size counts rows of max_length in one optimiser step,
-    micro_batch_size those that run at once on one device.
+    masking: "exact" draws ceil(t n) of n tokens, "bernoulli" each with probability t, "all" is t = 1.
+    objective: "diffusion", "joint" (next-token loss + alpha * diffusion) or "distill" (a drafter: adapters of
+    lora_rank on a frozen base, pulled by `distance` to the base's next-token law). first_block_size: double
+    the block from there to block_size over the run. half_life: of position-dependent masking, inf is uniform.
+    batch_size counts rows of max_length in one optimiser step, micro_batch_size those that run at once on one
+    device.
     """
 
     recipe: str
@@ -61,6 +64,14 @@ class Settings:
     clean_attention: str | None = None
     block_size: int | None = None
     shift: bool = False
+    noisy_attention: str = "bidirectional"
+    objective: str = "diffusion"
+    alpha: float = 0.3
+    distance: str = "kl+tv"
+    lora_rank: int = 32
+    lora_scale: float = 64.0
+    lora_targets: str = "all"
+    first_block_size: int | None = None
     noise_level: str = "block"
     masking: str = "exact"
     complementary: bool = False
@@ -101,7 +112,10 @@ class Settings:
         choices = {
             "attention": ("two_stream", "block_causal", "bidirectional", "ar"),
             "noise_level": ("block", "sequence"),
-            "masking": ("exact", "bernoulli"),
+            "noisy_attention": ("bidirectional", "causal"),
+            "objective": ("diffusion", "joint", "distill"),
+            "distance": DISTANCES,
+            "masking": ("exact", "bernoulli", "all"),
             "mixed_precision": ("no", "bf16", "fp16"),
         }
         for name, allowed in choices.items():
@@ -109,10 +123,19 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
         for name in ("block_size", "max_length", "batch_size", "micro_batch_size", "log_every", "eval_every",
                      "save_every", "keep_checkpoints", "eval_samples", "max_tokens", "learning_rate", "half_life",
-                     "max_grad_norm"):  # fmt: skip
+                     "max_grad_norm", "lora_rank", "lora_scale", "first_block_size"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive")
+        if not self.alpha >= 0:
+            raise ValueError(f"alpha={self.alpha} must not be negative")
+        if self.objective != "diffusion" and (self.attention, self.clean_attention) != ("two_stream", "causal"):
+            raise ValueError(
+                f"objective={self.objective!r} needs attention='two_stream' with clean_attention='causal', "
+                f"not {self.attention!r} with {self.clean_attention!r}"
+            )
+        if self.objective == "distill" and self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing=true does not go with objective='distill': leave it out")
         if self.complementary and self.masking != "exact":
             raise ValueError("complementary=true needs masking='exact'")
         if math.isfinite(self.half_life) and self.masking != "exact":
@@ -190,6 +213,9 @@ def resolve(settings: Settings, num_parameters: int, context_length: int | None)
         raise ValueError(f"max_length={length} exceeds the model's context of {context_length}")
     if length < block:
         raise ValueError(f"block_size={block} exceeds max_length={length}")
+    first = settings.first_block_size
+    if first is not None and block not in (first << n for n in range(block.bit_length())):
+        raise ValueError(f"first_block_size={first} does not double to block_size={block}")
     batch = settings.batch_size or max(1, round(ruled["batch_tokens"] / length))
     return replace(
         settings,
@@ -222,7 +248,18 @@ def diffusion_config(settings: Settings, mask_token_id: int, version: str) -> Di
         shift=settings.shift,
         recipe=settings.recipe,
         version=version,
+        noisy_attention=settings.noisy_attention,
     )
+
+
+def at_step(settings: Settings, step: int, total_steps: int) -> Settings:
+    """The settings of one step: with first_block_size, blocks double in equal parts of the run."""
+    if settings.first_block_size is None:
+        return settings
+    assert settings.block_size is not None
+    stages = (settings.block_size // settings.first_block_size).bit_length()
+    stage = min(stages - 1, step * stages // max(1, total_steps))
+    return replace(settings, block_size=settings.first_block_size << stage, first_block_size=None)
 
 
 # --- one step's noise and loss
@@ -238,6 +275,8 @@ def corruptions(settings: Settings, layout: Layout, step: int, rows: Tensor) -> 
     t = noise_levels(settings.seed, step, rows, settings.batch_size, length).to(device)
     noise = position_noise(settings.seed, step, rows, length).to(device)
     maskable = predictable(layout)
+    if settings.masking == "all":
+        return [Corruption(maskable, maskable.float())]
     if settings.masking == "bernoulli":
         return [mask_bernoulli(t, noise, segment, maskable)]
     size = settings.block_size if by_block else length
@@ -253,8 +292,18 @@ def step_loss(
     """Loss (sum, count) of these rows; a mean over draws where a pair of masks is drawn."""
     if config is None:
         return ar_loss(network, batch.x0, batch.layout)
+    if config.block_size is not None:
+        config = config.with_block_size(settings.block_size)  # a curriculum's blocks are smaller
     drawn = corruptions(settings, batch.layout, step, rows)
-    losses = [diffusion_loss(network, config, batch.x0, batch.layout, corruption) for corruption in drawn]
+
+    def loss_of(corruption: Corruption) -> LossOutput:
+        if settings.objective == "joint":
+            return joint_loss(network, config, batch.x0, batch.layout, corruption, settings.alpha)
+        if settings.objective == "distill":
+            return distill_loss(network, config, batch.x0, batch.layout, corruption, settings.distance)
+        return diffusion_loss(network, config, batch.x0, batch.layout, corruption)
+
+    losses = [loss_of(corruption) for corruption in drawn]
     total = losses[0]
     for loss in losses[1:]:
         total = LossOutput(total.sum + loss.sum, total.count)
@@ -367,7 +416,8 @@ def train(
             rows = torch.arange(len(micro.x0)) + rank * share + start
             last = start + settings.micro_batch_size >= len(mine.x0)
             with accelerator.autocast(), _sync(accelerator, wrapped, last):
-                loss = step_loss(network, settings, config, micro.to(accelerator.device), state.step, rows)
+                now = at_step(settings, state.step, total_steps)
+                loss = step_loss(network, now, config, micro.to(accelerator.device), state.step, rows)
                 # Gradients are averaged over ranks, hence the factor.
                 accelerator.backward(loss.sum * (ranks / max(1, count)))
             total += loss.sum.detach().double()

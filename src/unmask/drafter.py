@@ -43,6 +43,7 @@ class Drafter(nn.Module):
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         self._noisy: Tensor | None = None
         self._masks: Tensor | None = None
+        self._index: Any = Ellipsis
         embedding = model.get_input_embeddings()
         with torch.no_grad():  # in the space of what the embedding puts out: some models scale it
             ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
@@ -65,6 +66,11 @@ class Drafter(nn.Module):
     def rows(self, noisy: Tensor) -> Iterator[None]:
         """Within the context the adapters act on these rows (batch, length) of the pass."""
         self._noisy = noisy if bool(noisy.any()) else None
+        columns = noisy.all(0)
+        if bool(columns.all()):
+            self._index = Ellipsis
+        else:  # the same columns in every row are a view where the rows' own are a gather
+            self._index = (slice(None), columns) if bool((noisy == columns).all()) else noisy
         try:
             yield
         finally:
@@ -80,13 +86,20 @@ class Drafter(nn.Module):
             noisy = self._noisy
             if noisy is None:
                 return out
-            scale = self.config.scale / self.config.rank
-            columns = noisy.all(0)
-            if bool(columns.all()):
-                return out + (args[0] @ self.down[key].T @ self.up[key].T) * scale
-            index: Any = (slice(None), columns) if bool((noisy == columns).all()) else noisy
+            x = args[0]
+            if x.ndim == 2:  # some layers flatten (batch, length)
+                noisy = noisy.flatten()
+            if x.shape[:-1] != noisy.shape:
+                raise ValueError(
+                    f"lora_targets: {key.replace('-', '.')!r} gets {tuple(x.shape[:-1])} rows of a pass of "
+                    f"{tuple(noisy.shape)}, so they cannot be told apart: leave it out (experts are routed)"
+                )
+            index = self._index if x.ndim == 3 else noisy
+            added = (x[index] @ self.down[key].T @ self.up[key].T) * (self.config.scale / self.config.rank)
+            if self._index is Ellipsis:
+                return out + added.view_as(out)
             out = out.clone()
-            out[index] += (args[0][index] @ self.down[key].T @ self.up[key].T) * scale
+            out[index] += added
             return out
 
         return hook

@@ -28,6 +28,8 @@ class DiffusionConfig:
     clean_attention: "causal" | "block_causal" for two streams, else None.
     shift: position i is scored by row i - 1, as in AR models, instead of row i.
     noisy_attention: "bidirectional" | "causal" inside a noisy block of two streams.
+    mask_rows: embeddings of the mask, ids mask_token_id + 0, 1, ...: one for each place in the block (a
+    drafter's), or one for all.
     """
 
     mask_token_id: int
@@ -38,6 +40,7 @@ class DiffusionConfig:
     recipe: str
     version: str
     noisy_attention: str = "bidirectional"
+    mask_rows: int = 1
 
     def __post_init__(self) -> None:
         if self.attention not in ("bidirectional", "block_causal", "two_stream"):
@@ -144,7 +147,7 @@ def score(network: Network, config: DiffusionConfig, xt: Tensor, x0: Tensor, lay
     (Efficient-DLM 2512.14067, section 2). `layout` is that of x0.
     """
     if config.attention == "two_stream":
-        input_ids, passed = torch.cat([xt, x0], dim=1), _noisy(layout).then(layout)
+        input_ids, passed = torch.cat([_placed(config, xt, layout), x0], dim=1), _noisy(layout).then(layout)
     else:
         input_ids, passed = xt, layout
     return network(input_ids, passed, config.pattern, rows=_scoring_rows(config, layout, input_ids)[wanted])
@@ -152,6 +155,14 @@ def score(network: Network, config: DiffusionConfig, xt: Tensor, x0: Tensor, lay
 
 def _noisy(layout: Layout) -> Layout:
     return layout._replace(noisy=torch.ones_like(layout.noisy))
+
+
+def _placed(config: DiffusionConfig, xt: Tensor, layout: Layout) -> Tensor:
+    """xt with the mask of each token's place in its block, where places have masks of their own."""
+    if config.mask_rows == 1 or config.block_size is None:
+        return xt
+    place = (layout.position % config.block_size).clamp_max(config.mask_rows - 1)
+    return torch.where(xt == config.mask_token_id, config.mask_token_id + place, xt)
 
 
 def _scoring_rows(config: DiffusionConfig, layout: Layout, input_ids: Tensor) -> Tensor:
@@ -175,7 +186,7 @@ def score_joint(
     Needs a strictly causal clean stream: only then is it the AR model (Nemotron-Labs 2607.05722, section 2.1).
     """
     _check_serves_ar(config)
-    (batch, length), input_ids = xt.shape, torch.cat([xt, x0], dim=1)
+    (batch, length), input_ids = xt.shape, torch.cat([_placed(config, xt, layout), x0], dim=1)
     rows = _scoring_rows(config, layout, input_ids)[wanted]
     clean = torch.arange(length, 2 * length, device=xt.device) - 1
     ar_rows = (clean + torch.arange(batch, device=xt.device)[:, None] * 2 * length)[ar_wanted]
@@ -201,6 +212,7 @@ def score_distilled(
     with torch.no_grad():
         ar_logits = network(x0, layout, causal, rows=row[wanted] - 1, past=past)
     past.layout = layout
+    xt = _placed(config, xt, layout)
     logits = network(xt, _noisy(layout), config.pattern, rows=row[wanted] - int(config.shift), past=past)
     return logits, ar_logits
 
@@ -255,7 +267,7 @@ def denoise(
     """
     batch, width = xt.shape
     if config.attention == "two_stream":
-        layout = _noisy(layout)
+        xt, layout = _placed(config, xt, layout), _noisy(layout)
     input_ids, passed, kept = xt, layout, 0
     if finished is not None:
         input_ids, passed = torch.cat([finished[0], xt], dim=1), finished[1].then(layout)
@@ -298,7 +310,8 @@ def draft(
     """
     _check_serves_ar(config)
     width = layout.position.shape[1]
-    masks = torch.full_like(layout.position, config.mask_token_id)
+    place = torch.arange(width, device=last.device).clamp_max(config.mask_rows - 1)
+    masks = (config.mask_token_id + place).expand_as(layout.position)
     passed = last_layout.then(_noisy(layout))
     logits = network(torch.cat([last, masks], dim=1), passed, drafting(config.noisy_attention), past=past)
     past.cache.crop(-width)

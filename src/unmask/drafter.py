@@ -21,11 +21,13 @@ class DrafterConfig:
     """rank and scale of W x + (scale / rank) B A x on noisy rows, and which linear maps have it.
 
     targets: "all" (every linear map of the layers), or endings of module names, separated by commas.
+    mask_rows: embeddings of the mask, one for each place in a block or one for all.
     """
 
     rank: int = 32
     scale: float = 64.0
     targets: str = "all"
+    mask_rows: int = 1
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -42,12 +44,13 @@ class Drafter(nn.Module):
         self.mask_token_id, self.config = mask_token_id, config
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         self._noisy: Tensor | None = None
-        self._masks: Tensor | None = None
+        self._places: Tensor | None = None
         self._index: Any = Ellipsis
         embedding = model.get_input_embeddings()
         with torch.no_grad():  # in the space of what the embedding puts out: some models scale it
             ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
-            self.mask_row = nn.Parameter(embedding(ids[None])[0].float().mean(0).to(embedding.weight.dtype))
+            mean = embedding(ids[None])[0].float().mean(0).to(embedding.weight.dtype)
+            self.masks = nn.Parameter(mean.repeat(config.mask_rows, 1))
         self._handles = [
             embedding.register_forward_pre_hook(self._hide_masks),
             embedding.register_forward_hook(self._embed_masks),
@@ -105,16 +108,18 @@ class Drafter(nn.Module):
         return hook
 
     def _hide_masks(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        self._masks = None
+        self._places = None
         if self._noisy is None:
             return None
-        self._masks = args[0] == self.mask_token_id
-        return (args[0].masked_fill(self._masks, 0), *args[1:])
+        places = args[0] - self.mask_token_id
+        self._places = places.masked_fill((places < 0) | (places >= self.config.mask_rows), -1)
+        return (args[0].masked_fill(self._places >= 0, 0), *args[1:])
 
     def _embed_masks(self, _module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        if self._masks is None:
+        if self._places is None:
             return out
-        return torch.where(self._masks[..., None], self.mask_row.to(out.dtype), out)
+        rows = self.masks.to(out.dtype)[self._places.clamp_min(0)]
+        return torch.where(self._places[..., None] >= 0, rows, out)
 
 
 def target_modules(model: Any, targets: str) -> list[tuple[str, nn.Module]]:

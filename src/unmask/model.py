@@ -463,7 +463,9 @@ def adapt(
     config = lm.diffusion
     drafter = None
     if chosen.objective == "distill":
-        lora = DrafterConfig(chosen.lora_rank, chosen.lora_scale, chosen.lora_targets)
+        assert chosen.block_size is not None
+        mask_rows = chosen.block_size if chosen.mask_per_place else 1
+        lora = DrafterConfig(chosen.lora_rank, chosen.lora_scale, chosen.lora_targets, mask_rows)
         drafter = hf.add_drafter(lm.model, lm.tokenizer, lora, token=chosen.mask_token)
         config = diffusion_config(chosen, drafter.mask_token_id, __version__)
     elif chosen.attention != "ar":

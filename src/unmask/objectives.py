@@ -82,18 +82,38 @@ def distill_loss(
 ) -> LossOutput:
     """sum_i w_i * distance(p_i, q_i): p_i the AR law of token i on the clean stream, q_i the draft's.
 
-    With the shift, a block's first position is the AR row itself: it counts, with a distance of 0.
+    With the shift, a block's first position is the AR row itself: it counts, with a distance of 0. The
+    distance "reach" is `draft_failure` + 0.1 KL (ours), and it leaves a block's first position out as well:
+    the anchor row of the draft forward stands for it.
     """
-    wanted = corruption.masked
-    if config.shift:
+    wanted, reach = corruption.masked, distance == "reach"
+    if config.shift or reach:
         wanted = wanted & (layout.position % (config.block_size or 1) > 0)
     xt = corruption.apply(x0, config.mask_token_id)
     q, p = score_distilled(network, config, xt, x0, layout, wanted)
-    values = draft_distance(p, q, x0[wanted], distance)
+    if reach:
+        values = 0.1 * draft_distance(p, q, x0[wanted], "kl")
+        acceptance = 1 - draft_distance(p, q, x0[wanted], "tv")
+        grid = torch.ones_like(layout.position, dtype=acceptance.dtype).masked_scatter(wanted, acceptance)
+        values = values + draft_failure(grid, layout, config.block_size or 1)[wanted]
+    else:
+        values = draft_distance(p, q, x0[wanted], distance)
     return LossOutput((corruption.weight[wanted] * values).sum(), predictable(layout).sum())
 
 
-DISTANCES = ("ce", "kl", "tv", "kl+tv", "lk")
+def draft_failure(acceptance: Tensor, layout: Layout, block_size: int) -> Tensor:
+    """1 - prod_{i <= j} a_i over the block of each token j: the chance that its draft is not taken over.
+
+    acceptance a (batch, length) in [0, 1]. Its sum over a block is the block's length less the expected number
+    of accepted drafts, so its gradient weighs each place by how often a cycle gets there and what follows.
+    """
+    total = torch.nn.functional.pad(acceptance.clamp_min(1e-6).log().cumsum(-1), (1, 0))
+    column = torch.arange(layout.position.shape[-1], device=layout.position.device)
+    start = column - layout.position % block_size  # a document's blocks are contiguous in its row
+    return 1 - (total[..., 1:] - total.gather(-1, start.clamp_min(0))).exp()
+
+
+DISTANCES = ("ce", "kl", "tv", "kl+tv", "lk", "reach")
 
 
 def draft_distance(p_logits: Tensor, q_logits: Tensor, target: Tensor, distance: str) -> Tensor:
@@ -104,8 +124,8 @@ def draft_distance(p_logits: Tensor, q_logits: Tensor, target: Tensor, distance:
     - log q(argmax p), lam = exp(-acceptance / 2) detached (Nemotron-Labs 2607.05722, section 2.7, over the
     whole vocabulary at temperature 1).
     """
-    if distance not in DISTANCES:
-        raise ValueError(f"distance {distance!r} is unknown: use one of {', '.join(DISTANCES)}")
+    if distance not in DISTANCES[:-1]:
+        raise ValueError(f"distance {distance!r} is unknown: use one of {', '.join(DISTANCES[:-1])}")
     log_q, log_p = q_logits.log_softmax(-1), p_logits.detach().log_softmax(-1)
     if distance == "ce":
         return -log_q.gather(-1, target[:, None])[:, 0]

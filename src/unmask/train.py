@@ -52,7 +52,8 @@ class Settings:
     attention "ar" trains the next-token loss instead. noise_level: "block" | "sequence" shares t.
     masking: "exact" draws ceil(t n) of n tokens, "bernoulli" each with probability t, "all" is t = 1.
     objective: "diffusion", "joint" (next-token loss + alpha * diffusion) or "distill" (a drafter: adapters of
-    lora_rank on a frozen base, pulled by `distance` to the base's next-token law). first_block_size: double
+    lora_rank on a frozen base, pulled by `distance` to the base's next-token law; mask_per_place gives each
+    place in the block a mask embedding of its own). first_block_size: double
     the block from there to block_size over the run. half_life: of position-dependent masking, inf is uniform.
     batch_size counts rows of max_length in one optimiser step, micro_batch_size those that run at once on one
     device.
@@ -71,6 +72,7 @@ class Settings:
     lora_rank: int = 32
     lora_scale: float = 64.0
     lora_targets: str = "all"
+    mask_per_place: bool = False
     first_block_size: int | None = None
     noise_level: str = "block"
     masking: str = "exact"
@@ -134,6 +136,8 @@ class Settings:
                 f"objective={self.objective!r} needs attention='two_stream' with clean_attention='causal', "
                 f"not {self.attention!r} with {self.clean_attention!r}"
             )
+        if self.mask_per_place and self.objective != "distill":
+            raise ValueError(f"mask_per_place=true needs objective='distill', not {self.objective!r}")
         if self.objective == "distill" and self.gradient_checkpointing:
             raise ValueError("gradient_checkpointing=true does not go with objective='distill': leave it out")
         if self.complementary and self.masking != "exact":
@@ -249,6 +253,7 @@ def diffusion_config(settings: Settings, mask_token_id: int, version: str) -> Di
         recipe=settings.recipe,
         version=version,
         noisy_attention=settings.noisy_attention,
+        mask_rows=settings.block_size if settings.mask_per_place and settings.block_size else 1,
     )
 
 

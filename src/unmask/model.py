@@ -21,12 +21,13 @@ import transformers
 from torch import Tensor
 
 from unmask import hf
-from unmask.data import HubStream, find_files, load_corpus, read_documents
+from unmask.data import Corpus, HubStream, find_files, load_corpus, read_documents
 from unmask.denoiser import DiffusionConfig
 from unmask.drafter import Drafter, DrafterConfig
 from unmask.evaluation import likelihood
 from unmask.evaluation.likelihood import LikelihoodOutput
 from unmask.progress import progress
+from unmask.rollouts import roll_out
 from unmask.sampling import (
     Acceptance,
     SampledTokens,
@@ -407,15 +408,22 @@ def adapt(
     """Turn a causal LM into what `recipe` says, by training it on `data`, and save it to `output_dir`.
 
     model: folder, hub id or a loaded model (trained in place). data: .txt, .jsonl or .parquet files, folders
-    of them, or one hub id. settings: any of the recipe's, overriding it. resume: go on from the newest
-    checkpoint of the same run; a finished run is loaded and returned. Returns the adapted model, in eval mode.
+    of them, one hub id, or "self" (with self_prompts): text that the model itself writes. settings: any of the
+    recipe's, overriding it. resume: go on from the newest checkpoint of the same run; a finished run is loaded
+    and returned. Returns the adapted model, in eval mode.
     """
     chosen = load_recipe(recipe, **settings)
     output_dir = Path(output_dir)
     sources = [data] if isinstance(data, str | Path) else list(data)
     if not sources:
         raise ValueError("data is empty: give at least one file, folder or hub id")
-    files = find_files(sources)  # before anything slow
+    own = [str(source) for source in sources] == ["self"]
+    if own != (chosen.self_prompts is not None) or (own and not (chosen.self_tokens or chosen.max_tokens)):
+        raise ValueError(
+            f"data {[str(source) for source in sources]} with self_prompts={chosen.self_prompts!r}: text of the "
+            "model's own needs --data self alone, self_prompts=FILE for its beginnings, and --max-tokens or self_tokens"
+        )
+    files = find_files([chosen.self_prompts] if own and chosen.self_prompts else sources)  # before anything slow
     held_out_files = find_files([chosen.eval_data]) if chosen.eval_data else None
     previous = _read_run(output_dir, resume)
 
@@ -445,6 +453,17 @@ def adapt(
                 skip_invalid=chosen.skip_invalid,
                 progress=advance,
             )
+    if own:
+        asked = chosen.self_tokens or chosen.max_tokens
+        assert asked is not None
+        assert chosen.max_length is not None
+        assert isinstance(source, Corpus)
+        with progress("roll out", asked, show=show_progress) as advance:
+            source = roll_out(
+                lm.network, source, output_dir.parent, author=parent["fingerprint"], num_tokens=asked,
+                max_length=chosen.max_length, temperature=chosen.self_temperature,
+                end_token_ids=() if end_token_id is None else (end_token_id,), seed=chosen.seed, progress=advance,
+            )  # fmt: skip
     run: dict[str, Any] = {
         "parent": parent,
         "settings": _plain(chosen),

@@ -55,8 +55,9 @@ class Settings:
     lora_rank on a frozen base, pulled by `distance` to the base's next-token law; mask_per_place gives each
     place in the block a mask embedding of its own). first_block_size: double
     the block from there to block_size over the run. half_life: of position-dependent masking, inf is uniform.
-    batch_size counts rows of max_length in one optimiser step, micro_batch_size those that run at once on one
-    device.
+    self_prompts, self_tokens, self_temperature: of --data self, the file whose documents' beginnings the model
+    continues, how many tokens it writes (max_tokens unless given), and how. batch_size counts rows of
+    max_length in one optimiser step, micro_batch_size those that run at once on one device.
     """
 
     recipe: str
@@ -86,6 +87,9 @@ class Settings:
     split: str = "train"
     skip_invalid: bool = False
     end_token: str | None = None
+    self_prompts: str | None = None
+    self_tokens: int | None = None
+    self_temperature: float = 0.0
     eval_data: str | None = None
     eval_documents: int = 64
     eval_samples: int = 4
@@ -125,7 +129,8 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
         for name in ("block_size", "max_length", "batch_size", "micro_batch_size", "log_every", "eval_every",
                      "save_every", "keep_checkpoints", "eval_samples", "max_tokens", "learning_rate", "half_life",
-                     "max_grad_norm", "lora_rank", "lora_scale", "first_block_size"):  # fmt: skip
+                     "max_grad_norm", "lora_rank", "lora_scale", "first_block_size",
+                     "self_tokens"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive")

@@ -122,6 +122,23 @@ def test_adapted_length_follows_the_last_cycle() -> None:
 # --- the passes
 
 
+def test_patterns_of_a_causal_noisy_block_equal_double_loops() -> None:
+    layout = Layout.of(torch.arange(9)[None], noisy=True).then(Layout.of(torch.arange(9)[None]))
+    got = dense(two_stream(4, "causal", "causal"), layout, layout)[0]
+    start = dense(drafting("causal"), layout, layout)[0]
+    for row in range(18):
+        for column in range(18):
+            q, kv = row % 9, column % 9
+            if row >= 9:  # clean: the AR model, and never a noisy token
+                expected = drafted = column >= 9 and kv <= q
+            elif column >= 9:
+                expected, drafted = kv // 4 < q // 4, kv <= q
+            else:
+                expected, drafted = kv // 4 == q // 4 and kv <= q, kv <= q
+            assert bool(got[row, column]) == expected
+            assert bool(start[row, column]) == drafted
+
+
 @torch.no_grad()
 def test_drafting_pattern_equals_two_stream_on_an_aligned_block() -> None:
     for noisy in ("bidirectional", "causal"):

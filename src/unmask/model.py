@@ -662,14 +662,15 @@ def _write_run(output_dir: Path, run: dict[str, Any]) -> None:
 
 def _model_card(parent: str, lm: DiffusionLM, settings: Settings, tokens: int, figures: dict[str, float]) -> str:
     config = lm.diffusion
+    if lm.drafter is not None:
+        loading = "It holds the drafter alone; the `unmask` library loads it together with its base."
+    else:
+        loading = "`AutoModelForCausalLM` loads the weights; decoding as a diffusion model needs the `unmask` library."
     if config is None:
         what = "Next-token training of an autoregressive language model."
         rows: list[tuple[str, Any]] = []
     else:
-        what = (
-            "A masked diffusion language model made from an autoregressive one. `AutoModelForCausalLM` loads the "
-            "weights; decoding as a diffusion model needs the `unmask` library."
-        )
+        what = f"A masked diffusion language model made from an autoregressive one. {loading}"
         rows = [
             (
                 "attention",

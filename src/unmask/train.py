@@ -416,6 +416,7 @@ def train(
         if full is None:
             break
         rate = learning_rate_at(settings, state.step, total_steps)
+        now = at_step(settings, state.step, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
         mine = full.rows(rank * share, (rank + 1) * share)
@@ -426,7 +427,6 @@ def train(
             rows = torch.arange(len(micro.x0)) + rank * share + start
             last = start + settings.micro_batch_size >= len(mine.x0)
             with accelerator.autocast(), _sync(accelerator, wrapped, last):
-                now = at_step(settings, state.step, total_steps)
                 loss = step_loss(network, now, config, micro.to(accelerator.device), state.step, rows)
                 # Gradients are averaged over ranks, hence the factor.
                 accelerator.backward(loss.sum * (ranks / max(1, count)))

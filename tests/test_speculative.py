@@ -61,6 +61,25 @@ def test_coupled_equals_ar_sampling_with_the_same_noise(temperature: float, top_
     check_equals_ar(network(), causal_config(shift=shift), temperature=temperature, top_p=top_p, seed=7)
 
 
+def test_float32_parts_from_ar_only_where_the_two_best_tokens_tie() -> None:
+    net = network(dtype=torch.float32)
+    prompts = [random_tokens(3 + n % 7, seed=n) for n in range(64)]
+    ar = sample_autoregressive(net, prompts, max_new_tokens=40).new_tokens
+    fast = sample_speculative(net, causal_config(), prompts, max_new_tokens=40).new_tokens
+    same = 0
+    for prompt, a, b in zip(prompts, ar, fast, strict=True):
+        parted = next((i for i in range(40) if a[i] != b[i]), None)
+        if parted is None:
+            same += 1
+            continue
+        text = torch.cat([prompt, torch.tensor(a[:parted], dtype=torch.long)])
+        with torch.no_grad():
+            logits = net(text[None], Layout.of(torch.arange(len(text))[None]), causal)[0, -1]
+        best = logits.topk(2).values
+        assert best[0] - best[1] < 1e-4
+    assert same >= 60
+
+
 def test_end_tokens_adaptive_lengths_and_the_context_change_nothing() -> None:
     net, config = network(), causal_config()
     free = sample_autoregressive(net, [random_tokens(n, seed=n) for n in LENGTHS], max_new_tokens=14).new_tokens

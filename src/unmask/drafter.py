@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Drafter(nn.Module):
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         self._noisy: Tensor | None = None
         self._places: Tensor | None = None
-        self._index: Any = Ellipsis
+        self._index: Any = None
         embedding = model.get_input_embeddings()
         with torch.no_grad():  # in the space of what the embedding puts out: some models scale it
             ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
@@ -63,17 +64,17 @@ class Drafter(nn.Module):
             down = torch.randn(config.rank, in_features, generator=generator) / in_features**0.5
             self.down[key] = nn.Parameter(down.to(weight))
             self.up[key] = nn.Parameter(torch.zeros(out_features, config.rank).to(weight))
-            self._handles.append(module.register_forward_hook(self._adapt(key)))
+            self._handles.append(module.register_forward_hook(self._adapt(name, self.down[key], self.up[key])))
 
     @contextmanager
     def rows(self, noisy: Tensor) -> Iterator[None]:
         """Within the context the adapters act on these rows (batch, length) of the pass."""
         self._noisy = noisy if bool(noisy.any()) else None
         columns = noisy.all(0)
-        if bool(columns.all()):
-            self._index = Ellipsis
-        else:  # the same columns in every row are a view where the rows' own are a gather
-            self._index = (slice(None), columns) if bool((noisy == columns).all()) else noisy
+        first = int(columns.long().argmax())
+        # A suffix of every row, as when drafting, is a view where other rows are a gather.
+        suffix = bool(columns[first:].all()) and bool((noisy == columns).all())
+        self._index = (slice(None), slice(first, None)) if suffix else noisy
         try:
             yield
         finally:
@@ -84,25 +85,22 @@ class Drafter(nn.Module):
         for handle in self._handles:
             handle.remove()
 
-    def _adapt(self, key: str) -> Any:
+    def _adapt(self, name: str, down: Tensor, up: Tensor) -> Any:
+        scale = self.config.scale / self.config.rank
+
         def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             noisy = self._noisy
             if noisy is None:
                 return out
-            x = args[0]
+            x, index = args[0], self._index
             if x.ndim == 2:  # some layers flatten (batch, length)
-                noisy = noisy.flatten()
+                noisy = index = noisy.flatten()
             if x.shape[:-1] != noisy.shape:
                 raise ValueError(
-                    f"lora_targets: {key.replace('-', '.')!r} gets {tuple(x.shape[:-1])} rows of a pass of "
-                    f"{tuple(noisy.shape)}, so they cannot be told apart: leave it out (experts are routed)"
+                    f"lora_targets: {name!r} gets {tuple(x.shape[:-1])} rows of a pass of {tuple(noisy.shape)}, "
+                    "so they cannot be told apart: leave it out (experts are routed)"
                 )
-            index = self._index if x.ndim == 3 else noisy
-            added = (x[index] @ self.down[key].T @ self.up[key].T) * (self.config.scale / self.config.rank)
-            if self._index is Ellipsis:
-                return out + added.view_as(out)
-            out = out.clone()
-            out[index] += added
+            out[index] += linear(linear(x[index], down), up) * scale  # `out` is the map's own: nothing else holds it
             return out
 
         return hook
@@ -125,19 +123,19 @@ class Drafter(nn.Module):
 def target_modules(model: Any, targets: str) -> list[tuple[str, nn.Module]]:
     """Linear maps of the model's layers whose names end in one of `targets`; the head is never one."""
     head = model.get_output_embeddings()
-    linear = [
+    maps = [
         (name, module)
         for name, module in model.named_modules()
         if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
     ]
     if targets == "all":
-        return linear
+        return maps
     endings = tuple(ending.strip() for ending in targets.split(","))
     for ending in endings:
-        if not ending or not any(name.endswith(ending) for name, _ in linear):
-            known = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name, _ in linear))
+        if not ending or not any(name.endswith(ending) for name, _ in maps):
+            known = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name, _ in maps))
             raise ValueError(f"lora_targets {ending!r} is no linear map of this model: use 'all', or some of {known}")
-    return [(name, module) for name, module in linear if name.endswith(endings)]
+    return [(name, module) for name, module in maps if name.endswith(endings)]
 
 
 def _shape(module: Any) -> tuple[int, int]:

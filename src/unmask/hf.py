@@ -595,7 +595,8 @@ def load_drafter(name: str | Path, base: Base, **options: Any) -> tuple[Any, Any
             f"drafter {str(name)!r} was trained on another model than {base.name!r}: its base has fingerprint "
             f"{base.fingerprint}, this one {found}; give the original base"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with _quiet():  # it would warn that the folder's model type is unknown, which is meant
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     drafter = add_drafter(model, tokenizer, DrafterConfig(**described["lora"]))
     drafter.load_state_dict(load_file(folder / DRAFTER_WEIGHTS))
     known = {f.name for f in fields(DiffusionConfig)}

@@ -88,12 +88,17 @@ def adapt(
 def generate(
     model: Annotated[str, typer.Argument(help="Folder or hub id.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
-    mode: Annotated[str | None, typer.Option(help="diffusion or ar; by default what the checkpoint is.")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="diffusion, ar or speculative; by default what the checkpoint is.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 128,
     block_size: Annotated[int | None, typer.Option(help="Decode in blocks of another size.")] = None,
     max_denoising_steps: Annotated[int | None, typer.Option(help="Forwards per block at most.")] = None,
     confidence_threshold: Annotated[
         float | None, typer.Option(help="Commit tokens of higher probability: 1 is one a forward, 0 a block.")
+    ] = None,
+    draft_length: Annotated[
+        str | None, typer.Option(help="Positions drafted at a time in speculative mode, or auto.")
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this mass.")] = 1.0,
@@ -105,6 +110,9 @@ def generate(
 ) -> None:
     """Continue a prompt."""
     text = sys.stdin.read() if prompt == "-" else prompt
+    drafted: int | str | None = draft_length
+    if draft_length is not None and draft_length.lstrip("-").isdigit():
+        drafted = int(draft_length)
 
     import unmask
     from unmask.sampling import Threshold
@@ -126,8 +134,10 @@ def generate(
         stop_strings=stop,
         seed=seed,
         callback=live,
+        draft_length=drafted,
     )
     if as_json:
+        cycles = {} if out.tokens_per_cycle is None else {"tokens_per_cycle": round(float(out.tokens_per_cycle[0]), 4)}
         print(
             json.dumps(
                 {
@@ -137,6 +147,7 @@ def generate(
                     "num_forwards": int(out.num_forwards[0]),
                     "num_prefill_forwards": int(out.num_prefill_forwards[0]),
                     "tokens_per_forward": round(float(out.tokens_per_forward[0]), 4),
+                    **cycles,
                 }
             )
         )

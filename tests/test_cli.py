@@ -52,6 +52,33 @@ def _seconds(command: list[str]) -> float:
     return time.perf_counter() - began
 
 
+def test_drafter_speculates_from_the_command_line(
+    run, tokenizer_and_model: Path, stories: Path, converted: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "drafter"
+    code, _, err = run("adapt", tokenizer_and_model, "--recipe", "drafter", "--data", stories, "--output", folder,
+                       "--max-tokens", 500, "max_length=64", "block_size=4", "batch_size=4")  # fmt: skip
+    assert code == 0, err
+    answers = []
+    for mode in ("speculative", "ar"):
+        code, out, err = run("generate", folder, "Once there was", "--max-new-tokens", 8, "--mode", mode, "--json",
+                             "--temperature", 0.7, "--seed", 3)  # fmt: skip
+        assert code == 0, err
+        answers.append(json.loads(out))
+    fast, ar = answers
+    assert fast["text"] == ar["text"]
+    assert fast["tokens_per_cycle"] >= fast["tokens_per_forward"]
+    assert "tokens_per_cycle" not in ar
+    for bad, value in ((("--draft-length", 0), "draft_length 0"), (("--draft-length", "far"), "draft_length 'far'")):
+        code, out, err = run("generate", folder, "x", "--mode", "speculative", *bad)
+        assert (code, out) == (2, "")
+        assert err.strip().splitlines()[-1].startswith("unmask: error:")
+        assert value in err
+    code, _, err = run("generate", converted, "x", "--mode", "speculative")
+    assert code == 2
+    assert "'block_causal'" in err
+
+
 def test_adapt_generate_evaluate(run, tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:
     second = tmp_path / "more.jsonl"
     second.write_text(json.dumps({"text": "One more story."}) + "\n")

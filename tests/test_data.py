@@ -174,10 +174,10 @@ def test_hub_data_is_streamed_and_resumes(tmp_path: Path, tokenizer_and_model: P
     (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in STORIES))
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_and_model)
     stream = HubStream(str(tmp_path / "set"), tokenizer, end_token_id=1, text_column="text", split="train")
-    whole = [d.tolist() for d in stream.stream(0, 0, 0)]
+    whole = [d.ids.tolist() for d in stream.stream(0, 0, 0)]
     assert sorted(whole) == sorted([*tokenizer(s)["input_ids"], 1] for s in STORIES)
-    assert [d.tolist() for d in stream.stream(0, 0, 7)] == whole[7:]
-    assert [d.tolist() for d in stream.stream(0, 1, 0)] != whole
+    assert [d.ids.tolist() for d in stream.stream(0, 0, 7)] == whole[7:]
+    assert [d.ids.tolist() for d in stream.stream(0, 1, 0)] != whole
     with pytest.raises(ValueError, match=r"no text column 'body', found \['text'\]"):
         HubStream(str(tmp_path / "set"), tokenizer, end_token_id=1, text_column="body", split="train")
     with pytest.raises(ValueError, match="cannot be opened on the hub"):

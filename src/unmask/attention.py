@@ -75,21 +75,24 @@ def block_causal(block_size: int) -> Pattern:
     return pattern
 
 
-def two_stream(block_size: int, clean: str = "block_causal") -> Pattern:
+def two_stream(block_size: int, clean: str = "block_causal", noisy: str = "bidirectional") -> Pattern:
     """[noisy | clean] in one pass (Efficient-DLM 2512.14067, Fig. 2d; Nemotron-Labs 2607.05722).
 
-    noisy -> noisy: the same block. noisy -> clean: strictly earlier blocks. clean -> noisy: never.
+    noisy -> noisy: the same block (`noisy="causal"`: what stands before, I-DLM 2604.11035, Uno 2609.04010).
+    noisy -> clean: strictly earlier blocks. clean -> noisy: never.
     clean -> clean: same or earlier block (`clean="block_causal"`), or strictly causal (`clean="causal"`),
     in which case the clean half is exactly the AR model.
     """
     if clean not in ("block_causal", "causal"):
         raise ValueError(f"clean attention {clean!r} is unknown: use 'block_causal' or 'causal'")
     clean_to_clean = causal if clean == "causal" else block_causal(block_size)
+    noisy_to_noisy = _inside_block(noisy)
 
     def pattern(q: Layout, kv: Layout) -> Tensor:
         q_block, kv_block = q.position // block_size, kv.position // block_size
         to_clean = (q.noisy & (kv_block < q_block)) | (~q.noisy & clean_to_clean(q, kv))
-        return (kv.noisy & q.noisy & (kv_block == q_block)) | (~kv.noisy & to_clean)
+        in_block = (kv_block == q_block) & noisy_to_noisy(q, kv)
+        return (kv.noisy & q.noisy & in_block) | (~kv.noisy & to_clean)
 
     return pattern
 
@@ -117,6 +120,26 @@ def lookahead(reach: int) -> Pattern:
         return kv.position <= q.position + reach
 
     return pattern
+
+
+def drafting(noisy: str = "bidirectional") -> Pattern:
+    """One noisy block that starts anywhere, after clean tokens that all stand before it.
+
+    clean -> clean: causal, the AR model. noisy -> clean: all. noisy -> noisy: all, or what stands before.
+    The same as `two_stream(B, "causal", noisy)` for a block that starts at a multiple of B.
+    """
+    noisy_to_noisy = _inside_block(noisy)
+
+    def pattern(q: Layout, kv: Layout) -> Tensor:
+        return (~kv.noisy & causal(q, kv)) | (kv.noisy & q.noisy & noisy_to_noisy(q, kv))
+
+    return pattern
+
+
+def _inside_block(noisy: str) -> Pattern:
+    if noisy not in ("bidirectional", "causal"):
+        raise ValueError(f"noisy attention {noisy!r} is unknown: use 'bidirectional' or 'causal'")
+    return causal if noisy == "causal" else bidirectional
 
 
 def same_document(q: Layout, kv: Layout) -> Tensor:

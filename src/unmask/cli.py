@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,12 +88,17 @@ def adapt(
 def generate(
     model: Annotated[str, typer.Argument(help="Folder or hub id.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
-    mode: Annotated[str | None, typer.Option(help="diffusion or ar; by default what the checkpoint is.")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="diffusion, ar or speculative; by default what the checkpoint is.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 128,
     block_size: Annotated[int | None, typer.Option(help="Decode in blocks of another size.")] = None,
     max_denoising_steps: Annotated[int | None, typer.Option(help="Forwards per block at most.")] = None,
     confidence_threshold: Annotated[
         float | None, typer.Option(help="Commit tokens of higher probability: 1 is one a forward, 0 a block.")
+    ] = None,
+    draft_length: Annotated[
+        str | None, typer.Option(help="Positions drafted at a time in speculative mode, or auto.")
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this mass.")] = 1.0,
@@ -104,6 +110,9 @@ def generate(
 ) -> None:
     """Continue a prompt."""
     text = sys.stdin.read() if prompt == "-" else prompt
+    drafted: int | str | None = draft_length
+    if draft_length is not None and draft_length.lstrip("-").isdigit():
+        drafted = int(draft_length)
 
     import unmask
     from unmask.sampling import Threshold
@@ -125,8 +134,10 @@ def generate(
         stop_strings=stop,
         seed=seed,
         callback=live,
+        draft_length=drafted,
     )
     if as_json:
+        cycles = {} if out.tokens_per_cycle is None else {"tokens_per_cycle": round(float(out.tokens_per_cycle[0]), 4)}
         print(
             json.dumps(
                 {
@@ -136,6 +147,7 @@ def generate(
                     "num_forwards": int(out.num_forwards[0]),
                     "num_prefill_forwards": int(out.num_prefill_forwards[0]),
                     "tokens_per_forward": round(float(out.tokens_per_forward[0]), 4),
+                    **cycles,
                 }
             )
         )
@@ -148,14 +160,70 @@ def generate(
     )
 
 
+@app.command(epilog="Example: unmask chat runs/q --confidence-threshold 0.8")
+def chat(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a model with a chat template.")],
+    mode: Annotated[str | None, typer.Option(help="diffusion or ar; by default what the checkpoint is.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    confidence_threshold: Annotated[
+        float | None, typer.Option(help="Commit tokens of higher probability: 1 is one a forward, 0 a block.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+) -> None:
+    """Talk to a fine-tuned model; /reset forgets the conversation, /exit ends it."""
+    import unmask
+    from unmask.sampling import Threshold
+    from unmask.supervised import check_template
+
+    select = None if confidence_threshold is None else Threshold(confidence_threshold)
+    lm = unmask.load(model)
+    check_template(lm.tokenizer)
+    lm._check_mode(mode or ("ar" if lm.diffusion is None else "diffusion"))
+    messages: list[dict[str, str]] = []
+    while (line := _ask("> ")) is not None:
+        if line == "/exit":
+            break
+        if line == "/reset":
+            messages.clear()
+        if not line or line == "/reset":
+            continue
+        asked = [*messages, {"role": "user", "content": line}]
+        try:
+            live = _Stream(lm, asked, echo=False)
+            out = lm.generate(
+                asked,
+                mode=mode,
+                max_new_tokens=max_new_tokens,
+                select=select,
+                temperature=temperature,
+                seed=seed,
+                callback=live,
+            )
+        except ValueError as error:  # too long by now, or a template that refuses: the conversation can go on
+            print(f"unmask: {' '.join(str(error).split())} (/reset begins anew)", file=sys.stderr)
+            continue
+        print(out.texts[0][live.shown :], flush=True)
+        messages = [*asked, {"role": "assistant", "content": out.texts[0].strip()}]
+
+
+def _ask(sign: str) -> str | None:
+    """A line from standard input, without white space around it; None at its end."""
+    try:
+        return (input(sign) if sys.stdin.isatty() else input()).strip()
+    except EOFError:
+        return None
+
+
 class _Stream:
     """Writes the text as far as it is final: up to the first position that is still masked."""
 
-    def __init__(self, lm: Any, prompt: str) -> None:
+    def __init__(self, lm: Any, prompt: Any, echo: bool = True) -> None:
         self.lm, self.shown = lm, 0
         self.prompt = lm._prompt_ids(prompt, None)[0]
         self.tokens: dict[int, int] = {}
-        print(prompt, end="", flush=True)
+        if echo:
+            print(prompt, end="", flush=True)
 
     def __call__(self, _row: int, positions: list[int], tokens: list[int]) -> None:
         self.tokens.update(zip(positions, tokens, strict=True))
@@ -305,6 +373,43 @@ def evaluate(
         )
     else:
         print("nelbo  none: an untouched AR model has no diffusion mode")
+
+
+@app.command(epilog="Example: unmask bench decode --json; unmask bench train runs/q --rounds 3")
+def bench(
+    what: Annotated[str, typer.Argument(help="train or decode.")],
+    model: Annotated[str | None, typer.Argument(help="Folder or hub id instead of random weights.")] = None,
+    shape: Annotated[str, typer.Option(help="Random Qwen3 weights of this shape: tiny, 0.6b, 4b or 8b.")] = "tiny",
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Speed and memory beside the plain AR baseline of the same model, as ratios from one run."""
+    if what not in ("train", "decode"):
+        raise ValueError(f"bench {what!r} is unknown: use train or decode")
+    if rounds < 1:
+        raise ValueError(f"--rounds {rounds} must be at least 1")
+
+    import torch
+
+    from unmask import bench as benchmark
+
+    torch.set_num_threads(1)
+    run = benchmark.bench_train if what == "train" else benchmark.bench_decode
+    cases = run(model or shape, rounds)
+    settings = {
+        "shape": model or shape,
+        "rounds": rounds,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "threads": 1,
+        "unmask": __version__,
+        "torch": torch.__version__,
+    }
+    if as_json:
+        print(json.dumps({"cases": [asdict(case) for case in cases], "settings": settings}))
+        return
+    print("  ".join(f"{name} {value}" for name, value in settings.items()))
+    for case in cases:
+        print(f"{case.case:20} ratio {case.ratio:.3f}   ours {case.value:.4g}, AR {case.baseline:.4g} {case.unit}")
 
 
 @app.command(epilog="Example: unmask recipes efficient-dlm")

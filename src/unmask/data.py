@@ -1,8 +1,8 @@
 """Text files and hub data sets -> documents -> packed rows of one length.
 
 A row holds pieces of documents with their document ids and positions, so that attention can keep them apart.
-A document longer than what is left of a row is cut there, and the rest is a document of its own. Everything
-an iterator needs to go on where it stopped is (epoch, document, offset).
+A text longer than what is left of a row is cut there, and the rest is a document of its own; a supervised
+example is never cut. Everything an iterator needs to go on where it stopped is (epoch, document, offset).
 """
 
 from __future__ import annotations
@@ -12,32 +12,56 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unmask.attention import PADDING, Layout
+from unmask.supervised import (
+    COMPLETION,
+    MESSAGES,
+    PROMPT,
+    Example,
+    InvalidRecordError,
+    encode_example,
+    missing_column,
+    read_record,
+)
 
 SEPARATOR = b"<|endoftext|>"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
-# --- files -> texts
+# --- files -> texts and examples
 
 
 def read_documents(path: Path, *, text_column: str = "text", skip_invalid: bool = False) -> Iterator[str]:
-    """Texts of one .txt, .jsonl or .parquet file, white space around each stripped, empty ones left out.
+    """`read_examples` of a file that holds plain text and nothing else."""
+    for example in read_examples(path, text_column=text_column, skip_invalid=skip_invalid):
+        if not isinstance(example, str):
+            raise ValueError(
+                f"data file {str(path)!r} holds supervised examples (prompt and completion, or messages) "
+                "where plain text is needed: choose a column with text_column=NAME, or give another file"
+            )
+        yield example
 
-    A text that is no UTF-8, a broken JSON line or a missing column is a ValueError that names file and line;
-    with `skip_invalid` that document alone is left out.
+
+def read_examples(path: Path, *, text_column: str = "text", skip_invalid: bool = False) -> Iterator[Example]:
+    """Texts and supervised examples of one .txt, .jsonl or .parquet file, told apart by their columns.
+
+    White space around a text is stripped, and empty texts are left out. A text that is no UTF-8, a broken
+    JSON line or a missing column is a ValueError that names file and line; with `skip_invalid` that document
+    alone is left out.
     """
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    for text in readers[path.suffix](path, text_column, skip_invalid):
-        text = text.strip()
-        if text:
-            yield text
+    for example in readers[path.suffix](path, text_column, skip_invalid):
+        if isinstance(example, str):
+            example = example.strip()
+            if not example:
+                continue
+        yield example
 
 
 def _read_txt(path: Path, _column: str, skip_invalid: bool) -> Iterator[str]:
@@ -53,7 +77,7 @@ def _read_txt(path: Path, _column: str, skip_invalid: bool) -> Iterator[str]:
         line += raw.count(b"\n")
 
 
-def _read_jsonl(path: Path, column: str, skip_invalid: bool) -> Iterator[str]:
+def _read_jsonl(path: Path, column: str, skip_invalid: bool) -> Iterator[Example]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             if not raw.strip():
@@ -61,11 +85,12 @@ def _read_jsonl(path: Path, column: str, skip_invalid: bool) -> Iterator[str]:
             problem = ""
             try:
                 record = json.loads(raw.decode())
-                if isinstance(record, dict) and isinstance(record.get(column), str):
-                    yield record[column]
+                if isinstance(record, dict):
+                    yield read_record(record, column)
                     continue
-                found = sorted(record) if isinstance(record, dict) else type(record).__name__
-                problem = f"has no text column {column!r}, found {found}; choose one with text_column=NAME"
+                problem = f"is no object with a text column {column!r}, found {type(record).__name__}"
+            except InvalidRecordError as error:
+                problem = str(error)
             except UnicodeDecodeError as error:
                 problem = f"is not UTF-8 ({error.reason})"
             except json.JSONDecodeError as error:
@@ -74,7 +99,7 @@ def _read_jsonl(path: Path, column: str, skip_invalid: bool) -> Iterator[str]:
                 raise _invalid(path, number, problem)
 
 
-def _read_parquet(path: Path, column: str, skip_invalid: bool) -> Iterator[str]:
+def _read_parquet(path: Path, column: str, skip_invalid: bool) -> Iterator[Example]:
     import pyarrow
     import pyarrow.parquet
 
@@ -82,19 +107,19 @@ def _read_parquet(path: Path, column: str, skip_invalid: bool) -> Iterator[str]:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"data file {str(path)!r} is not parquet: {str(error).splitlines()[0]}") from None
-    if column not in file.schema_arrow.names:
-        raise ValueError(
-            f"data file {str(path)!r} has no text column {column!r}, found {file.schema_arrow.names}; "
-            "choose one with text_column=NAME"
-        )
+    names = file.schema_arrow.names
+    columns = [name for name in (column, PROMPT, COMPLETION, MESSAGES) if name in names]
+    if not columns:
+        raise ValueError(f"data file {str(path)!r} {missing_column(column, names)}")
     number = 0
-    for batch in file.iter_batches(columns=[column], batch_size=1024):
-        for value in batch.column(0).to_pylist():
+    for batch in file.iter_batches(columns=columns, batch_size=1024):
+        for record in batch.to_pylist():
             number += 1
-            if isinstance(value, str):
-                yield value
-            elif not skip_invalid:
-                raise _invalid(path, number, f"holds {type(value).__name__} in column {column!r}, not text")
+            try:
+                yield read_record(record, column)
+            except InvalidRecordError as error:
+                if not skip_invalid:
+                    raise _invalid(path, number, str(error)) from None
 
 
 def _invalid(path: Path, line: int, problem: str) -> ValueError:
@@ -131,18 +156,34 @@ def find_files(sources: Sequence[str | Path]) -> list[Path] | None:
 
 def tokenize(tokenizer: Any, texts: Sequence[str], end_token_id: int | None = None) -> list[np.ndarray]:
     """Token ids of each text, exactly `tokenizer(text)`, with the end token appended if one is given."""
+    if not texts:
+        return []
     encoded = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
     tail = [] if end_token_id is None else [end_token_id]
     return [np.asarray(ids + tail, dtype=np.int32) for ids in encoded]
 
 
+class Document(NamedTuple):
+    """Token ids (length,) and, for a supervised example, which of them are learnt; None is all of them."""
+
+    ids: np.ndarray
+    loss_mask: np.ndarray | None = None
+
+    def after(self, offset: int) -> Document:
+        return Document(self.ids[offset:], None if self.loss_mask is None else self.loss_mask[offset:])
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised documents in memory: document i is tokens[offsets[i] : offsets[i + 1]]."""
+    """Tokenised documents in memory: document i is tokens[offsets[i] : offsets[i + 1]].
+
+    given: bool like tokens, True on tokens that are never learnt (prompts); None where there are none.
+    """
 
     tokens: np.ndarray
     offsets: np.ndarray
     fingerprint: str
+    given: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -154,20 +195,53 @@ class Corpus:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
+    def document(self, index: int) -> Document:
+        """Document i; one without given tokens is a text."""
+        if self.given is None:
+            return Document(self[index])
+        given = self.given[self.offsets[index] : self.offsets[index + 1]]
+        return Document(self[index], ~given if given.any() else None)
+
     def split(self, held_out: int) -> tuple[Corpus, Corpus]:
         """All but the last `held_out` documents, and those."""
         cut = len(self) - held_out
         at = int(self.offsets[cut])
+        before, after = (None, None) if self.given is None else (self.given[:at], self.given[at:])
         return (
-            Corpus(self.tokens[:at], self.offsets[: cut + 1], self.fingerprint),
-            Corpus(self.tokens[at:], self.offsets[cut:] - at, self.fingerprint),
+            Corpus(self.tokens[:at], self.offsets[: cut + 1], self.fingerprint, before),
+            Corpus(self.tokens[at:], self.offsets[cut:] - at, self.fingerprint, after),
         )
 
-    def stream(self, seed: int, epoch: int, start: int) -> Iterator[np.ndarray]:
+    def stream(self, seed: int, epoch: int, start: int) -> Iterator[Document]:
         """Documents of an epoch in its own random order, from the `start`-th on."""
         order = np.random.default_rng([seed, epoch]).permutation(len(self))
         for index in order[start:]:
-            yield self[index]
+            yield self.document(index)
+
+    def tokens_per_row(self, max_length: int) -> float:
+        """Mean tokens that a packed row holds: fewer than its length where examples are not cut."""
+        if self.given is None:
+            return max_length
+        rows = column = 0
+        for index in range(len(self)):
+            ids, loss_mask = self.document(index)
+            if loss_mask is not None and 0 < max_length - column < len(ids):
+                rows, column = rows + 1, 0
+            more, column = divmod(column + len(ids), max_length)
+            rows += more
+        return self.num_tokens / (rows + (column > 0))
+
+    def filled_up(self, max_length: int, token: int) -> Corpus:
+        """Every document lengthened with `token`, learnt, to `max_length`: DiffuLLaMA's padding (section 5)."""
+        documents = [self.document(index) for index in range(len(self))]
+        tokens = np.full((len(self), max_length), token, dtype=self.tokens.dtype)
+        given = np.zeros((len(self), max_length), dtype=bool)
+        for row, (ids, loss_mask) in enumerate(documents):
+            tokens[row, : len(ids)] = ids
+            if loss_mask is not None:
+                given[row, : len(ids)] = ~loss_mask
+        offsets = np.arange(len(self) + 1, dtype=np.int64) * max_length
+        return Corpus(tokens.reshape(-1), offsets, self.fingerprint, given.reshape(-1))
 
 
 def load_corpus(
@@ -177,35 +251,73 @@ def load_corpus(
     end_token_id: int | None = None,
     text_column: str = "text",
     skip_invalid: bool = False,
+    max_length: int | None = None,
+    max_documents: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
-    """Read and tokenise files, in batches of documents; `progress` is told the bytes of text done."""
-    pieces: list[np.ndarray] = []
+    """Read and tokenise files, in batches of documents; `progress` is told the bytes of text done.
+
+    A supervised example longer than `max_length` is a ValueError, or left out with `skip_invalid`.
+    """
+    pieces: list[Document] = []
     digest = hashlib.sha256()
 
-    def flush(texts: list[str]) -> None:
-        pieces.extend(tokenize(tokenizer, texts, end_token_id))
+    def flush(examples: list[Example], path: Path) -> None:
+        texts = iter(tokenize(tokenizer, [e for e in examples if isinstance(e, str)], end_token_id))
         done = 0
-        for text in texts:
-            raw = text.encode()
+        for example in examples:
+            raw = (example if isinstance(example, str) else repr(example)).encode()
             digest.update(len(raw).to_bytes(8, "little") + raw)
             done += len(raw)
+            if isinstance(example, str):
+                pieces.append(Document(next(texts)))
+                continue
+            try:
+                encoded = encode_example(tokenizer, example, end_token_id)
+                for ids, loss_mask in encoded:
+                    if max_length is not None and len(ids) > max_length:
+                        raise InvalidRecordError(f"makes {len(ids)} tokens, more than max_length={max_length}")
+                    if not any(loss_mask):
+                        raise InvalidRecordError("has a completion without tokens")
+            except InvalidRecordError as error:
+                if not skip_invalid:
+                    raise ValueError(
+                        f"data file {str(path)!r}: the example {_shortened(repr(example))} {error}; "
+                        "mend it, or keep the rest with skip_invalid=true"
+                    ) from None
+                continue
+            pieces.extend(Document(np.asarray(ids, dtype=np.int32), np.asarray(mask)) for ids, mask in encoded)
         if progress is not None:
             progress(done)
 
     for path in files:
-        before, texts = len(pieces), []
-        for text in read_documents(path, text_column=text_column, skip_invalid=skip_invalid):
-            texts.append(text)
-            if len(texts) == 256:
-                flush(texts)
-                texts = []
-        if texts:
-            flush(texts)
-        if len(pieces) == before:
+        before = len(pieces)
+        examples: list[Example] = []
+        for example in read_examples(path, text_column=text_column, skip_invalid=skip_invalid):
+            if max_documents is not None and len(pieces) + len(examples) >= max_documents:
+                break
+            examples.append(example)
+            if len(examples) == 256:
+                flush(examples, path)
+                examples = []
+        if examples:
+            flush(examples, path)
+        if len(pieces) == before and (max_documents is None or before < max_documents):
             raise ValueError(f"data file {str(path)!r} holds no documents")
-    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
-    return Corpus(np.concatenate(pieces), np.concatenate([[0], lengths.cumsum()]), digest.hexdigest()[:16])
+    lengths = np.array([len(piece.ids) for piece in pieces], dtype=np.int64)
+    given = None
+    if any(piece.loss_mask is not None for piece in pieces):
+        given = np.concatenate([np.zeros(len(ids), bool) if mask is None else ~mask for ids, mask in pieces])
+    return Corpus(
+        np.concatenate([piece.ids for piece in pieces]),
+        np.concatenate([[0], lengths.cumsum()]),
+        digest.hexdigest()[:16],
+        given,
+    )
+
+
+def _shortened(text: str, width: int = 70) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 class HubStream:
@@ -227,17 +339,17 @@ class HubStream:
         self.tokenizer, self.end_token_id, self.text_column = tokenizer, end_token_id, text_column
         self.fingerprint = f"{name}:{split}"
 
-    def stream(self, seed: int, epoch: int, start: int) -> Iterator[np.ndarray]:
+    def stream(self, seed: int, epoch: int, start: int) -> Iterator[Document]:
         """Documents of an epoch in the order of a shuffling buffer, from the `start`-th on."""
         data = self.data.shuffle(seed=seed + epoch, buffer_size=10_000)
         texts: list[str] = []
         for record in data.skip(start) if start else data:
             texts.append(record[self.text_column].strip())
             if len(texts) == 256:
-                yield from tokenize(self.tokenizer, texts, self.end_token_id)
+                yield from map(Document, tokenize(self.tokenizer, texts, self.end_token_id))
                 texts = []
         if texts:
-            yield from tokenize(self.tokenizer, texts, self.end_token_id)
+            yield from map(Document, tokenize(self.tokenizer, texts, self.end_token_id))
 
 
 # --- token ids -> packed rows
@@ -254,27 +366,30 @@ class PackState:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows: x0 (batch, length) and where its tokens stand."""
+    """Packed rows: x0 (batch, length), where its tokens stand, and which are learnt (bool; None is all)."""
 
     x0: Tensor
     layout: Layout
+    loss_mask: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         return int(self.layout.real.sum())
 
     def rows(self, start: int, stop: int) -> Batch:
-        return Batch(self.x0[start:stop], self.layout.at(slice(start, stop)))
+        loss_mask = None if self.loss_mask is None else self.loss_mask[start:stop]
+        return Batch(self.x0[start:stop], self.layout.at(slice(start, stop)), loss_mask)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.x0.to(device), Layout(*(field.to(device) for field in self.layout)))
+        loss_mask = None if self.loss_mask is None else self.loss_mask.to(device)
+        return Batch(self.x0.to(device), Layout(*(field.to(device) for field in self.layout)), loss_mask)
 
 
 class Packer:
     """Rows of `max_length` tokens from a corpus or stream, epoch after epoch, resumable at any row.
 
     The last row of an epoch is filled up from the next one; with `epochs` the stream ends, and its last row
-    is padded.
+    is padded. So is a row whose rest is too short for the supervised example that comes next.
     """
 
     def __init__(
@@ -289,14 +404,14 @@ class Packer:
         self.source, self.max_length, self.seed, self.epochs = source, max_length, seed, epochs
         self.state = state or PackState()
         self._documents = self._walk(self.state)
-        self._rest = np.zeros(0, dtype=np.int64)
+        self._rest = Document(np.zeros(0, dtype=np.int64))
 
-    def _walk(self, state: PackState) -> Iterator[tuple[PackState, np.ndarray]]:
+    def _walk(self, state: PackState) -> Iterator[tuple[PackState, Document]]:
         epoch, start, offset = state.epoch, state.document, state.offset
         while self.epochs is None or epoch < self.epochs:
             empty = start == 0
-            for number, ids in enumerate(self.source.stream(self.seed, epoch, start), start):
-                yield PackState(epoch, number, offset), ids[offset:]
+            for number, whole in enumerate(self.source.stream(self.seed, epoch, start), start):
+                yield PackState(epoch, number, offset), whole.after(offset)
                 empty, offset = False, 0
             if empty:
                 raise ValueError("the training data holds no documents")
@@ -310,26 +425,29 @@ class Packer:
         ids = np.zeros((size, self.max_length), dtype=np.int64)
         position = np.tile(np.arange(self.max_length), (size, 1))
         document = np.full((size, self.max_length), PADDING, dtype=np.int64)
+        learnt = np.ones((size, self.max_length), dtype=bool)
         row = column = number = 0
         while row < size:
-            if not len(self._rest):
+            rest, loss_mask = self._rest
+            if not len(rest):
                 following = next(self._documents, None)
                 if following is None:
                     break
                 self.state, self._rest = following
                 continue
-            take = min(len(self._rest), self.max_length - column)
+            if loss_mask is not None and 0 < self.max_length - column < len(rest) <= self.max_length:
+                row, column, number = row + 1, 0, 0
+                continue
+            take = min(len(rest), self.max_length - column)
             piece = slice(column, column + take)
-            ids[row, piece], position[row, piece], document[row, piece] = (
-                self._rest[:take],
-                np.arange(take),
-                number,
-            )
-            self._rest, column, number = self._rest[take:], column + take, number + 1
+            ids[row, piece], position[row, piece], document[row, piece] = rest[:take], np.arange(take), number
+            if loss_mask is not None:
+                learnt[row, piece] = loss_mask[:take]
+            self._rest, column, number = self._rest.after(take), column + take, number + 1
             self.state = replace(self.state, offset=self.state.offset + take)
             if column == self.max_length:
                 row, column, number = row + 1, 0, 0
         if row + column == 0:
             return None
         x0, where, owner = (torch.from_numpy(array) for array in (ids, position, document))
-        return Batch(x0, Layout.of(where, owner))
+        return Batch(x0, Layout.of(where, owner), None if learnt.all() else torch.from_numpy(learnt))

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from unmask.attention import Layout, Pattern, bidirectional, block_causal, causal, two_stream
+from unmask.attention import PADDING, Layout, Pattern, bidirectional, block_causal, causal, drafting, two_stream
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class DiffusionConfig:
     attention: "bidirectional" | "block_causal" (one stream, noisy context) | "two_stream" (clean context).
     clean_attention: "causal" | "block_causal" for two streams, else None.
     shift: position i is scored by row i - 1, as in AR models, instead of row i.
+    noisy_attention: "bidirectional" | "causal" inside a noisy block of two streams.
+    mask_rows: embeddings of the mask, ids mask_token_id + 0, 1, ...: one for each place in the block (a
+    drafter's), or one for all.
     """
 
     mask_token_id: int
@@ -36,6 +39,8 @@ class DiffusionConfig:
     shift: bool
     recipe: str
     version: str
+    noisy_attention: str = "bidirectional"
+    mask_rows: int = 1
 
     def __post_init__(self) -> None:
         if self.attention not in ("bidirectional", "block_causal", "two_stream"):
@@ -45,6 +50,10 @@ class DiffusionConfig:
                 f"clean_attention {self.clean_attention!r} does not go with attention {self.attention!r}: "
                 "two_stream needs 'causal' or 'block_causal', the others none"
             )
+        if self.noisy_attention not in ("bidirectional", "causal"):
+            raise ValueError(f"noisy_attention {self.noisy_attention!r} is unknown: use bidirectional or causal")
+        if self.noisy_attention == "causal" and self.attention != "two_stream":
+            raise ValueError(f"noisy_attention 'causal' needs two_stream attention, not {self.attention!r}")
         if self.attention != "bidirectional" and (self.block_size is None or self.block_size < 1):
             raise ValueError(f"block_size {self.block_size} must be at least 1 for {self.attention} attention")
 
@@ -67,7 +76,12 @@ class DiffusionConfig:
         assert self.block_size is not None
         if self.attention == "block_causal":
             return block_causal(self.block_size)
-        return two_stream(self.block_size, self.clean_attention or "block_causal")
+        return two_stream(self.block_size, self.clean_attention or "block_causal", self.noisy_attention)
+
+    @property
+    def serves_ar(self) -> bool:
+        """Whether the clean stream is the AR model itself, so that one cache serves every mode."""
+        return self.attention == "two_stream" and self.clean_attention == "causal"
 
 
 class Cache(Protocol):
@@ -141,21 +155,84 @@ def score(
     (Efficient-DLM 2512.14067, section 2). `layout` is that of x0. `pattern` stands in for
     the config's while a mask is annealed.
     """
-    batch, length = xt.shape
     if config.attention == "two_stream":
-        input_ids = torch.cat([xt, x0], dim=1)
-        passed = layout._replace(noisy=torch.ones_like(layout.noisy)).then(layout)
+        input_ids, passed = torch.cat([_placed(config, xt, layout), x0], dim=1), _noisy(layout).then(layout)
     else:
         input_ids, passed = xt, layout
-    row = torch.arange(length, device=xt.device).expand(batch, length)
+    rows = _scoring_rows(config, layout, input_ids)[wanted]
+    return network(input_ids, passed, pattern or config.pattern, rows=rows)
+
+
+def _noisy(layout: Layout) -> Layout:
+    return layout._replace(noisy=torch.ones_like(layout.noisy))
+
+
+def _placed(config: DiffusionConfig, xt: Tensor, layout: Layout) -> Tensor:
+    """xt with the mask of each token's place in its block, where places have masks of their own."""
+    if config.mask_rows == 1 or config.block_size is None:
+        return xt
+    place = (layout.position % config.block_size).clamp_max(config.mask_rows - 1)
+    return torch.where(xt == config.mask_token_id, config.mask_token_id + place, xt)
+
+
+def _scoring_rows(config: DiffusionConfig, layout: Layout, input_ids: Tensor) -> Tensor:
+    """Flat index of the row that scores each position, (batch, length), in a pass over xt or [xt | x0]."""
+    batch, length = layout.position.shape
+    row = torch.arange(length, device=input_ids.device).expand(batch, length)
     if config.shift:
         row = row - 1
         if config.attention == "two_stream":
             # A block's first position has no row before it in its own block: the clean row i - 1 scores it.
             assert config.block_size is not None
             row = torch.where(layout.position % config.block_size == 0, row + length, row)
-    row = row + torch.arange(batch, device=xt.device)[:, None] * input_ids.shape[1]
-    return network(input_ids, passed, pattern or config.pattern, rows=row[wanted])
+    return row + torch.arange(batch, device=input_ids.device)[:, None] * input_ids.shape[1]
+
+
+def score_joint(
+    network: Network, config: DiffusionConfig, xt: Tensor, x0: Tensor, layout: Layout, wanted: Tensor, ar_wanted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`score` of the positions `wanted` and `score_ar` of `ar_wanted`, in one pass over [xt | x0].
+
+    Needs a strictly causal clean stream: only then is it the AR model (Nemotron-Labs 2607.05722, section 2.1).
+    """
+    _check_serves_ar(config)
+    (batch, length), input_ids = xt.shape, torch.cat([_placed(config, xt, layout), x0], dim=1)
+    rows = _scoring_rows(config, layout, input_ids)[wanted]
+    clean = torch.arange(length, 2 * length, device=xt.device) - 1
+    ar_rows = (clean + torch.arange(batch, device=xt.device)[:, None] * 2 * length)[ar_wanted]
+    logits = network(input_ids, _noisy(layout).then(layout), config.pattern, rows=torch.cat([rows, ar_rows]))
+    return logits[: len(rows)], logits[len(rows) :]
+
+
+def score_distilled(
+    network: Network, config: DiffusionConfig, xt: Tensor, x0: Tensor, layout: Layout, wanted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`score` and `score_ar` of the positions `wanted`; the clean stream leaves no graph.
+
+    The clean tokens run first and fill a cache, and the noisy ones run on top of it: the same as one pass
+    over [xt | x0], but only the noisy half is kept for the backward pass, so that a step costs about an AR
+    step. With the shift, a block's first position is scored by the clean stream itself and must not be wanted.
+    """
+    _check_serves_ar(config)
+    (batch, length), block = xt.shape, config.block_size
+    row = torch.arange(batch * length, device=xt.device).view(batch, length)
+    if config.shift and bool((wanted & (layout.position % (block or 1) == 0)).any()):
+        raise ValueError("a block's first position has no noisy row with the shift: leave it out of wanted")
+    past = Past(network.new_cache(), layout.at(..., slice(0, 0)))
+    with torch.no_grad():
+        ar_logits = network(x0, layout, causal, rows=row[wanted] - 1, past=past)
+    past.layout = layout
+    xt = _placed(config, xt, layout)
+    logits = network(xt, _noisy(layout), config.pattern, rows=row[wanted] - int(config.shift), past=past)
+    return logits, ar_logits
+
+
+def _check_serves_ar(config: DiffusionConfig) -> None:
+    if not config.serves_ar:
+        raise ValueError(
+            f"clean attention {config.clean_attention!r} of {config.attention} attention is not the AR model: "
+            "use attention='two_stream' with clean_attention='causal'"
+        )
 
 
 def score_ar(network: Network, x0: Tensor, layout: Layout, wanted: Tensor) -> Tensor:
@@ -200,7 +277,7 @@ def denoise(
     """
     batch, width = xt.shape
     if config.attention == "two_stream":
-        layout = layout._replace(noisy=torch.ones_like(layout.noisy))
+        xt, layout = _placed(config, xt, layout), _noisy(layout)
     input_ids, passed, kept = xt, layout, 0
     if finished is not None:
         input_ids, passed = torch.cat([finished[0], xt], dim=1), finished[1].then(layout)
@@ -230,3 +307,46 @@ def denoise(
     first = first[wanted]
     out[first], out[~first] = past.next_logits[wanted[:, 0]], logits
     return out
+
+
+def draft(
+    network: Network, config: DiffusionConfig, past: Past, last: Tensor, last_layout: Layout, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """One forward over [last verified token, clean | masks, noisy] on top of the cached prefix.
+
+    The clean row is the AR model and its keys stay in the cache; the masks stand at `layout` (batch, k), from
+    the first unverified position on, wherever that is in its block, and leave nothing. Returns the AR logits
+    of the first unverified position (batch, vocab), exact, and the draft logits (batch, k, vocab).
+    """
+    _check_serves_ar(config)
+    width = layout.position.shape[1]
+    place = torch.arange(width, device=last.device).clamp_max(config.mask_rows - 1)
+    masks = (config.mask_token_id + place).expand_as(layout.position)
+    passed = last_layout.then(_noisy(layout))
+    logits = network(torch.cat([last, masks], dim=1), passed, drafting(config.noisy_attention), past=past)
+    past.cache.crop(-width)
+    past.layout = past.layout.then(last_layout)
+    return logits[:, 0], logits[:, :-1] if config.shift else logits[:, 1:]
+
+
+def verify(network: Network, past: Past, tokens: Tensor, layout: Layout) -> Tensor:
+    """AR logits of what follows each of the tokens (batch, k, vocab); all of them enter the cache."""
+    logits = network(tokens, layout, causal, past=past)
+    past.layout = past.layout.then(layout)
+    return logits
+
+
+def retract(past: Past, width: int, accepted: Tensor) -> None:
+    """Of the last `width` cached tokens keep the first `accepted` (batch,) of each row.
+
+    What no row keeps is cropped. A rejected token before that becomes padding, which nothing sees: exact, at
+    the price of a dead slot in the rows that accepted less than their batch-mates.
+    """
+    kept = int(accepted.max())
+    column = torch.arange(width, device=accepted.device)
+    dead = column >= accepted[:, None]
+    tail = past.layout.at(..., slice(past.layout.position.shape[1] - width, None))
+    tail = tail._replace(document=tail.document.masked_fill(dead, PADDING)).at(..., slice(0, kept))
+    if kept < width:
+        past.cache.crop(kept - width)
+    past.layout = past.layout.at(..., slice(0, past.layout.position.shape[1] - width)).then(tail)

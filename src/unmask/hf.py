@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -42,6 +44,7 @@ from unmask.attention import (
 )
 from unmask.chunked import CHUNK, chunked_attention
 from unmask.denoiser import DiffusionConfig, Past
+from unmask.drafter import Drafter, DrafterConfig
 
 MASK_TOKEN = "<|mask|>"
 SDAR_MASK_TOKEN = "<|MASK|>"
@@ -61,6 +64,7 @@ class HFNetwork:
     mask_token_id: its logit is -inf in everything this returns; None for an untouched AR model.
     forward: what runs the model, if not the model itself (a DDP or FSDP wrapper around it).
     per_layer_type: hand each layer type its own mask (sliding windows need it; off only to show that).
+    gate: entered around every pass with its noisy rows, (batch, length) bool: what adapts those rows alone.
     """
 
     def __init__(
@@ -70,11 +74,13 @@ class HFNetwork:
         *,
         forward: Callable[..., Any] | None = None,
         per_layer_type: bool = True,
+        gate: Callable[[Tensor], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.model = model
         self.forward = forward or model
         self.mask_token_id = mask_token_id
         self.per_layer_type = per_layer_type
+        self.gate = gate
         self.head = model.get_output_embeddings()
         self.config = model.config.get_text_config()
 
@@ -101,7 +107,8 @@ class HFNetwork:
         past: Past | None = None,
     ) -> Tensor:
         kv = layout if past is None else past.layout.then(layout)
-        with head_rows(self.head, rows), self._attention(layout, past):
+        gate = nullcontext() if self.gate is None else self.gate(layout.noisy)
+        with head_rows(self.head, rows), self._attention(layout), gate:
             logits = self.forward(
                 input_ids=input_ids,
                 attention_mask=self.attention_argument(pattern, layout, kv),
@@ -111,7 +118,7 @@ class HFNetwork:
             ).logits
         if logits.dtype != torch.float64:
             logits = logits.float()
-        if self.mask_token_id is not None:
+        if self.mask_token_id is not None and self.mask_token_id < logits.shape[-1]:  # a drafter's has no logit
             logits[..., self.mask_token_id] = -torch.inf
         return logits
 
@@ -120,9 +127,9 @@ class HFNetwork:
         return takes_chunked_attention(self.model)
 
     @contextmanager
-    def _attention(self, layout: Layout, past: Past | None) -> Iterator[None]:
+    def _attention(self, layout: Layout) -> Iterator[None]:
         """Chunked attention for long passes over a dense mask, where the model takes it."""
-        long = layout.position.shape[1] >= 2 * CHUNK and past is None
+        long = layout.position.shape[1] >= 2 * CHUNK
         if not long or self.device.type != "cpu" or not self._chunked:
             yield
             return
@@ -508,15 +515,99 @@ def read_diffusion(model: Any) -> DiffusionConfig | None:
     if raw is None:
         return None
     known = {f.name for f in fields(DiffusionConfig)}
-    missing = known - set(raw)
+    missing = {f.name for f in fields(DiffusionConfig) if f.default is MISSING} - set(raw)
     if missing:
         raise ValueError(f"config.json's diffusion object lacks {sorted(missing)}: it was written by something else")
     return DiffusionConfig(**{k: v for k, v in raw.items() if k in known})
 
 
-def save_pretrained(folder: str | Path, model: Any, tokenizer: Any, diffusion: DiffusionConfig | None) -> None:
-    """Write an ordinary HF folder; a converted one has `diffusion` in its config.json."""
+def write_diffusion(model: Any, diffusion: DiffusionConfig | None) -> None:
+    """Put the `diffusion` object into the model's config."""
     if diffusion is not None:
         model.config.diffusion = asdict(diffusion)
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a folder or hub id."""
+    return AutoTokenizer.from_pretrained(name)
+
+
+def save_pretrained(folder: str | Path, model: Any, tokenizer: Any, diffusion: DiffusionConfig | None) -> None:
+    """Write an ordinary HF folder; a converted one has `diffusion` in its config.json."""
+    write_diffusion(model, diffusion)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+# --- drafter folders: adapters and a mask row beside a base that stays where it is
+
+DRAFTER_WEIGHTS = "drafter.safetensors"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen model that a drafter belongs to: path or hub id, and the hash of its weights."""
+
+    name: str
+    fingerprint: str
+
+
+def fingerprint(model: Any) -> str:
+    """Hash of a model's parameter names, shapes and a few values of each, whatever precision it is loaded in."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].to(torch.bfloat16).float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def add_drafter(model: Any, tokenizer: Any, config: DrafterConfig, *, token: str | None = None) -> Drafter:
+    """Hook a new drafter on `model`; the mask token is the tokenizer's alone, the base gets no row for it."""
+    tokenizer.add_special_tokens({"mask_token": token or tokenizer.mask_token or MASK_TOKEN})
+    return Drafter(model, tokenizer.mask_token_id, config).to(model.device)
+
+
+def save_drafter(folder: str | Path, drafter: Drafter, tokenizer: Any, diffusion: DiffusionConfig, base: Base) -> None:
+    """Write a folder that `load_drafter` reads and that stock transformers refuses: there is no model in it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
+    save_file(weights, folder / DRAFTER_WEIGHTS, metadata={"format": "pt"})
+    described = asdict(diffusion) | {"base": asdict(base), "lora": asdict(drafter.config)}
+    (folder / "config.json").write_text(json.dumps({"model_type": "unmask-drafter", "diffusion": described}, indent=2))
+    tokenizer.save_pretrained(folder)
+
+
+def read_base(name: str | Path) -> Base | None:
+    """The base that a drafter folder names; None for any other folder or hub id."""
+    path = Path(name) / "config.json"
+    if not path.is_file():
+        return None
+    base = (json.loads(path.read_text()).get("diffusion") or {}).get("base")
+    return None if base is None else Base(**base)
+
+
+def load_drafter(name: str | Path, base: Base, **options: Any) -> tuple[Any, Any, DiffusionConfig, Drafter]:
+    """Base with its drafter hooked on, tokenizer and config of a drafter folder; `options` load the base."""
+    folder = Path(name)
+    described = json.loads((folder / "config.json").read_text())["diffusion"]
+    try:
+        model, _ = load_pretrained(base.name, **options)
+    except ValueError as error:
+        raise ValueError(
+            f"drafter {str(name)!r} needs its base {base.name!r}, which does not load: set diffusion.base.name in its "
+            f"config.json to where the base is ({error})"
+        ) from error
+    found = fingerprint(model)
+    if found != base.fingerprint:
+        raise ValueError(
+            f"drafter {str(name)!r} was trained on another model than {base.name!r}: its base has fingerprint "
+            f"{base.fingerprint}, this one {found}; give the original base"
+        )
+    with _quiet():  # it would warn that the folder's model type is unknown, which is meant
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    drafter = add_drafter(model, tokenizer, DrafterConfig(**described["lora"]))
+    drafter.load_state_dict(load_file(folder / DRAFTER_WEIGHTS))
+    known = {f.name for f in fields(DiffusionConfig)}
+    return model, tokenizer, DiffusionConfig(**{k: v for k, v in described.items() if k in known}), drafter.eval()

@@ -6,28 +6,32 @@ a checkpoint decodes in, and what a run leaves in its folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
-from unmask import hf
-from unmask.data import HubStream, find_files, load_corpus, read_documents
+from unmask import hf, lora
+from unmask.data import Corpus, HubStream, find_files, load_corpus
 from unmask.denoiser import DiffusionConfig
+from unmask.drafter import Drafter, DrafterConfig
 from unmask.evaluation import likelihood
 from unmask.evaluation.likelihood import LikelihoodOutput
 from unmask.progress import progress
+from unmask.rollouts import roll_out
 from unmask.sampling import (
+    Acceptance,
     Canvas,
     Remask,
     SampledTokens,
@@ -36,8 +40,10 @@ from unmask.sampling import (
     sample_bidirectional,
     sample_blocks,
     sample_canvases,
+    sample_speculative,
 )
 from unmask.sampling.output import Callback
+from unmask.supervised import check_template
 from unmask.train import (
     RULE_TEXT,
     Evaluator,
@@ -65,7 +71,7 @@ class SampleOutput:
     sequences: (batch, length) int64, prompt included, padded on the right. texts: the new text, without end
     token and stop string. num_new_tokens: (batch,) up to and with the end token or the token that completed a
     stop string. num_forwards: (batch,) passes after the prefill that the row needed. num_prefill_forwards:
-    (batch,). tokens_per_cycle: speculative mode only.
+    (batch,). cycle_gains: speculative mode only, (batch, n): cycles of the row that gained j tokens each.
     """
 
     sequences: Tensor
@@ -73,7 +79,14 @@ class SampleOutput:
     num_new_tokens: Tensor
     num_forwards: Tensor
     num_prefill_forwards: Tensor
-    tokens_per_cycle: Tensor | None = None
+    cycle_gains: Tensor | None = None
+
+    @property
+    def tokens_per_cycle(self) -> Tensor | None:
+        """(batch,) float: num_new_tokens per draft and verification; None outside speculative mode."""
+        if self.cycle_gains is None:
+            return None
+        return self.num_new_tokens / self.cycle_gains.sum(-1).clamp_min(1)
 
     @property
     def tokens_per_forward(self) -> Tensor:
@@ -85,12 +98,26 @@ class DiffusionLM:
     """A causal language model and, once converted, the diffusion language model it became.
 
     model: the stock HF model. tokenizer: its tokenizer. diffusion: what it was converted to, None for an
-    untouched AR model.
+    untouched AR model. drafter: adapters hooked on `model`, with the base they belong to; else None.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, diffusion: DiffusionConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        diffusion: DiffusionConfig | None = None,
+        *,
+        drafter: Drafter | None = None,
+        base: hf.Base | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.diffusion = model, tokenizer, diffusion
-        self.network = hf.HFNetwork(model, None if diffusion is None else diffusion.mask_token_id)
+        self.drafter, self.base = drafter, base
+        self.network = self._network(None)
+
+    def _network(self, forward: Any) -> hf.HFNetwork:
+        mask_token_id = None if self.diffusion is None else self.diffusion.mask_token_id
+        gate = None if self.drafter is None else self.drafter.rows
+        return hf.HFNetwork(self.model, mask_token_id, forward=forward, gate=gate)
 
     # --- decoding
 
@@ -112,10 +139,15 @@ class DiffusionLM:
         top_k: int | None = None,
         guidance_scale: float = 1.0,
         remask: Remask | None = None,
+        draft_length: int | str | None = None,
+        acceptance: Acceptance | None = None,
     ) -> SampleOutput:
         """Continue prompts: text, texts, chat messages, or token ids with an attention mask.
 
-        mode: "diffusion" (block by block, the default of a converted checkpoint) or "ar" (every checkpoint).
+        mode: "diffusion" (block by block, the default of a converted checkpoint), "ar" (every checkpoint) or
+        "speculative" (AR's own output in fewer forwards, for a causal clean half: recipes tri-mode, drafter).
+        draft_length: positions that speculation drafts at a time, the block size by default, or "auto" to
+        follow the recent acceptance. acceptance: `Coupled()` by default, see `unmask.sampling`.
         A checkpoint with bidirectional attention fills whole canvases of block_size tokens, by default one of
         max_new_tokens. select: a commit rule of `unmask.sampling`, Threshold(0.9) by default. temperature 0 is
         greedy. guidance_scale: of classifier-free guidance towards the prompt, 1 is none (diffusion mode).
@@ -154,6 +186,24 @@ class DiffusionLM:
             self._check_remask(remask, None)
             return self._output(rows, sample_autoregressive(self.network, rows, **options), stops)
         assert self.diffusion is not None
+        if mode == "speculative":
+            if guidance_scale != 1:
+                raise ValueError(
+                    f"guidance_scale {guidance_scale} needs mode 'diffusion': speculation gives AR's output"
+                )
+            self._check_remask(remask, None)
+            if isinstance(draft_length, str) and draft_length != "auto":
+                raise ValueError(f"draft_length {draft_length!r} must be a number of tokens or 'auto'")
+            sampled = sample_speculative(
+                self.network,
+                self.diffusion.with_block_size(block_size),
+                rows,
+                draft_length=None if isinstance(draft_length, str) else draft_length,
+                adaptive=draft_length == "auto",
+                acceptance=acceptance,
+                **options,
+            )
+            return self._output(rows, sampled, stops)
         self._check_remask(remask, self.diffusion)
         options |= {
             "max_denoising_steps": max_denoising_steps,
@@ -301,8 +351,14 @@ class DiffusionLM:
     def _check_mode(self, mode: str) -> None:
         if mode not in ("ar", "diffusion", "speculative"):
             raise ValueError(f"mode {mode!r} is unknown: use 'diffusion', 'ar' or 'speculative'")
-        if mode == "speculative":
+        if mode == "speculative" and self.diffusion is None:
             raise ValueError("mode 'speculative' is not available: this checkpoint has no drafter; use 'ar'")
+        if mode == "speculative" and self.diffusion is not None and not self.diffusion.serves_ar:
+            raise ValueError(
+                f"mode 'speculative' is not available: clean attention {self.diffusion.clean_attention!r} of this "
+                "checkpoint is not 'causal', so its cache is not the AR model's; use 'diffusion', or adapt with "
+                "recipe 'tri-mode' or 'drafter'"
+            )
         if mode == "diffusion" and self.diffusion is None:
             raise ValueError("mode 'diffusion' is not available: this is an untouched AR model; adapt it, or use 'ar'")
 
@@ -322,8 +378,7 @@ class DiffusionLM:
     def _encode(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
-        if self.tokenizer.chat_template is None:
-            raise ValueError("messages need a chat template, which this tokenizer lacks: give text instead")
+        check_template(self.tokenizer)
         encoded = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
 
@@ -364,6 +419,7 @@ class DiffusionLM:
             num_new_tokens=torch.tensor([len(new) for new in sampled.new_tokens]),
             num_forwards=sampled.num_forwards,
             num_prefill_forwards=sampled.num_prefill_forwards,
+            cycle_gains=sampled.cycle_gains,
         )
 
     # --- likelihood
@@ -431,7 +487,15 @@ class DiffusionLM:
     # --- folders
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write an ordinary HF folder that `load` and `AutoModelForCausalLM.from_pretrained` read."""
+        """Write an ordinary HF folder that `load` and `AutoModelForCausalLM.from_pretrained` read.
+
+        A drafter's folder holds the drafter alone, and only `load` reads it.
+        """
+        if self.drafter is not None:
+            assert self.diffusion is not None
+            assert self.base is not None
+            hf.save_drafter(folder, self.drafter, self.tokenizer, self.diffusion, self.base)
+            return
         hf.save_pretrained(folder, self.model, self.tokenizer, self.diffusion)
 
 
@@ -459,20 +523,35 @@ def load(
     device_map: Any = None,
     quantization_config: Any = None,
 ) -> DiffusionLM:
-    """Load a folder or hub id, converted or not; refuse a model whose attention cannot be controlled."""
-    model, tokenizer = hf.load_pretrained(
-        name,
-        device=device,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        device_map=device_map,
-        quantization_config=quantization_config,
-    )
+    """Load a folder or hub id, converted or not; refuse a model whose attention cannot be controlled.
+
+    An adapter's folder is its base with the adapter merged into it; a drafter's is its base with the drafter on it.
+    """
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "device_map": device_map,
+        "quantization_config": quantization_config,
+    }
+    adapted_base = lora.adapter_base(name)
+    if adapted_base is not None:
+        lm = load(adapted_base, **options)
+        lora.load_adapter(lm.model, name)
+        return DiffusionLM(lm.model, hf.load_tokenizer(name), hf.read_diffusion(lm.model))
+    base = hf.read_base(name)
+    if base is not None:
+        model, tokenizer, diffusion, drafter = hf.load_drafter(name, base, **options)
+        hf.probe(model)
+        return DiffusionLM(model, tokenizer, diffusion, drafter=drafter, base=base)
+    model, tokenizer = hf.load_pretrained(name, **options)
     hf.probe(model)
     return DiffusionLM(model, tokenizer, hf.read_diffusion(model))
 
 
 # --- adaptation
+
+IN_MEMORY = "a model in memory"
 
 
 def recipes() -> dict[str, dict[str, Any]]:
@@ -497,21 +576,40 @@ def adapt(
     """Turn a causal LM into what `recipe` says, by training it on `data`, and save it to `output_dir`.
 
     model: folder, hub id or a loaded model (trained in place). data: .txt, .jsonl or .parquet files, folders
-    of them, or one hub id. settings: any of the recipe's, overriding it. resume: go on from the newest
-    checkpoint of the same run; a finished run is loaded and returned. Returns the adapted model, in eval mode.
+    of them, one hub id, or "self" (with self_prompts): text that the model itself writes. settings: any of the
+    recipe's, overriding it. resume: go on from the newest checkpoint of the same run; a finished run is loaded
+    and returned. Returns the adapted model, in eval mode.
     """
     chosen = load_recipe(recipe, **settings)
     output_dir = Path(output_dir)
     sources = [data] if isinstance(data, str | Path) else list(data)
     if not sources:
         raise ValueError("data is empty: give at least one file, folder or hub id")
-    files = find_files(sources)  # before anything slow
+    if chosen.lora_rank is not None:
+        lora.require_peft()
+    own = [str(source) for source in sources] == ["self"]
+    if own != (chosen.self_prompts is not None) or (own and not (chosen.self_tokens or chosen.max_tokens)):
+        raise ValueError(
+            f"data {[str(source) for source in sources]} with self_prompts={chosen.self_prompts!r}: text of the "
+            "model's own needs --data self alone, self_prompts=FILE for its beginnings, and --max-tokens or self_tokens"
+        )
+    files = find_files([chosen.self_prompts] if own and chosen.self_prompts else sources)  # before anything slow
     held_out_files = find_files([chosen.eval_data]) if chosen.eval_data else None
     previous = _read_run(output_dir, resume)
 
     lm = model if isinstance(model, DiffusionLM) else load(model, dtype=torch.float32)
-    name = str(getattr(lm.model.config, "_name_or_path", "") or "a model in memory")
-    parent = {"name": name, "class": type(lm.model).__name__, "fingerprint": _fingerprint(lm.model)}
+    name = str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
+    if chosen.lora_rank is not None and not chosen.lora_merge and name == IN_MEMORY:
+        raise ValueError("lora_merge=false: an adapter needs the name of its base, and this model is in memory only")
+    parent = {"name": name, "class": type(lm.model).__name__, "fingerprint": hf.fingerprint(lm.model)}
+    if lm.drafter is not None:
+        raise ValueError(f"model {name!r} is a drafter on a frozen base: adapt the base itself")
+    if chosen.objective == "distill" and lm.diffusion is not None:
+        raise ValueError(f"model {name!r} is converted already: a drafter needs an untouched AR model as its base")
+    if chosen.objective == "distill" and chosen.lora_rank is not None:
+        raise ValueError(f"lora_rank={chosen.lora_rank} does not go with objective='distill': use drafter_rank")
+    if chosen.block_size is None and lm.diffusion is not None:
+        chosen = replace(chosen, block_size=lm.diffusion.block_size)
     chosen = resolve(chosen, sum(p.numel() for p in lm.model.parameters()), lm.network.context_length)
     end_token_id = _end_token_id(lm, chosen)
 
@@ -529,8 +627,20 @@ def adapt(
                 end_token_id=end_token_id,
                 text_column=chosen.text_column,
                 skip_invalid=chosen.skip_invalid,
+                max_length=chosen.max_length,
                 progress=advance,
             )
+    if own:
+        asked = chosen.self_tokens or chosen.max_tokens
+        assert asked is not None
+        assert chosen.max_length is not None
+        assert isinstance(source, Corpus)
+        with progress("roll out", asked, show=show_progress) as advance:
+            source = roll_out(
+                lm.network, source, output_dir.parent, author=parent["fingerprint"], num_tokens=asked,
+                max_length=chosen.max_length, temperature=chosen.self_temperature,
+                end_token_ids=() if end_token_id is None else (end_token_id,), seed=chosen.seed, progress=advance,
+            )  # fmt: skip
     run: dict[str, Any] = {
         "parent": parent,
         "settings": _plain(chosen),
@@ -540,14 +650,23 @@ def adapt(
     if previous is not None and previous.get("finished"):
         return load(output_dir)
 
-    held_out = _held_out(lm, chosen, held_out_files, source)
+    held_out = _held_out(lm, chosen, held_out_files, source, end_token_id)
     if isinstance(held_out, int):
         source, tail = source.split(held_out) if held_out else (source, None)
         held_out = [] if tail is None else _as_documents(tail, end_token_id)
+    if chosen.predict_padding:
+        source = _filled_up(source, chosen, end_token_id)
     total_steps = count_steps(chosen, source)
 
     config = lm.diffusion
-    if chosen.attention != "ar":
+    drafter = None
+    if chosen.objective == "distill":
+        assert chosen.block_size is not None
+        mask_rows = chosen.block_size if chosen.mask_per_place else 1
+        shape = DrafterConfig(chosen.drafter_rank, chosen.drafter_scale, chosen.drafter_targets, mask_rows)
+        drafter = hf.add_drafter(lm.model, lm.tokenizer, shape, token=chosen.mask_token)
+        config = diffusion_config(chosen, drafter.mask_token_id, __version__)
+    elif chosen.attention != "ar":
         mask_token_id = (
             config.mask_token_id
             if config is not None
@@ -555,12 +674,19 @@ def adapt(
         )
         config = diffusion_config(chosen, mask_token_id, __version__)
     hf.without_dropout(lm.model)
-    adapted = DiffusionLM(lm.model, lm.tokenizer, config)
+    tuner = None
+    if chosen.lora_rank is not None:
+        alpha = 2.0 * chosen.lora_rank if chosen.lora_alpha is None else chosen.lora_alpha
+        tuner = lora.add_lora(lm.model, chosen.lora_rank, alpha, chosen.trainable, chosen.seed)
+    base = None if drafter is None else hf.Base(parent["name"], parent["fingerprint"])
+    adapted = DiffusionLM(lm.model, lm.tokenizer, config, drafter=drafter, base=base)
+    learning: Any = lm.model if drafter is None else drafter
+    trained = sum(p.numel() for p in learning.parameters() if p.requires_grad)
 
     ranks = accelerate.PartialState()
     ranks.wait_for_everyone()  # all have read the folder before one writes to it
     versions = {"unmask": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    run |= {"versions": versions, "rule": RULE_TEXT, "finished": False}
+    run |= {"versions": versions, "rule": RULE_TEXT, "trained_parameters": trained, "finished": False}
     show_progress = show_progress and ranks.is_main_process
     if ranks.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -587,26 +713,52 @@ def adapt(
             done = p.step
 
         evaluate = _evaluator(adapted, chosen, held_out) if held_out else None
-        state = train(
-            lm.model,
-            lambda wrapped: hf.HFNetwork(lm.model, None if config is None else config.mask_token_id, forward=wrapped),
-            chosen,
-            config if chosen.attention != "ar" else None,
-            source,
-            output_dir,
-            resume=resume,
-            evaluate=evaluate,
-            report=report,
-        )
+        with _trained_alone(lm.model, drafter):
+            state = train(
+                lm.model,
+                adapted._network,
+                chosen,
+                config if chosen.attention != "ar" else None,
+                source,
+                output_dir,
+                resume=resume,
+                evaluate=evaluate,
+                report=report,
+            )
+    if tuner is not None:
+        if ranks.is_main_process and not chosen.lora_merge:
+            hf.write_diffusion(lm.model, config)
+            lora.save_adapter(output_dir, tuner, name)
+            lm.tokenizer.save_pretrained(output_dir)
+        lora.merge(tuner)
     if ranks.is_main_process:
         figures = evaluate(lm.model) if evaluate is not None else {}
         if figures:
             append_metrics(output_dir, {"step": state.step, "tokens": state.tokens, **figures})
-        adapted.save_pretrained(output_dir)
+        if tuner is None or chosen.lora_merge:
+            adapted.save_pretrained(output_dir)
         (output_dir / "README.md").write_text(_model_card(name, adapted, chosen, state.tokens, figures))
         _write_run(output_dir, run | {"finished": True, "tokens": state.tokens, "evaluation": figures})
     ranks.wait_for_everyone()
+    lm.model.config._name_or_path = str(output_dir)
     return adapted
+
+
+@contextmanager
+def _trained_alone(model: Any, drafter: Drafter | None) -> Iterator[None]:
+    """Within the context the drafter is a part of the model, the only one that learns."""
+    if drafter is None:
+        yield
+        return
+    learning = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    model.add_module("drafter", drafter)
+    try:
+        yield
+    finally:
+        del model.drafter
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _end_token_id(lm: DiffusionLM, settings: Settings) -> int | None:
@@ -620,30 +772,54 @@ def _end_token_id(lm: DiffusionLM, settings: Settings) -> int | None:
 
 
 def _held_out(
-    lm: DiffusionLM, settings: Settings, files: list[Path] | None, source: Any
+    lm: DiffusionLM, settings: Settings, files: list[Path] | None, source: Any, end_token_id: int | None
 ) -> list[likelihood.Document] | int:
     """Documents to evaluate on, or how many to hold out of the end of the training corpus.
 
     Without eval_data, the last 1% of the documents, at most eval_documents; none from a stream.
     """
     if files is not None:
-        texts: list[str] = []
-        for file in files:
-            for text in read_documents(file, text_column=settings.text_column, skip_invalid=settings.skip_invalid):
-                if len(texts) < settings.eval_documents:
-                    texts.append(text)
-        return lm._documents(texts)
+        corpus = load_corpus(
+            files,
+            lm.tokenizer,
+            end_token_id=end_token_id,
+            text_column=settings.text_column,
+            skip_invalid=settings.skip_invalid,
+            max_length=lm.network.context_length,
+            max_documents=settings.eval_documents,
+        )
+        return _as_documents(corpus, end_token_id)
     return 0 if isinstance(source, HubStream) else min(settings.eval_documents, len(source) // 100)
 
 
-def _as_documents(corpus: Any, end_token_id: int | None) -> list[likelihood.Document]:
-    """Held-out documents as the likelihood wants them: no end token; their bytes are not asked for."""
+def _as_documents(corpus: Corpus, end_token_id: int | None) -> list[likelihood.Document]:
+    """Held-out documents as the likelihood wants them; their bytes are not asked for.
+
+    Texts without their end token. Supervised examples whole, since where an answer ends is part of it.
+    """
     documents = []
     for i in range(len(corpus)):
-        ids = torch.from_numpy(corpus[i].astype("int64"))
-        ids = ids[:-1] if end_token_id is not None else ids
-        documents.append(likelihood.Document(ids, torch.zeros_like(ids)))
+        ids, loss_mask = corpus.document(i)
+        if loss_mask is None and end_token_id is not None:
+            ids = ids[:-1]
+        tokens = torch.from_numpy(ids.astype("int64"))
+        learnt = None if loss_mask is None else torch.from_numpy(loss_mask)
+        documents.append(likelihood.Document(tokens, torch.zeros_like(tokens), learnt))
     return documents
+
+
+def _filled_up(source: Any, settings: Settings, end_token_id: int | None) -> Corpus:
+    assert settings.max_length is not None
+    if not isinstance(source, Corpus) or end_token_id is None:
+        lacks = "an end token, which this model lacks" if end_token_id is None else "files, not a streamed data set"
+        raise ValueError(f"predict_padding=true needs {lacks}")
+    longest = int(np.diff(source.offsets).max())
+    if longest > settings.max_length:
+        raise ValueError(
+            f"predict_padding=true puts each document in a row of its own, and one of {longest} tokens exceeds "
+            f"max_length={settings.max_length}: raise max_length"
+        )
+    return source.filled_up(settings.max_length, end_token_id)
 
 
 def _evaluator(lm: DiffusionLM, settings: Settings, documents: list[likelihood.Document]) -> Evaluator:
@@ -658,7 +834,11 @@ def _evaluator(lm: DiffusionLM, settings: Settings, documents: list[likelihood.D
             lm.network, lm.diffusion, documents, num_samples=settings.eval_samples, context_length=context
         )
         summary = likelihood.summarise(outputs)
-        return {"nelbo": summary.nats_per_token, "nelbo_standard_error": summary.standard_error or 0.0}
+        figures = {"nelbo": summary.nats_per_token, "nelbo_standard_error": summary.standard_error or 0.0}
+        if settings.objective == "joint":  # the AR model is meant to stay what it was
+            exact = likelihood.summarise(likelihood.nll(lm.network, documents, context_length=context))
+            figures["nll"] = exact.nats_per_token
+        return figures
 
     return evaluate
 
@@ -705,26 +885,17 @@ def _write_run(output_dir: Path, run: dict[str, Any]) -> None:
     partial.replace(output_dir / "run.json")
 
 
-def _fingerprint(model: Any) -> str:
-    """Hash of a model's parameter names, shapes and a few values of each."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _model_card(parent: str, lm: DiffusionLM, settings: Settings, tokens: int, figures: dict[str, float]) -> str:
     config = lm.diffusion
+    if lm.drafter is not None:
+        loading = "It holds the drafter alone; the `unmask` library loads it together with its base."
+    else:
+        loading = "`AutoModelForCausalLM` loads the weights; decoding as a diffusion model needs the `unmask` library."
     if config is None:
         what = "Next-token training of an autoregressive language model."
         rows: list[tuple[str, Any]] = []
     else:
-        what = (
-            "A masked diffusion language model made from an autoregressive one. `AutoModelForCausalLM` loads the "
-            "weights; decoding as a diffusion model needs the `unmask` library."
-        )
+        what = f"A masked diffusion language model made from an autoregressive one. {loading}"
         rows = [
             (
                 "attention",

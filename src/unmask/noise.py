@@ -23,7 +23,7 @@ def uniform(*shape: int, key: tuple[int | str, ...]) -> Tensor:
     return torch.rand(shape, generator=generator(*key), dtype=torch.float64)
 
 
-def gumbel(size: int, seed: int, row: int, position: int, draw: int = 0) -> Tensor:
+def gumbel(size: int, seed: int, row: int, position: int, draw: int = 0, purpose: str = "token") -> Tensor:
     """float64 Gumbel noise (size,) of one token position of one row.
 
     AR and diffusion sampling read the same noise at the same place, so that they can be compared token for
@@ -32,4 +32,4 @@ def gumbel(size: int, seed: int, row: int, position: int, draw: int = 0) -> Tens
     """
     draws = torch.empty(size, dtype=torch.float64)
     key = (seed, row, position) if draw == 0 else (seed, row, position, draw)
-    return draws.exponential_(generator=generator("token", *key)).log_().neg_()
+    return draws.exponential_(generator=generator(purpose, *key)).log_().neg_()

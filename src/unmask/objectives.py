@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from unmask.attention import Layout, Pattern
 from unmask.corruption import Corruption
-from unmask.denoiser import DiffusionConfig, Network, score, score_ar
+from unmask.denoiser import DiffusionConfig, Network, score, score_ar, score_distilled, score_joint
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,13 @@ class LossOutput:
         return LossOutput(self.sum + other.sum, self.count + other.count)
 
 
-def predictable(layout: Layout) -> Tensor:
-    """Tokens that can be in a loss: neither padding nor the given first token of a document."""
-    return layout.real & (layout.position > 0)
+def predictable(layout: Layout, loss_mask: Tensor | None = None) -> Tensor:
+    """Tokens that can be in a loss: neither padding nor the given first token of a document.
+
+    loss_mask: bool like the layout, False on what is given besides (prompts); None gives nothing more.
+    """
+    tokens = layout.real & (layout.position > 0)
+    return tokens if loss_mask is None else tokens & loss_mask
 
 
 def token_nll(
@@ -54,6 +59,7 @@ def diffusion_loss(
     layout: Layout,
     corruption: Corruption,
     pattern: Pattern | None = None,
+    loss_mask: Tensor | None = None,
 ) -> LossOutput:
     """sum_i w_i * -log p(x0_i | xt, clean context), over masked i (Efficient-DLM 2512.14067, eq. 1).
 
@@ -61,11 +67,105 @@ def diffusion_loss(
     NELBO in nats per predicted token when masks are uniform. `pattern`: an annealed mask, else the config's.
     """
     nll = token_nll(network, config, x0, layout, corruption, pattern)
-    return LossOutput((corruption.weight[corruption.masked] * nll).sum(), predictable(layout).sum())
+    return LossOutput((corruption.weight[corruption.masked] * nll).sum(), predictable(layout, loss_mask).sum())
 
 
-def ar_loss(network: Network, x0: Tensor, layout: Layout) -> LossOutput:
+def ar_loss(network: Network, x0: Tensor, layout: Layout, loss_mask: Tensor | None = None) -> LossOutput:
     """Next-token cross-entropy over the predictable tokens, each document on its own."""
-    wanted = predictable(layout)
+    wanted = predictable(layout, loss_mask)
     logits = score_ar(network, x0, layout, wanted)
     return LossOutput(cross_entropy(logits, x0[wanted], reduction="sum"), wanted.sum())
+
+
+def joint_loss(
+    network: Network,
+    config: DiffusionConfig,
+    x0: Tensor,
+    layout: Layout,
+    corruption: Corruption,
+    alpha: float,
+    loss_mask: Tensor | None = None,
+) -> LossOutput:
+    """L_AR + alpha * L_diffusion from one two-stream pass (Nemotron-Labs 2607.05722, section 2.1).
+
+    Both terms are means over the predictable tokens (a mask's weights average 1 over them), so they share one
+    count, and alpha weighs nats per token against nats per token whatever the noise level. Equals
+    `ar_loss` + alpha * `diffusion_loss` of two passes.
+    """
+    wanted, masked = predictable(layout, loss_mask), corruption.masked
+    xt = corruption.apply(x0, config.mask_token_id)
+    logits, ar_logits = score_joint(network, config, xt, x0, layout, masked, wanted)
+    ar = cross_entropy(ar_logits, x0[wanted], reduction="sum")
+    nll = cross_entropy(logits, x0[masked], reduction="none")
+    return LossOutput(ar + alpha * (corruption.weight[masked] * nll).sum(), wanted.sum())
+
+
+def distill_loss(
+    network: Network,
+    config: DiffusionConfig,
+    x0: Tensor,
+    layout: Layout,
+    corruption: Corruption,
+    distance: str,
+    loss_mask: Tensor | None = None,
+) -> LossOutput:
+    """sum_i w_i * distance(p_i, q_i): p_i the AR law of token i on the clean stream, q_i the draft's.
+
+    With the shift, a block's first position is the AR row itself: it counts, with a distance of 0. The
+    distance "reach" is `draft_failure` + 0.1 KL (ours), and it leaves a block's first position out as well:
+    the anchor row of the draft forward stands for it.
+    """
+    wanted, reach = corruption.masked, distance == "reach"
+    if config.shift or reach:
+        wanted = wanted & (layout.position % (config.block_size or 1) > 0)
+    xt = corruption.apply(x0, config.mask_token_id)
+    q, p = score_distilled(network, config, xt, x0, layout, wanted)
+    if reach:
+        values = 0.1 * draft_distance(p, q, x0[wanted], "kl")
+        acceptance = 1 - draft_distance(p, q, x0[wanted], "tv")
+        grid = torch.ones_like(layout.position, dtype=acceptance.dtype).masked_scatter(wanted, acceptance)
+        values = values + draft_failure(grid, layout, config.block_size or 1)[wanted]
+    else:
+        values = draft_distance(p, q, x0[wanted], distance)
+    return LossOutput((corruption.weight[wanted] * values).sum(), predictable(layout, loss_mask).sum())
+
+
+def draft_failure(acceptance: Tensor, layout: Layout, block_size: int) -> Tensor:
+    """1 - prod_{i <= j} a_i over the block of each token j: the chance that its draft is not taken over.
+
+    acceptance a (batch, length) in [0, 1]. Its sum over a block is the block's length less the expected number
+    of accepted drafts, so its gradient weighs each place by how often a cycle gets there and what follows.
+    """
+    total = torch.nn.functional.pad(acceptance.clamp_min(1e-6).log().cumsum(-1), (1, 0))
+    column = torch.arange(layout.position.shape[-1], device=layout.position.device)
+    start = column - layout.position % block_size  # a document's blocks are contiguous in its row
+    return 1 - (total[..., 1:] - total.gather(-1, start.clamp_min(0))).exp()
+
+
+DISTANCES = ("ce", "kl", "tv", "kl+tv", "lk", "reach")
+
+
+def draft_distance(p_logits: Tensor, q_logits: Tensor, target: Tensor, distance: str) -> Tensor:
+    """How far a draft law q is from its verifier's p, (n,) from logits (n, vocab); gradients reach q alone.
+
+    "ce": -log q(target), the text's own token. "kl": KL(p || q). "tv": 1/2 sum |p - q| = 1 - the acceptance
+    rate of rejection sampling. "kl+tv": 0.01 KL + TV (Uno 2609.04010). "lk": lam KL + (1 - lam) TV
+    - log q(argmax p), lam = exp(-acceptance / 2) detached (Nemotron-Labs 2607.05722, section 2.7, over the
+    whole vocabulary at temperature 1).
+    """
+    if distance not in DISTANCES[:-1]:
+        raise ValueError(f"distance {distance!r} is unknown: use one of {', '.join(DISTANCES[:-1])}")
+    log_q, log_p = q_logits.log_softmax(-1), p_logits.detach().log_softmax(-1)
+    if distance == "ce":
+        return -log_q.gather(-1, target[:, None])[:, 0]
+    p = log_p.exp()
+    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    if distance == "kl":
+        return kl
+    tv = 0.5 * (p - log_q.exp()).abs().sum(-1)
+    if distance == "tv":
+        return tv
+    if distance == "kl+tv":
+        return 0.01 * kl + tv
+    lam = (-0.5 * (1 - tv.detach())).exp()
+    return lam * kl + (1 - lam) * tv - log_q.gather(-1, log_p.argmax(-1, keepdim=True))[:, 0]

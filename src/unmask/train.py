@@ -38,7 +38,7 @@ from unmask.corruption import (
 from unmask.data import Batch, Corpus, HubStream, Packer, PackState
 from unmask.denoiser import DiffusionConfig, Network
 from unmask.noise import uniform
-from unmask.objectives import LossOutput, ar_loss, diffusion_loss, predictable
+from unmask.objectives import DISTANCES, LossOutput, ar_loss, diffusion_loss, distill_loss, joint_loss, predictable
 
 Evaluator = Callable[[Any], dict[str, float]]
 """Called with the unwrapped model; returns named figures for metrics.jsonl."""
@@ -46,18 +46,28 @@ Evaluator = Callable[[Any], dict[str, float]]
 
 # --- settings and recipes
 
+LORA_TRAINABLE = ("embeddings", "norms", "head")
+
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that defines a run besides the model and the data. None means: resolved from the model.
 
     attention "ar" trains the next-token loss instead. noise_level: "block" | "sequence" shares t.
-    masking: "exact" draws ceil(t n) of n tokens, "bernoulli" each with probability t. half_life: of
-    position-dependent masking, inf is uniform. min_noise_level: t is drawn from (it, 1]. loss_normaliser:
-    divide by the predictable "tokens" (unbiased) or the "masked" ones of the micro-batch (DiffuLLaMA's code).
-    anneal_steps, anneal_form, anneal_redraw: see `annealing`; 1 is full attention at once. batch_size counts
-    rows of max_length in one optimiser step, micro_batch_size those that run at once on one device.
-    eval_every: steps, by default a tenth of the run.
+    masking: "exact" draws ceil(t n) of n tokens, "bernoulli" each with probability t, "all" is t = 1.
+    objective: "diffusion", "joint" (next-token loss + alpha * diffusion) or "distill" (a drafter: gated adapters of
+    drafter_rank on a frozen base, pulled by `distance` to the base's next-token law; mask_per_place gives each
+    place in the block a mask embedding of its own). first_block_size: double the block from there to block_size
+    over the run. half_life: of position-dependent masking, inf is uniform. min_noise_level: t is drawn from (it, 1].
+    loss_normaliser: divide by the predictable "tokens" (unbiased) or the "masked" ones of the micro-batch
+    (DiffuLLaMA's code). anneal_steps, anneal_form, anneal_redraw: see `annealing`; 1 is full attention at once.
+    self_prompts, self_tokens, self_temperature: of --data self, the file whose documents' beginnings the model
+    continues, how many tokens it writes (max_tokens unless given), and how. predict_padding: one document a row,
+    filled up with end tokens that are corrupted and predicted (DiffuLLaMA's fine-tuning), instead of packed rows.
+    lora_rank: train adapters of this rank instead of the weights, scaled by lora_alpha / lora_rank (lora_alpha
+    None: twice the rank); lora_trainable: what is trained beside them; lora_merge=false saves a PEFT adapter, not
+    a model. batch_size counts rows of max_length in one optimiser step, micro_batch_size those that run at once on
+    one device. eval_every: steps, by default a tenth of the run.
     """
 
     recipe: str
@@ -66,6 +76,15 @@ class Settings:
     clean_attention: str | None = None
     block_size: int | None = None
     shift: bool = False
+    noisy_attention: str = "bidirectional"
+    objective: str = "diffusion"
+    alpha: float = 0.3
+    distance: str = "kl+tv"
+    drafter_rank: int = 32
+    drafter_scale: float = 64.0
+    drafter_targets: str = "all"
+    mask_per_place: bool = False
+    first_block_size: int | None = None
     noise_level: str = "block"
     masking: str = "exact"
     complementary: bool = False
@@ -83,9 +102,18 @@ class Settings:
     split: str = "train"
     skip_invalid: bool = False
     end_token: str | None = None
+    predict_padding: bool = False
+    self_prompts: str | None = None
+    self_tokens: int | None = None
+    self_temperature: float = 0.0
     eval_data: str | None = None
-    eval_documents: int = 64
+    eval_documents: int = 32
     eval_samples: int = 2
+    # adapters
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_trainable: str = "embeddings,norms,head"
+    lora_merge: bool = True
     # optimisation
     max_tokens: int | None = None
     batch_size: int | None = None
@@ -111,7 +139,10 @@ class Settings:
         choices = {
             "attention": ("two_stream", "block_causal", "bidirectional", "ar"),
             "noise_level": ("block", "sequence"),
-            "masking": ("exact", "bernoulli"),
+            "noisy_attention": ("bidirectional", "causal"),
+            "objective": ("diffusion", "joint", "distill"),
+            "distance": DISTANCES,
+            "masking": ("exact", "bernoulli", "all"),
             "loss_normaliser": ("tokens", "masked"),
             "anneal_form": ("entries", "window"),
             "mixed_precision": ("no", "bf16", "fp16"),
@@ -121,10 +152,17 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
         for name in ("block_size", "max_length", "batch_size", "micro_batch_size", "log_every", "eval_every",
                      "save_every", "keep_checkpoints", "eval_samples", "max_tokens", "learning_rate", "half_life",
-                     "max_grad_norm", "anneal_steps"):  # fmt: skip
+                     "max_grad_norm", "anneal_steps", "lora_rank", "lora_alpha", "drafter_rank", "drafter_scale",
+                     "first_block_size", "self_tokens"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive")
+        for name in self.trainable:
+            if name not in LORA_TRAINABLE:
+                raise ValueError(
+                    f"lora_trainable={self.lora_trainable!r}: {name!r} is unknown: use any of "
+                    f"{', '.join(LORA_TRAINABLE)}, with commas between"
+                )
         if not 0 <= self.min_noise_level < 1:
             raise ValueError(f"min_noise_level={self.min_noise_level} must lie in [0, 1)")
         if self.anneal_steps > 1 and self.attention != "bidirectional":
@@ -132,10 +170,26 @@ class Settings:
                 f"anneal_steps={self.anneal_steps} opens a causal mask towards attention='bidirectional', "
                 f"not towards {self.attention!r}: use anneal_steps=1"
             )
+        if not self.alpha >= 0:
+            raise ValueError(f"alpha={self.alpha} must not be negative")
+        if self.objective != "diffusion" and (self.attention, self.clean_attention) != ("two_stream", "causal"):
+            raise ValueError(
+                f"objective={self.objective!r} needs attention='two_stream' with clean_attention='causal', "
+                f"not {self.attention!r} with {self.clean_attention!r}"
+            )
+        if self.mask_per_place and self.objective != "distill":
+            raise ValueError(f"mask_per_place=true needs objective='distill', not {self.objective!r}")
+        if self.objective == "distill" and self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing=true does not go with objective='distill': leave it out")
         if self.complementary and self.masking != "exact":
             raise ValueError("complementary=true needs masking='exact'")
         if self.half_life is not None and math.isfinite(self.half_life) and self.masking != "exact":
             raise ValueError(f"half_life={self.half_life} needs masking='exact': Bernoulli masks have no order")
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The parts named in lora_trainable."""
+        return tuple(name.strip() for name in self.lora_trainable.split(",") if name.strip())
 
 
 def recipe_names() -> list[str]:
@@ -180,9 +234,9 @@ _SMALL, _LARGE = 100e6, 1e9
 _RULE: dict[str, tuple[float, float]] = {
     # measured on parents below 100M parameters; published for parents from 1B
     "learning_rate": (4e-3, 1e-5),
-    "min_learning_rate_ratio": (0.1, 0.3),
+    "min_learning_rate_ratio": (0.02, 0.3),
     "batch_tokens": (1024, 2**21),
-    "max_length": (256, 4096),
+    "max_length": (512, 4096),
     "block_size": (8, 16),
     "micro_batch_tokens": (16384, 4096),
 }
@@ -212,6 +266,9 @@ def resolve(settings: Settings, num_parameters: int, context_length: int | None)
         raise ValueError(f"max_length={length} exceeds the model's context of {context_length}")
     if length < block:
         raise ValueError(f"block_size={block} exceeds max_length={length}")
+    first = settings.first_block_size
+    if first is not None and block not in (first << n for n in range(block.bit_length())):
+        raise ValueError(f"first_block_size={first} does not double to block_size={block}")
     batch = settings.batch_size or max(1, round(ruled["batch_tokens"] / length))
     return replace(
         settings,
@@ -245,13 +302,27 @@ def diffusion_config(settings: Settings, mask_token_id: int, version: str) -> Di
         shift=settings.shift,
         recipe=settings.recipe,
         version=version,
+        noisy_attention=settings.noisy_attention,
+        mask_rows=settings.block_size if settings.mask_per_place and settings.block_size else 1,
     )
+
+
+def at_step(settings: Settings, step: int, total_steps: int) -> Settings:
+    """The settings of one step: with first_block_size, blocks double in equal parts of the run."""
+    if settings.first_block_size is None:
+        return settings
+    assert settings.block_size is not None
+    stages = (settings.block_size // settings.first_block_size).bit_length()
+    stage = min(stages - 1, step * stages // max(1, total_steps))
+    return replace(settings, block_size=settings.first_block_size << stage, first_block_size=None)
 
 
 # --- one step's noise and loss
 
 
-def corruptions(settings: Settings, layout: Layout, step: int, rows: Tensor) -> list[Corruption]:
+def corruptions(
+    settings: Settings, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None = None
+) -> list[Corruption]:
     """The mask of these rows of the global batch at an optimiser step; two with complementary pairs."""
     assert settings.batch_size is not None
     assert settings.block_size is not None
@@ -263,7 +334,9 @@ def corruptions(settings: Settings, layout: Layout, step: int, rows: Tensor) -> 
     t = noise_levels(settings.seed, step, rows, strata, length).to(device)
     t = settings.min_noise_level + (1 - settings.min_noise_level) * t
     noise = position_noise(settings.seed, step, rows, length).to(device)
-    maskable = predictable(layout)
+    maskable = predictable(layout, loss_mask)
+    if settings.masking == "all":
+        return [Corruption(maskable, maskable.float())]
     if settings.masking == "bernoulli":
         return [mask_bernoulli(t, noise, segment, maskable)]
     size = settings.block_size if by_block else length
@@ -310,12 +383,23 @@ def step_loss(
     the micro-batch, times the count, so that dividing by the step's count gives the mean over micro-batches.
     """
     if config is None:
-        return ar_loss(network, batch.x0, batch.layout)
+        return ar_loss(network, batch.x0, batch.layout, batch.loss_mask)
+    if config.block_size is not None:
+        config = config.with_block_size(settings.block_size)  # a curriculum's blocks are smaller
     # A reused mask token that stands in the text by nature is seen as a mask and never predicted.
     natural = batch.x0 == config.mask_token_id
-    drawn = [c.sparing(natural) for c in corruptions(settings, batch.layout, step, rows)]
+    drawn = [c.sparing(natural) for c in corruptions(settings, batch.layout, step, rows, batch.loss_mask)]
     pattern = annealing(settings, step, rows, batch.x0.device)
-    losses = [diffusion_loss(network, config, batch.x0, batch.layout, corruption, pattern) for corruption in drawn]
+
+    def loss_of(corruption: Corruption) -> LossOutput:
+        given = (network, config, batch.x0, batch.layout, corruption)
+        if settings.objective == "joint":
+            return joint_loss(*given, settings.alpha, batch.loss_mask)
+        if settings.objective == "distill":
+            return distill_loss(*given, settings.distance, batch.loss_mask)
+        return diffusion_loss(*given, pattern, batch.loss_mask)
+
+    losses = [loss_of(corruption) for corruption in drawn]
     if settings.loss_normaliser == "masked":
         losses = [
             LossOutput(loss.sum * loss.count / corruption.masked.sum().clamp_min(1), loss.count)
@@ -427,16 +511,17 @@ def train(
         if full is None:
             break
         rate = learning_rate_at(settings, state.step, total_steps)
+        now = at_step(settings, state.step, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
         mine = full.rows(rank * share, (rank + 1) * share)
         # Every rank sees the whole step's rows, so the count to divide by needs no communication.
-        count = int(predictable(full.layout).sum())
+        count = int(predictable(full.layout, full.loss_mask).sum())
         for start, micro in _micro_batches(mine, settings.micro_batch_size):
             rows = torch.arange(len(micro.x0)) + rank * share + start
             last = start + settings.micro_batch_size >= len(mine.x0)
             with accelerator.autocast(), _sync(accelerator, wrapped, last):
-                loss = step_loss(network, settings, config, micro.to(accelerator.device), state.step, rows)
+                loss = step_loss(network, now, config, micro.to(accelerator.device), state.step, rows)
                 # Gradients are averaged over ranks, hence the factor.
                 accelerator.backward(loss.sum * (ranks / max(1, count)))
             summed += loss.sum.detach()
@@ -498,7 +583,9 @@ def count_steps(settings: Settings, source: Corpus | HubStream) -> int:
     """Optimiser steps of the run."""
     assert settings.max_length is not None
     assert settings.batch_size is not None
-    return math.ceil(token_goal(settings, source) / (settings.max_length * settings.batch_size))
+    length = settings.max_length
+    per_row = source.tokens_per_row(length) if isinstance(source, Corpus) else length
+    return math.ceil(token_goal(settings, source) / (per_row * settings.batch_size))
 
 
 def _optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer:

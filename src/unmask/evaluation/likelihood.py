@@ -40,10 +40,15 @@ class LikelihoodOutput:
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids of one document (length,), and the UTF-8 bytes of the text that each token spells."""
+    """Token ids of one document (length,), and the UTF-8 bytes of the text that each token spells.
+
+    loss_mask: (length,) bool, False on tokens that are given (a prompt) and so never corrupted nor scored;
+    None gives only the first token of each window.
+    """
 
     ids: Tensor
     num_bytes: Tensor
+    loss_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,11 @@ def nll(
 ) -> list[LikelihoodOutput]:
     """Exact: -sum_i log p(x_i | x_<i) under the causal pattern, next-token rows."""
     totals = [0.0] * len(documents)
-    for windows, x0, layout in _batches(documents, context_length, batch_tokens, network.device):
-        wanted = predictable(layout)
+    for windows, x0, layout, loss_mask in batches(documents, context_length, batch_tokens, network.device):
+        wanted = predictable(layout, loss_mask)
         log_p = score_ar(network, x0, layout, wanted).double().log_softmax(-1)
         values = -log_p.gather(-1, x0[wanted][:, None])[:, 0]
-        for (owner, _), value in zip(windows, _row_sums(values, wanted), strict=True):
+        for (owner, _), value in zip(windows, row_sums(values, wanted), strict=True):
             totals[owner] += value
         if progress is not None:
             progress(len(windows))
@@ -121,8 +126,8 @@ def nelbo(
         raise ValueError(f"num_samples {num_samples} must be at least 1")
     draws = 2 ** (config.segment_size or 0) - 1 if exact else num_samples
     totals = torch.zeros(len(documents), draws, dtype=torch.float64)
-    for windows, x0, layout in _batches(documents, context_length, batch_tokens, network.device):
-        segment, maskable = segments(layout, config.segment_size), predictable(layout)
+    for windows, x0, layout, loss_mask in batches(documents, context_length, batch_tokens, network.device):
+        segment, maskable = segments(layout, config.segment_size), predictable(layout, loss_mask)
         masks = (
             _all_masks(segment, maskable, draws)
             if exact
@@ -130,7 +135,7 @@ def nelbo(
         )
         for draw, corruption in enumerate(masks):
             values = corruption.weight[corruption.masked].double() * token_nll(network, config, x0, layout, corruption)
-            for (owner, _), value in zip(windows, _row_sums(values, corruption.masked), strict=True):
+            for (owner, _), value in zip(windows, row_sums(values, corruption.masked), strict=True):
                 totals[owner, draw] += value
         if progress is not None:
             progress(len(windows))
@@ -142,7 +147,6 @@ def nelbo(
     return [_output(float(t), d, context_length, e) for t, d, e in zip(totals.mean(1), documents, errors, strict=True)]
 
 
-@torch.inference_mode()
 def continuation_nelbo(
     network: Network,
     config: DiffusionConfig,
@@ -154,24 +158,11 @@ def continuation_nelbo(
     batch_tokens: int = 8192,
 ) -> list[LikelihoodOutput]:
     """The NELBO of each text after its first `num_given` tokens, given those; bytes are not counted."""
-    documents = [Document(text, torch.zeros_like(text)) for text in texts]
-    totals = torch.zeros(len(texts), num_samples, dtype=torch.float64)
-    for windows, x0, layout in _batches(documents, None, batch_tokens, network.device):
-        given = torch.tensor([num_given[owner] for owner, _ in windows], device=network.device)
-        maskable = predictable(layout) & (layout.position >= given[:, None])
-        segment = segments(layout, config.segment_size)
-        for draw, corruption in enumerate(_drawn_masks(segment, maskable, windows, num_samples, seed)):
-            values = corruption.weight[corruption.masked].double() * token_nll(network, config, x0, layout, corruption)
-            for (owner, _), value in zip(windows, _row_sums(values, corruption.masked), strict=True):
-                totals[owner, draw] += value
-    errors: list[float | None] = [None] * len(texts)
-    if num_samples > 1:
-        errors = (totals.std(dim=1) / math.sqrt(num_samples)).tolist()
-    counts = [len(text) - max(1, n) for text, n in zip(texts, num_given, strict=True)]
-    return [
-        LikelihoodOutput(float(total), count, 0, error)
-        for total, count, error in zip(totals.mean(1), counts, errors, strict=True)
+    documents = [
+        Document(text, torch.zeros_like(text), torch.arange(len(text)) >= given)
+        for text, given in zip(texts, num_given, strict=True)
     ]
+    return nelbo(network, config, documents, num_samples=num_samples, seed=seed, batch_tokens=batch_tokens)
 
 
 def _all_masks(segment: Tensor, maskable: Tensor, draws: int) -> Iterator[Corruption]:
@@ -205,10 +196,10 @@ def _drawn_masks(
         yield mask_exact(t.to(segment.device), noise.to(segment.device), segment, maskable)
 
 
-def _batches(
+def batches(
     documents: Sequence[Document], context_length: int | None, batch_tokens: int, device: torch.device
-) -> Iterator[tuple[list[tuple[int, int]], Tensor, Layout]]:
-    """((document, start) of the rows, x0, layout), windows of like length together, longest first."""
+) -> Iterator[tuple[list[tuple[int, int]], Tensor, Layout, Tensor]]:
+    """((document, start) of the rows, x0, layout, loss mask), windows of like length together, longest first."""
     windows = [
         ((owner, start), document.ids[start : start + (context_length or len(document.ids))])
         for owner, document in enumerate(documents)
@@ -221,14 +212,19 @@ def _batches(
         batch, windows = windows[:take], windows[take:]
         x0 = torch.zeros(len(batch), width, dtype=torch.long)
         document = torch.full_like(x0, PADDING)
-        for row, (_, ids) in enumerate(batch):
+        loss_mask = torch.ones_like(x0, dtype=torch.bool)
+        for row, ((owner, start), ids) in enumerate(batch):
             x0[row, : len(ids)] = ids
             document[row, : len(ids)] = 0
+            learnt = documents[owner].loss_mask
+            if learnt is not None:
+                loss_mask[row, : len(ids)] = learnt[start : start + len(ids)]
         position = torch.arange(width, device=device).expand(len(batch), width)
-        yield [window for window, _ in batch], x0.to(device), Layout.of(position, document.to(device))
+        layout = Layout.of(position, document.to(device))
+        yield [window for window, _ in batch], x0.to(device), layout, loss_mask.to(device)
 
 
-def _row_sums(values: Tensor, where: Tensor) -> list[float]:
+def row_sums(values: Tensor, where: Tensor) -> list[float]:
     """Sums of `values` (where.sum(),) over each row of `where`."""
     rows = where.nonzero()[:, 0]
     sums = torch.zeros(where.shape[0], dtype=torch.float64, device=where.device)
@@ -238,10 +234,8 @@ def _row_sums(values: Tensor, where: Tensor) -> list[float]:
 def _output(
     nats: float, document: Document, context_length: int | None, standard_error: float | None = None
 ) -> LikelihoodOutput:
-    given = torch.arange(0, len(document.ids), context_length or max(1, len(document.ids)))
-    return LikelihoodOutput(
-        nats,
-        len(document.ids) - len(given),
-        int(document.num_bytes.sum() - document.num_bytes[given].sum()),
-        standard_error,
-    )
+    predicted = torch.ones_like(document.ids, dtype=torch.bool)
+    predicted[:: context_length or max(1, len(document.ids))] = False
+    if document.loss_mask is not None:
+        predicted &= document.loss_mask
+    return LikelihoodOutput(nats, int(predicted.sum()), int(document.num_bytes[predicted].sum()), standard_error)

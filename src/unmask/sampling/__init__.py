@@ -17,17 +17,21 @@ from unmask.sampling.select import (
     Selector,
     Threshold,
 )
+from unmask.sampling.speculative import Acceptance, Coupled, Rejection, sample_speculative
 
 __all__ = [
+    "Acceptance",
     "Ancestral",
     "Candidates",
     "Canvas",
     "Confidence",
+    "Coupled",
     "Entropy",
     "EntropyBound",
     "Factor",
     "Margin",
     "Random",
+    "Rejection",
     "Remask",
     "SampledTokens",
     "Selector",
@@ -36,4 +40,5 @@ __all__ = [
     "sample_bidirectional",
     "sample_blocks",
     "sample_canvases",
+    "sample_speculative",
 ]

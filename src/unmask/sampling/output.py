@@ -20,12 +20,14 @@ class SampledTokens:
     """New tokens per row, up to and with the one that ended it, and the forwards each row needed alone.
 
     num_forwards counts every pass after the prefill: denoising, and cache writes that no denoising pass
-    carried along. num_prefill_forwards is 0 or 1.
+    carried along. num_prefill_forwards is 0 or 1. cycle_gains: speculation only, (rows, longest + 1), how
+    many cycles of the row gained j tokens: its new tokens are sum_j j * cycle_gains[:, j].
     """
 
     new_tokens: list[list[int]]
     num_forwards: Tensor
     num_prefill_forwards: Tensor
+    cycle_gains: Tensor | None = None
 
 
 def first_end(tokens: Sequence[int], end_token_ids: Sequence[int]) -> int | None:

@@ -8,17 +8,17 @@ from torch import Tensor
 from unmask.noise import gumbel
 
 
-def token_noise(vocabulary: int, seed: int, rows: Tensor, positions: Tensor) -> Tensor:
+def token_noise(vocabulary: int, seed: int, rows: Tensor, positions: Tensor, purpose: str = "token") -> Tensor:
     """Gumbel noise (*positions.shape, vocabulary) float64 for `rows` (batch,) and `positions` (batch, n).
 
     Column j of row i is a function of (seed, rows[i], positions[i, j]) alone, so AR and diffusion sampling
-    meet the same noise at the same place and batch-mates do not matter.
+    meet the same noise at the same place and batch-mates do not matter. Another purpose, other noise.
     """
     batch, n = positions.shape
     noise = torch.empty(batch, n, vocabulary, dtype=torch.float64)
     for i, row in enumerate(rows.tolist()):
         for j, position in enumerate(positions[i].tolist()):
-            noise[i, j] = gumbel(vocabulary, seed, row, position)
+            noise[i, j] = gumbel(vocabulary, seed, row, position, purpose=purpose)
     return noise
 
 
@@ -37,6 +37,12 @@ def choose_tokens(
     if temperature == 0:
         return logits.argmax(-1)
     assert noise is not None
+    scores = truncate(logits, temperature, top_p, top_k)
+    return (scores + noise.to(scores.device)).argmax(-1)
+
+
+def truncate(logits: Tensor, temperature: float, top_p: float, top_k: int | None = None) -> Tensor:
+    """float64 logits of the law that is sampled: divided by the temperature, -inf outside the top-k and top-p sets."""
     scores = logits.double() / temperature
     if top_k is not None and top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
@@ -45,7 +51,7 @@ def choose_tokens(
         before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
         scores = scores.masked_fill(torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p),
                                     -torch.inf)  # fmt: skip
-    return (scores + noise.to(scores.device)).argmax(-1)
+    return scores
 
 
 def check_sampling(temperature: float, top_p: float, top_k: int | None = None) -> None:

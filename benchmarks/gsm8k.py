@@ -1,0 +1,156 @@
+"""GSM8K: fine-tune on the training questions, answer the test questions, compare the numbers.
+
+    python benchmarks/gsm8k.py MODEL GSM8K_FOLDER --output results/gsm8k-small [--tokens 400000] [SETTING=VALUE ...]
+
+Protocol of DiffuLLaMA (2410.17891, section 5 of its fine-tuning): the prompt is the question and a newline, the
+completion the worked answer and the end token; the prediction is the text after the last '####', stripped,
+without commas, and counts where it equals the gold answer's exactly. The last 64 training questions are held
+out; the bound of their completions, in nats per learnt token, is measured before, during and after. Questions
+whose tokens do not fit the length are left out of training and counted. Writes run.json's settings, the rows
+of metrics.jsonl and every answer.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HELD_OUT = 64
+
+
+def extract_answer(text: str) -> str:
+    """The text after the last '####', stripped, without commas; '' where there is none."""
+    _, marker, after = text.rpartition("####")
+    return after.strip().replace(",", "") if marker else ""
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{"prompt": row["question"] + "\n", "completion": row["answer"]} for row in rows]
+
+
+def write(path: Path, examples: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+
+
+def answer(lm: Any, examples: list[dict[str, str]], batch_size: int = 16) -> list[dict[str, Any]]:
+    """Greedy answers with their extracted and gold numbers, one dict a question."""
+    context, found = lm.network.context_length, []
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        longest = max(len(lm.tokenizer(e["prompt"])["input_ids"]) for e in batch)
+        new = 256 if context is None else min(256, context - longest)
+        out = lm.generate([e["prompt"] for e in batch], max_new_tokens=new, seed=0)
+        for example, text, forwards, tokens in zip(
+            batch, out.texts, out.num_forwards.tolist(), out.num_new_tokens.tolist(), strict=True
+        ):
+            gold, predicted = extract_answer(example["completion"]), extract_answer(text)
+            found.append({"text": text, "predicted": predicted, "gold": gold, "correct": predicted == gold,
+                          "num_new_tokens": tokens, "num_forwards": forwards})  # fmt: skip
+    return found
+
+
+def encode(lm: Any, example: dict[str, str]) -> tuple[list[int], list[bool]]:
+    from unmask.supervised import Completion, encode_example
+
+    ((ids, loss_mask),) = encode_example(lm.tokenizer, Completion(**example), lm.tokenizer.eos_token_id)
+    return ids, loss_mask
+
+
+def completion_bound(lm: Any, examples: list[dict[str, str]], num_samples: int = 4) -> dict[str, float]:
+    """NELBO (NLL of an AR model) of the completions, nats per learnt token, always with the same masks."""
+    import torch
+
+    from unmask.evaluation import likelihood
+
+    context, documents = lm.network.context_length, []
+    for example in examples:
+        ids, loss_mask = encode(lm, example)
+        if context is None or len(ids) <= context:
+            tokens = torch.tensor(ids)
+            documents.append(likelihood.Document(tokens, torch.zeros_like(tokens), torch.tensor(loss_mask)))
+    if lm.diffusion is None:
+        summary = likelihood.summarise(likelihood.nll(lm.network, documents, context_length=context))
+    else:
+        summary = likelihood.summarise(
+            likelihood.nelbo(lm.network, lm.diffusion, documents, num_samples=num_samples, context_length=context)
+        )
+    return {"nats_per_token": summary.nats_per_token, "standard_error": summary.standard_error or 0.0,
+            "num_documents": summary.num_documents, "num_tokens": summary.num_tokens}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path, help="folder with train.jsonl and test.jsonl")
+    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE")
+    parser.add_argument("--recipe", default="efficient-dlm")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=400_000, help="training tokens, prompts included")
+    parser.add_argument("--questions", type=int, default=128, help="test questions to answer")
+    options = parser.parse_intermixed_args()
+
+    import torch
+
+    import unmask
+    from unmask.cli import _split_settings
+    from unmask.train import load_recipe, resolve
+
+    torch.set_num_threads(1)
+    _, settings = _split_settings(options.settings)
+    train, test = read(options.data / "train.jsonl"), read(options.data / "test.jsonl")[: options.questions]
+    train, held_out = train[:-HELD_OUT], train[-HELD_OUT:]
+    parent = unmask.load(options.model, dtype=torch.float32)
+    parameters = sum(p.numel() for p in parent.model.parameters())
+    chosen = resolve(load_recipe(options.recipe, **settings), parameters, parent.network.context_length)
+    before = completion_bound(parent, held_out)
+    fits = [e for e in train if len(encode(parent, e)[0]) <= (chosen.max_length or 0)]
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "train.jsonl", train)
+        write(Path(folder) / "valid.jsonl", held_out)
+        run = Path(folder) / "run"
+        lm = unmask.adapt(parent, Path(folder) / "train.jsonl", options.recipe, run, max_tokens=options.tokens,
+                          eval_data=str(Path(folder) / "valid.jsonl"), eval_documents=HELD_OUT, skip_invalid=True,
+                          **({"eval_every": 50} | settings))  # fmt: skip
+        record = json.loads((run / "run.json").read_text())
+        metrics = (run / "metrics.jsonl").read_text()
+    seconds = time.perf_counter() - began
+    answers = answer(lm, test)
+    figures = [row for line in metrics.splitlines() if {"nelbo", "nll"} & set(row := json.loads(line))]
+    result = {
+        "command": shlex.join(["python", *sys.argv]),
+        "settings": record["settings"] | {"eval_data": "the last 64 of train.jsonl"},
+        "versions": record["versions"],
+        "data": record["data"] | {"sources": ["train.jsonl of GSM8K without its last 64"]},
+        "train_seconds": round(seconds, 1),
+        "training_questions": len(fits),
+        "left_out_as_too_long": len(train) - len(fits),
+        "parent_held_out": before,
+        "bound_first": figures[0],
+        "bound_last": figures[-1],
+        "held_out": completion_bound(lm, held_out),
+        "questions": len(answers),
+        "with_answer": sum(bool(a["predicted"]) for a in answers),
+        "accuracy": sum(a["correct"] for a in answers) / max(1, len(answers)),
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    (options.output / "metrics.jsonl").write_text(metrics)
+    (options.output / "answers.jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
+    print(
+        json.dumps(
+            {
+                k: result[k]
+                for k in ("parent_held_out", "bound_first", "bound_last", "held_out", "with_answer", "accuracy")
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""Self-speculation: draft a block in one diffusion forward, verify it in one causal forward, same weights and cache.
+
+A cycle of a row, with `last` the newest verified token, not cached yet:
+  draft    [last | k masks] -> the AR law of the next position (exact: `last` is an ordinary causal row) and a
+           draft law for each masked position; the keys of `last` stay cached
+  verify   the k drafts, causally -> the AR law after each of them; the longest valid prefix stays cached
+The row gains the accepted drafts and one token more. What comes out has the law of AR decoding whatever the
+drafter; how much a cycle yields is all that the drafter decides.
+
+Refuses nothing about quality: an untrained drafter is slow, never wrong. Notation: k drafts d_1..d_k with draft
+laws q_1..q_k, and AR laws p_1..p_(k+1), where p_j stands after d_1..d_(j-1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from unmask.attention import PADDING, Layout, causal
+from unmask.denoiser import DiffusionConfig, Network, draft, prefill, retract, verify
+from unmask.noise import uniform
+from unmask.sampling.output import Callback, SampledTokens, Stop, left_pad
+from unmask.sampling.tokens import check_sampling, choose_tokens, token_noise, truncate
+
+# --- acceptance rules
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Where the random numbers of some tokens come from: (seed, row, absolute position) of each.
+
+    rows: (batch,). position: (batch, n) of the first n tokens after the verified ones.
+    """
+
+    seed: int
+    rows: Tensor
+    position: Tensor
+
+    def gumbel(self, vocabulary: int, width: int, purpose: str = "token") -> Tensor:
+        return token_noise(vocabulary, self.seed, self.rows, self.position[:, :width], purpose)
+
+    def accept(self, width: int) -> Tensor:
+        """float64 uniforms (batch, width)."""
+        return torch.stack([
+            torch.cat([uniform(1, key=("accept", self.seed, row, p)) for p in places])
+            for row, places in zip(self.rows.tolist(), self.position[:, :width].tolist(), strict=True)
+        ])  # fmt: skip
+
+
+class Acceptance(Protocol):
+    """(drafts (b, k), q logits (b, k, v), p logits (b, k + 1, v), drafted (b, k) bool) -> (accepted, next).
+
+    accepted (b,): how many drafts of each row's `drafted` prefix are kept; next (b,): the token after them.
+    The logits are those of the laws that were sampled from: divided by the temperature, cut by top-p.
+    """
+
+    def __call__(
+        self, drafts: Tensor, q: Tensor, p: Tensor, drafted: Tensor, noise: Noise
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """Accept a draft while it is the token that AR sampling would draw with the same noise (2408.07978).
+
+    d_j = argmax(log q_j + g_j), a_j = argmax(log p_j + g_j), g_j the Gumbel noise of position j; every token
+    that comes out is an a_j. So the output is AR sampling's own, token for token, whatever the drafter, and
+    P(accept) >= (1 - TV) / (1 + TV).
+    """
+
+    def __call__(self, drafts: Tensor, q: Tensor, p: Tensor, drafted: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+        del q  # the drafts were drawn with this noise, which is all that matters
+        g = noise.gumbel(p.shape[-1], p.shape[1]).to(p.device)
+        return accept_matching(drafts, (p.double() + g).argmax(-1), drafted)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Accept d_j with probability min(1, p_j(d_j) / q_j(d_j)), else draw from max(p_j - q_j, 0), normalised.
+
+    Leviathan et al. 2211.17192, algorithm 1: exact for any q_j that d_j was really drawn from; the rate is
+    1 - TV(p_j, q_j). The output has AR's law and not AR's tokens: its noise is used differently.
+    """
+
+    def __call__(self, drafts: Tensor, q: Tensor, p: Tensor, drafted: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+        q_probs, p_probs = q.double().softmax(-1), p.double().softmax(-1)
+        q_draft, p_draft = (x[:, : drafts.shape[1]].gather(-1, drafts[..., None])[..., 0] for x in (q_probs, p_probs))
+        passes = noise.accept(drafts.shape[1]).to(p.device) * q_draft < p_draft
+        accepted = (drafted & passes).long().cumprod(-1).sum(-1)
+        index = accepted[:, None, None].expand(-1, 1, p.shape[-1])
+        residual = p_probs.gather(1, index)[:, 0]
+        tried = torch.nn.functional.pad(drafted, (0, 1)).gather(1, accepted[:, None])  # a draft stood there, refused
+        refused = torch.nn.functional.pad(q_probs, (0, 0, 0, 1)).gather(1, index)[:, 0]
+        residual = torch.where(tried, (residual - refused).clamp_min(0), residual)
+        g = noise.gumbel(p.shape[-1], p.shape[1], "residual").to(p.device).gather(1, index)[:, 0]
+        return accepted, (residual.log() + g).argmax(-1)
+
+
+def accept_matching(drafts: Tensor, targets: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+    """Accept while draft and target agree; the target after them is the next token. targets: (b, k + 1)."""
+    accepted = (drafted & (drafts == targets[:, :-1])).long().cumprod(-1).sum(-1)
+    return accepted, targets.gather(1, accepted[:, None])[:, 0]
+
+
+# --- draft lengths
+
+
+def adapted_length(length: int, gained: int, longest: int) -> int:
+    """Next cycle's draft length: one more than the last cycle gained, twice as long where nothing was refused."""
+    return min(longest, 2 * length if gained > length else max(2, gained + 1))
+
+
+# --- the sampler
+
+
+@torch.inference_mode()
+def sample_speculative(
+    network: Network,
+    config: DiffusionConfig,
+    prompts: Sequence[Tensor],
+    *,
+    max_new_tokens: int,
+    context_length: int | None = None,
+    draft_length: int | None = None,
+    adaptive: bool = False,
+    acceptance: Acceptance | None = None,
+    anchor: bool = True,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    end_token_ids: Sequence[int] = (),
+    stop: Stop | None = None,
+    callback: Callback | None = None,
+) -> SampledTokens:
+    """Continue ragged `prompts` (each at least one token) with AR decoding's own output.
+
+    draft_length: masks per draft, the block size unless given; with `adaptive` it is the longest, and each row
+    drafts as long as its last cycle suggests. acceptance: `Coupled()` unless given; at temperature 0 all rules
+    are the greedy one. anchor: take the first token of a cycle from the AR row of the draft forward instead of
+    the drafter, so that a cycle gains at least two tokens; off only to measure that.
+    """
+    check_sampling(temperature, top_p, top_k)
+    length = config.block_size if draft_length is None else draft_length
+    assert length is not None
+    if length < 1:
+        raise ValueError(f"draft_length {length} must be at least 1")
+    acceptance = acceptance or Coupled()
+    device, batch = network.device, len(prompts)
+    state = _Rows(prompts, max_new_tokens, context_length, end_token_ids, stop, callback)
+    ids, position, real = left_pad([prompt[:-1] for prompt in prompts], 0, device)
+    past = prefill(network, causal, ids, Layout.of(position, torch.where(real, 0, PADDING)))
+
+    rows = torch.arange(batch, device=device)
+    last = torch.stack([prompt[-1] for prompt in prompts]).to(device)[:, None]
+    start = torch.tensor([len(prompt) for prompt in prompts], device=device)  # the first unverified position
+    lengths = torch.full_like(start, 2 if adaptive and length > 2 else length)
+    num_forwards = torch.zeros(batch, dtype=torch.long)
+    gains: list[list[int]] = [[] for _ in prompts]
+
+    while len(rows):
+        position = start[:, None] + torch.arange(int(lengths.max()), device=device)
+        drafted = position < (start + lengths)[:, None]
+        if context_length is not None:
+            drafted &= position < context_length
+        width = int(drafted.sum(-1).max())
+        position, drafted = position[:, :width], drafted[:, :width]
+        layout = _placed(position, drafted, start)
+        ar_logits, q = draft(network, config, past, last, Layout.of(start[:, None] - 1), layout)
+        num_forwards[rows.cpu()] += 1
+        if anchor:
+            q = torch.cat([ar_logits[:, None], q[:, 1:]], dim=1)
+        noise = Noise(seed, rows, torch.cat([position, position[:, -1:] + 1], dim=1))
+        drafts, q = _propose(q, temperature, top_p, top_k, noise)
+        gained = torch.zeros_like(start)
+        done = torch.zeros_like(start, dtype=torch.bool)
+        if anchor:  # the first token is AR's own, and if it ends the row nothing is left to verify
+            for i, row in enumerate(rows.tolist()):
+                gained[i], done[i] = 1, state.add(row, [int(drafts[i, 0])])
+        keep = (~done).nonzero()[:, 0]
+        if len(keep):
+            if len(keep) < len(rows):
+                past.select(keep)
+            # Nothing past the last wanted token needs verifying.
+            wanted = drafted[keep] & (position[keep] < state.ends(rows[keep])[:, None])
+            wide = int(wanted.sum(-1).max())
+            placed = _placed(position[keep, :wide], wanted[:, :wide], start[keep])
+            after = verify(network, past, drafts[keep, :wide], placed)
+            num_forwards[rows[keep].cpu()] += 1
+            p = torch.cat([ar_logits[keep, None], after], dim=1)
+            some = Noise(seed, rows[keep], noise.position[keep, : wide + 1])
+            accepted, next_token = _accept(
+                acceptance, drafts[keep, :wide], q[keep, :wide], p, wanted[:, :wide], temperature, top_p, top_k, some
+            )
+            retract(past, wide, accepted)
+            for j, i in enumerate(keep.tolist()):
+                row, n = int(rows[i]), int(accepted[j])
+                new = [*drafts[i, :n].tolist(), int(next_token[j])][int(gained[i]) :]
+                before = len(state.new_tokens[row])
+                done[i] = state.add(row, new)
+                gained[i] += len(state.new_tokens[row]) - before
+            last, start = next_token[:, None], start[keep] + accepted + 1
+        for i, row in enumerate(rows.tolist()):
+            gains[row].append(int(gained[i]))
+        going = (~done[keep]).nonzero()[:, 0]
+        if adaptive:
+            lengths = torch.tensor(
+                [adapted_length(int(lengths[i]), int(gained[i]), length) for i in keep.tolist()],
+                dtype=torch.long, device=device,
+            )  # fmt: skip
+        else:
+            lengths = lengths[keep]
+        rows = rows[keep]
+        if len(going) < len(rows):
+            if len(going):
+                past.select(going)
+            rows, last, start, lengths = rows[going], last[going], start[going], lengths[going]
+
+    prefilled = torch.tensor([int(len(prompt) > 1) for prompt in prompts])
+    widest = max((gain for row in gains for gain in row), default=0)
+    histogram = torch.stack([torch.bincount(torch.tensor(row), minlength=widest + 1) for row in gains])
+    return SampledTokens(state.new_tokens, num_forwards, prefilled, histogram)
+
+
+def _placed(position: Tensor, drafted: Tensor, start: Tensor) -> Layout:
+    """Tokens where they are drafted; padding elsewhere, at a position that exists."""
+    here = torch.where(drafted, position, start[:, None] - 1)
+    return Layout.of(here, torch.where(drafted, 0, PADDING))
+
+
+def _propose(q: Tensor, temperature: float, top_p: float, top_k: int | None, noise: Noise) -> tuple[Tensor, Tensor]:
+    """Drafts (b, k), one of each law independently, and the logits of the laws they were drawn from."""
+    if temperature == 0:
+        return choose_tokens(q), q
+    q = truncate(q.flatten(0, 1), temperature, top_p, top_k).view(q.shape)
+    return (q + noise.gumbel(q.shape[-1], q.shape[1]).to(q.device)).argmax(-1), q
+
+
+def _accept(
+    acceptance: Acceptance,
+    drafts: Tensor,
+    q: Tensor,
+    p: Tensor,
+    drafted: Tensor,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    noise: Noise,
+) -> tuple[Tensor, Tensor]:
+    if temperature == 0:
+        return accept_matching(drafts, choose_tokens(p), drafted)
+    p = truncate(p.flatten(0, 1), temperature, top_p, top_k).view(p.shape)
+    return acceptance(drafts, q, p, drafted, noise)
+
+
+class _Rows:
+    """New tokens of each row, and where it ends: at an end token, a stop, its length or the context's."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Tensor],
+        max_new_tokens: int,
+        context_length: int | None,
+        end_token_ids: Sequence[int],
+        stop: Stop | None,
+        callback: Callback | None,
+    ) -> None:
+        self.new_tokens: list[list[int]] = [[] for _ in prompts]
+        self.lengths = [len(prompt) for prompt in prompts]
+        self.limits = [
+            max_new_tokens if context_length is None else min(max_new_tokens, context_length - length)
+            for length in self.lengths
+        ]
+        self.end_token_ids, self.stop, self.callback = end_token_ids, stop, callback
+
+    def ends(self, rows: Tensor) -> Tensor:
+        """First position that is not wanted, of these rows."""
+        ends = [self.lengths[row] + self.limits[row] for row in rows.tolist()]
+        return torch.tensor(ends, device=rows.device)
+
+    def add(self, row: int, tokens: Sequence[int]) -> bool:
+        """Add tokens up to the one that ends the row; whether one did."""
+        new, ended, before = self.new_tokens[row], False, len(self.new_tokens[row])
+        for token in tokens:
+            new.append(token)
+            kept = len(new) if token in self.end_token_ids else None
+            if kept is None and self.stop is not None:
+                kept = self.stop(row, new)
+            if kept is None and len(new) == self.limits[row]:
+                kept = len(new)
+            if kept is not None:
+                del new[kept:]
+                ended = True
+                break
+        if self.callback is not None and len(new) > before:
+            first = self.lengths[row]
+            self.callback(row, list(range(first + before, first + len(new))), new[before:])
+        return ended

@@ -1,0 +1,123 @@
+"""The rules of the benchmark scripts: what counts as an answer, a hit, a pass."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from transformers import AutoTokenizer
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("2 * 9 = 18\n#### 18", "18"),
+        ("#### 3\nno, #### 1,234 ", "1234"),
+        ("#### $5", "$5"),
+        ("so 18", ""),
+        ("####", ""),
+        ("", ""),
+    ],
+)
+def test_gsm8k_answer_is_what_follows_the_last_marker(text: str, answer: str) -> None:
+    assert script("gsm8k").extract_answer(text) == answer
+
+
+def test_gsm8k_gold_answers_are_numbers(shared: Path) -> None:
+    gsm8k = script("gsm8k")
+    examples = gsm8k.read(shared / "eval" / "gsm8k" / "test.jsonl")
+    assert len(examples) == 1319
+    assert all(float(gsm8k.extract_answer(e["completion"])) is not None for e in examples)
+
+
+def test_lambada_counts_each_exact_word_once(tokenizer_and_model: Path) -> None:
+    lambada = script("lambada")
+    assert lambada.split_passage("the cat sat on the mat\n") == ("the cat sat on the", "mat")
+    assert [lambada.is_hit(t, "mat") for t in (" mat", "mat ", " mats", " mat .", "Mat")] == [True, True] + [False] * 3
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_and_model)
+    before, word = "Once there was a cat who liked to", "play"
+    whole = tokenizer(f"{before} {word}")["input_ids"]
+    assert lambada.word_tokens(tokenizer, before, word) == len(whole) - len(tokenizer(before)["input_ids"])
+    kept = lambada.shortened(tokenizer, before, 5)
+    assert before.endswith(kept)
+    assert len(tokenizer(kept)["input_ids"]) <= 5
+
+
+def test_multiple_choice_formats() -> None:
+    read = script("multiple_choice").read_question
+    assert read({"query": "Question: Why?", "choices": ["a", "b"], "gold": 1}) == (
+        [("Question: Why?\nAnswer:", " a"), ("Question: Why?\nAnswer:", " b")],
+        1,
+    )
+    assert read({"query": "It rained, so", "choices": ["we left"], "gold": 0})[0] == [("It rained, so", " we left")]
+    options = {"context_options": ["Ann", "Bob"], "continuation": "left.", "gold": 0}
+    assert read(options) == ([("Ann", " left."), ("Bob", " left.")], 0)
+    swag = {"activity_label": "Ski", "ctx_a": "A man.", "ctx_b": "he", "endings": ["falls"], "label": 0}
+    assert read(swag) == ([("Ski: A man. He", " falls")], 0)
+
+
+def test_multiple_choice_files_are_read(shared: Path) -> None:
+    read = script("multiple_choice").read_question
+    for file in (shared / "eval" / "multiple-choice").glob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            pairs, gold = read(json.loads(line))
+            assert 0 <= gold < len(pairs)
+            assert all(context.strip() and choice.strip() for context, choice in pairs)
+
+
+SAMPLE = {
+    "prompt": "def double(x):\n",
+    "suffix": "    return y\n",
+    "canonical_solution": "    y = 2 * x\n",
+    "test": "def check(candidate):\n    assert candidate(2) == 4\n",
+    "entry_point": "double",
+}
+
+
+@pytest.mark.parametrize(
+    ("completion", "outcome"),
+    [
+        (SAMPLE["canonical_solution"], "passed"),
+        ("    y = x\n", "failed"),
+        ("    y = = x\n", "failed"),
+        ("    raise SystemExit(0)\n", "failed"),  # leaving early is no pass
+        ("    import os; os._exit(0)\n", "failed"),
+        ("    y = bytearray(1 << 33) and 4\n", "failed"),  # memory
+        ("    open('big', 'w').write('x' * (1 << 22)); y = 4\n", "failed"),
+        ("    import os; y = 4 if not os.environ.get('HOME') else 0\n", "passed"),
+    ],
+)
+def test_humaneval_completions_are_judged_by_the_tests(completion: str, outcome: str) -> None:
+    assert script("humaneval_infilling").check(SAMPLE, completion) == outcome
+
+
+def test_humaneval_endless_programs_end(tmp_path: Path) -> None:
+    began = time.monotonic()
+    leaves = f"    import subprocess; subprocess.Popen(['sleep', '1000']); y = 0\n    while {tmp_path.exists()}: pass\n"
+    assert script("humaneval_infilling").check(SAMPLE, leaves, seconds=1.0) == "timed out"
+    assert time.monotonic() - began < 10
+
+
+def test_humaneval_canonical_lines_pass(shared: Path) -> None:
+    humaneval = script("humaneval_infilling")
+    path = shared / "eval" / "humaneval-infilling" / "HumanEval-SingleLineInfilling.jsonl.gz"
+    samples = humaneval.read_samples(path)
+    assert len(samples) == 1033
+    for sample in samples[::200]:
+        assert humaneval.check(sample, sample["canonical_solution"]) == "passed"
+        assert humaneval.check(sample, "    raise ValueError\n") == "failed"

@@ -2,7 +2,7 @@
 
     python benchmarks/gsm8k.py MODEL GSM8K_FOLDER --output results/gsm8k-small [--tokens 400000] [SETTING=VALUE ...]
 
-Protocol of DiffuLLaMA (2410.17891, section 5 of its fine-tuning): the prompt is the question and a newline, the
+Protocol of DiffuLLaMA (2410.17891, B.3): the prompt is the question and a newline, the
 completion the worked answer and the end token; the prediction is the text after the last '####', stripped,
 without commas, and counts where it equals the gold answer's exactly. The last 64 training questions are held
 out; the bound of their completions, in nats per learnt token, is measured before, during and after. Questions

@@ -276,9 +276,7 @@ def load_corpus(
                 encoded = encode_example(tokenizer, example, end_token_id)
                 for ids, loss_mask in encoded:
                     if max_length is not None and len(ids) > max_length:
-                        raise InvalidRecordError(
-                            f"makes {len(ids)} tokens, more than max_length={max_length} (raise it)"
-                        )
+                        raise InvalidRecordError(f"makes {len(ids)} tokens: raise max_length={max_length}")
                     if not any(loss_mask):
                         raise InvalidRecordError("has a completion without tokens")
             except InvalidRecordError as error:

@@ -39,7 +39,7 @@ from unmask.sampling import (
     sample_canvases,
 )
 from unmask.sampling.output import Callback
-from unmask.supervised import check_template
+from unmask.supervised import apply_template
 from unmask.train import (
     RULE_TEXT,
     Evaluator,
@@ -321,8 +321,7 @@ class DiffusionLM:
     def _encode(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
-        check_template(self.tokenizer)
-        encoded = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+        encoded = apply_template(self.tokenizer, prompt, add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
 
     def _begin(self) -> Tensor:

@@ -58,6 +58,8 @@ def make_model(shape: str, **changes: Any) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if shape not in _SHAPES:
+        if len(shape) <= 4:
+            raise ValueError(f"shape {shape!r} is unknown: use one of {', '.join(_SHAPES)}, or give a model")
         return hf.load_pretrained(shape, dtype=dtype)[0]
     torch.manual_seed(0)
     config = Qwen3Config(**(_SHAPES[shape] | {"max_position_embeddings": 4096} | changes))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -361,6 +362,43 @@ def evaluate(
         )
     else:
         print("nelbo  none: an untouched AR model has no diffusion mode")
+
+
+@app.command(epilog="Example: unmask bench decode --json; unmask bench train runs/q --rounds 3")
+def bench(
+    what: Annotated[str, typer.Argument(help="train or decode.")],
+    model: Annotated[str | None, typer.Argument(help="Folder or hub id instead of random weights.")] = None,
+    shape: Annotated[str, typer.Option(help="Random Qwen3 weights of this shape: tiny, 0.6b, 4b or 8b.")] = "tiny",
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Speed and memory beside the plain AR baseline of the same model, as ratios from one run."""
+    if what not in ("train", "decode"):
+        raise ValueError(f"bench {what!r} is unknown: use train or decode")
+    if rounds < 1:
+        raise ValueError(f"--rounds {rounds} must be at least 1")
+
+    import torch
+
+    from unmask import bench as benchmark
+
+    torch.set_num_threads(1)
+    run = benchmark.bench_train if what == "train" else benchmark.bench_decode
+    cases = run(model or shape, rounds)
+    settings = {
+        "shape": model or shape,
+        "rounds": rounds,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "threads": 1,
+        "unmask": __version__,
+        "torch": torch.__version__,
+    }
+    if as_json:
+        print(json.dumps({"cases": [asdict(case) for case in cases], "settings": settings}))
+        return
+    print("  ".join(f"{name} {value}" for name, value in settings.items()))
+    for case in cases:
+        print(f"{case.case:20} ratio {case.ratio:.3f}   ours {case.value:.4g}, AR {case.baseline:.4g} {case.unit}")
 
 
 @app.command(epilog="Example: unmask recipes efficient-dlm")

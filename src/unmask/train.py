@@ -90,7 +90,7 @@ class Settings:
     end_token: str | None = None
     predict_padding: bool = False
     eval_data: str | None = None
-    eval_documents: int = 64
+    eval_documents: int = 32
     eval_samples: int = 2
     # adapters
     lora_rank: int | None = None
@@ -202,9 +202,9 @@ _SMALL, _LARGE = 100e6, 1e9
 _RULE: dict[str, tuple[float, float]] = {
     # measured on parents below 100M parameters; published for parents from 1B
     "learning_rate": (4e-3, 1e-5),
-    "min_learning_rate_ratio": (0.1, 0.3),
+    "min_learning_rate_ratio": (0.02, 0.3),
     "batch_tokens": (1024, 2**21),
-    "max_length": (256, 4096),
+    "max_length": (512, 4096),
     "block_size": (8, 16),
     "micro_batch_tokens": (16384, 4096),
 }

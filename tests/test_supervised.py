@@ -82,6 +82,7 @@ def test_columns_tell_what_a_record_is(tmp_path: Path) -> None:
         ({"prompt": "", "completion": "y"}, "has an empty prompt"),
         ({"completion": "y"}, "holds NoneType in column 'prompt'"),
         ({"prompt": "x", "completion": 3}, "holds int in column 'completion'"),
+        ({"text": 3}, "holds int in column 'text', not text"),
         ({"prompt": "x"}, r"no text column 'text', found \['prompt'\]"),
         ({"messages": "hello"}, "no list of objects with a role"),
         ({"messages": [{"role": "user"}]}, "no list of objects with a role"),

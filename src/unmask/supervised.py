@@ -56,6 +56,8 @@ def read_record(record: dict[str, Any], text_column: str) -> Example:
     if isinstance(record.get(text_column), str):
         text: str = record[text_column]
         return text
+    if kinds == [text_column]:
+        raise InvalidRecordError(f"holds {type(record[text_column]).__name__} in column {text_column!r}, not text")
     raise InvalidRecordError(missing_column(text_column, sorted(record)))
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/gsm8k.py MODEL GSM8K_FOLDER --output results/gsm8k-small [--tokens 400000] [SETTING=VALUE ...]
 
-Protocol of DiffuLLaMA (2410.17891, section 5 of its fine-tuning): the prompt is the question and a newline, the
+Protocol of DiffuLLaMA (2410.17891, B.3): the prompt is the question and a newline, the
 completion the worked answer and the end token; the prediction is the text after the last '####', stripped,
 without commas, and counts where it equals the gold answer's exactly. The last 64 training questions are held
 out; the bound of their completions, in nats per learnt token, is measured before, during and after. Questions
@@ -38,13 +38,17 @@ def write(path: Path, examples: list[dict[str, str]]) -> None:
 
 
 def answer(lm: Any, examples: list[dict[str, str]], batch_size: int = 16) -> list[dict[str, Any]]:
-    """Greedy answers with their extracted and gold numbers, one dict a question."""
-    context, found = lm.network.context_length, []
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        longest = max(len(lm.tokenizer(e["prompt"])["input_ids"]) for e in batch)
-        new = 256 if context is None else min(256, context - longest)
-        out = lm.generate([e["prompt"] for e in batch], max_new_tokens=new, seed=0)
+    """Greedy answers of up to 256 tokens with their extracted and gold numbers, one dict a question.
+
+    A question that leaves no room in the context has no answer.
+    """
+    room = (lm.network.context_length or 10**9) - 1
+    fits = [e for e in examples if len(lm.tokenizer(e["prompt"])["input_ids"]) <= room]
+    found = [{"text": "", "predicted": "", "gold": extract_answer(e["completion"]), "correct": False,
+              "num_new_tokens": 0, "num_forwards": 0} for e in examples if e not in fits]  # fmt: skip
+    for start in range(0, len(fits), batch_size):
+        batch = fits[start : start + batch_size]
+        out = lm.generate([e["prompt"] for e in batch], max_new_tokens=256, seed=0)
         for example, text, forwards, tokens in zip(
             batch, out.texts, out.num_forwards.tolist(), out.num_new_tokens.tolist(), strict=True
         ):

@@ -2,8 +2,8 @@
 
     python benchmarks/humaneval_infilling.py MODEL HumanEval-SingleLineInfilling.jsonl.gz --output results/NAME
 
-Protocol of DiffuLLaMA (2410.17891, section 6.1): oracle length, at most 32 denoising steps, greedy, pass@1. An AR
-model (--mode ar) gets the prefix only and is cut at the same length. Samples longer than the context are left out
+Protocol of DiffuLLaMA (2410.17891, section 4.2 and B.3): oracle length, at most 32 denoising steps, greedy, pass@1.
+An AR model (--mode ar) gets the prefix only and is cut at the same length. Samples longer than the context are left out
 and counted. Every program runs in a process of its own with limits on time, memory and files; that stops accidents,
 not attackers, so run this in a container if the model is not yours.
 """

@@ -2,8 +2,8 @@
 
     python benchmarks/lambada.py MODEL test.txt --output results/NAME [--max-passages 500] [--temperature 1]
 
-Protocol of DiffuLLaMA (2410.17891, section 6.1): the model continues the passage without its last word by as many
-tokens as that word has, at most one token a forward, sampled at temperature 1 without truncation (as the authors'
+Protocol of DiffuLLaMA (2410.17891, section 4.2 and B.3): the model continues the passage without its last word by as
+many tokens as that word has, at most one token a forward, sampled at temperature 1 without truncation (as the authors'
 code; 0 is greedy). A hit is the stripped continuation being the word, exactly; each passage counts once (the
 authors' first script counted hits twice). A passage longer than the context loses words at its beginning.
 """

@@ -32,7 +32,7 @@ def choice(length: int, given: int, seed: int = 0) -> Document:
 
 @pytest.mark.parametrize(("n", "spec"), [(1, 0.52), (2, 0.68), (4, 0.82), (8, 0.90), (16, 0.96), (32, 0.98)])
 def test_the_papers_estimator_shrinks_short_choices(n: int, spec: float) -> None:
-    """A constant loss is 1.0 under the bound and n / (n + 1), nearly, under the estimator (section 6.2)."""
+    """A constant loss is 1.0 under the bound and n / (n + 1), nearly, under the estimator."""
     config = block_config(4, attention="bidirectional", clean=None)
     documents = [choice(n + 3, 3)] * 300
     unit = math.log(VOCABULARY)

@@ -62,7 +62,7 @@ def test_targets_are_the_linear_layers_and_the_rest_is_chosen() -> None:
 
 
 def test_size_of_the_papers_adapter() -> None:
-    """LLaMA-7B, rank 8: 19.99M, and 151.06M with the embeddings (DiffuLLaMA, section 8, check 12)."""
+    """LLaMA-7B, rank 8: 19.99M, and 151.06M with the embeddings (DiffuLLaMA: 151M)."""
     for chosen, millions in (((), 19.99), (("embeddings",), 151.06)):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(LlamaConfig())

@@ -82,6 +82,7 @@ def test_columns_tell_what_a_record_is(tmp_path: Path) -> None:
         ({"prompt": "", "completion": "y"}, "has an empty prompt"),
         ({"completion": "y"}, "holds NoneType in column 'prompt'"),
         ({"prompt": "x", "completion": 3}, "holds int in column 'completion'"),
+        ({"text": 3}, "holds int in column 'text', not text"),
         ({"prompt": "x"}, r"no text column 'text', found \['prompt'\]"),
         ({"messages": "hello"}, "no list of objects with a role"),
         ({"messages": [{"role": "user"}]}, "no list of objects with a role"),
@@ -159,6 +160,9 @@ def test_templates_that_cannot_be_followed_are_named(tokenizer, tmp_path: Path) 
     path.write_text(json.dumps({"messages": TALK}) + "\n")
     with pytest.raises(ValueError, match="messages need a chat template, which this tokenizer lacks"):
         load_corpus([path], tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match=r"chat.jsonl'.*the chat template refuses .*roles must alternate"):
+        load_corpus([path], tokenizer)
     tokenizer.chat_template = "{% if add_generation_prompt %}ask{% else %}tell{% endif %}"
     with pytest.raises(ValueError, match=r"chat.jsonl'.*does not begin with its own generation prompt \('ask'\)"):
         load_corpus([path], tokenizer)
@@ -178,7 +182,7 @@ def test_real_templates_round_trip(shared: Path) -> None:
 
 
 def test_long_examples_are_named_or_left_out(tokenizer, pairs: Path) -> None:
-    with pytest.raises(ValueError, match=r"pairs.jsonl'.*makes \d+ tokens, more than max_length=20"):
+    with pytest.raises(ValueError, match=r"pairs.jsonl'.*makes \d+ tokens: raise max_length=20"):
         load_corpus([pairs], tokenizer, max_length=20)
     lengths = np.diff(load_corpus([pairs], tokenizer).offsets)
     middle = int(np.median(lengths))

@@ -232,7 +232,7 @@ class Corpus:
         return self.num_tokens / (rows + (column > 0))
 
     def filled_up(self, max_length: int, token: int) -> Corpus:
-        """Every document lengthened with `token`, learnt, to `max_length`: DiffuLLaMA's padding (section 5)."""
+        """Every document lengthened with `token`, learnt, to `max_length`: DiffuLLaMA's padding (its released code)."""
         documents = [self.document(index) for index in range(len(self))]
         tokens = np.full((len(self), max_length), token, dtype=self.tokens.dtype)
         given = np.zeros((len(self), max_length), dtype=bool)
@@ -276,7 +276,7 @@ def load_corpus(
                 encoded = encode_example(tokenizer, example, end_token_id)
                 for ids, loss_mask in encoded:
                     if max_length is not None and len(ids) > max_length:
-                        raise InvalidRecordError(f"makes {len(ids)} tokens, more than max_length={max_length}")
+                        raise InvalidRecordError(f"makes {len(ids)} tokens: raise max_length={max_length}")
                     if not any(loss_mask):
                         raise InvalidRecordError("has a completion without tokens")
             except InvalidRecordError as error:

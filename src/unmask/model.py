@@ -43,7 +43,7 @@ from unmask.sampling import (
     sample_speculative,
 )
 from unmask.sampling.output import Callback
-from unmask.supervised import check_template
+from unmask.supervised import apply_template
 from unmask.train import (
     RULE_TEXT,
     Evaluator,
@@ -378,8 +378,7 @@ class DiffusionLM:
     def _encode(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
-        check_template(self.tokenizer)
-        encoded = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+        encoded = apply_template(self.tokenizer, prompt, add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
 
     def _begin(self) -> Tensor:

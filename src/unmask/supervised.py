@@ -56,6 +56,8 @@ def read_record(record: dict[str, Any], text_column: str) -> Example:
     if isinstance(record.get(text_column), str):
         text: str = record[text_column]
         return text
+    if kinds == [text_column]:
+        raise InvalidRecordError(f"holds {type(record[text_column]).__name__} in column {text_column!r}, not text")
     raise InvalidRecordError(missing_column(text_column, sorted(record)))
 
 
@@ -144,10 +146,9 @@ def _turns(tokenizer: Any, messages: list[dict[str, str]]) -> list[list[tuple[st
     """For each document, (text before an answer, text up to its end) of every answer in it."""
 
     def render(upto: int, ask: bool) -> str:
-        text: str = tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=ask)
+        text: str = apply_template(tokenizer, messages[:upto], tokenize=False, add_generation_prompt=ask)
         return text
 
-    check_template(tokenizer)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     turns = [(render(i, True), render(i + 1, False)) for i in answers]
     for before, after in turns:
@@ -158,6 +159,16 @@ def _turns(tokenizer: Any, messages: list[dict[str, str]]) -> list[list[tuple[st
             )
     nested = all(later.startswith(earlier) for (_, earlier), (later, _) in pairwise(turns))
     return [turns] if nested else [[turn] for turn in turns]
+
+
+def apply_template(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> Any:
+    """The tokenizer's chat template on messages; what the template raises is a ValueError."""
+    check_template(tokenizer)
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # a template is a program: it raises what it likes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InvalidRecordError(f"holds messages that the chat template refuses ({reason})") from error
 
 
 def check_template(tokenizer: Any) -> None:

@@ -54,7 +54,7 @@ def mean_over_levels(
 ) -> list[float]:
     """(1/T) sum_{i=1..T} u(i/T), u(t) the mean of -log p over the masked tokens of one Bernoulli(t) draw, or 0.
 
-    DiffuLLaMA's released estimator (2410.17891, section 6.2 of our notes on it), in nats per token. A draw
+    The estimator of DiffuLLaMA's evaluation code (2410.17891), in nats per token. A draw
     that masks nothing counts as 0, so the score of n tokens is too small by `shrinkage(n)`: no bound.
     """
     if levels < 1:

@@ -170,9 +170,11 @@ def main() -> None:
         for row in found:
             file.write(json.dumps(about | row) + "\n")
             print(json.dumps(about | row), flush=True)
-    if trained:
+    if trained:  # files by their names alone: the rest of a path says nothing elsewhere
+        settings = trained["settings"]
+        trained["settings"] = {k: Path(v).name if isinstance(v, str) and "/" in v else v for k, v in settings.items()}
         (options.output / f"run-{about['name']}.json").write_text(
-            json.dumps({k: trained[k] for k in ("settings", "tokens", "versions")}, indent=1) + "\n"
+            json.dumps({k: trained[k] for k in ("settings", "tokens", "versions", "evaluation")}, indent=1) + "\n"
         )
 
 

@@ -21,11 +21,17 @@ from unmask.data import read_documents
 from unmask.sampling import Coupled, Rejection, sample_autoregressive, sample_speculative
 
 
-def prompts_of(lm: unmask.DiffusionLM, file: Path, number: int, length: int) -> list[torch.Tensor]:
+def prompts_of(
+    lm: unmask.DiffusionLM, file: Path, number: int, length: int, unseen_in: Path | None
+) -> list[torch.Tensor]:
+    def begin(text: str) -> tuple[int, ...]:
+        return tuple(lm.tokenizer(text)["input_ids"][:length])
+
+    seen = {begin(text) for text in read_documents(unseen_in)} if unseen_in is not None else set()
     rows = []
     for text in read_documents(file):
-        ids = lm.tokenizer(text)["input_ids"][:length]
-        if len(ids) == length:
+        ids = begin(text)
+        if len(ids) == length and ids not in seen:
             rows.append(torch.tensor(ids))
         if len(rows) == number:
             break
@@ -138,10 +144,11 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--draft-length", type=int, default=None)
     parser.add_argument("--only-yield", action="store_true")
+    parser.add_argument("--unseen-in", type=Path, default=None, help="Leave out prompts that begin a document here.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     lm = unmask.load(options.checkpoint, dtype=torch.float32)
-    prompts = prompts_of(lm, options.prompts, options.number, options.prompt_tokens)
+    prompts = prompts_of(lm, options.prompts, options.number, options.prompt_tokens, options.unseen_in)
     found = yields(lm, prompts, options.new_tokens, options.draft_length)
     if not options.only_yield:
         found.append(wall_clock(lm, prompts[:17], options.new_tokens, options.draft_length))
@@ -152,6 +159,9 @@ def main() -> None:
     about = {
         "name": options.name or Path(options.checkpoint).name,
         "prompts": options.prompts.name,
+        "prompt_tokens": options.prompt_tokens,
+        "unseen_prompts_only": options.unseen_in is not None,
+        "number": len(prompts),
         "draft_length": options.draft_length or lm.diffusion.block_size,
         "trained_tokens": trained.get("tokens"),
     }
@@ -160,9 +170,11 @@ def main() -> None:
         for row in found:
             file.write(json.dumps(about | row) + "\n")
             print(json.dumps(about | row), flush=True)
-    if trained:
+    if trained:  # files by their names alone: the rest of a path says nothing elsewhere
+        settings = trained["settings"]
+        trained["settings"] = {k: Path(v).name if isinstance(v, str) and "/" in v else v for k, v in settings.items()}
         (options.output / f"run-{about['name']}.json").write_text(
-            json.dumps({k: trained[k] for k in ("settings", "tokens", "versions")}, indent=1) + "\n"
+            json.dumps({k: trained[k] for k in ("settings", "tokens", "versions", "evaluation")}, indent=1) + "\n"
         )
 
 

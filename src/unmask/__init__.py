@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from unmask.version import __version__
 
 if TYPE_CHECKING:
+    from unmask.conversion import adapt, recipes
     from unmask.evaluation.likelihood import LikelihoodOutput
     from unmask.hf import UnsupportedModelError
-    from unmask.model import DiffusionLM, SampleOutput, adapt, load, recipes
+    from unmask.model import DiffusionLM, SampleOutput, load
 
 __all__ = [
     "DiffusionLM",
@@ -24,7 +25,12 @@ __all__ = [
     "recipes",
 ]
 
-_HOMES = {"UnsupportedModelError": "unmask.hf", "LikelihoodOutput": "unmask.evaluation.likelihood"}
+_HOMES = {
+    "LikelihoodOutput": "unmask.evaluation.likelihood",
+    "UnsupportedModelError": "unmask.hf",
+    "adapt": "unmask.conversion",
+    "recipes": "unmask.conversion",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,427 @@
+"""`adapt`: from a causal LM and text to a converted checkpoint, and what a run leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+import transformers
+
+from unmask import hf, lora
+from unmask.data import Corpus, HubStream, find_files, load_corpus
+from unmask.drafter import Drafter, DrafterConfig
+from unmask.evaluation import likelihood
+from unmask.model import DiffusionLM, load
+from unmask.progress import progress
+from unmask.rollouts import roll_out
+from unmask.train import (
+    RULE_TEXT,
+    Evaluator,
+    Progress,
+    Settings,
+    append_metrics,
+    count_steps,
+    diffusion_config,
+    latest_checkpoint,
+    load_recipe,
+    read_state,
+    recipe_names,
+    resolve,
+    train,
+)
+from unmask.version import __version__
+
+IN_MEMORY = "a model in memory"
+
+
+def recipes() -> dict[str, dict[str, Any]]:
+    """Recipe name -> its settings; those left to the parent's size are None, infinity is "inf"."""
+    return {name: _plain(load_recipe(name)) for name in recipe_names()}
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    return {name: "inf" if value == math.inf else value for name, value in asdict(settings).items()}
+
+
+def adapt(
+    model: str | Path | DiffusionLM,
+    data: str | Path | Sequence[str | Path],
+    recipe: str = "efficient-dlm",
+    output_dir: str | Path = "runs/adapted",
+    *,
+    resume: bool = False,
+    show_progress: bool = True,
+    **settings: Any,
+) -> DiffusionLM:
+    """Turn a causal LM into what `recipe` says, by training it on `data`, and save it to `output_dir`.
+
+    model: folder, hub id or a loaded model (trained in place). data: .txt, .jsonl or .parquet files, folders
+    of them, one hub id, or "self" (with self_prompts): text that the model itself writes. settings: any of the
+    recipe's, overriding it. resume: go on from the newest checkpoint of the same run; a finished run is loaded
+    and returned. Returns the adapted model, in eval mode.
+    """
+    chosen = load_recipe(recipe, **settings)
+    output_dir = Path(output_dir)
+    sources = [data] if isinstance(data, str | Path) else list(data)
+    if not sources:
+        raise ValueError("data is empty: give at least one file, folder or hub id")
+    if chosen.lora_rank is not None:
+        lora.require_peft()
+    own = [str(source) for source in sources] == ["self"]
+    if own != (chosen.self_prompts is not None) or (own and not (chosen.self_tokens or chosen.max_tokens)):
+        raise ValueError(
+            f"data {[str(source) for source in sources]} with self_prompts={chosen.self_prompts!r}: text of the "
+            "model's own needs --data self alone, self_prompts=FILE for its beginnings, and --max-tokens or self_tokens"
+        )
+    files = find_files([chosen.self_prompts] if own and chosen.self_prompts else sources)  # before anything slow
+    held_out_files = find_files([chosen.eval_data]) if chosen.eval_data else None
+    previous = _read_run(output_dir, resume)
+
+    lm = model if isinstance(model, DiffusionLM) else load(model, dtype=torch.float32)
+    name = str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
+    if chosen.lora_rank is not None and not chosen.lora_merge and name == IN_MEMORY:
+        raise ValueError("lora_merge=false: an adapter needs the name of its base, and this model is in memory only")
+    parent = {"name": name, "class": type(lm.model).__name__, "fingerprint": hf.fingerprint(lm.model)}
+    if lm.drafter is not None:
+        raise ValueError(f"model {name!r} is a drafter on a frozen base: adapt the base itself")
+    if chosen.objective == "distill" and lm.diffusion is not None:
+        raise ValueError(f"model {name!r} is converted already: a drafter needs an untouched AR model as its base")
+    if chosen.objective == "distill" and chosen.lora_rank is not None:
+        raise ValueError(f"lora_rank={chosen.lora_rank} does not go with objective='distill': use drafter_rank")
+    if chosen.block_size is None and lm.diffusion is not None:
+        chosen = replace(chosen, block_size=lm.diffusion.block_size)
+    chosen = resolve(chosen, sum(p.numel() for p in lm.model.parameters()), lm.network.context_length)
+    end_token_id = _end_token_id(lm, chosen)
+
+    source: Any
+    if files is None:
+        source = HubStream(
+            str(sources[0]), lm.tokenizer, end_token_id=end_token_id, text_column=chosen.text_column, split=chosen.split
+        )
+    else:
+        source = _tokenise(lm, chosen, files, end_token_id, show_progress)
+    if own:
+        source = _roll_out(lm, chosen, source, output_dir, parent["fingerprint"], end_token_id, show_progress)
+    run: dict[str, Any] = {
+        "parent": parent,
+        "settings": _plain(chosen),
+        "data": {"sources": [str(s) for s in sources], "fingerprint": source.fingerprint},
+    }
+    _check_same_run(output_dir, previous, run)
+    if previous is not None and previous.get("finished"):
+        return load(output_dir)
+
+    held_out = _held_out(lm, chosen, held_out_files, source, end_token_id)
+    if isinstance(held_out, int):
+        source, tail = source.split(held_out) if held_out else (source, None)
+        held_out = [] if tail is None else _as_documents(tail, end_token_id)
+    if chosen.predict_padding:
+        source = _filled_up(source, chosen, end_token_id)
+    total_steps = count_steps(chosen, source)
+
+    config = lm.diffusion
+    drafter = None
+    if chosen.objective == "distill":
+        assert chosen.block_size is not None
+        mask_rows = chosen.block_size if chosen.mask_per_place else 1
+        shape = DrafterConfig(chosen.drafter_rank, chosen.drafter_scale, chosen.drafter_targets, mask_rows)
+        drafter = hf.add_drafter(lm.model, lm.tokenizer, shape, token=chosen.mask_token)
+        config = diffusion_config(chosen, drafter.mask_token_id, __version__)
+    elif chosen.attention != "ar":
+        mask_token_id = (
+            config.mask_token_id
+            if config is not None
+            else hf.add_mask_token(lm.model, lm.tokenizer, token=chosen.mask_token, like=chosen.mask_init)
+        )
+        config = diffusion_config(chosen, mask_token_id, __version__)
+    hf.without_dropout(lm.model)
+    tuner = None
+    if chosen.lora_rank is not None:
+        alpha = 2.0 * chosen.lora_rank if chosen.lora_alpha is None else chosen.lora_alpha
+        tuner = lora.add_lora(lm.model, chosen.lora_rank, alpha, chosen.trainable, chosen.seed)
+    base = None if drafter is None else hf.Base(parent["name"], parent["fingerprint"])
+    adapted = DiffusionLM(lm.model, lm.tokenizer, config, drafter=drafter, base=base)
+    learning: Any = lm.model if drafter is None else drafter
+    trained = sum(p.numel() for p in learning.parameters() if p.requires_grad)
+
+    ranks = accelerate.PartialState()
+    ranks.wait_for_everyone()  # all have read the folder before one writes to it
+    versions = {"unmask": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    run |= {"versions": versions, "rule": RULE_TEXT, "trained_parameters": trained, "finished": False}
+    show_progress = show_progress and ranks.is_main_process
+    if ranks.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _write_run(output_dir, run)
+    if show_progress:
+        shown = ("block_size", "max_length", "batch_size", "learning_rate", "min_learning_rate_ratio", "half_life")
+        print(f"{RULE_TEXT}: " + ", ".join(f"{name}={run['settings'][name]}" for name in shown), file=sys.stderr)
+
+        if chosen.anneal_steps > total_steps:
+            print(f"note: anneal_steps={chosen.anneal_steps} is more than the {total_steps} steps of this run, which "
+                  "ends before attention is fully open", file=sys.stderr)  # fmt: skip
+
+    newest = latest_checkpoint(output_dir) if resume else None
+    start = read_state(newest).step if newest is not None else 0
+    with progress("train", total_steps, start=start, show=show_progress) as advance:
+        done = start
+
+        def report(p: Progress) -> None:
+            nonlocal done
+            figures = "".join(f"  {k} {v:.4g}" for k, v in p.evaluation.items() if k in ("nelbo", "nll"))
+            note = (f"step {p.step}/{p.total_steps}  loss {p.loss:.4f}{figures}  lr {p.learning_rate:.2e}  "
+                    f"{p.tokens_per_second:,.0f} tokens/s")  # fmt: skip
+            advance(p.step - done, note)
+            done = p.step
+
+        evaluate = _evaluator(adapted, chosen, held_out) if held_out else None
+        with _trained_alone(lm.model, drafter):
+            state = train(
+                lm.model,
+                adapted._network,
+                chosen,
+                config if chosen.attention != "ar" else None,
+                source,
+                output_dir,
+                resume=resume,
+                evaluate=evaluate,
+                report=report,
+            )
+    if tuner is not None:
+        if ranks.is_main_process and not chosen.lora_merge:
+            hf.write_diffusion(lm.model, config)
+            lora.save_adapter(output_dir, tuner, name)
+            lm.tokenizer.save_pretrained(output_dir)
+        lora.merge(tuner)
+    if ranks.is_main_process:
+        figures = evaluate(lm.model) if evaluate is not None else {}
+        if figures:
+            append_metrics(output_dir, {"step": state.step, "tokens": state.tokens, **figures})
+        if tuner is None or chosen.lora_merge:
+            adapted.save_pretrained(output_dir)
+        (output_dir / "README.md").write_text(_model_card(name, adapted, chosen, state.tokens, figures))
+        _write_run(output_dir, run | {"finished": True, "tokens": state.tokens, "evaluation": figures})
+    ranks.wait_for_everyone()
+    lm.model.config._name_or_path = str(output_dir)
+    return adapted
+
+
+def _tokenise(
+    lm: DiffusionLM, settings: Settings, files: list[Path], end_token_id: int | None, show_progress: bool
+) -> Corpus:
+    with progress("tokenise", sum(file.stat().st_size for file in files), show=show_progress) as advance:
+        return load_corpus(
+            files,
+            lm.tokenizer,
+            end_token_id=end_token_id,
+            text_column=settings.text_column,
+            skip_invalid=settings.skip_invalid,
+            max_length=settings.max_length,
+            progress=advance,
+        )
+
+
+def _roll_out(
+    lm: DiffusionLM,
+    settings: Settings,
+    prompts: Corpus,
+    output_dir: Path,
+    author: str,
+    end_token_id: int | None,
+    show_progress: bool,
+) -> Corpus:
+    """Text of the model's own after the beginnings of `prompts`."""
+    asked = settings.self_tokens or settings.max_tokens
+    assert asked is not None
+    assert settings.max_length is not None
+    with progress("roll out", asked, show=show_progress) as advance:
+        return roll_out(
+            lm.network, prompts, output_dir.parent, author=author, num_tokens=asked,
+            max_length=settings.max_length, temperature=settings.self_temperature,
+            end_token_ids=() if end_token_id is None else (end_token_id,), seed=settings.seed, progress=advance,
+        )  # fmt: skip
+
+
+@contextmanager
+def _trained_alone(model: Any, drafter: Drafter | None) -> Iterator[None]:
+    """Within the context the drafter is a part of the model, the only one that learns."""
+    if drafter is None:
+        yield
+        return
+    learning = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    model.add_module("drafter", drafter)
+    try:
+        yield
+    finally:
+        del model.drafter
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def _end_token_id(lm: DiffusionLM, settings: Settings) -> int | None:
+    if settings.end_token is not None:
+        ids = lm.tokenizer.get_vocab().get(settings.end_token)
+        if ids is None:
+            raise ValueError(f"end_token {settings.end_token!r} is no token of this vocabulary")
+        lm.model.generation_config.eos_token_id = ids
+        return int(ids)
+    return next(iter(hf.end_token_ids(lm.model, lm.tokenizer)), None)
+
+
+def _held_out(
+    lm: DiffusionLM, settings: Settings, files: list[Path] | None, source: Any, end_token_id: int | None
+) -> list[likelihood.Document] | int:
+    """Documents to evaluate on, or how many to hold out of the end of the training corpus.
+
+    Without eval_data, the last 1% of the documents, at most eval_documents; none from a stream.
+    """
+    if files is not None:
+        corpus = load_corpus(
+            files,
+            lm.tokenizer,
+            end_token_id=end_token_id,
+            text_column=settings.text_column,
+            skip_invalid=settings.skip_invalid,
+            max_length=lm.network.context_length,
+            max_documents=settings.eval_documents,
+        )
+        return _as_documents(corpus, end_token_id)
+    return 0 if isinstance(source, HubStream) else min(settings.eval_documents, len(source) // 100)
+
+
+def _as_documents(corpus: Corpus, end_token_id: int | None) -> list[likelihood.Document]:
+    """Held-out documents as the likelihood wants them; their bytes are not asked for.
+
+    Texts without their end token. Supervised examples whole, since where an answer ends is part of it.
+    """
+    documents = []
+    for i in range(len(corpus)):
+        ids, loss_mask = corpus.document(i)
+        if loss_mask is None and end_token_id is not None:
+            ids = ids[:-1]
+        tokens = torch.from_numpy(ids.astype("int64"))
+        learnt = None if loss_mask is None else torch.from_numpy(loss_mask)
+        documents.append(likelihood.Document(tokens, torch.zeros_like(tokens), learnt))
+    return documents
+
+
+def _filled_up(source: Any, settings: Settings, end_token_id: int | None) -> Corpus:
+    assert settings.max_length is not None
+    if not isinstance(source, Corpus) or end_token_id is None:
+        lacks = "an end token, which this model lacks" if end_token_id is None else "files, not a streamed data set"
+        raise ValueError(f"predict_padding=true needs {lacks}")
+    longest = int(np.diff(source.offsets).max())
+    if longest > settings.max_length:
+        raise ValueError(
+            f"predict_padding=true puts each document in a row of its own, and one of {longest} tokens exceeds "
+            f"max_length={settings.max_length}: raise max_length"
+        )
+    return source.filled_up(settings.max_length, end_token_id)
+
+
+def _evaluator(lm: DiffusionLM, settings: Settings, documents: list[likelihood.Document]) -> Evaluator:
+    """Held-out figures, nats per predicted token, always with the same masks."""
+
+    def evaluate(_model: Any) -> dict[str, float]:
+        context = lm.network.context_length
+        if lm.diffusion is None:
+            summary = likelihood.summarise(likelihood.nll(lm.network, documents, context_length=context))
+            return {"nll": summary.nats_per_token}
+        outputs = likelihood.nelbo(
+            lm.network, lm.diffusion, documents, num_samples=settings.eval_samples, context_length=context
+        )
+        summary = likelihood.summarise(outputs)
+        figures = {"nelbo": summary.nats_per_token, "nelbo_standard_error": summary.standard_error or 0.0}
+        if settings.objective == "joint":  # the AR model is meant to stay what it was
+            exact = likelihood.summarise(likelihood.nll(lm.network, documents, context_length=context))
+            figures["nll"] = exact.nats_per_token
+        return figures
+
+    return evaluate
+
+
+# --- the run's folder
+
+
+def _read_run(output_dir: Path, resume: bool) -> dict[str, Any] | None:
+    """run.json of an earlier run here; a folder that holds anything else is left alone."""
+    path = output_dir / "run.json"
+    if path.is_file():
+        if not resume:
+            raise ValueError(
+                f"output folder {str(output_dir)!r} already holds a run: continue it with --resume, or choose another"
+            )
+        run: dict[str, Any] = json.loads(path.read_text())
+        return run
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"output folder {str(output_dir)!r} holds something else: choose an empty or new one")
+    return None
+
+
+_FREE = ("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "micro_batch_size",
+         "eval_data", "eval_documents", "eval_samples")  # fmt: skip
+"""Settings that may change from one part of a run to the next."""
+
+
+def _check_same_run(output_dir: Path, previous: dict[str, Any] | None, run: dict[str, Any]) -> None:
+    if previous is None:
+        return
+    before = previous["settings"] | {"model": previous["parent"], "data": previous["data"]["fingerprint"]}
+    now = run["settings"] | {"model": run["parent"], "data": run["data"]["fingerprint"]}
+    for key in now:
+        if key not in _FREE and before.get(key) != now[key]:
+            raise ValueError(
+                f"output folder {str(output_dir)!r} holds a different run: its {key} is {before.get(key)!r}, "
+                f"not {now[key]!r}; choose another folder"
+            )
+
+
+def _write_run(output_dir: Path, run: dict[str, Any]) -> None:
+    partial = output_dir / "run.json.partial"
+    partial.write_text(json.dumps(run, indent=2) + "\n")
+    partial.replace(output_dir / "run.json")
+
+
+def _model_card(parent: str, lm: DiffusionLM, settings: Settings, tokens: int, figures: dict[str, float]) -> str:
+    config = lm.diffusion
+    if lm.drafter is not None:
+        loading = "It holds the drafter alone; the `unmask` library loads it together with its base."
+    else:
+        loading = "`AutoModelForCausalLM` loads the weights; decoding as a diffusion model needs the `unmask` library."
+    if config is None:
+        what = "Next-token training of an autoregressive language model."
+        rows: list[tuple[str, Any]] = []
+    else:
+        what = f"A masked diffusion language model made from an autoregressive one. {loading}"
+        rows = [
+            (
+                "attention",
+                config.attention + (f", clean half {config.clean_attention}" if config.clean_attention else ""),
+            ),
+            ("block size", config.block_size or "whole canvas"),
+            ("token shift", "yes" if config.shift else "no"),
+            ("mask token", f"`{lm.tokenizer.mask_token}` (id {config.mask_token_id})"),
+        ]
+    rows += [
+        ("recipe", settings.recipe),
+        ("training tokens", f"{tokens:,}"),
+        ("learning rate", settings.learning_rate),
+        ("rows per step x length", f"{settings.batch_size} x {settings.max_length}"),
+        *((f"held-out {name} (nats per token)", f"{value:.4f}") for name, value in figures.items()),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    tags = "tags:\n- diffusion-language-model\n- block-diffusion\n- unmask\n" if config is not None else ""
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nbase_model: {parent}\n{tags}---\n\n"
+        f"{what}\n\n| | |\n|---|---|\n| parent | {parent} |\n{table}\n\n"
+        '```python\nimport unmask\n\nlm = unmask.load("this folder")\nprint(lm.generate("...").texts[0])\n```\n'
+    )

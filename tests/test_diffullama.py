@@ -103,6 +103,7 @@ def test_one_row_weighs_its_mean_loss_by_one_over_t() -> None:
         assert float(loss.sum) / int(loss.count) == pytest.approx(weight * math.log(7), rel=1e-5)
 
 
+@torch.no_grad()
 def test_parity_loss_is_the_formula_of_the_released_code() -> None:
     batch, chosen = Batch(random_tokens(8, 32), one_document(8, 32)), settings(loss_normaliser="masked", anneal_steps=1)
     net = network()
@@ -111,8 +112,7 @@ def test_parity_loss_is_the_formula_of_the_released_code() -> None:
     nll = -logits.log_softmax(-1)[:, :-1].gather(-1, batch.x0[:, 1:, None])[..., 0]
     masked, t = drawn.masked[:, 1:], 1 / drawn.weight.amax(1, keepdim=True).double()
     expected = (nll * masked / t).nan_to_num(0).sum() / masked.sum()
-    with torch.no_grad():
-        loss = step_loss(net, chosen, SHIFTED, batch, 3, torch.arange(8))
+    loss = step_loss(net, chosen, SHIFTED, batch, 3, torch.arange(8))
     assert float(loss.sum) / int(loss.count) == pytest.approx(float(expected), rel=1e-6)
 
 

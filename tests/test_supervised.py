@@ -412,7 +412,8 @@ def test_fine_tuning_a_converted_checkpoint_lowers_the_completions_bound(
 
 @pytest.mark.parametrize(("recipe", "options"), [
     ("ar", {}), ("efficient-dlm", {}), ("tri-mode", {}), ("diffullama", {}),
-    ("diffullama", {"loss_normaliser": "masked"}), ("efficient-dlm", {"lora_rank": 4}), ("diffullama", {"predict_padding": True}),
+    ("diffullama", {"loss_normaliser": "masked"}), ("efficient-dlm", {"lora_rank": 4}),
+    ("diffullama", {"predict_padding": True}),
 ])  # fmt: skip
 def test_every_recipe_learns_completions(
     recipe: str, options: dict, tokenizer_and_model: Path, pairs: Path, tmp_path: Path

@@ -245,7 +245,7 @@ def test_reach_counts_no_first_place_and_learns_the_rest() -> None:
     loss.sum.backward()
     assert drafter.masks.grad.abs().max() > 0
     assert loss.sum.detach() > 0
-    assert float(distill_loss(net, causal_config(1), batch.x0, batch.layout, everything, "reach").sum) == 0
+    assert float(distill_loss(net, causal_config(1), batch.x0, batch.layout, everything, "reach").sum.detach()) == 0
 
 
 def test_distance_to_oneself_is_nothing() -> None:

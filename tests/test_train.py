@@ -116,6 +116,16 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_converted_model_goes_on_with_its_own_recipe(
+    tokenizer_and_model: Path, stories: Path, tmp_path: Path
+) -> None:
+    few = RUN | {"max_tokens": 500, "block_size": None}
+    first = unmask.adapt(tokenizer_and_model, stories, "diffullama", tmp_path / "first", anneal_steps=1, **few)
+    again = unmask.adapt(tmp_path / "first", stories, output_dir=tmp_path / "again", anneal_steps=1, **few)
+    assert again.diffusion == first.diffusion
+    assert json.loads((tmp_path / "again" / "run.json").read_text())["settings"]["recipe"] == "diffullama"
+
+
 def test_resume_without_a_checkpoint_starts_over(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:
     few = RUN | {"max_tokens": 500}
     lm = unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", tmp_path / "new", resume=True, **few)

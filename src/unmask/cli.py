@@ -56,7 +56,12 @@ def adapt(
     settings: Annotated[
         list[str] | None, typer.Argument(help="SETTING=VALUE of the recipe (see `unmask recipes NAME`).")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="Name of a recipe (see `unmask recipes`).")] = "efficient-dlm",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a recipe (see `unmask recipes`); by default a converted model's own, else efficient-dlm."
+        ),
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Clean, unpadded training tokens; without it, one pass over the data.")
     ] = None,

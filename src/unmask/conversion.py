@@ -55,7 +55,7 @@ def _plain(settings: Settings) -> dict[str, Any]:
 def adapt(
     model: str | Path | DiffusionLM,
     data: str | Path | Sequence[str | Path],
-    recipe: str = "efficient-dlm",
+    recipe: str | None = None,
     output_dir: str | Path = "runs/adapted",
     *,
     resume: bool = False,
@@ -64,12 +64,13 @@ def adapt(
 ) -> DiffusionLM:
     """Turn a causal LM into what `recipe` says, by training it on `data`, and save it to `output_dir`.
 
-    model: folder, hub id or a loaded model (trained in place). data: .txt, .jsonl or .parquet files, folders
+    recipe: by default the one that a converted model was made with, else efficient-dlm. model: folder, hub id or a
+    loaded model (trained in place). data: .txt, .jsonl or .parquet files, folders
     of them, one hub id, or "self" (with self_prompts): text that the model itself writes. settings: any of the
     recipe's, overriding it. resume: go on from the newest checkpoint of the same run; a finished run is loaded
     and returned. Returns the adapted model, in eval mode.
     """
-    chosen = load_recipe(recipe, **settings)
+    chosen = load_recipe(recipe or _own_recipe(model) or "efficient-dlm", **settings)
     output_dir = Path(output_dir)
     sources = [data] if isinstance(data, str | Path) else list(data)
     if not sources:
@@ -212,6 +213,16 @@ def adapt(
     ranks.wait_for_everyone()
     lm.model.config._name_or_path = str(output_dir)
     return adapted
+
+
+def _own_recipe(model: str | Path | DiffusionLM) -> str | None:
+    """The recipe of a converted model, read from its folder before anything is loaded."""
+    if isinstance(model, DiffusionLM):
+        return None if model.diffusion is None else model.diffusion.recipe
+    path = Path(model) / "config.json"
+    raw = json.loads(path.read_text()) if path.is_file() else {}
+    recipe: str | None = raw.get("diffusion", {}).get("recipe")
+    return recipe
 
 
 def _tokenise(

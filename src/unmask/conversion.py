@@ -163,7 +163,8 @@ def adapt(
         output_dir.mkdir(parents=True, exist_ok=True)
         _write_run(output_dir, run)
     if show_progress:
-        shown = ("block_size", "max_length", "batch_size", "learning_rate", "min_learning_rate_ratio", "half_life")
+        blocks = ("block_size",) if chosen.attention in ("two_stream", "block_causal") else ()
+        shown = (*blocks, "max_length", "batch_size", "learning_rate", "min_learning_rate_ratio", "half_life")
         print(f"{RULE_TEXT}: " + ", ".join(f"{name}={run['settings'][name]}" for name in shown), file=sys.stderr)
 
         if chosen.anneal_steps > total_steps:

@@ -8,6 +8,7 @@ that repetition cannot win; the real continuation stands beside them.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def quality(parent: unmask.DiffusionLM, rows: list[list[int]]) -> dict[str, floa
     new = [row[PROMPT:] for row in rows]
     counts = torch.bincount(torch.tensor([token for row in new for token in row])).double()
     p = counts[counts > 0] / counts.sum()
-    pairs = [set(zip(row, row[1:], strict=False)) for row in new]
+    pairs = [set(itertools.pairwise(row)) for row in new]
     total = sum(max(1, len(row) - 1) for row in new)
     return {
         "parent_nll": nll,

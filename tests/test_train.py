@@ -80,6 +80,21 @@ def test_micro_batches_give_the_same_run(tokenizer_and_model: Path, stories: Pat
     assert all((first[k] - second[k]).abs().max() < 1e-3 for k in first)
 
 
+def test_rows_spread_over_threads_give_the_same_run(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        for name, threads in (("one", 1), ("three", 3)):
+            torch.set_num_threads(threads)
+            unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", tmp_path / name, **RUN)
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "three"), strict=True):
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "three")
+    assert all((first[k] - second[k]).abs().max() < 1e-3 for k in first)
+
+
 def test_a_killed_run_resumes_bit_for_bit(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:
     straight = unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", tmp_path / "straight", **RUN)
     killed = tmp_path / "killed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -196,6 +196,7 @@ def adapt(
                 resume=resume,
                 evaluate=evaluate,
                 report=report,
+                replicate=_replicate(lm, chosen),
             )
     if tuner is not None:
         if ranks.is_main_process and not chosen.lora_merge:
@@ -214,6 +215,18 @@ def adapt(
     ranks.wait_for_everyone()
     lm.model.config._name_or_path = str(output_dir)
     return adapted
+
+
+def _replicate(lm: DiffusionLM, settings: Settings) -> Callable[[Any], Any] | None:
+    """How a small model is copied for the threads of a CPU; None where a copy would not be the model.
+
+    Gated adapters hook into the one model, DiffuLLaMA's parity options speak of whole micro-batches, and a large
+    model's operations fill all threads by themselves.
+    """
+    small = sum(p.numel() for p in lm.model.parameters()) < 20e6
+    plain = settings.objective != "distill" and settings.lora_rank is None and not settings.gradient_checkpointing
+    split = settings.loss_normaliser == "tokens" and not settings.anneal_redraw
+    return hf.replicate if small and plain and split and settings.mixed_precision == "no" else None
 
 
 def _own_recipe(model: str | Path | DiffusionLM) -> str | None:

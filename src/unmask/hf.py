@@ -215,6 +215,20 @@ def head_rows(head: torch.nn.Module, rows: Tensor | None) -> Iterator[None]:
         handle.remove()
 
 
+def replicate(network: HFNetwork) -> HFNetwork:
+    """The same network on a copy of the model that shares its weights and buffers, but not its gradients.
+
+    Threads can run forward and backward side by side, each on a copy of its own (hooks are per copy).
+    """
+    model = network.model
+    memo: dict[int, Any] = {id(p): torch.nn.Parameter(p.data, p.requires_grad) for p in model.parameters()}
+    memo |= {id(b): b for b in model.buffers()}
+    twin = copy.copy(network)
+    twin.model = twin.forward = copy.deepcopy(model, memo)
+    twin.head, twin.config = twin.model.get_output_embeddings(), twin.model.config.get_text_config()
+    return twin
+
+
 # --- the probe
 
 _PROBE_WINDOW = 5

@@ -15,6 +15,7 @@ import shutil
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
@@ -459,11 +460,14 @@ def train(
     resume: bool = False,
     evaluate: Evaluator | None = None,
     report: Callable[[Progress], None] | None = None,
+    replicate: Callable[[Any], Any] | None = None,
 ) -> TrainState:
     """Train `model` in place and return where it ended. `settings` are resolved ones.
 
     Checkpoints go to output_dir/checkpoint-<step>, metrics to output_dir/metrics.jsonl. With `resume` the
-    newest whole checkpoint is continued, bit for bit as if never interrupted on the same hardware.
+    newest whole checkpoint is continued, bit for bit as if never interrupted on the same hardware. replicate:
+    makes a network with weights shared and gradients apart; with it the rows of a micro-batch are spread over
+    the threads of a CPU.
     """
     assert settings.max_length is not None
     assert settings.batch_size is not None
@@ -482,6 +486,8 @@ def train(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     wrapped, optimizer = accelerator.prepare(model, _optimizer(model, settings))
     network = make_network(wrapped)
+    on_cpu = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+    crew = _Crew(network, replicate) if replicate is not None and on_cpu and torch.get_num_threads() > 1 else None
 
     state = TrainState()
     newest = latest_checkpoint(output_dir) if resume else None
@@ -520,6 +526,10 @@ def train(
         for start, micro in _micro_batches(mine, settings.micro_batch_size):
             rows = torch.arange(len(micro.x0)) + rank * share + start
             last = start + settings.micro_batch_size >= len(mine.x0)
+            if crew is not None:
+                micro_step = functools.partial(step_loss, settings=settings, config=config, step=state.step)
+                summed += crew.run(micro_step, micro, rows, 1 / max(1, count), accelerator.autocast)
+                continue
             with accelerator.autocast(), _sync(accelerator, wrapped, last):
                 loss = step_loss(network, now, config, micro.to(accelerator.device), state.step, rows)
                 # Gradients are averaged over ranks, hence the factor.
@@ -596,6 +606,40 @@ def _optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=1.0, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+class _Crew:
+    """Threads that each run the forward and backward pass of some rows, one thread of kernels apiece.
+
+    On a CPU the operations of a small model are too small to be shared by threads; its rows are not. The
+    gradients are added up in the order of the rows, so that a run remains a function of its seed.
+    """
+
+    def __init__(self, network: Any, replicate: Callable[[Any], Any]) -> None:
+        self.networks = [network] + [replicate(network) for _ in range(torch.get_num_threads() - 1)]
+        self.pool = ThreadPoolExecutor(len(self.networks), initializer=lambda: torch.set_num_threads(1))
+
+    def run(
+        self, loss_of: Callable[..., LossOutput], batch: Batch, rows: Tensor, scale: float, autocast: Any
+    ) -> Tensor:
+        """The detached loss sum of the rows; `scale` times its gradient is added to the first network's model."""
+        size = -(-len(rows) // len(self.networks))
+
+        def work(index: int) -> Tensor:
+            part = slice(index * size, (index + 1) * size)
+            with autocast():
+                loss = loss_of(self.networks[index], batch=batch.rows(part.start, part.stop), rows=rows[part])
+            (loss.sum * scale).backward()
+            return loss.sum.detach().double()
+
+        sums = list(self.pool.map(work, range(-(-len(rows) // size))))
+        first, *others = (list(network.model.parameters()) for network in self.networks)
+        for other in others:
+            for parameter, twin in zip(first, other, strict=True):
+                if twin.grad is not None:
+                    parameter.grad = twin.grad if parameter.grad is None else parameter.grad + twin.grad
+                    twin.grad = None
+        return torch.stack(sums).sum()
 
 
 def _micro_batches(batch: Batch, size: int) -> Iterator[tuple[int, Batch]]:

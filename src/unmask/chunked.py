@@ -33,7 +33,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: f
     allowed: bool (batch or 1, 1, queries, keys), at least one key a query. Returns the shape of q.
     """
     if allowed not in _plans:
-        _plans[allowed] = _row_plans(allowed, CHUNK if q.shape[-1] >= _NARROW else CHUNK // 2)
+        _plans[allowed] = _row_plans(allowed, _chunk(q))
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -45,13 +45,17 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: f
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float | None, plan: Plan) -> Tensor:
     out = []
-    chunk = CHUNK if q.shape[-1] >= _NARROW else CHUNK // 2
+    chunk = _chunk(q)
     for start, spans in zip(range(0, q.shape[2], chunk), plan, strict=True):
         rows = slice(start, start + chunk)
         keys, values = (_pick(x, spans, -2) for x in (k, v))
         seen = _pick(allowed[:, :, rows], spans, -1)
         out.append(scaled_dot_product_attention(q[:, :, rows], keys, values, attn_mask=seen, scale=scale))
     return torch.cat(out, dim=2)
+
+
+def _chunk(q: Tensor) -> int:
+    return CHUNK if q.shape[-1] >= _NARROW else CHUNK // 2
 
 
 def _pick(x: Tensor, spans: Spans, dim: int) -> Tensor:

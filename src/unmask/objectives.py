@@ -24,9 +24,6 @@ class LossOutput:
     sum: Tensor
     count: Tensor
 
-    def __add__(self, other: LossOutput) -> LossOutput:
-        return LossOutput(self.sum + other.sum, self.count + other.count)
-
 
 def predictable(layout: Layout, loss_mask: Tensor | None = None) -> Tensor:
     """Tokens that can be in a loss: neither padding nor the given first token of a document.

@@ -528,7 +528,7 @@ def train(
             last = start + settings.micro_batch_size >= len(mine.x0)
             if crew is not None:
                 micro_step = functools.partial(step_loss, settings=settings, config=config, step=state.step)
-                summed += crew.run(micro_step, micro, rows, 1 / max(1, count), accelerator.autocast)
+                summed += crew.run(micro_step, micro, rows, 1 / max(1, count))
                 continue
             with accelerator.autocast(), _sync(accelerator, wrapped, last):
                 loss = step_loss(network, now, config, micro.to(accelerator.device), state.step, rows)
@@ -572,6 +572,8 @@ def train(
             counted, since, tokens_since = 0, time.perf_counter(), 0
         if state.step % settings.save_every == 0:
             save_checkpoint(accelerator, output_dir, state, settings.keep_checkpoints)
+    if crew is not None:
+        crew.pool.shutdown()
     accelerator.end_training()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # undoes the mixed-precision wrapper of forward
     model.eval()
@@ -619,16 +621,13 @@ class _Crew:
         self.networks = [network] + [replicate(network) for _ in range(torch.get_num_threads() - 1)]
         self.pool = ThreadPoolExecutor(len(self.networks), initializer=lambda: torch.set_num_threads(1))
 
-    def run(
-        self, loss_of: Callable[..., LossOutput], batch: Batch, rows: Tensor, scale: float, autocast: Any
-    ) -> Tensor:
+    def run(self, loss_of: Callable[..., LossOutput], batch: Batch, rows: Tensor, scale: float) -> Tensor:
         """The detached loss sum of the rows; `scale` times its gradient is added to the first network's model."""
         size = -(-len(rows) // len(self.networks))
 
         def work(index: int) -> Tensor:
             part = slice(index * size, (index + 1) * size)
-            with autocast():
-                loss = loss_of(self.networks[index], batch=batch.rows(part.start, part.stop), rows=rows[part])
+            loss = loss_of(self.networks[index], batch=batch.rows(part.start, part.stop), rows=rows[part])
             (loss.sum * scale).backward()
             return loss.sum.detach().double()
 

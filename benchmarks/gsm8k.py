@@ -102,7 +102,7 @@ def main() -> None:
 
     import unmask
     from unmask.cli import _split_settings
-    from unmask.train import load_recipe, resolve
+    from unmask.settings import load_recipe, resolve
 
     torch.set_num_threads(1)
     _, settings = _split_settings(options.settings)

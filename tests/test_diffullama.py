@@ -21,7 +21,8 @@ from unmask.corruption import Corruption
 from unmask.data import Batch
 from unmask.denoiser import DiffusionConfig, score
 from unmask.objectives import diffusion_loss, predictable, token_nll
-from unmask.train import Settings, annealing, corruptions, load_recipe, resolve, step_loss
+from unmask.settings import Settings, load_recipe, resolve
+from unmask.train import annealing, corruptions, step_loss
 
 SHIFTED = DiffusionConfig(MASK, "bidirectional", None, None, True, "test", "0")
 CPU = torch.device("cpu")

@@ -30,7 +30,8 @@ from unmask.objectives import (
     joint_loss,
     predictable,
 )
-from unmask.train import Settings, at_step, load_recipe, resolve, step_loss
+from unmask.settings import Settings, at_step, load_recipe, resolve
+from unmask.train import step_loss
 
 RUN = {"show_progress": False, "max_tokens": 3000, "max_length": 64, "block_size": 4, "batch_size": 4}
 

@@ -13,7 +13,8 @@ from unmask.attention import PADDING, Layout
 from unmask.corruption import mask_exact, segments
 from unmask.evaluation.likelihood import Document, nelbo, nll
 from unmask.objectives import ar_loss, diffusion_loss, predictable
-from unmask.train import Settings, corruptions, resolve
+from unmask.settings import Settings, resolve
+from unmask.train import corruptions
 
 
 def document(length: int, seed: int = 0) -> Document:

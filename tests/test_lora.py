@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import unmask
 from unmask import lora
-from unmask.train import load_recipe
+from unmask.settings import load_recipe
 
 ALL = ("embeddings", "norms", "head")
 RUN = {"max_tokens": 3000, "max_length": 64, "block_size": 4, "batch_size": 4, "save_every": 4, "log_every": 1,

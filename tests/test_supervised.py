@@ -22,8 +22,9 @@ from unmask.attention import PADDING, Layout
 from unmask.data import Batch, Corpus, Packer, PackState, load_corpus, read_examples
 from unmask.evaluation.likelihood import Document, nelbo, nll
 from unmask.objectives import diffusion_loss
+from unmask.settings import Settings
 from unmask.supervised import Completion, Conversation, continue_ids, encode_example
-from unmask.train import Settings, corruptions, count_steps, step_loss
+from unmask.train import corruptions, count_steps, step_loss
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

@@ -19,7 +19,8 @@ from conftest import STORIES, block_config, network, random_tokens
 import unmask
 from unmask.attention import PADDING, Layout
 from unmask.data import Batch
-from unmask.train import Settings, learning_rate_at, load_recipe, recipe_names, resolve, step_loss
+from unmask.settings import Settings, load_recipe, recipe_names, resolve
+from unmask.train import learning_rate_at, step_loss
 
 
 def ragged_batch(rows: int = 8, length: int = 16) -> Batch:

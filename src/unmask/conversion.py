@@ -23,21 +23,8 @@ from unmask.evaluation import likelihood
 from unmask.model import DiffusionLM, load
 from unmask.progress import progress
 from unmask.rollouts import roll_out
-from unmask.train import (
-    RULE_TEXT,
-    Evaluator,
-    Progress,
-    Settings,
-    append_metrics,
-    count_steps,
-    diffusion_config,
-    latest_checkpoint,
-    load_recipe,
-    read_state,
-    recipe_names,
-    resolve,
-    train,
-)
+from unmask.settings import RULE_TEXT, Settings, diffusion_config, load_recipe, recipe_names, resolve
+from unmask.train import Evaluator, Progress, append_metrics, count_steps, latest_checkpoint, read_state, train
 from unmask.version import __version__
 
 IN_MEMORY = "a model in memory"

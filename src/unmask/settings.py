@@ -1,0 +1,285 @@
+"""Settings: everything that defines a run besides the model and the data; recipes; what resolves from a size.
+
+A recipe is a TOML file of settings. It knows no model and no text: numbers in, numbers out.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import dataclass, fields, replace
+from importlib import resources
+from typing import Any
+
+from unmask.denoiser import DiffusionConfig
+from unmask.objectives import DISTANCES
+
+LORA_TRAINABLE = ("embeddings", "norms", "head")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that defines a run besides the model and the data. None means: resolved from the model.
+
+    attention "ar" trains the next-token loss instead. noise_level: "block" | "sequence" shares t.
+    masking: "exact" draws ceil(t n) of n tokens, "bernoulli" each with probability t, "all" is t = 1.
+    objective: "diffusion", "joint" (next-token loss + alpha * diffusion) or "distill" (a drafter: gated adapters of
+    drafter_rank on a frozen base, pulled by `distance` to the base's next-token law; mask_per_place gives each
+    place in the block a mask embedding of its own). first_block_size: double the block from there to block_size
+    over the run. half_life: of position-dependent masking, inf is uniform. min_noise_level: t is drawn from (it, 1].
+    loss_normaliser: divide by the predictable "tokens" (unbiased) or the "masked" ones of the micro-batch
+    (DiffuLLaMA's code). anneal_steps, anneal_form, anneal_redraw: see `annealing`; 1 is full attention at once.
+    self_prompts, self_tokens, self_temperature: of --data self, the file whose documents' beginnings the model
+    continues, how many tokens it writes (max_tokens unless given), and how. predict_padding: one document a row,
+    filled up with end tokens that are corrupted and predicted (DiffuLLaMA's fine-tuning), instead of packed rows.
+    lora_rank: train adapters of this rank instead of the weights, scaled by lora_alpha / lora_rank (lora_alpha
+    None: twice the rank); lora_trainable: what is trained beside them; lora_merge=false saves a PEFT adapter, not
+    a model. batch_size counts rows of max_length in one optimiser step, micro_batch_size those that run at once on
+    one device. eval_every: steps, by default a tenth of the run.
+    """
+
+    recipe: str
+    # what is learnt
+    attention: str = "two_stream"
+    clean_attention: str | None = None
+    block_size: int | None = None
+    shift: bool = False
+    noisy_attention: str = "bidirectional"
+    objective: str = "diffusion"
+    alpha: float = 0.3
+    distance: str = "kl+tv"
+    drafter_rank: int = 32
+    drafter_scale: float = 64.0
+    drafter_targets: str = "all"
+    mask_per_place: bool = False
+    first_block_size: int | None = None
+    noise_level: str = "block"
+    masking: str = "exact"
+    complementary: bool = False
+    min_noise_level: float = 0.0
+    loss_normaliser: str = "tokens"
+    anneal_steps: int = 1
+    anneal_form: str = "entries"
+    anneal_redraw: bool = False
+    half_life: float | None = None
+    mask_token: str | None = None
+    mask_init: str | None = None
+    # data
+    max_length: int | None = None
+    text_column: str = "text"
+    split: str = "train"
+    skip_invalid: bool = False
+    end_token: str | None = None
+    predict_padding: bool = False
+    self_prompts: str | None = None
+    self_tokens: int | None = None
+    self_temperature: float = 0.0
+    eval_data: str | None = None
+    eval_documents: int = 32
+    eval_samples: int = 2
+    # adapters
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_trainable: str = "embeddings,norms,head"
+    lora_merge: bool = True
+    # optimisation
+    max_tokens: int | None = None
+    batch_size: int | None = None
+    micro_batch_size: int | None = None
+    learning_rate: float | None = None
+    min_learning_rate_ratio: float | None = None
+    warmup_ratio: float = 0.02
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    # bookkeeping
+    log_every: int = 10
+    eval_every: int | None = None
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    report_to: str | None = None
+
+    def __post_init__(self) -> None:
+        choices = {
+            "attention": ("two_stream", "block_causal", "bidirectional", "ar"),
+            "noise_level": ("block", "sequence"),
+            "noisy_attention": ("bidirectional", "causal"),
+            "objective": ("diffusion", "joint", "distill"),
+            "distance": DISTANCES,
+            "masking": ("exact", "bernoulli", "all"),
+            "loss_normaliser": ("tokens", "masked"),
+            "anneal_form": ("entries", "window"),
+            "mixed_precision": ("no", "bf16", "fp16"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
+        for name in ("block_size", "max_length", "batch_size", "micro_batch_size", "log_every", "eval_every",
+                     "save_every", "keep_checkpoints", "eval_samples", "max_tokens", "learning_rate", "half_life",
+                     "max_grad_norm", "anneal_steps", "lora_rank", "lora_alpha", "drafter_rank", "drafter_scale",
+                     "first_block_size", "self_tokens"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be positive")
+        for name in self.trainable:
+            if name not in LORA_TRAINABLE:
+                raise ValueError(
+                    f"lora_trainable={self.lora_trainable!r}: {name!r} is unknown: use any of "
+                    f"{', '.join(LORA_TRAINABLE)}, with commas between"
+                )
+        if not 0 <= self.min_noise_level < 1:
+            raise ValueError(f"min_noise_level={self.min_noise_level} must lie in [0, 1)")
+        if self.anneal_steps > 1 and self.attention != "bidirectional":
+            raise ValueError(
+                f"anneal_steps={self.anneal_steps} opens a causal mask towards attention='bidirectional', "
+                f"not towards {self.attention!r}: use anneal_steps=1"
+            )
+        if not self.alpha >= 0:
+            raise ValueError(f"alpha={self.alpha} must not be negative")
+        if self.objective != "diffusion" and (self.attention, self.clean_attention) != ("two_stream", "causal"):
+            raise ValueError(
+                f"objective={self.objective!r} needs attention='two_stream' with clean_attention='causal', "
+                f"not {self.attention!r} with {self.clean_attention!r}"
+            )
+        if self.mask_per_place and self.objective != "distill":
+            raise ValueError(f"mask_per_place=true needs objective='distill', not {self.objective!r}")
+        if self.objective == "distill" and self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing=true does not go with objective='distill': leave it out")
+        if self.complementary and self.masking != "exact":
+            raise ValueError("complementary=true needs masking='exact'")
+        if self.half_life is not None and math.isfinite(self.half_life) and self.masking != "exact":
+            raise ValueError(f"half_life={self.half_life} needs masking='exact': Bernoulli masks have no order")
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The parts named in lora_trainable."""
+        return tuple(name.strip() for name in self.lora_trainable.split(",") if name.strip())
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes shipped with the package."""
+    folder = resources.files("unmask") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def recipe_summary(name: str) -> str:
+    """A recipe's first line: what it reproduces."""
+    text = (resources.files("unmask") / "recipes" / f"{name}.toml").read_text()
+    return text.splitlines()[0].removeprefix("# ")
+
+
+def load_recipe(name: str, **overrides: Any) -> Settings:
+    """Settings of a recipe with overrides; unknown names and values of the wrong type are errors."""
+    if name not in recipe_names():
+        raise ValueError(f"recipe {name!r} is unknown: use one of {', '.join(recipe_names())}")
+    text = (resources.files("unmask") / "recipes" / f"{name}.toml").read_text()
+    values = tomllib.loads(text) | overrides
+    known = {f.name: str(f.type) for f in fields(Settings)}
+    for key, value in values.items():
+        if key not in known or key == "recipe":
+            raise ValueError(f"setting {key!r} is unknown: use one of {', '.join(k for k in known if k != 'recipe')}")
+        values[key] = _typed(key, value, known[key])
+    return Settings(recipe=name, **values)
+
+
+def _typed(name: str, value: Any, annotation: str) -> Any:
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if value is None and "None" in kinds:
+        return None
+    if "float" in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    for kind, python in (("bool", bool), ("int", int), ("float", float), ("str", str)):
+        if kind in kinds and type(value) is python:
+            return value
+    raise ValueError(f"setting {name}={value!r} has the wrong type: it takes {annotation}")
+
+
+_SMALL, _LARGE = 100e6, 1e9
+_RULE: dict[str, tuple[float, float]] = {
+    # measured on parents below 100M parameters; published for parents from 1B
+    "learning_rate": (4e-3, 1e-5),
+    "min_learning_rate_ratio": (0.02, 0.3),
+    "batch_tokens": (1024, 2**21),
+    "max_length": (512, 4096),
+    "block_size": (8, 16),
+    "micro_batch_tokens": (16384, 4096),
+}
+
+
+def resolve(settings: Settings, num_parameters: int, context_length: int | None) -> Settings:
+    """Fill what depends on the parent's size.
+
+    Up to 100M parameters our measured values, from 1B the published ones, between them interpolated in the
+    logarithms of size and value: value = small * (large / small)^s, s = log(N / 100M) / log(10) in [0, 1].
+    half_life, infinite for small parents and 0.1 for large ones, is 0.1 / s.
+    """
+    s = min(1.0, max(0.0, math.log(num_parameters / _SMALL) / math.log(_LARGE / _SMALL)))
+    ruled = {name: small * (large / small) ** s for name, (small, large) in _RULE.items()}
+    block = settings.block_size or 2 ** round(math.log2(ruled["block_size"]))
+    if settings.attention == "bidirectional" and settings.noise_level == "sequence":
+        block = settings.block_size or 1  # no blocks: any length will do
+    length = settings.max_length
+    if length is None:
+        length = 2 ** round(math.log2(ruled["max_length"]))
+        if context_length is not None:
+            length = min(length, context_length)
+        length = length // block * block
+    elif length % block:
+        raise ValueError(f"max_length={length} is no multiple of block_size={block}")
+    if context_length is not None and length > context_length:
+        raise ValueError(f"max_length={length} exceeds the model's context of {context_length}")
+    if length < block:
+        raise ValueError(f"block_size={block} exceeds max_length={length}")
+    first = settings.first_block_size
+    if first is not None and block not in (first << n for n in range(block.bit_length())):
+        raise ValueError(f"first_block_size={first} does not double to block_size={block}")
+    batch = settings.batch_size or max(1, round(ruled["batch_tokens"] / length))
+    return replace(
+        settings,
+        block_size=block,
+        max_length=length,
+        batch_size=batch,
+        micro_batch_size=min(settings.micro_batch_size or max(1, round(ruled["micro_batch_tokens"] / length)), batch),
+        half_life=(0.1 / s if s else math.inf) if settings.half_life is None else settings.half_life,
+        learning_rate=settings.learning_rate or float(f"{ruled['learning_rate']:.2g}"),
+        min_learning_rate_ratio=(
+            ruled["min_learning_rate_ratio"]
+            if settings.min_learning_rate_ratio is None
+            else settings.min_learning_rate_ratio
+        ),
+    )
+
+
+RULE_TEXT = (
+    "learning rate, batch and length: our measured values up to 100M parameters, the paper's from 1B, "
+    "log-interpolated between"
+)
+
+
+def diffusion_config(settings: Settings, mask_token_id: int, version: str) -> DiffusionConfig:
+    """What a checkpoint trained with these (resolved) settings says of itself."""
+    return DiffusionConfig(
+        mask_token_id=mask_token_id,
+        attention=settings.attention,
+        clean_attention=settings.clean_attention,
+        block_size=None if settings.attention == "bidirectional" else settings.block_size,
+        shift=settings.shift,
+        recipe=settings.recipe,
+        version=version,
+        noisy_attention=settings.noisy_attention,
+        mask_rows=settings.block_size if settings.mask_per_place and settings.block_size else 1,
+    )
+
+
+def at_step(settings: Settings, step: int, total_steps: int) -> Settings:
+    """The settings of one step: with first_block_size, blocks double in equal parts of the run."""
+    if settings.first_block_size is None:
+        return settings
+    assert settings.block_size is not None
+    stages = (settings.block_size // settings.first_block_size).bit_length()
+    stage = min(stages - 1, step * stages // max(1, total_steps))
+    return replace(settings, block_size=settings.first_block_size << stage, first_block_size=None)

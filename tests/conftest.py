@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pty
+import subprocess
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -140,3 +142,22 @@ def shared() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip("needs the folder shared/ with real models beside the checkout")
     return folder
+
+
+def in_a_terminal(command: list[str], typed: bytes = b"", stderr: int | None = None) -> str:
+    """What a pseudo-terminal shows of a command that ends well; stderr goes there too unless it is said where."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave if stderr is None else stderr)
+    os.close(slave)
+    os.write(master, typed)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(master, 4096)
+        except OSError:
+            break
+        if not piece:
+            break
+        shown += piece
+    assert process.wait() == 0
+    return shown.decode().replace("\r\n", "\n")

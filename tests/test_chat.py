@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import in_a_terminal
 from test_cli import run  # noqa: F401  (a fixture)
 from transformers import AutoTokenizer
 
@@ -60,25 +58,6 @@ def test_a_conversation_that_grows_too_long_can_begin_anew(run, chatty: Path) ->
     assert "leaves no room" in err
     assert "/reset" in err
     assert out == answers(chatty, "A cat?", max_new_tokens=4)[0] + "\n"
-
-
-def in_a_terminal(command: list[str], typed: bytes) -> str:
-    """What a pseudo-terminal shows of a command."""
-    master, slave = pty.openpty()
-    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave)
-    os.close(slave)
-    os.write(master, typed)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(master, 4096)
-        except OSError:
-            break
-        if not piece:
-            break
-        shown += piece
-    assert process.wait() == 0
-    return shown.decode().replace("\r\n", "\n")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REFUSED, STORIES
+from conftest import REFUSED, STORIES, in_a_terminal
 from transformers import AutoModelForCausalLM
 
 from unmask import cli
@@ -142,10 +142,6 @@ def test_a_prompt_from_standard_input_and_plain_output(run, converted: Path) -> 
 
 def test_text_streams_to_a_terminal(converted: Path) -> None:
     """In a pseudo-terminal the text appears as it becomes final, and once."""
-    import os
-    import pty
-
-    master, slave = pty.openpty()
     command = [
         sys.executable,
         "-m",
@@ -156,20 +152,9 @@ def test_text_streams_to_a_terminal(converted: Path) -> None:
         "--max-new-tokens",
         "12",
     ]
-    process = subprocess.Popen(command, stdout=slave, stderr=subprocess.DEVNULL)
-    os.close(slave)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(master, 4096)
-        except OSError:
-            break
-        if not piece:
-            break
-        shown += piece
-    assert process.wait() == 0
+    shown = in_a_terminal(command, stderr=subprocess.DEVNULL)
     plain = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert shown.decode().replace("\r\n", "\n").strip() == plain.strip()
+    assert shown.strip() == plain.strip()
 
 
 def test_recipes(run) -> None:

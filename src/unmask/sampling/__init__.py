@@ -15,6 +15,7 @@ from unmask.sampling.select import (
     Margin,
     Random,
     Selector,
+    Stability,
     Threshold,
 )
 from unmask.sampling.speculative import Acceptance, Coupled, Rejection, sample_speculative
@@ -35,6 +36,7 @@ __all__ = [
     "Remask",
     "SampledTokens",
     "Selector",
+    "Stability",
     "Threshold",
     "sample_autoregressive",
     "sample_bidirectional",

@@ -20,7 +20,7 @@ from unmask.noise import gumbel, uniform
 from unmask.sampling.guidance import guide
 from unmask.sampling.output import Callback, SampledTokens, Stop, first_end
 from unmask.sampling.remask import Remask
-from unmask.sampling.select import Ancestral, Candidates, Selector, Threshold, token_confidence
+from unmask.sampling.select import Ancestral, Candidates, Selector, Threshold, remember, token_confidence
 from unmask.sampling.tokens import check_sampling, choose_tokens
 
 
@@ -99,6 +99,7 @@ def sample_bidirectional(
     draws = torch.zeros_like(xt)
     confidence = torch.zeros_like(priority)
 
+    previous: Candidates | None = None
     rows, step = masked.any(-1).nonzero()[:, 0], 0
     while len(rows):
         here, before = masked[rows], xt[rows]
@@ -122,7 +123,9 @@ def sample_bidirectional(
                 at_least = torch.zeros_like(rows)
                 if max_denoising_steps is not None:
                     at_least = -(-here.sum(-1) // max(1, max_denoising_steps - step))
-                commit = select(Candidates(here, found, logits, priority[rows], progress), at_least)
+                candidates = Candidates(here, found, logits, priority[rows], progress, previous)
+                commit = select(candidates, at_least)
+                previous = remember(candidates, select)
         if remask is not None:
             assert max_denoising_steps is not None
             assert progress is not None
@@ -159,7 +162,9 @@ def sample_bidirectional(
                 if kept is not None:
                     num_new[row], masked[row] = kept, False
         if remask is None:
-            rows = rows[masked[rows].any(-1)]
+            going = masked[rows].any(-1)
+            rows = rows[going]
+            previous = None if previous is None else previous.at(going)
         elif last:
             break
 

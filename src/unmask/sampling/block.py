@@ -16,7 +16,7 @@ from unmask.denoiser import DiffusionConfig, Network, denoise, prefill
 from unmask.noise import uniform
 from unmask.sampling.guidance import GuidedNetwork
 from unmask.sampling.output import Callback, SampledTokens, Stop, first_end, left_pad
-from unmask.sampling.select import Candidates, Selector, Threshold, token_confidence
+from unmask.sampling.select import Candidates, Selector, Threshold, remember, token_confidence
 from unmask.sampling.tokens import check_sampling, choose_tokens, token_noise
 
 
@@ -90,7 +90,7 @@ def sample_blocks(
         masked = open_[rows].gather(1, position) & (position < ends[rows, None])
         priority = torch.stack([uniform(width, key=("order", seed, r, s)) for r, s in
                                 zip(rows.tolist(), starts[rows].tolist(), strict=True)]).to(device)  # fmt: skip
-        noise = None
+        noise = previous = None
         step, done = 0, torch.zeros(len(rows), dtype=torch.bool, device=device)
         while bool(masked.any()):
             logits = denoise(network, config, past, xt, layout, masked, finished)
@@ -101,12 +101,14 @@ def sample_blocks(
             chosen_noise = None if noise is None else noise[masked.cpu()]
             tokens = choose_tokens(logits, temperature, top_p, chosen_noise, top_k)
             progress = None if max_denoising_steps is None else (step + 1) / max_denoising_steps
-            candidates = Candidates(masked, token_confidence(logits, tokens, masked), logits, priority, progress)
+            confidence = token_confidence(logits, tokens, masked)
+            candidates = Candidates(masked, confidence, logits, priority, progress, previous)
             remaining = masked.sum(-1)
             at_least = torch.zeros_like(remaining)
             if max_denoising_steps is not None:
                 at_least = (remaining / max(1, max_denoising_steps - step)).ceil().long()
             commit = select(candidates, at_least)
+            previous = remember(candidates, select)
             xt = torch.where(commit, xt.masked_scatter(masked, tokens), xt)
             masked = masked & ~commit
             step += 1

@@ -2,13 +2,14 @@
 
 A rule is called as `rule(candidates, at_least)` and returns commit (batch, block) bool, a subset of the
 masked positions: the `count` best by the rule's own order, never fewer than `at_least` (batch,) and never
-more than there are; `Ancestral` alone draws how many. Ties go to the lower position.
+more than there are; `Ancestral` alone draws how many. Ties go to the lower position. A rule that compares
+forwards says in `looks_back` how many earlier ones of the same block it wants to see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ class Candidates:
     masked: (batch, block) bool. confidence: (batch, block) float64, the untruncated probability at
     temperature 1 of the proposed token, 0 where nothing is masked. logits: (masked.sum(), vocabulary).
     priority: (batch, block) float64 uniforms, fixed per (seed, row, position). progress: share of the step
-    budget spent once this forward's commits are made, in (0, 1]; None without a budget.
+    budget spent once this forward's commits are made, in (0, 1]; None without a budget. previous: those of the
+    forward before, for a rule that looks back; every position masked now was masked then.
     """
 
     masked: Tensor
@@ -29,6 +31,7 @@ class Candidates:
     logits: Tensor
     priority: Tensor
     progress: float | None = None
+    previous: Candidates | None = None
 
     @property
     def entropy(self) -> Tensor:
@@ -43,6 +46,34 @@ class Candidates:
         best = self.logits.double().softmax(-1).topk(2, dim=-1).values
         return torch.zeros_like(self.confidence).masked_scatter(self.masked, best[:, 0] - best[:, 1])
 
+    @property
+    def divergence(self) -> Tensor:
+        """KL(p now || p a forward ago) in nats of each masked position, (batch, block) float64.
+
+        Infinite without a forward before, 0 where nothing is masked.
+        """
+        if self.previous is None:
+            return torch.zeros_like(self.confidence).masked_fill(self.masked, torch.inf)
+        log_p = self.logits.double().log_softmax(-1)
+        before = self.previous.logits[self.masked[self.previous.masked]].double().log_softmax(-1)
+        lowest = torch.finfo(log_p.dtype).min  # the mask token has probability 0 in both
+        kl = (log_p.exp() * (log_p.clamp_min(lowest) - before.clamp_min(lowest))).sum(-1)
+        return torch.zeros_like(self.confidence).masked_scatter(self.masked, kl)
+
+    def at(self, rows: Tensor) -> Candidates:
+        """Those of some rows of the batch; rows: (batch,) bool."""
+        return replace(
+            self, masked=self.masked[rows], confidence=self.confidence[rows], priority=self.priority[rows],
+            logits=self.logits[rows.repeat_interleave(self.masked.sum(-1))],
+            previous=None if self.previous is None else self.previous.at(rows),
+        )  # fmt: skip
+
+    def back_to(self, depth: int) -> Candidates:
+        """These with `depth` forwards before them at most."""
+        if depth < 1 or self.previous is None:
+            return replace(self, previous=None)
+        return replace(self, previous=self.previous.back_to(depth - 1))
+
 
 def token_confidence(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
     """Untruncated probability at temperature 1 of each proposed token, scattered to masked's shape, float64."""
@@ -52,6 +83,12 @@ def token_confidence(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
 
 
 Selector = Callable[[Candidates, Tensor], Tensor]
+
+
+def remember(candidates: Candidates, select: Selector) -> Candidates | None:
+    """What the next forward of the block gives `select` as `previous`: None for a rule that does not look back."""
+    depth = getattr(select, "looks_back", 0)
+    return candidates.back_to(depth - 1) if depth else None
 
 
 def commit_best(score: Tensor, masked: Tensor, count: Tensor, at_least: Tensor) -> Tensor:
@@ -133,6 +170,40 @@ class EntropyBound:
         joint = ranked.cumsum(-1) - ranked  # sorted, so the last of the first k is their maximum
         count = (joint <= self.entropy_bound).sum(-1).clamp_min(1)
         return commit_best(-entropy, candidates.masked, count, at_least)
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Every position that is sure and has stopped moving, at least the most confident one (KLASS 2511.05664).
+
+    Sure: confidence above a threshold. Stopped: KL(p_t || p_(t-1)) < max_divergence in each of the last `num_steps`
+    forwards, so a block's first num_steps forwards commit one token each.
+    """
+
+    confidence_threshold: float = 0.9
+    max_divergence: float = 0.01
+    num_steps: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.confidence_threshold <= 1:
+            raise ValueError(f"confidence_threshold {self.confidence_threshold} must lie in [0, 1]")
+        if not self.max_divergence > 0:
+            raise ValueError(f"max_divergence {self.max_divergence} must be positive: no law would ever count as still")
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps {self.num_steps} must be at least 1; without stability, use Threshold")
+
+    @property
+    def looks_back(self) -> int:
+        return self.num_steps
+
+    def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
+        good = candidates.masked & (candidates.confidence > self.confidence_threshold)
+        step: Candidates | None = candidates
+        for _ in range(self.num_steps):
+            good = good & (step.divergence < self.max_divergence) if step is not None else torch.zeros_like(good)
+            step = None if step is None else step.previous
+        # Stable positions first, confidence among them.
+        return commit_best(candidates.confidence + good, candidates.masked, good.sum(-1).clamp_min(1), at_least)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from conftest import STORIES
 import unmask
 from unmask.evaluation.frontier import (
     Setting,
+    accuracy_under_parallelism,
     check_vocabulary,
     decode,
     distinct,
@@ -130,3 +131,24 @@ def test_parent_of_another_vocabulary_is_refused(lm: unmask.DiffusionLM, parent:
     check_vocabulary(lm, parent)  # the mask token of the converted one is no difference
     with pytest.raises(ValueError, match="has another vocabulary"):
         check_vocabulary(parent, lm)
+
+
+def test_aup_by_hand() -> None:
+    assert accuracy_under_parallelism([(1.0, 0.8)]) == pytest.approx(80)
+    # equal accuracies: every weight is 1 and the area is that of a rectangle
+    assert accuracy_under_parallelism([(3.0, 0.5), (1.0, 0.5)]) == pytest.approx(150)
+    # y = 80, 78, 60: the last is more than 5 below the first and left out
+    w = math.exp(-3 * (1 - 78 / 80))
+    expected = 1 * 80 + (2.5 - 1) * (78 * w + 80) / 2
+    assert accuracy_under_parallelism([(1, 0.8), (2.5, 0.78), (4, 0.6)]) == pytest.approx(expected)
+    # y_max of a better system weighs every point down but the first rectangle
+    lower = 80 * math.exp(-3 * (1 - 80 / 100)), 78 * math.exp(-3 * (1 - 78 / 100))
+    assert accuracy_under_parallelism([(1, 0.8), (2, 0.78)], best_accuracy=1.0) == pytest.approx(80 + sum(lower) / 2)
+    assert accuracy_under_parallelism([(1, 0.0), (2, 0.0)]) == 0
+
+
+def test_aup_refuses_percents_and_nothing() -> None:
+    with pytest.raises(ValueError, match=r"accuracy 80 must lie in \[0, 1\]"):
+        accuracy_under_parallelism([(1, 80)])
+    with pytest.raises(ValueError, match="points is empty"):
+        accuracy_under_parallelism([])

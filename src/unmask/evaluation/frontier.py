@@ -9,6 +9,7 @@ Refuses to know where models and prompts come from. Notation: a *text* is the ne
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter
@@ -255,6 +256,32 @@ def data_row(parent: TextModel, prompts: Sequence[Sequence[int]], texts: Sequenc
     mean_length = sum(map(len, texts)) / len(texts)
     return FrontierRow("data", None, None, None, None, len(texts), mean_length, None, None, None,
                        **vars(judge(parent, prompts, texts)))  # fmt: skip
+
+
+def accuracy_under_parallelism(
+    points: Sequence[tuple[float, float]], *, best_accuracy: float | None = None, sharpness: float = 3.0
+) -> float:
+    """Area under a curve of (tokens per forward rho, accuracy y in [0, 1]) points; y counts in percent (AUP of d3LLM).
+
+    AUP = rho_1 y_1 + sum_(i>1) (rho_i - rho_(i-1)) (y_i W(y_i) + y_(i-1) W(y_(i-1))) / 2 over rising rho, with
+    W(y) = min(exp(-sharpness (1 - y / y_max)), 1); points more than 5 percent below y_1 are left out. y_max: the
+    best of the points, or `best_accuracy` of all the systems compared.
+    """
+    if not points:
+        raise ValueError("points is empty: give at least one (tokens per forward, accuracy)")
+    if wrong := [y for _, y in points if not 0 <= y <= 1]:
+        raise ValueError(f"accuracy {wrong[0]} must lie in [0, 1]: give shares, not percents")
+    curve = sorted((rho, 100 * y) for rho, y in points)
+    curve = [(rho, y) for rho, y in curve if y >= curve[0][1] - 5]
+    top = 100 * best_accuracy if best_accuracy is not None else max(y for _, y in curve)
+
+    def weighted(y: float) -> float:
+        return y * min(math.exp(-sharpness * (1 - y / top)), 1.0) if top > 0 else 0.0
+
+    area = curve[0][0] * curve[0][1]
+    for (rho, y), (next_rho, next_y) in itertools.pairwise(curve):
+        area += (next_rho - rho) * (weighted(next_y) + weighted(y)) / 2
+    return area
 
 
 def prompt_lookup(

@@ -417,6 +417,54 @@ def bench(
         print(f"{case.case:20} ratio {case.ratio:.3f}   ours {case.value:.4g}, AR {case.baseline:.4g} {case.unit}")
 
 
+@app.command(
+    epilog="Example: unmask study attention stories260k --data train.txt --eval valid.txt --output runs/attention "
+    "--max-tokens 600000 --seeds 0,1,2"
+)
+def study(
+    name: Annotated[
+        str | None, typer.Argument(help="A study that ships with unmask, or a .toml file; without it, list them.")
+    ] = None,
+    model: Annotated[str | None, typer.Argument(help="Folder or hub id of the AR parent.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Training text of every arm; can be repeated.")
+    ] = None,
+    evaluation: Annotated[
+        list[str] | None, typer.Option("--eval", help="Held-out text that all arms are measured on; can be repeated.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the study: runs, rows.jsonl, report.md.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Training tokens of every arm.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds with commas between, as 0,1,2.")] = None,
+    arms: Annotated[str | None, typer.Option(help="Only these arms, with commas between.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare recipes and settings on one parent at equal tokens; an interrupted study goes on when run again."""
+    from unmask.study import choose, load_study, run_study, study_names
+
+    if name is None:
+        found = {known: load_study(known).summary for known in study_names()}
+        print(json.dumps(found) if as_json else "\n".join(f"{known:16} {text}" for known, text in found.items()))
+        return
+    chosen = choose(
+        load_study(name), max_tokens=max_tokens, seeds=None if seeds is None else _numbers("--seeds", seeds),
+        arms=None if arms is None else [arm.strip() for arm in arms.split(",")],
+    )  # fmt: skip
+    if model is None or not data or not evaluation or output is None:
+        raise ValueError(f"study {name!r} needs a MODEL, --data, --eval and --output")
+    rows = run_study(chosen, model, data, evaluation, output)
+    if as_json:
+        print(json.dumps({"study": chosen.name, "output": str(output), "rows": rows}))
+    else:
+        print((output / "report.md").read_text(), end="")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text!r} must be whole numbers with commas between") from None
+
+
 @app.command(epilog="Example: unmask recipes efficient-dlm")
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show the settings of this recipe.")] = None, as_json: Json = False

@@ -1,0 +1,172 @@
+"""A study's report: tables with means and standard errors over seeds, made of study.json and rows.jsonl alone.
+
+Knows no torch. A *figure* is a named number of a row; the standard error is that of the mean over seeds, not that of
+masks or documents, which all arms share.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+LOWER, HIGHER = "lower is better", "higher is better"
+HEADLINES = {
+    "nll": "NLL (AR mode, exact)",
+    "nelbo": "NELBO",
+    "parent_nll": "parent's NLL of greedy text",
+    "unigram_entropy": "its entropy",
+    "distinct_2": "its distinct-2",
+    "accuracy": "accuracy",
+}
+"""Figures of the first table, with their titles."""
+
+ORDERED = {"nelbo": LOWER, "parent_nll": LOWER, "accuracy": HIGHER}
+
+SECTIONS: tuple[tuple[str, str, str], ...] = (
+    ("block_sizes", "nelbo", "NELBO by evaluation block size"),
+    ("frontier", "tokens_per_forward", "Tokens per forward by threshold"),
+    ("frontier", "parent_nll", "Parent's NLL of the text by threshold"),
+    ("frontier", "unigram_entropy", "Entropy of the text by threshold"),
+    ("frontier", "accuracy", "Accuracy by threshold"),
+    ("speculation", "tokens_per_cycle", "Tokens per cycle of self-speculation by temperature"),
+    ("speculation", "tokens_per_forward", "Tokens per forward of self-speculation by temperature"),
+    ("votes", "majority_accuracy", "Majority of k samples"),
+    ("votes", "any_accuracy", "Any of k samples right"),
+    ("drift", "mean_change", "Mean absolute change of the weights by layer"),
+    ("drift", "relative_change", "Relative change of the weights by layer"),
+    ("order", "mean_step", "Mean forward in which a place of the block is committed"),
+    ("order", "mean_confidence", "Mean confidence at commit by place of the block"),
+)
+"""(measure, figure, title) of the tables over a measure's own axis."""
+
+
+class Estimate(NamedTuple):
+    """Mean over seeds, its standard error (None for one seed), and how many there were."""
+
+    mean: float
+    error: float | None
+    count: int
+
+    def __str__(self) -> str:
+        shown = f"{self.mean:.3g}" if abs(self.mean) < 0.01 else f"{self.mean:.3f}"
+        return shown if self.error is None else f"{shown} ± {self.error:.3f}"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard error s / sqrt(n)."""
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Estimate(mean(values), error, len(values))
+
+
+def series(
+    lines: Iterable[dict[str, Any]], measure: str, figure: str, key: Callable[[dict[str, Any], dict[str, Any]], Any]
+) -> dict[str, dict[Any, Estimate]]:
+    """arm -> key(line, row) -> the figure over seeds, in order of appearance."""
+    values: dict[str, dict[Any, list[float]]] = {}
+    for line in lines:
+        if line["measure"] == measure:
+            for row in line["rows"]:
+                if row.get(figure) is not None:
+                    values.setdefault(line["arm"], {}).setdefault(key(line, row), []).append(row[figure])
+    return {arm: {at: estimate(found) for at, found in of.items()} for arm, of in values.items()}
+
+
+def last_lines(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of each run's last checkpoint, arms in the order of their first line."""
+    last: dict[tuple[str, Any], int] = {}
+    for line in lines:
+        run = (line["arm"], line["seed"])
+        last[run] = max(last.get(run, 0), line["tokens"])
+    order = {arm: i for i, arm in enumerate(dict.fromkeys(line["arm"] for line in lines))}
+    kept = [line for line in lines if line["tokens"] == last[line["arm"], line["seed"]]]
+    return sorted(kept, key=lambda line: order[line["arm"]])
+
+
+def write_report(output: Path) -> None:
+    """OUT/report.md from OUT/study.json and OUT/rows.jsonl."""
+    study = json.loads((output / "study.json").read_text())
+    lines = [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines()]
+    (output / "report.md").write_text(report(study, lines))
+
+
+def report(study: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
+    """The report as Markdown."""
+    last = last_lines(lines)
+    seeds = sorted({line["seed"] for line in lines if line["seed"] is not None})
+    parts = [
+        f"# Study {study['study']}",
+        study["summary"],
+        f"Parent `{Path(study['model']).name}`, trained on {study['data']}, measured on {study['eval']}. "
+        f"{study['max_tokens']:,} tokens for every arm, seeds {', '.join(map(str, seeds))}. "
+        "± is the standard error over seeds; nats are per predicted token.",
+        _headlines(last),
+        *(_order(last, figure, better) for figure, better in ORDERED.items()),
+    ]
+    for measure, figure, title in SECTIONS:
+        found = series(last, measure, figure, _axis)
+        if found and not (figure == "parent_nll" and any("accuracy" in r for line in last for r in line["rows"])):
+            parts += [f"## {title}", table(found)]
+    along = [line for line in lines if line["arm"] != "parent"]
+    for measure, figure in (("likelihood", "nelbo"), ("likelihood", "nll"), ("quality", "parent_nll"),
+                            ("quality", "accuracy")):  # fmt: skip
+        found = series(along, measure, figure, lambda line, _row: line["tokens"])
+        if any(len(of) > 1 for of in found.values()):
+            parts += [f"## {HEADLINES[figure]} along training, by tokens", table(found)]
+    parts += ["## Arms", *(f"- `{arm}`: {_described(own)}" for arm, own in study["arms"].items())]
+    return "\n\n".join(part for part in parts if part).replace("\n\n- ", "\n- ") + "\n"
+
+
+def _axis(_line: dict[str, Any], row: dict[str, Any]) -> Any:
+    at = row.get("at")
+    return f"{row['part']} {at}" if "part" in row else "one by one" if at is None else at
+
+
+def _headlines(last: Sequence[dict[str, Any]]) -> str:
+    columns: dict[str, dict[str, Estimate]] = {}
+    for figure in HEADLINES:
+        for measure in ("likelihood", "quality"):
+            for arm, found in series(last, measure, figure, lambda *_: None).items():
+                columns.setdefault(arm, {})[HEADLINES[figure]] = found[None]
+    return table(columns)
+
+
+def table(found: dict[str, dict[Any, Estimate]]) -> str:
+    """Arms down, keys across, in the order of their appearance."""
+    keys = list(dict.fromkeys(key for of in found.values() for key in of))
+    rows = [["", *map(str, keys)], ["---"] * (len(keys) + 1)]
+    rows += [[arm, *(str(of[key]) if key in of else "-" for key in keys)] for arm, of in found.items()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _order(last: Sequence[dict[str, Any]], figure: str, better: str) -> str:
+    """The arms from best to worst, with > where neighbours are two standard errors of their difference apart."""
+    found: dict[str, Estimate] = {}
+    for measure in ("likelihood", "quality"):
+        found |= {arm: of[None] for arm, of in series(last, measure, figure, lambda *_: None).items()}
+    found.pop("parent", None)
+    if len(found) < 2:
+        return ""
+    ranked = sorted(found.items(), key=lambda item: item[1].mean, reverse=better == HIGHER)
+    text = ranked[0][0]
+    for (_, a), (name, b) in pairwise(ranked):
+        text += (" > " if apart(a, b) else " ~ ") + name
+    return (
+        f"By {HEADLINES[figure]} ({better}): {text}. (`>`: the means are more than two standard errors of their "
+        "difference apart; `~`: they are not, or there is one seed.)"
+    )
+
+
+def apart(a: Estimate, b: Estimate) -> bool:
+    """Whether two means differ by more than two standard errors of their difference; never for single seeds."""
+    if a.error is None or b.error is None:
+        return False
+    return abs(a.mean - b.mean) > 2 * math.hypot(a.error, b.error)
+
+
+def _described(own: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={json.dumps(value)}" for key, value in own.items())

@@ -120,12 +120,12 @@ def test_report_shows_means_and_errors(finished: Path) -> None:
     assert "By NELBO (lower is better):" in text
     found = report.series(report.last_lines(lines_of(finished)), "likelihood", "nelbo", lambda *_: None)
     assert str(found["clean"][None]) in text
-    assert found["clean"][None].count == 2
+    assert found["clean"][None].seeds == 2
 
 
 def test_estimates() -> None:
     made = report.estimate([1.0, 2.0, 3.0])
-    assert (made.mean, made.count) == (2.0, 3)
+    assert (made.mean, made.seeds) == (2.0, 3)
     assert made.error == pytest.approx(1 / 3**0.5)
     assert str(report.estimate([2.0])) == "2.000"
     assert report.apart(report.Estimate(1.0, 0.1, 3), report.Estimate(1.5, 0.1, 3))

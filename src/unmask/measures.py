@@ -297,8 +297,3 @@ def hold_out(corpus: Corpus, budget: Budget, end_token_id: int | None) -> HeldOu
             "continuation: give longer text, or lower prompt_tokens and new_tokens"
         )
     return HeldOut(documents, prompts)
-
-
-def score_prompts(prompts: Sequence[str], check: Callable[[str, str], bool]) -> Score:
-    """Which new texts answer their prompts, by check(prompt, text)."""
-    return lambda texts: [check(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]

@@ -50,7 +50,7 @@ class Estimate(NamedTuple):
 
     mean: float
     error: float | None
-    count: int
+    seeds: int
 
     def __str__(self) -> str:
         shown = f"{self.mean:.3g}" if abs(self.mean) < 0.01 else f"{self.mean:.3f}"

@@ -29,6 +29,7 @@ from unmask.model import DiffusionLM, load
 from unmask.progress import progress
 from unmask.report import write_report
 from unmask.settings import Settings, load_recipe, resolve
+from unmask.tasks import check
 
 PARENT = "parent"
 """The arm under whose name the untouched parent is measured."""
@@ -39,7 +40,7 @@ class Study:
     """What is compared. arms: name -> recipe and the settings that set it apart from the shared `settings`.
 
     points: checkpoints of each run, the last one included; `along` is measured at all of them, `measures` at the
-    last. max_tokens: of every arm alike. A setting of "none" takes the recipe's value away.
+    last. max_tokens: of every arm alike. answers: the held-out text is problems of `unmask.tasks`. A setting of "none" takes the recipe's value away.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     max_tokens: int = 1_000_000
     points: int = 1
+    answers: bool = False
     budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
@@ -112,7 +114,7 @@ def load_study(name: str | Path) -> Study:
     for key in ("arms", "measures"):
         if not raw.get(key):
             raise ValueError(f"study {str(name)!r} has no {key}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
     budget: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("budget", {}).items()}
     summary = " ".join(line.removeprefix("#").strip() for line in text.splitlines()[:1])
     return Study(name=str(name), summary=summary, budget=Budget(**budget), **values)
@@ -254,7 +256,13 @@ def _held_out(parent: DiffusionLM, study: Study, files: list[Path]) -> HeldOut:
         max_length=parent.network.context_length,
         max_documents=20 * max(study.budget.documents, study.budget.prompts),
     )
-    return hold_out(corpus, study.budget, end)
+    held_out = hold_out(corpus, study.budget, end)
+    if not study.answers:
+        return held_out
+    problems = [parent.tokenizer.decode(ids, skip_special_tokens=True) for ids in held_out.prompts]
+    for problem in problems:
+        check(problem, "")  # raises for what is no problem
+    return replace(held_out, score=lambda texts: [check(p, text) for p, text in zip(problems, texts, strict=True)])
 
 
 # --- the study's folder

@@ -1,0 +1,87 @@
+"""A small AR base that solves the synthetic tasks, and what every recipe makes of it.
+
+    python benchmarks/tasks.py --output runs/tasks [--base-tokens 4000000] [--max-tokens N] [--seeds 0,1] [--only-base]
+
+Writes problems of all tasks (train, valid, test are disjoint), trains a LLaMA of 0.8M parameters on them with the
+recipe `ar`, prints its greedy accuracy by task on valid, and runs the study `tasks` on it, measured on test. Run again,
+it goes on where it stopped.
+"""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import unmask
+from unmask.study import choose, load_study, run_study
+from unmask.tasks import TASKS, WORDS, Problem, problems, write_problems
+
+NUMBERS = {"train": 60_000, "valid": 600, "test": 600}
+
+
+def make_base(folder: Path, data: Path, tokens: int) -> None:
+    """A word-level tokenizer and a tiny LLaMA, trained on the answers."""
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<s>", "</s>", *WORDS]))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, bos_token_id=0,
+            eos_token_id=1, tie_word_embeddings=True,
+        )
+    ).eval()  # fmt: skip
+    unmask.adapt(
+        unmask.DiffusionLM(model, tokenizer), data, "ar", folder, resume=True, max_tokens=tokens, max_length=256,
+        batch_size=16, learning_rate=2e-3, warmup_ratio=0.05, eval_every=10**9, save_every=200,
+    )  # fmt: skip
+
+
+def accuracy_by_task(lm: unmask.DiffusionLM, asked: list[Problem]) -> dict[str, float]:
+    right: Counter[str] = Counter()
+    for start in range(0, len(asked), 100):
+        some = asked[start : start + 100]
+        out = lm.generate([p.prompt for p in some], max_new_tokens=16)
+        right.update(p.task for p, text in zip(some, out.texts, strict=True) if p.check(text))
+    of = Counter(p.task for p in asked)
+    return {task: right[task] / of[task] for task in of} | {"all": right.total() / len(asked)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--base-tokens", type=int, default=4_000_000)
+    parser.add_argument("--max-tokens", type=int, default=None)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--arms", default=None)
+    parser.add_argument("--only-base", action="store_true")
+    options = parser.parse_args()
+    data = {
+        split: write_problems(options.output / f"{split}.jsonl", problems(list(TASKS), split, number))
+        for split, number in NUMBERS.items()
+    }
+    base = options.output / "base"
+    make_base(base, data["train"], options.base_tokens)
+    found = accuracy_by_task(unmask.load(base), problems(list(TASKS), "valid", NUMBERS["valid"]))
+    (options.output / "base.json").write_text(json.dumps(found) + "\n")
+    print(json.dumps(found), flush=True)
+    if options.only_base:
+        return
+    study = choose(
+        load_study("tasks"),
+        max_tokens=options.max_tokens,
+        seeds=[int(seed) for seed in options.seeds.split(",")],
+        arms=None if options.arms is None else options.arms.split(","),
+    )
+    run_study(study, base, [data["train"]], [data["test"]], options.output / "study")
+    print((options.output / "study" / "report.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Synthetic tasks with known answers, on which parallel decoding errors show at a million parameters.
+
+A problem is a line of words that says everything: "reverse b a d > " has the answer "d a b", and `check` needs no more
+than the problem to judge any text. Where several answers are right (shuffle, plan), `check` takes them all; these are
+the tasks in which tokens that are each likely can be wrong together (ParallelBench 2510.04767).
+
+Splits are disjoint by construction: a hash of the problem's canonical form decides where it belongs, so no number of
+draws, and no other seed, puts a test problem into training data. Knows no model and no torch.
+
+Notation: an item is one of 16 letters. Results of `chain` are taken modulo 10. Words are what stands between spaces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+SPLITS = ("train", "valid", "test")
+ITEMS = "abcdefghijklmnop"
+SIGN = " > "
+"""What ends a problem."""
+
+WORDS = (*["copy", "reverse", "replace", "shuffle", "chain", "plan", ":", ">"], *ITEMS, *map(str, range(-26, 37)),
+         *(f"+{digit}" for digit in range(1, 10)))  # fmt: skip
+"""Every word of every problem and answer: the vocabulary of a word-level tokenizer."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """prompt: the text that is given. answer: one right continuation of it."""
+
+    prompt: str
+    answer: str
+
+    @property
+    def task(self) -> str:
+        return self.prompt.split(" ", 1)[0]
+
+    def check(self, text: str) -> bool:
+        return check(self.prompt, text)
+
+
+# --- the tasks: each draws a problem and judges an answer
+
+
+def _draw_items(rng: random.Random, task: str) -> Problem:
+    items = rng.sample(ITEMS, rng.randint(4, 10))
+    given = " ".join(items)
+    if task == "copy":
+        answer = items
+    elif task == "reverse":
+        answer = items[::-1]
+    elif task == "shuffle":
+        answer = rng.sample(items, len(items))
+    else:
+        old, new = rng.choice(items), rng.choice([item for item in ITEMS if item not in items])
+        answer = [new if item == old else item for item in items]
+        given = f"{old} {new} : {given}"
+    return Problem(f"{task} {given}{SIGN}", " ".join(answer))
+
+
+def _check_items(task: str, given: str, text: str) -> bool:
+    """Order of the given items, or any order of them for shuffle."""
+    said = text.split(" ")
+    if task == "replace":
+        change, _, given = given.partition(" : ")
+        old, new = change.split(" ")
+        return said == [new if item == old else item for item in given.split(" ")]
+    items = given.split(" ")
+    if task == "shuffle":
+        return sorted(said) == sorted(items)
+    return said == (items if task == "copy" else items[::-1])
+
+
+def _draw_chain(rng: random.Random, _task: str) -> Problem:
+    """Running results of a sum, each the one before it plus or minus a digit."""
+    given = [str(rng.randint(0, 9))] + [rng.choice("+-") + str(rng.randint(1, 9)) for _ in range(rng.randint(4, 8))]
+    return Problem(f"chain {' '.join(given)}{SIGN}", " ".join(_running(given)))
+
+
+def _running(given: Sequence[str]) -> list[str]:
+    total, results = int(given[0]), []
+    for step in given[1:]:
+        total = (total + int(step)) % 10
+        results.append(str(total))
+    return results
+
+
+def _check_chain(_task: str, given: str, text: str) -> bool:
+    return text.split(" ") == _running(given.split(" "))
+
+
+def _draw_plan(rng: random.Random, _task: str) -> Problem:
+    """Countdown in small: signs and an order that take the numbers to the target."""
+    numbers = [rng.randint(1, 9) for _ in range(rng.randint(3, 4))]
+    signs = [1, *(rng.choice((1, -1)) for _ in numbers[1:])]
+    order = rng.sample(numbers, len(numbers))
+    target = sum(sign * number for sign, number in zip(signs, order, strict=True))
+    given = f"{target} : {' '.join(map(str, numbers))}"
+    # The one answer to learn: the numbers as they are given, the first admissible signs, if there are any.
+    for tried in product((1, -1), repeat=len(numbers)):
+        if sum(s * n for s, n in zip(tried, numbers, strict=True)) == target:
+            answer = " ".join(("+" if s > 0 else "-") + str(n) for s, n in zip(tried, numbers, strict=True))
+            return Problem(f"plan {given}{SIGN}", answer)
+    raise AssertionError(given)
+
+
+def _check_plan(_task: str, given: str, text: str) -> bool:
+    """Every number once, in any order, with signs that add up to the target."""
+    target, _, numbers = given.partition(" : ")
+    terms = text.split(" ")
+    if not all(re.fullmatch(r"[+-]\d", term) for term in terms):
+        return False
+    return sorted(term[1] for term in terms) == sorted(numbers.split(" ")) and sum(map(int, terms)) == int(target)
+
+
+TASKS: dict[str, tuple[Callable[[random.Random, str], Problem], Callable[[str, str, str], bool]]] = {
+    "copy": (_draw_items, _check_items),
+    "reverse": (_draw_items, _check_items),
+    "replace": (_draw_items, _check_items),
+    "shuffle": (_draw_items, _check_items),
+    "chain": (_draw_chain, _check_chain),
+    "plan": (_draw_plan, _check_plan),
+}
+
+
+def check(prompt: str, text: str) -> bool:
+    """Whether `text` answers the problem `prompt`; white space around them does not count, anything else does."""
+    task, _, given = prompt.strip().removesuffix(SIGN.rstrip()).partition(" ")
+    if task not in TASKS or not prompt.rstrip().endswith(SIGN.rstrip()):
+        raise ValueError(f"prompt {prompt!r} is no problem of a task: it begins with one of {', '.join(TASKS)} and "
+                         f"ends with {SIGN!r}")  # fmt: skip
+    return TASKS[task][1](task, given.rstrip(), text.strip())
+
+
+# --- splits
+
+
+def canonical(problem: Problem) -> str:
+    """What makes two problems the same: the prompt; for `plan`, without the order of its numbers."""
+    if problem.task != "plan":
+        return problem.prompt
+    target, _, numbers = problem.prompt.removesuffix(SIGN).partition(" : ")
+    return f"{target} : {' '.join(sorted(numbers.split(' ')))}"
+
+
+def split_of(problem: Problem) -> str:
+    """train (80%), valid (10%) or test (10%), decided by a hash of the canonical problem."""
+    share = int(hashlib.sha256(canonical(problem).encode()).hexdigest(), 16) % 10
+    return "train" if share < 8 else SPLITS[share - 7]
+
+
+def draw(task: str, split: str, seed: int) -> Iterator[Problem]:
+    """Endless problems of a task that belong to a split; the same ones for the same seed."""
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is unknown: use one of {', '.join(TASKS)}")
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}")
+    rng = random.Random(f"{task} {split} {seed}")
+    while True:
+        problem = TASKS[task][0](rng, task)
+        if split_of(problem) == split:
+            yield problem
+
+
+def problems(tasks: Sequence[str], split: str, number: int, seed: int = 0) -> list[Problem]:
+    """`number` problems, the tasks taking turns; different ones where a task has as many."""
+    streams = [draw(task, split, seed) for task in tasks]
+    found: dict[str, Problem] = {}
+    repeated: list[Problem] = []
+    for turn in range(number):
+        for _ in range(50):
+            problem = next(streams[turn % len(streams)])
+            if problem.prompt not in found:
+                found[problem.prompt] = problem
+                break
+        else:
+            repeated.append(problem)
+    return [*found.values(), *repeated]
+
+
+def write_problems(path: Path, found: Sequence[Problem]) -> Path:
+    """A .jsonl file of prompts and completions, as `adapt` and `study` take it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(
+        "".join(json.dumps({"prompt": p.prompt, "completion": p.answer}) + "\n" for p in found), encoding="utf-8"
+    )
+    partial.replace(path)
+    return path

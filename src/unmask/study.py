@@ -40,7 +40,8 @@ class Study:
     """What is compared. arms: name -> recipe and the settings that set it apart from the shared `settings`.
 
     points: checkpoints of each run, the last one included; `along` is measured at all of them, `measures` at the
-    last. max_tokens: of every arm alike. answers: the held-out text is problems of `unmask.tasks`. A setting of "none" takes the recipe's value away.
+    last. max_tokens: of every arm alike. answers: the held-out text is problems of `unmask.tasks`. A setting of
+    "none" takes the recipe's value away.
     """
 
     name: str

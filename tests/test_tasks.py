@@ -1,0 +1,109 @@
+"""Synthetic tasks: right answers are taken, wrong ones are not, and no problem is in two splits."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unmask.tasks import (
+    ITEMS,
+    SPLITS,
+    TASKS,
+    WORDS,
+    Problem,
+    canonical,
+    check,
+    draw,
+    problems,
+    split_of,
+    write_problems,
+)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@given(seed=st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_drawn_problems_belong_to_their_split_and_are_answered(task: str, seed: int) -> None:
+    for split in SPLITS:
+        for problem in itertools.islice(draw(task, split, seed), 5):
+            assert problem.task == task
+            assert split_of(problem) == split
+            assert problem.check(problem.answer)
+            assert problem.check(f" {problem.answer}\n")
+            assert not problem.check(problem.answer + " a")
+            assert not problem.check("")
+            assert set((problem.prompt + problem.answer).split()) <= set(WORDS)
+
+
+def test_no_problem_is_in_two_splits() -> None:
+    """Of all splits and many seeds, canonical forms never meet; a rearranged plan stays where it was."""
+    met: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for task, split, seed in itertools.product(TASKS, SPLITS, range(3)):
+        met[split] |= {canonical(p) for p in itertools.islice(draw(task, split, seed), 300)}
+    for a, b in itertools.combinations(SPLITS, 2):
+        assert not met[a] & met[b]
+    for numbers in itertools.permutations("1479"):
+        assert split_of(Problem(f"plan 3 : {' '.join(numbers)} > ", "")) == split_of(Problem("plan 3 : 1 4 7 9 > ", ""))
+
+
+def test_splits_have_their_shares() -> None:
+    problem = (Problem(f"copy {' '.join(items)} > ", "") for items in itertools.permutations(ITEMS[:7]))
+    shares = [split_of(p) for p in problem]
+    assert abs(shares.count("train") / len(shares) - 0.8) < 0.02
+    assert abs(shares.count("test") / len(shares) - 0.1) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("prompt", "right", "wrong"),
+    [
+        ("copy d a b > ", ["d a b"], ["a d b", "d a", "d a b b", "d  a b", "dab"]),
+        ("reverse d a b > ", ["b a d"], ["d a b", "b a"]),
+        ("replace a k : d a b > ", ["d k b"], ["d a b", "k d b"]),
+        ("shuffle d a b > ", ["a b d", "d a b", "b d a"], ["a b", "a a d", "a b d d"]),
+        ("chain 7 +5 -3 -9 > ", ["2 9 0"], ["12 9 0", "2 9", "2 9 -0", "2 9 1"]),
+        (
+            "plan 3 : 1 4 2 > ",
+            ["+1 +4 -2", "-2 +4 +1"],
+            ["1 +4 -2", "+1 +4", "+1 +4 -2 +0", "+5 -2", "-1 +4 +2", "+4 -1"],
+        ),
+        ("plan 0 : 2 2 4 > ", ["+2 +2 -4", "-2 -2 +4"], ["+2 -2", "+2 -2 +4"]),
+    ],
+)
+def test_answers_are_judged(prompt: str, right: list[str], wrong: list[str]) -> None:
+    for text in right:
+        assert check(prompt, text), text
+        assert check(prompt.strip(), text), text  # as a tokenizer gives it back
+    for text in wrong:
+        assert not check(prompt, text), text
+
+
+def test_problems_take_turns_and_do_not_repeat() -> None:
+    found = problems(["copy", "plan"], "valid", 100, seed=1)
+    assert found == problems(["copy", "plan"], "valid", 100, seed=1)
+    assert found != problems(["copy", "plan"], "valid", 100, seed=2)
+    assert len({p.prompt for p in found}) == 100
+    assert [sum(p.task == task for p in found) for task in ("copy", "plan")] == [50, 50]
+
+
+def test_written_problems_are_supervised_examples(tmp_path: Path) -> None:
+    found = problems(list(TASKS), "test", 12)
+    records = [
+        json.loads(line) for line in write_problems(tmp_path / "new" / "t.jsonl", found).read_text().splitlines()
+    ]
+    assert records == [{"prompt": p.prompt, "completion": p.answer} for p in found]
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="task 'sort' is unknown: use one of copy, reverse"):
+        next(draw("sort", "train", 0))
+    with pytest.raises(ValueError, match="split 'dev' is unknown: use one of train, valid, test"):
+        next(draw("copy", "dev", 0))
+    with pytest.raises(ValueError, match="prompt 'Once upon a time' is no problem of a task"):
+        check("Once upon a time", "b")
+    with pytest.raises(ValueError, match="prompt 'copy a b' is no problem of a task"):
+        check("copy a b", "a b")

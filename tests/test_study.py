@@ -20,7 +20,7 @@ TINY = """# A comparison of nothing much.
 max_tokens = 1500
 seeds = [0, 1]
 points = 2
-measures = ["likelihood", "quality", "frontier", "block_sizes", "drift", "order", "speculation", "votes"]
+measures = ["likelihood", "quality", "frontier", "pace", "block_sizes", "drift", "order", "speculation", "votes"]
 along = ["likelihood"]
 [settings]
 block_size = 4
@@ -31,6 +31,7 @@ documents = 4
 samples = 2
 block_sizes = [2, 4]
 thresholds = [0.0, 0.9]
+paces = [1, 4]
 prompts = 3
 prompt_tokens = 8
 new_tokens = 8
@@ -96,6 +97,7 @@ def test_measures_say_what_a_checkpoint_has(finished: Path) -> None:
         (layer, part) for layer in (0, 1) for part in ("attention", "mlp")
     }
     assert all(row["mean_change"] > 0 for row in found["clean", "drift"])
+    assert [row["tokens_per_forward"] for row in found["clean", "pace"]] == [1.0, 4.0]
     order = found["clean", "order"]
     assert [row["at"] for row in order] == [0, 1, 2, 3]
     # 3 prompts of 8 tokens, 2 blocks of 4 places, one token a forward: every forward commits once in every block
@@ -176,6 +178,7 @@ def test_shipped_studies_load() -> None:
         ('measures = ["drift"]\nseeds = [1, 1]\n[arms.a]\nrecipe = "ar"', r"seeds \[1, 1\] must be different"),
         ('measures = ["drift"]\nmax_tokens = 0\n[arms.a]\nrecipe = "ar"', "max_tokens 0 of study 'bad' must be"),
         ('measures = ["drift"]\n[arms.parent]\nrecipe = "ar"', "arm 'parent' of study 'bad' needs another name"),
+        ('measures = ["drift"]\n[arms.a]\nrecipe = "ar"\nmax_tokens = 5', "arm 'a' of study 'bad' sets max_tokens"),
         ("measures =", "is no TOML"),
     ],
 )

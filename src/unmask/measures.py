@@ -20,14 +20,14 @@ from unmask.data import Corpus
 from unmask.evaluation import likelihood
 from unmask.evaluation.frontier import Score, Setting, measure
 from unmask.model import DiffusionLM
-from unmask.sampling import Candidates, Selector, Threshold
+from unmask.sampling import Candidates, Confidence, Selector, Threshold
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is measured. Thresholds and block sizes are the axes of `frontier` and `block_sizes`.
+    """How much is measured. thresholds, paces, block_sizes: the axes of `frontier`, `pace` and `block_sizes`.
 
     documents, samples: held-out documents and masks per block of a bound. prompts, prompt_tokens, new_tokens: of
     what is generated. votes: samples of each prompt that `votes` takes, at vote_temperature.
@@ -37,6 +37,7 @@ class Budget:
     samples: int = 4
     block_sizes: tuple[int, ...] = (2, 4, 8, 16, 32)
     thresholds: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    paces: tuple[int, ...] = (1, 2, 4, 8)
     prompts: int = 48
     prompt_tokens: int = 24
     new_tokens: int = 64
@@ -130,6 +131,13 @@ def measure_frontier(s: Subject) -> list[Row]:
         {"at": p, **s.decode(Setting("diffusion", Threshold(p), batch_size=_BATCH))}
         for p in sorted(s.budget.thresholds, reverse=True)
     ]
+
+
+def measure_pace(s: Subject) -> list[Row]:
+    """Greedy text at a fixed number of tokens per forward, the most confident ones. `at` is the number."""
+    if s.lm.diffusion is None:
+        return []
+    return [{"at": n, **s.decode(Setting("diffusion", Confidence(n), batch_size=_BATCH))} for n in s.budget.paces]
 
 
 def measure_speculation(s: Subject) -> list[Row]:
@@ -263,6 +271,7 @@ MEASURES: dict[str, Measure] = {
     "likelihood": measure_likelihood,
     "quality": measure_quality,
     "frontier": measure_frontier,
+    "pace": measure_pace,
     "block_sizes": measure_block_sizes,
     "drift": measure_drift,
     "order": measure_order,

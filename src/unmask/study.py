@@ -37,7 +37,7 @@ PARENT = "parent"
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared. arms: name -> recipe and the settings that set it apart from the shared `settings`.
+    """What is compared. settings: recipe and settings that arms share. arms: name -> what sets it apart.
 
     points: checkpoints of each run, the last one included; `along` is measured at all of them, `measures` at the
     last. max_tokens: of every arm alike. answers: the held-out text is problems of `unmask.tasks`. A setting of
@@ -76,11 +76,12 @@ class Study:
 
     def run_settings(self, arm: str, seed: int) -> Settings:
         """The settings of one run; raises ValueError where the recipe or a setting is wrong."""
-        own = dict(self.arms[arm])
-        if "recipe" not in own:
+        values = {"max_tokens": self.max_tokens} | self.settings | self.arms[arm] | {"seed": seed}
+        if "recipe" not in values:
             raise ValueError(f"arm {arm!r} of study {self.name!r} names no recipe")
-        values = {"max_tokens": self.max_tokens} | self.settings | own | {"seed": seed}
         recipe = values.pop("recipe")
+        if values["max_tokens"] != self.max_tokens:
+            raise ValueError(f"arm {arm!r} of study {self.name!r} sets max_tokens: all arms train on equally many")
         return load_recipe(recipe, **{k: None if v == "none" else v for k, v in values.items()})
 
     def runs(self) -> Iterator[tuple[str, int]]:

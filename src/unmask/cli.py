@@ -304,10 +304,16 @@ def infill(
     print(f"{int(out.num_new_tokens[0])} tokens in {int(out.num_forwards[0])} forwards", file=sys.stderr)
 
 
-@app.command(epilog="Example: unmask evaluate runs/q --data test.jsonl --num-samples 16 --json")
+@app.command(
+    epilog="Example: unmask evaluate runs/q --data test.jsonl --num-samples 16 --json; "
+    "unmask evaluate runs/q --tasks arc_easy,hellaswag --limit 200 --output results/q"
+)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or hub id.")],
-    data: Data,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="A .txt, .jsonl or .parquet file, or a folder of them; can be repeated."),
+    ] = None,
     more: Annotated[list[str] | None, typer.Argument(help="Further data files.", show_default=False)] = None,
     max_documents: Annotated[int | None, typer.Option(help="Only the first documents.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Score with another block size.")] = None,
@@ -315,10 +321,52 @@ def evaluate(
     exact: Annotated[bool, typer.Option(help="Enumerate all masks (blocks of up to 4 tokens).")] = False,
     text_column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files.")] = "text",
     skip_invalid: Annotated[bool, typer.Option(help="Leave broken documents out instead of stopping.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the masks, and of sampling.")] = 0,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Instead of --data: tasks of lm-evaluation-harness, or task files, with commas between."),
+    ] = None,
+    tasks_folder: Annotated[str | None, typer.Option(help="Tasks: folder with task files of your own.")] = None,
+    mode: Annotated[str | None, typer.Option(help="Tasks: diffusion, ar or speculative.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Tasks: documents of each, or a share below 1.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Tasks: solved examples in the prompt.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Tasks: rows at a time, by default 16.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tasks: a shorter context than the model's.")] = None,
+    confidence_threshold: Annotated[float | None, typer.Option(help="Tasks: of decoding, see generate.")] = None,
+    max_denoising_steps: Annotated[int | None, typer.Option(help="Tasks: of decoding, see generate.")] = None,
+    gen_kwargs: Annotated[
+        str | None, typer.Option(help="Tasks: NAME=VALUE,... in place of a task's own, as max_gen_toks=64.")
+    ] = None,
+    apply_chat_template: Annotated[bool, typer.Option(help="Tasks: as messages in the chat template.")] = False,
+    confirm_run_unsafe_code: Annotated[bool, typer.Option(help="Tasks: run code that the model wrote.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Tasks: folder for results.json and every sample.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Likelihood of text: exact NLL in AR mode, NELBO in diffusion mode."""
+    """Likelihood of text (exact NLL in AR mode, NELBO in diffusion mode), or tasks of lm-evaluation-harness."""
+    if tasks is not None:
+        if data or more or max_documents is not None:
+            raise ValueError(f"--tasks {tasks} brings its own documents: leave --data, and take fewer with --limit")
+        scoring: dict[str, Any] = {
+            "num_samples": num_samples, "exact": exact, "block_size": block_size, "seed": seed, "mode": mode,
+            "batch_size": batch_size or 16, "max_length": max_length, "max_denoising_steps": max_denoising_steps,
+        }  # fmt: skip
+        asked: dict[str, Any] = {
+            "limit": limit, "num_fewshot": num_fewshot, "gen_kwargs": gen_kwargs,
+            "apply_chat_template": apply_chat_template, "confirm_run_unsafe_code": confirm_run_unsafe_code,
+        }  # fmt: skip
+        _evaluate_tasks(model, tasks, tasks_folder, scoring, confidence_threshold, asked, output, as_json)
+        return
+    for option, given in {
+        "--tasks-folder": tasks_folder, "--mode": mode, "--limit": limit, "--num-fewshot": num_fewshot,
+        "--batch-size": batch_size, "--max-length": max_length, "--confidence-threshold": confidence_threshold,
+        "--max-denoising-steps": max_denoising_steps, "--gen-kwargs": gen_kwargs, "--output": output,
+        "--apply-chat-template": apply_chat_template or None,
+        "--confirm-run-unsafe-code": confirm_run_unsafe_code or None,
+    }.items():  # fmt: skip
+        if given is not None:
+            raise ValueError(f"{option} {given} is for --tasks: leave it out, or name tasks")
+    if not data:
+        raise ValueError("evaluate needs --data FILE, or --tasks NAME of lm-evaluation-harness")
     from unmask.data import find_files, read_documents
 
     files = find_files([*data, *(more or [])])
@@ -378,6 +426,39 @@ def evaluate(
         )
     else:
         print("nelbo  none: an untouched AR model has no diffusion mode")
+
+
+def _evaluate_tasks(
+    model: str,
+    tasks: str,
+    folder: str | None,
+    scoring: dict[str, Any],
+    confidence_threshold: float | None,
+    asked: dict[str, Any],
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """`evaluate --tasks`: `scoring` is for the harness's model, `asked` for its tasks."""
+    try:
+        from unmask.evaluation.lm_eval import HarnessLM, load_tasks, run_tasks, table, write_results
+    except ImportError as error:
+        raise ValueError(f'--tasks needs lm-evaluation-harness ({error}): pip install "unmask[eval]"') from error
+    from unmask.sampling import Threshold
+
+    select = None if confidence_threshold is None else Threshold(confidence_threshold)
+    loaded = load_tasks([name.strip() for name in tasks.split(",")], folder)
+
+    import unmask
+
+    lm = HarnessLM(unmask.load(model), select=select, show_progress=True, **scoring)
+    results = run_tasks(lm, loaded, **asked)
+    if output is not None:
+        write_results(results, output)
+    if as_json:
+        shown = {name: value for name, value in results.items() if name not in ("samples", "configs")}
+        print(json.dumps(shown, default=str))
+        return
+    print(table(results))
 
 
 @app.command(epilog="Example: unmask bench decode --json; unmask bench train runs/q --rounds 3")

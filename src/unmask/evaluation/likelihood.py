@@ -116,14 +116,7 @@ def nelbo(
     independent, so it is an upper estimate. exact=True sums over all masks of blocks of up to 4 tokens
     with weight 1 / (k C(n, k)): no variance.
     """
-    if exact:
-        if config.segment_size is None or config.segment_size > 4:
-            raise ValueError(
-                f"exact NELBO enumerates all masks of a block and needs clean context and block_size <= 4, "
-                f"got {config.attention} attention with block_size {config.block_size}"
-            )
-    elif num_samples < 1:
-        raise ValueError(f"num_samples {num_samples} must be at least 1")
+    check_estimator(config, num_samples, exact)
     draws = 2 ** (config.segment_size or 0) - 1 if exact else num_samples
     totals = torch.zeros(len(documents), draws, dtype=torch.float64)
     for windows, x0, layout, loss_mask in batches(documents, context_length, batch_tokens, network.device):
@@ -145,6 +138,18 @@ def nelbo(
     if num_samples > 1:
         errors = (totals.std(dim=1) / math.sqrt(num_samples)).tolist()
     return [_output(float(t), d, context_length, e) for t, d, e in zip(totals.mean(1), documents, errors, strict=True)]
+
+
+def check_estimator(config: DiffusionConfig, num_samples: int, exact: bool) -> None:
+    """Raise on what `nelbo` cannot do."""
+    if exact:
+        if config.segment_size is None or config.segment_size > 4:
+            raise ValueError(
+                f"exact NELBO enumerates all masks of a block and needs clean context and block_size <= 4, "
+                f"got {config.attention} attention with block_size {config.block_size}"
+            )
+    elif num_samples < 1:
+        raise ValueError(f"num_samples {num_samples} must be at least 1")
 
 
 def continuation_nelbo(

@@ -1,0 +1,488 @@
+"""lm-evaluation-harness 0.4 on every mode and recipe: one model class, and the run behind `evaluate --tasks`.
+
+Log-likelihoods are exact in the modes "ar" and "speculative" (whose text is AR's), and minus the NELBO of the
+continuation given its context in mode "diffusion", a lower bound. Text comes from `DiffusionLM.generate`.
+Tokens, prefix token and windows are those of the harness's own `hf` model, so an AR model's numbers are too.
+Where a text is longer than the context it loses its beginning; blocks count from what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import evaluator, utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import DEFAULT_MAX_LENGTH, has_bos_prefix, normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from torch import Tensor
+
+from unmask.attention import causal
+from unmask.denoiser import Network
+from unmask.evaluation.likelihood import Document, Progress, batches, check_estimator, nelbo, row_sums
+from unmask.objectives import predictable
+from unmask.progress import progress
+
+SCORED_ROW = 512
+"""Tokens that a row of the batch size stands for when scoring."""
+
+GENERATION_SETTINGS = ("do_sample", "temperature", "top_p", "top_k", "max_gen_toks", "until")
+
+
+@dataclass
+class Cost:
+    """What a task's requests took. num_truncated: those (or their windows) that lost a beginning to the context.
+    num_forwards: passes of the network for a row, prefills left out, as `generate` counts them. num_new_tokens: of
+    generated text, 0 where texts were scored."""
+
+    num_requests: int = 0
+    num_truncated: int = 0
+    num_forwards: int = 0
+    num_new_tokens: int = 0
+
+    @property
+    def tokens_per_forward(self) -> float | None:
+        """Mean over all generated tokens; None where nothing was generated."""
+        return self.num_new_tokens / self.num_forwards if self.num_new_tokens else None
+
+
+class HarnessLM(TemplateLM):
+    """A `DiffusionLM` as a model of the harness: `lm_eval.simple_evaluate(model=HarnessLM(unmask.load(folder)), ...)`.
+
+    mode: as in `generate`; by default what the checkpoint is. num_samples, exact, block_size: of the bound.
+    batch_size: rows decoded at a time; rows of 512 tokens scored at a time. max_length: a shorter context than
+    the model's. decoding: further options of `generate`; temperature, top_p, top_k, stop strings and length are
+    the task's. costs: filled while running, by task.
+    """
+
+    def __init__(
+        self,
+        lm: Any,
+        mode: str | None = None,
+        *,
+        num_samples: int = 8,
+        exact: bool = False,
+        block_size: int | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        show_progress: bool = False,
+        **decoding: Any,
+    ) -> None:
+        super().__init__()
+        self.mode = mode or ("ar" if lm.diffusion is None else "diffusion")
+        lm._check_mode(self.mode)
+        self.bound = None if self.mode != "diffusion" else lm.diffusion.with_block_size(block_size)
+        if self.bound is None and (exact or (block_size is not None and self.mode == "ar")):
+            raise ValueError(f"mode {self.mode!r} scores exactly, without a bound's block_size and exact: leave them")
+        if self.bound is not None:
+            check_estimator(self.bound, num_samples, exact)
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} must be at least 1")
+        context = lm.network.context_length or DEFAULT_MAX_LENGTH
+        if max_length is not None and not 2 <= max_length <= context:
+            raise ValueError(f"max_length {max_length} must be from 2 up to the model's context of {context}")
+        self.lm, self.tokenizer = lm, lm.tokenizer
+        self.num_samples, self.exact, self.seed = num_samples, exact, seed
+        self.batch_size, self.max_length = batch_size, max_length or context
+        self.show_progress = show_progress
+        self.decoding = decoding | ({} if block_size is None else {"block_size": block_size})
+        self.costs: dict[str, Cost] = {}
+
+    # --- what the harness asks of a model with a tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.network.device
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without context is conditioned on: the begin token, else the end token."""
+        return int(self.lm._begin())
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if add_special_tokens is None:  # the tokenizer's own habit, but never a second begin token
+            begun = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+            return self.tokenizer.encode(string, **({"add_special_tokens": False} if begun else {}))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the numbers depend on besides the task; the harness puts it into its results too."""
+        sampled = self.bound is not None and not self.exact
+        return {
+            "mode": self.mode,
+            "estimator": "exact" if self.bound is None else "nelbo",
+            "enumerated": self.exact if self.bound is not None else None,
+            "num_samples": self.num_samples if sampled else None,
+            "block_size": self.bound and self.bound.block_size,
+            "max_length": self.max_length,
+            "seed": self.seed,
+        }
+
+    # --- likelihoods
+
+    def loglikelihood(self, requests: list[Instance], **_: Any) -> list[tuple[float, bool]]:
+        """(log p(continuation | context), whether greedy decoding gives it) of each request.
+
+        In diffusion mode the second is found by decoding, and only where it is read: where a document has
+        one request. The choices of multiple choice get False.
+        """
+        answers: list[tuple[float, bool]] = []
+        for task, group in _by_task(requests):
+            pairs = [self._encode(task, *request.args) for request in group]
+            scores = self._score(task, pairs)
+            if self.bound is not None:
+                alone = Counter(request.doc_id for request in group)
+                asked = [i for i, request in enumerate(group) if alone[request.doc_id] == 1]
+                found = self._decodes_to(task, [pairs[i] for i in asked])
+                for i, equal in zip(asked, found, strict=True):
+                    scores[i] = (scores[i][0], equal)
+            for request, score in zip(group, scores, strict=True):
+                self.cache_hook.add_partial("loglikelihood", request.args, score)
+            answers += scores
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
+        """log p of each whole text after the prefix token, in the harness's windows: each token is predicted once.
+
+        An AR window reads max_length tokens and predicts one more; a window of the bound holds what it predicts.
+        """
+        reach = self.max_length - 1 if self.bound is not None else self.max_length
+        totals: list[float] = []
+        for task, group in _by_task(requests):
+            windows: list[tuple[list[int], list[int]]] = []
+            owners: list[int] = []
+            for owner, request in enumerate(group):
+                ids = self.tok_encode(request.args[0])
+                for window in utils.get_rolling_token_windows(ids, self.prefix_token_id, reach, 1):
+                    windows.append(utils.make_disjoint_window(window))
+                    owners.append(owner)
+            sums = [0.0] * len(group)
+            for owner, score in zip(owners, self._score(task, windows), strict=True):
+                sums[owner] += score[0]
+            for request, log_p in zip(group, sums, strict=True):
+                self.cache_hook.add_partial("loglikelihood_rolling", request.args, log_p)
+            totals += sums
+        return totals
+
+    def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+        return self._score("", [(context, continuation) for _, context, continuation in requests])
+
+    def _encode(self, task: str, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of context and continuation, split as the harness splits them; a context is never empty."""
+        if context:
+            given, scored = self._encode_pair(context, continuation)
+        else:
+            given, scored = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+            if scored[:1] == given:
+                scored = scored[1:]
+        if not given or not scored:
+            raise ValueError(f"task {task!r}: {continuation!r} after {context[-40:]!r} makes no tokens to score")
+        return given, scored
+
+    def _score(self, task: str, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        cost = self.costs.setdefault(task, Cost())
+        cost.num_requests += len(pairs)
+        kept = self.max_length + (self.bound is None)
+        documents = []
+        for given, scored in pairs:
+            if len(scored) >= kept:
+                raise ValueError(
+                    f"task {task!r}: a continuation of {len(scored)} tokens exceeds the context of {self.max_length}"
+                )
+            ids = torch.tensor([*given, *scored][-kept:])
+            cost.num_truncated += len(given) + len(scored) > kept
+            documents.append(Document(ids, torch.zeros_like(ids), torch.arange(len(ids)) >= len(ids) - len(scored)))
+        size: dict[str, Any] = {"batch_tokens": self.batch_size * SCORED_ROW}
+        with progress(f"{task} log-likelihoods", len(pairs), show=self.show_progress) as advance:
+            if self.bound is None:
+                cost.num_forwards += len(pairs)
+                return continuation_log_p(self.lm.network, documents, progress=advance, **size)
+            draws = 2 ** (self.bound.block_size or 0) - 1 if self.exact else self.num_samples
+            cost.num_forwards += len(pairs) * draws
+            bounds = nelbo(
+                self.lm.network,
+                self.bound,
+                documents,
+                num_samples=self.num_samples,
+                exact=self.exact,
+                seed=self.seed,
+                progress=advance,
+                **size,
+            )
+            return [(-bound.nats, False) for bound in bounds]
+
+    def _decodes_to(self, task: str, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
+        """Whether decoding at temperature 0 continues each context by exactly its continuation."""
+        found = [False] * len(pairs)
+        lengths: dict[int, list[int]] = {}
+        for i, (_, scored) in enumerate(pairs):
+            lengths.setdefault(len(scored), []).append(i)
+        with progress(f"{task} greedy", len(pairs), show=self.show_progress) as advance:
+            for length, members in sorted(lengths.items(), reverse=True):
+                prompts = [pairs[i][0][-(self.max_length - length) :] for i in members]
+                for order, new in self._decode(prompts, length, {}, None, advance):
+                    found[members[order]] = new == pairs[members[order]][1]
+        return found
+
+    # --- text
+
+    def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
+        """The text that continues each context, up to its stop strings, the end token or max_gen_toks."""
+        answers: list[str] = []
+        for task, group in _by_task(requests):
+            texts = [""] * len(group)
+            cost = self.costs.setdefault(task, Cost())
+            cost.num_requests += len(group)
+            alike: dict[str, list[int]] = {}
+            for i, request in enumerate(group):
+                alike.setdefault(repr(request.args[1]), []).append(i)
+            with progress(f"{task} texts", len(group), show=self.show_progress) as advance:
+                for members in alike.values():
+                    asked = self._asked(task, group[members[0]].args[1])
+                    until, length = asked.pop("until"), asked.pop("max_gen_toks")
+                    prompts = [self.tok_encode(group[i].args[0]) for i in members]
+                    cost.num_truncated += sum(len(prompt) > self.max_length - length for prompt in prompts)
+                    prompts = [prompt[-(self.max_length - length) :] for prompt in prompts]
+                    for order, new in self._decode(prompts, length, asked, until, advance, cost):
+                        texts[members[order]] = self._cut(prompts[order], new, until)
+            for request, text in zip(group, texts, strict=True):
+                self.cache_hook.add_partial("generate_until", request.args, text)
+            answers += texts
+        return answers
+
+    def _asked(self, task: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """temperature, top_p, top_k, until and max_gen_toks of a request; what no mode can do is refused."""
+        asked: dict[str, Any] = dict(normalize_gen_kwargs(settings, 256))
+        strange = {k: v for k, v in asked.items() if k not in GENERATION_SETTINGS and (k, v) != ("num_beams", 1)}
+        if strange:
+            raise ValueError(
+                f"task {task!r} asks for {strange}, and decoding here knows {', '.join(GENERATION_SETTINGS)}: "
+                "change the task"
+            )
+        length = asked["max_gen_toks"]
+        if not 0 < length < self.max_length:
+            raise ValueError(
+                f"task {task!r} asks for max_gen_toks {length}, and a context of {self.max_length} has room for 1 to "
+                f"{self.max_length - 1}: set another with --gen-kwargs max_gen_toks=N"
+            )
+        until = [s for s in asked["until"] if s]
+        return {k: v for k, v in asked.items() if k in ("temperature", "top_p", "top_k")} | {
+            "until": until,
+            "max_gen_toks": length,
+        }
+
+    def _decode(
+        self,
+        prompts: Sequence[list[int]],
+        length: int,
+        options: dict[str, Any],
+        until: list[str] | None,
+        advance: Callable[[int], None],
+        cost: Cost | None = None,
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(number of the prompt, its new tokens), prompts of like length together, longest first."""
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            width = max(1, len(prompts[rows[0]]))
+            ids = torch.zeros(len(rows), width, dtype=torch.long)
+            real = torch.zeros(len(rows), width, dtype=torch.bool)
+            for row, i in enumerate(rows):
+                if prompts[i]:
+                    ids[row, -len(prompts[i]) :] = torch.tensor(prompts[i])
+                    real[row, -len(prompts[i]) :] = True
+            out = self.lm.generate(
+                ids,
+                self.mode,
+                length,
+                stop_strings=until,
+                seed=self.seed + start,
+                attention_mask=real,
+                **self.decoding,
+                **options,
+            )
+            if cost is not None:
+                cost.num_forwards += int(out.num_forwards.sum())
+                cost.num_new_tokens += int(out.num_new_tokens.sum())
+            for row, i in enumerate(rows):
+                begin = max(1, len(prompts[i]))  # an empty prompt is the begin token
+                yield i, out.sequences[row, begin : begin + int(out.num_new_tokens[row])].tolist()
+            advance(len(rows))
+
+    def _cut(self, prompt: list[int], new: list[int], until: list[str]) -> str:
+        """The new text before the first stop string; one that is a special token never shows in text."""
+        vocabulary, special = self.tokenizer.get_vocab(), set(self.tokenizer.all_special_ids)
+        ends = {vocabulary[s] for s in until if vocabulary.get(s) in special}
+        new = new[: next((n for n, token in enumerate(new) if token in ends), len(new))]
+        text: str = self.lm.new_text(torch.tensor(prompt or [self.prefix_token_id]), new)
+        return text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
+
+
+@torch.inference_mode()
+def continuation_log_p(
+    network: Network,
+    documents: Sequence[Document],
+    *,
+    batch_tokens: int = 8192,
+    progress: Progress | None = None,
+) -> list[tuple[float, bool]]:
+    """(log p of the scored tokens, whether each has the largest logit) of each document under the causal pattern.
+
+    As `likelihood.nll`, but the last token is not run, so that a full context can predict one token more.
+    """
+    answers = [(0.0, False)] * len(documents)
+    for windows, x0, layout, loss_mask in batches(documents, None, batch_tokens, network.device):
+        wanted = predictable(layout, loss_mask)
+        rows = wanted[:, 1:].flatten().nonzero()[:, 0]
+        logits = network(x0[:, :-1], layout.at(..., slice(None, -1)), causal, rows=rows)
+        log_p: Tensor = logits.double().log_softmax(-1)
+        target = x0[wanted]
+        sums = row_sums(log_p.gather(-1, target[:, None])[:, 0], wanted)
+        misses = row_sums(logits.argmax(-1) != target, wanted)
+        for (owner, _), total, missed in zip(windows, sums, misses, strict=True):
+            answers[owner] = (total, missed == 0)
+        if progress is not None:
+            progress(len(windows))
+    return answers
+
+
+def _by_task(requests: Sequence[Instance]) -> Iterator[tuple[str, list[Instance]]]:
+    """Requests of one task at a time: its masks and batches do not depend on what else is run."""
+    for task, group in groupby(requests, key=lambda request: request.task_name):
+        yield task or "task", list(group)
+
+
+# --- a run
+
+
+def load_tasks(names: Sequence[str], folder: str | None = None) -> dict[str, Any]:
+    """Tasks and groups by name, pattern (mmlu_*) or .yaml file; `folder` holds task files besides the harness's."""
+    if folder is not None and not os.path.isdir(folder):
+        raise ValueError(f"tasks folder {folder!r} does not exist")
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if any(not os.path.isfile(name) and not manager.match_tasks([name]) for name in names):
+        manager = TaskManager(include_path=folder)  # the harness's own 14,000 take seconds to read
+    chosen: list[str] = []
+    for name in names:
+        found = [name] if os.path.isfile(name) else manager.match_tasks([name])
+        if not found:
+            near = difflib.get_close_matches(name, manager.all_tasks, 5)
+            hint = f"near names are {', '.join(near)}" if near else "`lm_eval ls tasks` lists the harness's own"
+            raise ValueError(f"task {name!r} does not exist: {hint}; your own task files are found with --tasks-folder")
+        chosen += [n for n in found if n not in chosen]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return manager.load(chosen)
+    except Exception as error:  # reading a data set fails in the ways of files, parsers and networks
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        raise ValueError(f"tasks {', '.join(chosen)} cannot be loaded: {type(error).__name__}: {reason}") from error
+
+
+def run_tasks(
+    model: HarnessLM,
+    tasks: dict[str, Any],
+    *,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    gen_kwargs: str | dict[str, Any] | None = None,
+    apply_chat_template: bool = False,
+    fewshot_seed: int = 1234,
+    confirm_run_unsafe_code: bool = False,
+) -> dict[str, Any]:
+    """Run what `load_tasks` gave; the harness's results, and beside them `model` (estimator, samples ...) and `costs`.
+
+    As `lm_eval.simple_evaluate` with its own defaults, but for 1,000 bootstrap draws where a standard error
+    has no formula. limit: documents of each task, or their share if below 1. gen_kwargs: in place of a task's
+    own settings of generation, as a dict or "name=value,...".
+    """
+    if limit is not None and limit <= 0:
+        raise ValueError(f"limit {limit} must be above 0: a number of documents, or a share below 1")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ValueError(f"num_fewshot {num_fewshot} must be at least 0")
+    if apply_chat_template and not getattr(model.tokenizer, "chat_template", None):
+        raise ValueError("apply_chat_template needs a chat template, and this tokenizer has none: leave it out")
+    if isinstance(gen_kwargs, str):
+        if not all("=" in pair for pair in gen_kwargs.split(",")):
+            raise ValueError(f"gen_kwargs {gen_kwargs!r} must be name=value pairs with commas between")
+        gen_kwargs = utils.simple_parse_args_string(gen_kwargs)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstrap here: forking a process that runs torch may hang
+    random.seed(0)
+    for task in tasks["tasks"].values():
+        if gen_kwargs and task.get_config("output_type") == "generate_until":
+            task.set_config(key="generation_kwargs", value=gen_kwargs, update=True)
+        written = task.get_config("num_fewshot")
+        if written is None or (num_fewshot is not None and written != 0):  # a task that says 0 means it
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=fewshot_seed)
+    with contextlib.redirect_stdout(sys.stderr):
+        results: dict[str, Any] = evaluator.evaluate(
+            lm=model,
+            task_dict=tasks,
+            limit=limit,
+            bootstrap_iters=1000,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+        )
+    costs = {name: asdict(cost) | {"tokens_per_forward": cost.tokens_per_forward} for name, cost in model.costs.items()}
+    return results | {"model": model.get_model_info(), "costs": costs}
+
+
+def write_results(results: dict[str, Any], folder: Path) -> None:
+    """results.json, and every document with the model's answers in samples_TASK.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(
+        json.dumps({k: v for k, v in results.items() if k != "samples"}, indent=2, default=str) + "\n"
+    )
+    for task, samples in results["samples"].items():
+        lines = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
+        (folder / f"samples_{utils.sanitize_task_name(task)}.jsonl").write_text(lines)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures of `run_tasks` as lines to read."""
+    lines = ["  ".join(f"{name} {value}" for name, value in results["model"].items() if value is not None)]
+    for task, values in (results["results"] | results.get("groups", {})).items():
+        for metric, figure in values.items():
+            name, _, chosen = metric.partition(",")
+            if isinstance(figure, float) and not name.endswith("_stderr"):
+                spread = values.get(f"{name}_stderr,{chosen}")
+                around = f" ± {spread:.4f}" if isinstance(spread, float) else ""
+                lines.append(f"{task:20} {name:14} {figure:.4f}{around}" + ("" if chosen == "none" else f" ({chosen})"))
+    for task, cost in results["costs"].items():
+        rate = cost["tokens_per_forward"]
+        cut = f", {cost['num_truncated']} cut to the context" if cost["num_truncated"] else ""
+        lines.append(
+            f"{task:20} {cost['num_requests']} requests{cut}, {cost['num_forwards']} forwards"
+            + (f", {rate:.2f} tokens per forward" if rate else "")
+        )
+    return "\n".join(lines)

@@ -39,7 +39,7 @@ def make_base(folder: Path, data: Path, tokens: int) -> None:
     ).eval()  # fmt: skip
     unmask.adapt(
         unmask.DiffusionLM(model, tokenizer), data, "ar", folder, resume=True, max_tokens=tokens, max_length=256,
-        batch_size=16, learning_rate=2e-3, warmup_ratio=0.05, eval_every=10**9, save_every=200,
+        batch_size=4, learning_rate=2e-3, warmup_ratio=0.05, eval_every=10**9, save_every=500,
     )  # fmt: skip
 
 

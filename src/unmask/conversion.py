@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -18,6 +19,7 @@ import transformers
 
 from unmask import hf, lora
 from unmask.data import Corpus, HubStream, find_files, load_corpus
+from unmask.denoiser import DiffusionConfig, Network
 from unmask.drafter import Drafter, DrafterConfig
 from unmask.evaluation import likelihood
 from unmask.model import DiffusionLM, load
@@ -85,9 +87,15 @@ def adapt(
         raise ValueError(f"model {name!r} is converted already: a drafter needs an untouched AR model as its base")
     if chosen.objective == "distill" and chosen.lora_rank is not None:
         raise ValueError(f"lora_rank={chosen.lora_rank} does not go with objective='distill': use drafter_rank")
+    if chosen.random_offset and not hf.sees_position_differences(lm.model):
+        raise ValueError(
+            f"random_offset=true moves a document's positions, which {type(lm.model).__name__} sees as such: it needs "
+            "a model with rotary positions"
+        )
     if chosen.block_size is None and lm.diffusion is not None:
         chosen = replace(chosen, block_size=lm.diffusion.block_size)
-    chosen = resolve(chosen, sum(p.numel() for p in lm.model.parameters()), lm.network.context_length)
+    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+    chosen = resolve(chosen, sum(p.numel() for p in lm.model.parameters()), lm.network.context_length, vocabulary)
     end_token_id = _end_token_id(lm, chosen)
 
     source: Any
@@ -97,8 +105,9 @@ def adapt(
         )
     else:
         source = _tokenise(lm, chosen, files, end_token_id, show_progress)
-    if own:
-        source = _roll_out(lm, chosen, source, output_dir, parent["fingerprint"], end_token_id, show_progress)
+    of_student = own and (chosen.self_mode == "diffusion" or chosen.self_every is not None)
+    if own and not of_student:
+        source = _roll_out(lm, chosen, source, output_dir.parent, parent["fingerprint"], end_token_id, show_progress)
     run: dict[str, Any] = {
         "parent": parent,
         "settings": _plain(chosen),
@@ -136,10 +145,15 @@ def adapt(
     if chosen.lora_rank is not None:
         alpha = 2.0 * chosen.lora_rank if chosen.lora_alpha is None else chosen.lora_alpha
         tuner = lora.add_lora(lm.model, chosen.lora_rank, alpha, chosen.trainable, chosen.seed)
+    teacher = _teacher(lm, chosen, config) if chosen.teacher is not None else None
     base = None if drafter is None else hf.Base(parent["name"], parent["fingerprint"])
     adapted = DiffusionLM(lm.model, lm.tokenizer, config, drafter=drafter, base=base)
     learning: Any = lm.model if drafter is None else drafter
     trained = sum(p.numel() for p in learning.parameters() if p.requires_grad)
+
+    def renew(step: int) -> Corpus:
+        author = f"{parent['fingerprint']} after {step} steps"
+        return _roll_out(adapted, chosen, source, output_dir / "rollouts", author, end_token_id, False, step)
 
     ranks = accelerate.PartialState()
     ranks.wait_for_everyone()  # all have read the folder before one writes to it
@@ -184,6 +198,8 @@ def adapt(
                 evaluate=evaluate,
                 report=report,
                 replicate=_replicate(lm, chosen),
+                teacher=teacher,
+                renew=renew if of_student else None,
             )
     if tuner is not None:
         if ranks.is_main_process and not chosen.lora_merge:
@@ -204,14 +220,35 @@ def adapt(
     return adapted
 
 
+def _teacher(lm: DiffusionLM, settings: Settings, config: DiffusionConfig | None) -> Network:
+    """The frozen AR model whose law the joint objective keeps to, on the vocabulary of the model that learns."""
+    assert config is not None
+    if settings.teacher == "parent":
+        model = copy.deepcopy(lm.model)
+    else:
+        other = load(str(settings.teacher), dtype=lm.model.dtype, device=lm.network.device)
+        if other.diffusion is not None and not other.diffusion.serves_ar:
+            raise ValueError(f"teacher={settings.teacher!r} is no AR model any more: give the one it was made from")
+        model = other.model
+        size = lm.model.get_input_embeddings().weight.shape[0]
+        known = other.tokenizer.get_vocab()
+        if any(known.get(token, i) != i for token, i in lm.tokenizer.get_vocab().items() if i != config.mask_token_id):
+            raise ValueError(f"teacher={settings.teacher!r} has another vocabulary: its laws are of other tokens")
+        if model.get_input_embeddings().weight.shape[0] != size:
+            model.resize_token_embeddings(size, mean_resizing=False)
+    hf.without_dropout(model)
+    return hf.HFNetwork(model.requires_grad_(False).eval(), config.mask_token_id)
+
+
 def _replicate(lm: DiffusionLM, settings: Settings) -> Callable[[Any], Any] | None:
     """How a small model is copied for the threads of a CPU; None where a copy would not be the model.
 
-    Gated adapters hook into the one model, DiffuLLaMA's parity options speak of whole micro-batches, and a large
-    model's operations fill all threads by themselves.
+    Gated adapters hook into the one model and a teacher's head has one too, DiffuLLaMA's parity options speak of
+    whole micro-batches, and a large model's operations fill all threads by themselves.
     """
     small = sum(p.numel() for p in lm.model.parameters()) < 20e6
-    plain = settings.objective != "distill" and settings.lora_rank is None and not settings.gradient_checkpointing
+    hooked = settings.objective == "distill" or settings.lora_rank is not None or settings.teacher is not None
+    plain = not hooked and not settings.gradient_checkpointing
     split = settings.loss_normaliser == "tokens" and not settings.anneal_redraw
     return hf.replicate if small and plain and split and settings.mixed_precision == "no" else None
 
@@ -245,20 +282,26 @@ def _roll_out(
     lm: DiffusionLM,
     settings: Settings,
     prompts: Corpus,
-    output_dir: Path,
+    folder: Path,
     author: str,
     end_token_id: int | None,
     show_progress: bool,
+    step: int = 0,
 ) -> Corpus:
-    """Text of the model's own after the beginnings of `prompts`."""
+    """Text of the model's own after the beginnings of `prompts`, as much as the steps until the next one need."""
     asked = settings.self_tokens or settings.max_tokens
     assert asked is not None
     assert settings.max_length is not None
+    assert settings.batch_size is not None
+    if settings.self_every is not None:
+        asked = min(asked, settings.self_every * settings.batch_size * settings.max_length)
     with progress("roll out", asked, show=show_progress) as advance:
         return roll_out(
-            lm.network, prompts, output_dir.parent, author=author, num_tokens=asked,
+            lm.network, prompts, folder, author=author, num_tokens=asked,
             max_length=settings.max_length, temperature=settings.self_temperature,
-            end_token_ids=() if end_token_id is None else (end_token_id,), seed=settings.seed, progress=advance,
+            end_token_ids=() if end_token_id is None else (end_token_id,), seed=settings.seed,
+            first=step * settings.batch_size, student=lm.diffusion if settings.self_mode == "diffusion" else None,
+            progress=advance,
         )  # fmt: skip
 
 

@@ -202,6 +202,13 @@ def takes_chunked_attention(model: Any) -> bool:
     return _probe_chunked(config_class, _tiny_json(config))
 
 
+def sees_position_differences(model: Any) -> bool:
+    """Whether moving all positions by the same amount changes nothing (rotary models), tried on a tiny instance."""
+    config = model.config.get_text_config()
+    config_class: Any = type(config)
+    return _probe_positions(config_class, _tiny_json(config))
+
+
 @contextmanager
 def head_rows(head: torch.nn.Module, rows: Tensor | None) -> Iterator[None]:
     """Within the context the head `head` runs on the given rows only, flat indices into (batch * length)."""
@@ -288,6 +295,16 @@ def _probe_chunked(config_class: Hashable, config: str) -> bool:
         return bool(gap <= 1e-5 * dense_logits.abs().max())
     except Exception:  # whatever it is, the model does not take it: dense attention stays
         return False
+
+
+@functools.lru_cache(maxsize=64)
+def _probe_positions(config_class: Hashable, config: str) -> bool:
+    network = HFNetwork(_tiny_model(config_class, config, "sdpa"))
+    tokens, position = torch.arange(20)[None] + 3, torch.arange(20)[None]
+    with torch.inference_mode():
+        logits = network(tokens, Layout.of(position), causal)
+        gap = (network(tokens, Layout.of(position + 7), causal) - logits).abs().max()
+    return bool(gap <= 1e-4 * logits.abs().max())
 
 
 def _tiny_model(config_class: Any, config: str, implementation: str) -> Any:

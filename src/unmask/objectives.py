@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from unmask.attention import Layout, Pattern
-from unmask.corruption import Corruption
+from unmask.corruption import Corruption, segments
 from unmask.denoiser import DiffusionConfig, Network, score, score_ar, score_distilled, score_joint
 
 
@@ -82,19 +82,32 @@ def joint_loss(
     corruption: Corruption,
     alpha: float,
     loss_mask: Tensor | None = None,
+    *,
+    teacher: Network | None = None,
+    distance: str = "ce",
+    top_k: int | None = None,
 ) -> LossOutput:
     """L_AR + alpha * L_diffusion from one two-stream pass (Nemotron-Labs 2607.05722, section 2.1).
 
     Both terms are means over the predictable tokens (a mask's weights average 1 over them), so they share one
     count, and alpha weighs nats per token against nats per token whatever the noise level. Equals
     `ar_loss` + alpha * `diffusion_loss` of two passes.
+    teacher: a frozen AR model; L_AR is then the clean rows' KL from its law, which pulls at nothing where the
+    AR model is still what it was. distance: other than "ce", the noisy rows follow the AR law of their tokens,
+    the teacher's or else the clean rows' own, instead of the text (OPDLM 2606.06712).
     """
     wanted, masked = predictable(layout, loss_mask), corruption.masked
     xt = corruption.apply(x0, config.mask_token_id)
     logits, ar_logits = score_joint(network, config, xt, x0, layout, masked, wanted)
-    ar = cross_entropy(ar_logits, x0[wanted], reduction="sum")
-    nll = cross_entropy(logits, x0[masked], reduction="none")
-    return LossOutput(ar + alpha * (corruption.weight[masked] * nll).sum(), wanted.sum())
+    law = ar_logits.detach()
+    if teacher is None:
+        ar = cross_entropy(ar_logits, x0[wanted], reduction="sum")
+    else:
+        with torch.no_grad():
+            law = score_ar(teacher, x0, layout, wanted)
+        ar = draft_distance(law, ar_logits, x0[wanted], "kl", top_k).sum()
+    values = draft_distance(law[masked[wanted]], logits, x0[masked], distance, top_k)
+    return LossOutput(ar + alpha * (corruption.weight[masked] * values).sum(), wanted.sum())
 
 
 def distill_loss(
@@ -105,6 +118,8 @@ def distill_loss(
     corruption: Corruption,
     distance: str,
     loss_mask: Tensor | None = None,
+    *,
+    top_k: int | None = None,
 ) -> LossOutput:
     """sum_i w_i * distance(p_i, q_i): p_i the AR law of token i on the clean stream, q_i the draft's.
 
@@ -118,12 +133,12 @@ def distill_loss(
     xt = corruption.apply(x0, config.mask_token_id)
     q, p = score_distilled(network, config, xt, x0, layout, wanted)
     if reach:
-        values = 0.1 * draft_distance(p, q, x0[wanted], "kl")
-        acceptance = 1 - draft_distance(p, q, x0[wanted], "tv")
+        values = 0.1 * draft_distance(p, q, x0[wanted], "kl", top_k)
+        acceptance = 1 - draft_distance(p, q, x0[wanted], "tv", top_k)
         grid = torch.ones_like(layout.position, dtype=acceptance.dtype).masked_scatter(wanted, acceptance)
         values = values + draft_failure(grid, layout, config.block_size or 1)[wanted]
     else:
-        values = draft_distance(p, q, x0[wanted], distance)
+        values = draft_distance(p, q, x0[wanted], distance, top_k)
     return LossOutput((corruption.weight[wanted] * values).sum(), predictable(layout, loss_mask).sum())
 
 
@@ -134,27 +149,35 @@ def draft_failure(acceptance: Tensor, layout: Layout, block_size: int) -> Tensor
     of accepted drafts, so its gradient weighs each place by how often a cycle gets there and what follows.
     """
     total = torch.nn.functional.pad(acceptance.clamp_min(1e-6).log().cumsum(-1), (1, 0))
-    column = torch.arange(layout.position.shape[-1], device=layout.position.device)
-    start = column - layout.position % block_size  # a document's blocks are contiguous in its row
-    return 1 - (total[..., 1:] - total.gather(-1, start.clamp_min(0))).exp()
+    segment = segments(layout, block_size)
+    column = torch.arange(segment.shape[-1], device=segment.device).expand_as(segment)
+    start = torch.full_like(segment, segment.shape[-1]).scatter_reduce(-1, segment, column, "amin")
+    return 1 - (total[..., 1:] - total.gather(-1, start.gather(-1, segment))).exp()
 
 
 DISTANCES = ("ce", "kl", "tv", "kl+tv", "lk", "reach")
 
 
-def draft_distance(p_logits: Tensor, q_logits: Tensor, target: Tensor, distance: str) -> Tensor:
+def draft_distance(
+    p_logits: Tensor, q_logits: Tensor, target: Tensor, distance: str, top_k: int | None = None
+) -> Tensor:
     """How far a draft law q is from its verifier's p, (n,) from logits (n, vocab); gradients reach q alone.
 
     "ce": -log q(target), the text's own token. "kl": KL(p || q). "tv": 1/2 sum |p - q| = 1 - the acceptance
     rate of rejection sampling. "kl+tv": 0.01 KL + TV (Uno 2609.04010). "lk": lam KL + (1 - lam) TV
     - log q(argmax p), lam = exp(-acceptance / 2) detached (Nemotron-Labs 2607.05722, section 2.7, over the
     whole vocabulary at temperature 1).
+    top_k: compare the laws on p's k likeliest tokens and one bucket for the rest of both: a lower bound on KL
+    and TV, 0 where q = p, and the distance itself where k is the vocabulary.
     """
     if distance not in DISTANCES[:-1]:
         raise ValueError(f"distance {distance!r} is unknown: use one of {', '.join(DISTANCES[:-1])}")
-    log_q, log_p = q_logits.log_softmax(-1), p_logits.detach().log_softmax(-1)
     if distance == "ce":
-        return -log_q.gather(-1, target[:, None])[:, 0]
+        return cross_entropy(q_logits, target, reduction="none")
+    log_q, log_p = q_logits.log_softmax(-1), p_logits.detach().log_softmax(-1)
+    if top_k is not None and top_k < log_p.shape[-1]:
+        likeliest = log_p.topk(top_k).indices
+        log_p, log_q = (_with_rest(law.gather(-1, likeliest)) for law in (log_p, log_q))
     p = log_p.exp()
     kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
     if distance == "kl":
@@ -166,3 +189,9 @@ def draft_distance(p_logits: Tensor, q_logits: Tensor, target: Tensor, distance:
         return 0.01 * kl + tv
     lam = (-0.5 * (1 - tv.detach())).exp()
     return lam * kl + (1 - lam) * tv - log_q.gather(-1, log_p.argmax(-1, keepdim=True))[:, 0]
+
+
+def _with_rest(log_probs: Tensor) -> Tensor:
+    """Log-probabilities (n, k) of some tokens, and of all the others together: (n, k + 1)."""
+    rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp_min(torch.finfo(log_probs.dtype).tiny)
+    return torch.cat([log_probs, rest.log()], dim=-1)

@@ -21,21 +21,26 @@ LORA_TRAINABLE = ("embeddings", "norms", "head")
 class Settings:
     """Everything that defines a run besides the model and the data. None means: resolved from the model.
 
-    attention "ar" trains the next-token loss instead. noise_level: "block" | "sequence" shares t.
-    masking: "exact" draws ceil(t n) of n tokens, "bernoulli" each with probability t, "all" is t = 1.
-    objective: "diffusion", "joint" (next-token loss + alpha * diffusion) or "distill" (a drafter: gated adapters of
-    drafter_rank on a frozen base, pulled by `distance` to the base's next-token law; mask_per_place gives each
-    place in the block a mask embedding of its own). first_block_size: double the block from there to block_size
-    over the run. half_life: of position-dependent masking, inf is uniform. min_noise_level: t is drawn from (it, 1].
-    loss_normaliser: divide by the predictable "tokens" (unbiased) or the "masked" ones of the micro-batch
-    (DiffuLLaMA's code). anneal_steps, anneal_form, anneal_redraw: see `annealing`; 1 is full attention at once.
-    self_prompts, self_tokens, self_temperature: of --data self, the file whose documents' beginnings the model
-    continues, how many tokens it writes (max_tokens unless given), and how. predict_padding: one document a row,
-    filled up with end tokens that are corrupted and predicted (DiffuLLaMA's fine-tuning), instead of packed rows.
-    lora_rank: train adapters of this rank instead of the weights, scaled by lora_alpha / lora_rank (lora_alpha
-    None: twice the rank); lora_trainable: what is trained beside them; lora_merge=false saves a PEFT adapter, not
-    a model. batch_size counts rows of max_length in one optimiser step, micro_batch_size those that run at once on
-    one device. eval_every: steps, by default a tenth of the run.
+    attention "ar" trains the next-token loss instead. noise_level: "block" | "sequence" shares t. masking: "exact"
+    draws ceil(t n) of n tokens, "bernoulli" each with probability t, "all" is t = 1. objective: "diffusion", "joint"
+    (next-token loss + alpha * diffusion) or "distill" (a drafter: gated adapters of drafter_rank on a frozen base,
+    pulled by `distance` to the base's next-token law; mask_per_place gives each place in the block a mask embedding of
+    its own). teacher: "parent" or a folder, a frozen AR model whose law the "joint" clean rows keep to, instead of the
+    text's tokens; with a `distance` other than "ce" the noisy rows as well. teacher_top_k: distances on that many
+    tokens and a bucket for the rest (None: 64 for vocabularies beyond 65,536, else all). first_block_size: double the
+    block from there to block_size over the run. random_offset: the block grid of each document begins at a random
+    place of a block, as drafts do. half_life: of position-dependent masking, inf is uniform. min_noise_level: t is
+    drawn from (it, 1]. loss_normaliser: divide by the predictable "tokens" (unbiased) or the "masked" ones of the
+    micro-batch (DiffuLLaMA's code). anneal_steps, anneal_form, anneal_redraw: see `annealing`; 1 is full attention at
+    once. self_prompts, self_tokens, self_temperature: of --data self, the file whose documents' beginnings the model
+    continues, how many tokens it writes (max_tokens unless given), and how. self_mode: "ar", or "diffusion", where
+    masks are what was still masked at a random step of the text's own making (OPDLM). self_every: write anew with the
+    current weights every so many steps. predict_padding: one document a row, filled up with end tokens that are
+    corrupted and predicted (DiffuLLaMA's fine-tuning), instead of packed rows. lora_rank: train adapters of this rank
+    instead of the weights, scaled by lora_alpha / lora_rank (lora_alpha None: twice the rank); lora_trainable: what is
+    trained beside them; lora_merge=false saves a PEFT adapter, not a model. batch_size counts rows of max_length in
+    one optimiser step, micro_batch_size those that run at once on one device. eval_every: steps, by default a tenth of
+    the run.
     """
 
     recipe: str
@@ -47,12 +52,15 @@ class Settings:
     noisy_attention: str = "bidirectional"
     objective: str = "diffusion"
     alpha: float = 0.3
-    distance: str = "kl+tv"
+    distance: str = "ce"
+    teacher: str | None = None
+    teacher_top_k: int | None = None
     drafter_rank: int = 32
     drafter_scale: float = 64.0
     drafter_targets: str = "all"
     mask_per_place: bool = False
     first_block_size: int | None = None
+    random_offset: bool = False
     noise_level: str = "block"
     masking: str = "exact"
     complementary: bool = False
@@ -74,6 +82,8 @@ class Settings:
     self_prompts: str | None = None
     self_tokens: int | None = None
     self_temperature: float = 0.0
+    self_mode: str = "ar"
+    self_every: int | None = None
     eval_data: str | None = None
     eval_documents: int = 32
     eval_samples: int = 2
@@ -113,6 +123,7 @@ class Settings:
             "masking": ("exact", "bernoulli", "all"),
             "loss_normaliser": ("tokens", "masked"),
             "anneal_form": ("entries", "window"),
+            "self_mode": ("ar", "diffusion"),
             "mixed_precision": ("no", "bf16", "fp16"),
         }
         for name, allowed in choices.items():
@@ -121,7 +132,7 @@ class Settings:
         for name in ("block_size", "max_length", "batch_size", "micro_batch_size", "log_every", "eval_every",
                      "save_every", "keep_checkpoints", "eval_samples", "max_tokens", "learning_rate", "half_life",
                      "max_grad_norm", "anneal_steps", "lora_rank", "lora_alpha", "drafter_rank", "drafter_scale",
-                     "first_block_size", "self_tokens"):  # fmt: skip
+                     "first_block_size", "self_tokens", "self_every", "teacher_top_k"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive")
@@ -149,6 +160,25 @@ class Settings:
             raise ValueError(f"mask_per_place=true needs objective='distill', not {self.objective!r}")
         if self.objective == "distill" and self.gradient_checkpointing:
             raise ValueError("gradient_checkpointing=true does not go with objective='distill': leave it out")
+        if self.teacher is not None and self.objective != "joint":
+            raise ValueError(
+                f"teacher={self.teacher!r} needs objective='joint', not {self.objective!r} "
+                "(a drafter's teacher is its base)"
+            )
+        if self.objective == "joint" and self.distance == "reach":
+            raise ValueError(f"distance={self.distance!r} needs objective='distill', not 'joint'")
+        if self.random_offset and self.clean_attention != "causal":
+            raise ValueError(
+                f"random_offset=true needs clean_attention='causal', not {self.clean_attention!r}: only drafts begin "
+                "anywhere in a block"
+            )
+        if self.self_mode == "diffusion" and (self.masking, self.random_offset) != ("all", False):
+            raise ValueError(
+                f"self_mode='diffusion' brings masks of its own: use masking='all', not {self.masking!r}, and no "
+                "random_offset"
+            )
+        if self.self_every is not None and self.self_prompts is None:
+            raise ValueError(f"self_every={self.self_every} needs --data self with self_prompts=FILE")
         if self.complementary and self.masking != "exact":
             raise ValueError("complementary=true needs masking='exact'")
         if self.half_life is not None and math.isfinite(self.half_life) and self.masking != "exact":
@@ -210,7 +240,13 @@ _RULE: dict[str, tuple[float, float]] = {
 }
 
 
-def resolve(settings: Settings, num_parameters: int, context_length: int | None) -> Settings:
+FULL_VOCABULARY, TEACHER_TOP_K = 65_536, 64
+"""Up to so many tokens a teacher's whole law is compared, beyond them its likeliest ones."""
+
+
+def resolve(
+    settings: Settings, num_parameters: int, context_length: int | None, vocabulary: int | None = None
+) -> Settings:
     """Fill what depends on the parent's size.
 
     Up to 100M parameters our measured values, from 1B the published ones, between them interpolated in the
@@ -238,8 +274,12 @@ def resolve(settings: Settings, num_parameters: int, context_length: int | None)
     if first is not None and block not in (first << n for n in range(block.bit_length())):
         raise ValueError(f"first_block_size={first} does not double to block_size={block}")
     batch = settings.batch_size or max(1, round(ruled["batch_tokens"] / length))
+    top_k = settings.teacher_top_k
+    if top_k is None and vocabulary is not None and vocabulary > FULL_VOCABULARY:
+        top_k = TEACHER_TOP_K
     return replace(
         settings,
+        teacher_top_k=top_k,
         block_size=block,
         max_length=length,
         batch_size=batch,

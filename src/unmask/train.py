@@ -74,6 +74,19 @@ def corruptions(
     return [mask_exact(t, noise, segment, maskable, place=place, half_life=half_life)]
 
 
+def offset_blocks(batch: Batch, settings: Settings, step: int, rows: Tensor) -> Batch:
+    """The batch with each document on a block grid of its own, begun at one of block_size places.
+
+    A document's positions all move by its offset. Rotary attention sees differences alone, so only the blocks
+    change; what was the document's first token stays given.
+    """
+    assert settings.block_size is not None
+    position, document, noisy = batch.layout
+    draws = torch.stack([uniform(position.shape[1], key=("offset", settings.seed, step, int(row))) for row in rows])
+    offset = (draws.to(document.device).gather(-1, document.clamp_min(0)) * settings.block_size).long()
+    return Batch(batch.x0, Layout(position + offset, document, noisy), predictable(batch.layout, batch.loss_mask))
+
+
 @functools.lru_cache(maxsize=1)
 def _opened(length: int, ratio: float, key: tuple[int | str, ...]) -> Tensor:
     """Each entry True with probability `ratio`; kept, since all micro-batches of a step share it."""
@@ -102,7 +115,13 @@ def annealing(settings: Settings, step: int, rows: Tensor, device: torch.device)
 
 
 def step_loss(
-    network: Network, settings: Settings, config: DiffusionConfig | None, batch: Batch, step: int, rows: Tensor
+    network: Network,
+    settings: Settings,
+    config: DiffusionConfig | None,
+    batch: Batch,
+    step: int,
+    rows: Tensor,
+    teacher: Network | None = None,
 ) -> LossOutput:
     """Loss (sum, count) of these rows; a mean over draws where a pair of masks is drawn.
 
@@ -113,6 +132,8 @@ def step_loss(
         return ar_loss(network, batch.x0, batch.layout, batch.loss_mask)
     if config.block_size is not None:
         config = config.with_block_size(settings.block_size)  # a curriculum's blocks are smaller
+    if settings.random_offset:
+        batch = offset_blocks(batch, settings, step, rows)
     # A reused mask token that stands in the text by nature is seen as a mask and never predicted.
     natural = batch.x0 == config.mask_token_id
     drawn = [c.sparing(natural) for c in corruptions(settings, batch.layout, step, rows, batch.loss_mask)]
@@ -121,9 +142,10 @@ def step_loss(
     def loss_of(corruption: Corruption) -> LossOutput:
         given = (network, config, batch.x0, batch.layout, corruption)
         if settings.objective == "joint":
-            return joint_loss(*given, settings.alpha, batch.loss_mask)
+            return joint_loss(*given, settings.alpha, batch.loss_mask, teacher=teacher, distance=settings.distance,
+                              top_k=settings.teacher_top_k)  # fmt: skip
         if settings.objective == "distill":
-            return distill_loss(*given, settings.distance, batch.loss_mask)
+            return distill_loss(*given, settings.distance, batch.loss_mask, top_k=settings.teacher_top_k)
         return diffusion_loss(*given, pattern, batch.loss_mask)
 
     losses = [loss_of(corruption) for corruption in drawn]
@@ -187,13 +209,16 @@ def train(
     evaluate: Evaluator | None = None,
     report: Callable[[Progress], None] | None = None,
     replicate: Callable[[Any], Any] | None = None,
+    teacher: Network | None = None,
+    renew: Callable[[int], Corpus] | None = None,
 ) -> TrainState:
     """Train `model` in place and return where it ended. `settings` are resolved ones.
 
     Checkpoints go to output_dir/checkpoint-<step>, metrics to output_dir/metrics.jsonl. With `resume` the
     newest whole checkpoint is continued, bit for bit as if never interrupted on the same hardware. replicate:
     makes a network with weights shared and gradients apart; with it the rows of a micro-batch are spread over
-    the threads of a CPU.
+    the threads of a CPU. teacher: of the joint objective. renew: called with the step at each multiple of
+    `self_every` for the data from there on; called again with the same step after an interruption.
     """
     assert settings.max_length is not None
     assert settings.batch_size is not None
@@ -226,19 +251,21 @@ def train(
     goal = token_goal(settings, source)
     total_steps = count_steps(settings, source)
     eval_every = settings.eval_every or max(1, total_steps // 10)
-    packer = Packer(
-        source,
-        settings.max_length,
-        seed=settings.seed,
-        epochs=None if settings.max_tokens is not None else 1,
-        state=state.data,
-    )
+    epochs = None if settings.max_tokens is not None else 1
+    packer = Packer(source, settings.max_length, seed=settings.seed, epochs=epochs, state=state.data)
+    every, begun = settings.self_every or max(1, total_steps) * 10**6, None  # begun: where the present data did
     rank, ranks = accelerator.process_index, accelerator.num_processes
     share = settings.batch_size // ranks
     # Kept on the device: a step waits for nothing, a log line for its figures.
     summed = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     counted, since, tokens_since = 0, time.perf_counter(), 0
     while state.tokens < goal:
+        if renew is not None and begun != state.step - state.step % every:
+            begun = state.step - state.step % every
+            where = PackState() if state.step == begun else state.data
+            wrapped.eval()
+            packer = Packer(renew(begun), settings.max_length, seed=settings.seed, state=where)
+            wrapped.train()
         full = packer.batch(settings.batch_size)
         if full is None:
             break
@@ -253,11 +280,11 @@ def train(
             rows = torch.arange(len(micro.x0)) + rank * share + start
             last = start + settings.micro_batch_size >= len(mine.x0)
             if crew is not None:
-                micro_step = functools.partial(step_loss, settings=settings, config=config, step=state.step)
+                micro_step = functools.partial(step_loss, settings=now, config=config, step=state.step)
                 summed += crew.run(micro_step, micro, rows, 1 / max(1, count))
                 continue
             with accelerator.autocast(), _sync(accelerator, wrapped, last):
-                loss = step_loss(network, now, config, micro.to(accelerator.device), state.step, rows)
+                loss = step_loss(network, now, config, micro.to(accelerator.device), state.step, rows, teacher)
                 # Gradients are averaged over ranks, hence the factor.
                 accelerator.backward(loss.sum * (ranks / max(1, count)))
             summed += loss.sum.detach()

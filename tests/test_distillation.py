@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -85,13 +86,14 @@ def test_adapt_keeps_the_ar_mode_nearer_to_the_parent_with_it_as_teacher(
 ) -> None:
     parent = unmask.load(tokenizer_and_model, dtype=torch.float32)
     expected = sum(o.nats for o in parent.nll(STORIES))
+    teachers = {"text": None, "parent": "parent", "path": str(tokenizer_and_model)}
     runs = {
-        name: unmask.adapt(tokenizer_and_model, stories, "tri-mode", tmp_path / name, alpha=0.0, **RUN, **more)
-        for name, more in {"text": {}, "parent": {"teacher": "parent"}, "path": {"teacher": str(tokenizer_and_model)}}.items()
-    }  # fmt: skip
+        name: unmask.adapt(tokenizer_and_model, stories, "tri-mode", tmp_path / name, teacher=teacher, **RUN)
+        for name, teacher in teachers.items()
+    }
     moved = {name: abs(sum(o.nats for o in lm.nll(STORIES)) - expected) for name, lm in runs.items()}
-    assert moved["parent"] < 1e-3 * expected < moved["text"]
-    assert moved["path"] == pytest.approx(moved["parent"], abs=1e-3)
+    assert moved["parent"] < 0.3 * moved["text"]
+    assert moved["path"] == pytest.approx(moved["parent"], rel=1e-3)
 
 
 # --- truncated laws
@@ -118,7 +120,7 @@ def test_top_k_bounds_the_distance_from_below_and_grows_with_k(distance: str) ->
     p, q = torch.randn(2, 50, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     target = torch.zeros(50, dtype=torch.long)
     values = [draft_distance(p, q, target, distance, k) for k in (1, 4, 16, 39, 40)]
-    for fewer, more in zip(values, values[1:], strict=False):
+    for fewer, more in pairwise(values):
         assert (fewer <= more + 1e-12).all()
     assert draft_distance(p, p, target, distance, 4).abs().max() < 1e-12
 
@@ -169,6 +171,7 @@ def test_offsets_cut_each_document_at_any_place_and_leave_everything_else() -> N
 
 
 @pytest.mark.parametrize("shift", [False, True])
+@torch.no_grad()
 def test_offset_step_equals_each_document_behind_its_own_padding(shift: bool) -> None:
     """The same loss where every document is scored alone, blocks written out as a mask from its offset."""
     net, batch = network(), packed()
@@ -270,6 +273,10 @@ def test_adapt_on_trajectories_rolls_out_anew_and_resumes_exactly(
         (lambda: load_recipe("tri-mode", teacher_top_k=0), "teacher_top_k=0 must be positive"),
         (lambda: load_recipe("efficient-dlm", random_offset=True), "random_offset=true needs clean_attention='causal'"),
         (lambda: load_recipe("tri-mode", self_mode="diffusion"), "use masking='all', not 'exact'"),
+        (
+            lambda: load_recipe("tri-mode", self_mode="diffusion", masking="all"),
+            "it needs objective='joint' and teacher=FOLDER",
+        ),
         (lambda: load_recipe("tri-mode", self_mode="flow"), "self_mode='flow' is unknown"),
         (lambda: load_recipe("tri-mode", self_every=3), "self_every=3 needs --data self"),
     ],
@@ -294,6 +301,3 @@ def test_bad_teachers_and_absolute_positions_are_named(
     gpt = unmask.DiffusionLM(tiny_model(SUPPORTED["gpt2"]()), lm.tokenizer)
     with pytest.raises(ValueError, match="random_offset=true moves a document's positions"):
         unmask.adapt(gpt, stories, "tri-mode", tmp_path / "c", random_offset=True, **RUN)
-    with pytest.raises(ValueError, match="self_mode='diffusion' needs"):
-        unmask.adapt(tokenizer_and_model, "self", "tri-mode", tmp_path / "d", masking="all", self_mode="diffusion",
-                     self_prompts=str(stories), **RUN)  # fmt: skip

@@ -177,6 +177,11 @@ class Settings:
                 f"self_mode='diffusion' brings masks of its own: use masking='all', not {self.masking!r}, and no "
                 "random_offset"
             )
+        if self.self_mode == "diffusion" and self.objective != "distill" and self.teacher is None:
+            raise ValueError(
+                f"self_mode='diffusion' teaches another model's law, not the student's own words: with objective="
+                f"{self.objective!r} it needs objective='joint' and teacher=FOLDER, the AR model"
+            )
         if self.self_every is not None and self.self_prompts is None:
             raise ValueError(f"self_every={self.self_every} needs --data self with self_prompts=FILE")
         if self.complementary and self.masking != "exact":

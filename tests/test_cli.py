@@ -77,6 +77,14 @@ def test_drafter_speculates_from_the_command_line(
     code, _, err = run("generate", converted, "x", "--mode", "speculative")
     assert code == 2
     assert "'block_causal'" in err
+    written = json.loads((folder / "config.json").read_text())
+    for base, problem in (("/nowhere/base", "does not load"), (str(converted), "was trained on another model")):
+        written["diffusion"]["base"]["name"] = base
+        (folder / "config.json").write_text(json.dumps(written))
+        code, out, err = run("generate", folder, "x", "--mode", "speculative")
+        assert (code, out) == (2, "")
+        assert base in err
+        assert problem in err
 
 
 def test_adapt_generate_evaluate(run, tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:

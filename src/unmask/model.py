@@ -132,6 +132,7 @@ class DiffusionLM:
         """
         mode = mode or ("ar" if self.diffusion is None else "diffusion")
         self._check_mode(mode)
+        _check_draft_length(draft_length, mode)
         rows = self._prompt_ids(prompts, attention_mask)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
@@ -167,8 +168,6 @@ class DiffusionLM:
                     f"guidance_scale {guidance_scale} needs mode 'diffusion': speculation gives AR's output"
                 )
             self._check_remask(remask, None)
-            if isinstance(draft_length, str) and draft_length != "auto":
-                raise ValueError(f"draft_length {draft_length!r} must be a number of tokens or 'auto'")
             sampled = sample_speculative(
                 self.network,
                 self.diffusion.with_block_size(block_size),
@@ -471,6 +470,17 @@ class DiffusionLM:
             hf.save_drafter(folder, self.drafter, self.tokenizer, self.diffusion, self.base)
             return
         hf.save_pretrained(folder, self.model, self.tokenizer, self.diffusion)
+
+
+def _check_draft_length(draft_length: int | str | None, mode: str) -> None:
+    if draft_length is None:
+        return
+    if isinstance(draft_length, str) and draft_length != "auto":
+        raise ValueError(f"draft_length {draft_length!r} must be a number of tokens or 'auto'")
+    if not isinstance(draft_length, str) and draft_length < 1:
+        raise ValueError(f"draft_length {draft_length} must be at least 1")
+    if mode != "speculative":
+        raise ValueError(f"draft_length {draft_length!r} needs mode 'speculative': mode {mode!r} drafts nothing")
 
 
 class _StopStrings:

@@ -242,7 +242,9 @@ def test_small_parents_get_measured_values_and_large_ones_the_papers() -> None:
     assert small.half_life == math.inf
     assert small.learning_rate > middle.learning_rate > large.learning_rate
     assert middle.learning_rate == pytest.approx(math.sqrt(small.learning_rate * large.learning_rate), rel=0.05)
-    assert resolve(replace(recipe, learning_rate=1e-3), 10**6, None).learning_rate == 1e-3
+    assert resolve(replace(recipe, learning_rate=3e-3), 10**6, None).learning_rate == 3e-3
+    joint = load_recipe("tri-mode")
+    assert [resolve(joint, n, None).learning_rate for n in (10**6, 4 * 10**9)] == [1e-3, 1e-5]
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -237,6 +237,7 @@ _SMALL, _LARGE = 100e6, 1e9
 _RULE: dict[str, tuple[float, float]] = {
     # measured on parents below 100M parameters; published for parents from 1B
     "learning_rate": (4e-3, 1e-5),
+    "joint_learning_rate": (1e-3, 1e-5),  # faster, and the AR model wanders off (results/tri-mode)
     "min_learning_rate_ratio": (0.02, 0.3),
     "batch_tokens": (1024, 2**21),
     "max_length": (512, 4096),
@@ -279,6 +280,7 @@ def resolve(
     if first is not None and block not in (first << n for n in range(block.bit_length())):
         raise ValueError(f"first_block_size={first} does not double to block_size={block}")
     batch = settings.batch_size or max(1, round(ruled["batch_tokens"] / length))
+    rate = "joint_learning_rate" if settings.objective == "joint" else "learning_rate"
     top_k = settings.teacher_top_k
     if top_k is None and vocabulary is not None and vocabulary > FULL_VOCABULARY:
         top_k = TEACHER_TOP_K
@@ -290,7 +292,7 @@ def resolve(
         batch_size=batch,
         micro_batch_size=min(settings.micro_batch_size or max(1, round(ruled["micro_batch_tokens"] / length)), batch),
         half_life=(0.1 / s if s else math.inf) if settings.half_life is None else settings.half_life,
-        learning_rate=settings.learning_rate or float(f"{ruled['learning_rate']:.2g}"),
+        learning_rate=settings.learning_rate or float(f"{ruled[rate]:.2g}"),
         min_learning_rate_ratio=(
             ruled["min_learning_rate_ratio"]
             if settings.min_learning_rate_ratio is None

@@ -22,7 +22,8 @@ from lm_eval.models.huggingface import HFLM
 
 from unmask.evaluation.choices import choice_document
 from unmask.evaluation.likelihood import Document, nelbo
-from unmask.evaluation.lm_eval import HarnessLM, load_tasks, run_tasks
+from unmask.evaluation.lm_eval import HarnessLM
+from unmask.evaluation.tasks import load_tasks, run_tasks
 
 TASKS = Path(__file__).parent / "tasks"
 

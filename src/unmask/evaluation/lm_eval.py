@@ -1,4 +1,4 @@
-"""lm-evaluation-harness 0.4 on every mode and recipe: one model class, and the run behind `evaluate --tasks`.
+"""Every mode and recipe as one model class of lm-evaluation-harness 0.4; `tasks` runs it.
 
 Log-likelihoods are exact in the modes "ar" and "speculative" (whose text is AR's), and minus the NELBO of the
 continuation given its context in mode "diffusion", a lower bound. Text comes from `DiffusionLM.generate`.
@@ -8,25 +8,17 @@ Where a text is longer than the context it loses its beginning; blocks count fro
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import json
-import os
-import random
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval import evaluator, utils
+from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import DEFAULT_MAX_LENGTH, has_bos_prefix, normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
 from torch import Tensor
 
 from unmask.attention import causal
@@ -379,110 +371,3 @@ def _by_task(requests: Sequence[Instance]) -> Iterator[tuple[str, list[Instance]
     """Requests of one task at a time: its masks and batches do not depend on what else is run."""
     for task, group in groupby(requests, key=lambda request: request.task_name):
         yield task or "task", list(group)
-
-
-# --- a run
-
-
-def load_tasks(names: Sequence[str], folder: str | None = None) -> dict[str, Any]:
-    """Tasks and groups by name, pattern (mmlu_*) or .yaml file; `folder` holds task files besides the harness's."""
-    if folder is not None and not os.path.isdir(folder):
-        raise ValueError(f"tasks folder {folder!r} does not exist")
-    manager = TaskManager(include_path=folder, include_defaults=False)
-    if any(not os.path.isfile(name) and not manager.match_tasks([name]) for name in names):
-        manager = TaskManager(include_path=folder)  # the harness's own 14,000 take seconds to read
-    chosen: list[str] = []
-    for name in names:
-        found = [name] if os.path.isfile(name) else manager.match_tasks([name])
-        if not found:
-            near = difflib.get_close_matches(name, manager.all_tasks, 5)
-            hint = f"near names are {', '.join(near)}" if near else "`lm_eval ls tasks` lists the harness's own"
-            raise ValueError(f"task {name!r} does not exist: {hint}; your own task files are found with --tasks-folder")
-        chosen += [n for n in found if n not in chosen]
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            return manager.load(chosen)
-    except Exception as error:  # reading a data set fails in the ways of files, parsers and networks
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        raise ValueError(f"tasks {', '.join(chosen)} cannot be loaded: {type(error).__name__}: {reason}") from error
-
-
-def run_tasks(
-    model: HarnessLM,
-    tasks: dict[str, Any],
-    *,
-    limit: float | None = None,
-    num_fewshot: int | None = None,
-    gen_kwargs: str | dict[str, Any] | None = None,
-    apply_chat_template: bool = False,
-    fewshot_seed: int = 1234,
-    confirm_run_unsafe_code: bool = False,
-) -> dict[str, Any]:
-    """Run what `load_tasks` gave; the harness's results, and beside them `model` (estimator, samples ...) and `costs`.
-
-    As `lm_eval.simple_evaluate` with its own defaults, but for 1,000 bootstrap draws where a standard error
-    has no formula. limit: documents of each task, or their share if below 1. gen_kwargs: in place of a task's
-    own settings of generation, as a dict or "name=value,...".
-    """
-    if limit is not None and limit <= 0:
-        raise ValueError(f"limit {limit} must be above 0: a number of documents, or a share below 1")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise ValueError(f"num_fewshot {num_fewshot} must be at least 0")
-    if apply_chat_template and not getattr(model.tokenizer, "chat_template", None):
-        raise ValueError("apply_chat_template needs a chat template, and this tokenizer has none: leave it out")
-    if isinstance(gen_kwargs, str):
-        if not all("=" in pair for pair in gen_kwargs.split(",")):
-            raise ValueError(f"gen_kwargs {gen_kwargs!r} must be name=value pairs with commas between")
-        gen_kwargs = utils.simple_parse_args_string(gen_kwargs)
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstrap here: forking a process that runs torch may hang
-    random.seed(0)
-    for task in tasks["tasks"].values():
-        if gen_kwargs and task.get_config("output_type") == "generate_until":
-            task.set_config(key="generation_kwargs", value=gen_kwargs, update=True)
-        written = task.get_config("num_fewshot")
-        if written is None or (num_fewshot is not None and written != 0):  # a task that says 0 means it
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        task.set_fewshot_seed(seed=fewshot_seed)
-    with contextlib.redirect_stdout(sys.stderr):
-        results: dict[str, Any] = evaluator.evaluate(
-            lm=model,
-            task_dict=tasks,
-            limit=limit,
-            bootstrap_iters=1000,
-            apply_chat_template=apply_chat_template,
-            fewshot_as_multiturn=apply_chat_template,
-            confirm_run_unsafe_code=confirm_run_unsafe_code,
-        )
-    costs = {name: asdict(cost) | {"tokens_per_forward": cost.tokens_per_forward} for name, cost in model.costs.items()}
-    return results | {"model": model.get_model_info(), "costs": costs}
-
-
-def write_results(results: dict[str, Any], folder: Path) -> None:
-    """results.json, and every document with the model's answers in samples_TASK.jsonl."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(
-        json.dumps({k: v for k, v in results.items() if k != "samples"}, indent=2, default=str) + "\n"
-    )
-    for task, samples in results["samples"].items():
-        lines = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
-        (folder / f"samples_{utils.sanitize_task_name(task)}.jsonl").write_text(lines)
-
-
-def table(results: dict[str, Any]) -> str:
-    """The figures of `run_tasks` as lines to read."""
-    lines = ["  ".join(f"{name} {value}" for name, value in results["model"].items() if value is not None)]
-    for task, values in (results["results"] | results.get("groups", {})).items():
-        for metric, figure in values.items():
-            name, _, chosen = metric.partition(",")
-            if isinstance(figure, float) and not name.endswith("_stderr"):
-                spread = values.get(f"{name}_stderr,{chosen}")
-                around = f" ± {spread:.4f}" if isinstance(spread, float) else ""
-                lines.append(f"{task:20} {name:14} {figure:.4f}{around}" + ("" if chosen == "none" else f" ({chosen})"))
-    for task, cost in results["costs"].items():
-        rate = cost["tokens_per_forward"]
-        cut = f", {cost['num_truncated']} cut to the context" if cost["num_truncated"] else ""
-        lines.append(
-            f"{task:20} {cost['num_requests']} requests{cut}, {cost['num_forwards']} forwards"
-            + (f", {rate:.2f} tokens per forward" if rate else "")
-        )
-    return "\n".join(lines)

@@ -462,6 +462,43 @@ def _evaluate_tasks(
     print(table(results))
 
 
+@app.command(epilog="Example: unmask embed runs/q sentences.jsonl --output sentences.npy")
+def embed(
+    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    file: Annotated[Path, typer.Argument(help="A .txt, .jsonl or .parquet file of texts.")],
+    output: Annotated[Path, typer.Option(help=".npy (vectors alone), .jsonl or .parquet (text and embedding).")],
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="causal, bidirectional or block_causal; by default bidirectional if converted, else causal."),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files.")] = "text",
+    skip_invalid: Annotated[bool, typer.Option(help="Leave broken documents out instead of stopping.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Texts as vectors: the mean of the last hidden states, one vector a document, in the file's order."""
+    from unmask.data import find_files, read_documents
+    from unmask.embed import check_output, write_embeddings
+
+    check_output(output)
+    files = find_files([file])
+    if files is None:
+        raise ValueError(f"file {str(file)!r} does not exist: embed takes .txt, .jsonl and .parquet files")
+    texts = [text for one in files for text in read_documents(one, text_column=text_column, skip_invalid=skip_invalid)]
+    if not texts:
+        raise ValueError(f"file {str(file)!r} holds no documents")
+
+    import unmask
+
+    lm = unmask.load(model)
+    vectors = lm.embed(texts, pattern, show_progress=True)
+    write_embeddings(output, texts, vectors)
+    used = pattern or ("causal" if lm.diffusion is None else "bidirectional")
+    if as_json:
+        print(json.dumps({"output": str(output), "num_texts": len(texts), "size": vectors.shape[1], "pattern": used}))
+        return
+    print(f"{len(texts)} vectors of {vectors.shape[1]} ({used}) in {output}")
+
+
 @app.command(epilog="Example: unmask bench decode --json; unmask bench train runs/q --rounds 3")
 def bench(
     what: Annotated[str, typer.Argument(help="train or decode.")],

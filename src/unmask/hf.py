@@ -106,21 +106,31 @@ class HFNetwork:
         rows: Tensor | None = None,
         past: Past | None = None,
     ) -> Tensor:
+        with head_rows(self.head, rows):
+            logits = self._run(input_ids, layout, pattern, past)
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        if self.mask_token_id is not None and self.mask_token_id < logits.shape[-1]:  # a drafter's has no logit
+            logits[..., self.mask_token_id] = -torch.inf
+        return logits
+
+    def hidden_states(self, input_ids: Tensor, layout: Layout, pattern: Pattern) -> Tensor:
+        """The last hidden states (batch, length, hidden): what the head reads, after the final norm."""
+        with head_input(self.head) as read:
+            self._run(input_ids, layout, pattern, None)
+        return read[0]
+
+    def _run(self, input_ids: Tensor, layout: Layout, pattern: Pattern, past: Past | None) -> Tensor:
         kv = layout if past is None else past.layout.then(layout)
         gate = nullcontext() if self.gate is None else self.gate(layout.noisy)
-        with head_rows(self.head, rows), self._attention(layout), gate:
-            logits = self.forward(
+        with self._attention(layout), gate:
+            return self.forward(
                 input_ids=input_ids,
                 attention_mask=self.attention_argument(pattern, layout, kv),
                 position_ids=layout.position,
                 past_key_values=None if past is None else past.cache,
                 use_cache=past is not None,
             ).logits
-        if logits.dtype != torch.float64:
-            logits = logits.float()
-        if self.mask_token_id is not None and self.mask_token_id < logits.shape[-1]:  # a drafter's has no logit
-            logits[..., self.mask_token_id] = -torch.inf
-        return logits
 
     @functools.cached_property
     def _chunked(self) -> bool:
@@ -218,6 +228,22 @@ def head_rows(head: torch.nn.Module, rows: Tensor | None) -> Iterator[None]:
     handle = head.register_forward_pre_hook(lambda _module, args: (args[0].flatten(0, 1)[rows],))
     try:
         yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def head_input(head: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """Within the context the list takes up what the head `head` is given; the head runs on one row only."""
+    read: list[Tensor] = []
+
+    def take(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        read.append(args[0])
+        return (args[0][:1, :1],)
+
+    handle = head.register_forward_pre_hook(take)
+    try:
+        yield read
     finally:
         handle.remove()
 

@@ -7,6 +7,7 @@ mode a checkpoint decodes in.
 from __future__ import annotations
 
 import secrets
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from unmask import hf, lora
+from unmask.attention import Pattern
 from unmask.denoiser import DiffusionConfig
 from unmask.drafter import Drafter
+from unmask.embed import embed, named_pattern
 from unmask.evaluation import likelihood
 from unmask.evaluation.likelihood import LikelihoodOutput
 from unmask.progress import progress
@@ -456,6 +459,43 @@ class DiffusionLM:
     def _num_windows(self, documents: Sequence[likelihood.Document]) -> int:
         context = self.network.context_length
         return sum(1 if context is None else -(-len(d.ids) // context) for d in documents)
+
+    # --- embeddings
+
+    def embed(
+        self,
+        texts: str | Sequence[str],
+        pattern: Pattern | str | None = None,
+        *,
+        batch_tokens: int = 8192,
+        show_progress: bool = False,
+    ) -> Tensor:
+        """(n, hidden) float32: mean over tokenizer(text) of the last hidden states; an empty text is its begin token.
+
+        pattern: "causal", "bidirectional", "block_causal" or any of `unmask.attention`; by default bidirectional
+        for a converted checkpoint and causal for an AR model. A text longer than the context loses its end, with
+        a warning.
+        """
+        if isinstance(pattern, str) or pattern is None:
+            name = pattern or ("causal" if self.diffusion is None else "bidirectional")
+            pattern = named_pattern(name, None if self.diffusion is None else self.diffusion.block_size)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise ValueError("texts is empty: give at least one")
+        rows = self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+        ids = [torch.tensor(row, dtype=torch.long) if row else self._begin() for row in rows]
+        context = self.network.context_length
+        long = [i for i, row in enumerate(ids) if context is not None and len(row) > context]
+        if long:
+            warnings.warn(
+                f"{len(long)} of {len(ids)} texts are longer than the context of {context} tokens (the first is number "
+                f"{long[0] + 1}): only their beginnings are embedded",
+                stacklevel=2,
+            )
+        with progress("embed", len(ids), show=show_progress) as advance:
+            return embed(
+                self.network, [row[:context] for row in ids], pattern, batch_tokens=batch_tokens, progress=advance
+            )
 
     # --- folders
 

@@ -499,6 +499,73 @@ def embed(
     print(f"{len(texts)} vectors of {vectors.shape[1]} ({used}) in {output}")
 
 
+@app.command(
+    epilog="Example: unmask frontier runs/q --data test.jsonl --thresholds 0.5,0.7,0.9 --rule entropy-bound=0.1,0.5 "
+    "--output results/q"
+)
+def frontier(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a converted model.")],
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Files whose documents' beginnings are the prompts.")
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(help="Further data files.", show_default=False)] = None,
+    task: Annotated[str | None, typer.Option(help="A task with answers instead of data: copy, reverse, ...")] = None,
+    parent: Annotated[
+        str | None, typer.Option(help="The AR model it was made from; by default what its folder records.")
+    ] = None,
+    thresholds: Annotated[str, typer.Option(help="Confidence thresholds to decode with.")] = "0.1,0.3,0.5,0.7,0.9",
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="More rules, as NAME=VALUE,...: factor, entropy-bound, stability, confidence or random."),
+    ] = None,
+    block_sizes: Annotated[str | None, typer.Option(help="Decode in blocks of these sizes.")] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Rows at a time in the timed runs.")] = "1,8,64",
+    prompts: Annotated[int, typer.Option(help="Number of prompts.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a document that are given.")] = 24,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each setting, in turn with the AR parent.")] = 3,
+    oracle: Annotated[
+        int, typer.Option(help="Find the fewest forwards (speed of light) on so many prompts; 0 leaves it out.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of sampling, and of a task's problems.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for run.json, rows.jsonl and the figure; continued where it stopped.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Quality against tokens per forward and speed, always beside the AR parent in the same run."""
+    files = [*(data or []), *(more or [])]
+    if bool(files) == (task is not None):
+        raise ValueError(f"--data {files} and --task {task}: give documents to begin with, or one task, and not both")
+
+    import torch
+
+    from unmask import sweep
+
+    torch.set_num_threads(1)
+    asked = sweep.Sweep(
+        rules=sweep.parse_rules(thresholds, rule or []),
+        block_sizes=(None,) if block_sizes is None else sweep.whole_numbers(block_sizes, "block_sizes"),
+        batch_sizes=sweep.whole_numbers(batch_sizes, "batch_sizes"),
+        num_prompts=prompts,
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        rounds=rounds,
+        oracle=oracle,
+        temperature=temperature,
+        seed=seed,
+    )
+    rows, run = sweep.run_frontier(model, asked, data=files, task=task, parent=parent, output=output)
+    areas = sweep.areas(rows)
+    if as_json:
+        print(json.dumps({"rows": [asdict(row) for row in rows], "aup": areas, "settings": run}))
+        return
+    print(sweep.table(rows))
+    for name, area in areas.items():
+        print(f"AUP {area:7.2f}  {name}")
+
+
 @app.command(epilog="Example: unmask bench decode --json; unmask bench train runs/q --rounds 3")
 def bench(
     what: Annotated[str, typer.Argument(help="train or decode.")],

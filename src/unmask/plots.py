@@ -152,7 +152,10 @@ def frontier(rows: Sequence[Row], path: str | Path, *, title: str = "") -> tuple
             for row in rows:
                 if row["mode"] == "data" and row.get(column) is not None:
                     axes.axhline(row[column], color=_GREY, linestyle=":", linewidth=1.2, label="real text")
-            _systems(axes, names, _untimed(rows), "tokens_per_forward", column)
+            # distinct-n falls with the number of texts, so a row of fewer of them has no place beside the others
+            texts = max(row.get("num_texts") or 0 for row in rows)
+            some = [row for row in _untimed(rows) if column != "distinct_2" or (row.get("num_texts") or 0) == texts]
+            _systems(axes, names, some, "tokens_per_forward", column)
             _label(axes, "tokens per forward", label, "")
         for axes, batch in zip(grid[-1], batches, strict=False):
             _systems(axes, names, [row for row in timed if row["batch_size"] == batch], "speed_over_ar", quality[0])
@@ -181,13 +184,34 @@ def _systems(axes: Any, names: Sequence[str], rows: Sequence[Row], x: str, y: st
         if not some:
             continue
         axes.plot([row[x] for row in some], [row[y] for row in some], label=_system(some[0]), **_look(i))
-        for row in some:
-            if row.get("value") is not None:
-                axes.annotate(f"{row['value']:g}", (row[x], row[y]), xytext=(3, 3), textcoords="offset points",
-                              fontsize=6.5, color=_GREY)  # fmt: skip
+        for row in _apart(some, rows, x, y):
+            axes.annotate(f"{row['value']:g}", (row[x], row[y]), xytext=(3, 3), textcoords="offset points",
+                          fontsize=6.5, color=_GREY)  # fmt: skip
+    from matplotlib.ticker import LogLocator, NullLocator
+
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_locator(LogLocator(2, subs=(1.0, 1.25, 1.5, 1.75) if _narrow(rows, x) else (1.0, 1.5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     axes.axvline(1, color=_GREY, linewidth=0.6)
+
+
+def _narrow(rows: Sequence[Row], x: str) -> bool:
+    values = [row[x] for row in rows if row.get(x)]
+    return bool(values) and max(values) < 3 * min(values)
+
+
+def _apart(some: Sequence[Row], rows: Sequence[Row], x: str, y: str) -> list[Row]:
+    """Those of a line's points whose labels do not fall on the one before."""
+    spans = [max(of) - min(of) or 1 for of in ([row[c] for row in rows if row.get(c) is not None] for c in (x, y))]
+    kept: list[Row] = []
+    for row in some:
+        if row.get("value") is None:
+            continue
+        near = kept and all(abs(row[c] - kept[-1][c]) < 0.08 * span for c, span in zip((x, y), spans, strict=True))
+        if not near:
+            kept.append(row)
+    return kept
 
 
 def _system(row: Row) -> str:

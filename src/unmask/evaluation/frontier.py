@@ -25,7 +25,7 @@ from unmask.evaluation.likelihood import Document, nll, summarise
 from unmask.sampling import Selector, Threshold
 
 Score = Callable[[list[str]], list[bool]]
-"""The new text of every prompt, in order -> which are right."""
+"""The new texts of the prompts, or of the first few of them, in order -> which are right."""
 
 
 class TextModel(Protocol):
@@ -115,6 +115,7 @@ class FrontierRow:
     """One point. tokens_per_forward: all new tokens / all forwards after the prefill. mean_length: tokens a text.
 
     rule, value, block_size: None where the mode has none. tokens_per_cycle: speculation only. accuracy: with a task.
+    speed_over_ar: tokens per second over those of the AR parent, where the two were timed in turn.
     The row of the data itself (mode "data") has no cost.
     """
 
@@ -134,6 +135,7 @@ class FrontierRow:
     distinct_2: float
     distinct_3: float
     accuracy: float | None = None
+    speed_over_ar: float | None = None
 
 
 def measure(
@@ -230,16 +232,13 @@ def frontier_row(
     lm: TextModel, setting: Setting, decoded: Decoded, quality: Quality, *, score: Score | None = None
 ) -> FrontierRow:
     """The point that one run of one setting makes."""
-    block_size = None
-    if setting.mode in ("diffusion", "speculative"):
-        block_size = setting.block_size or lm.diffusion.block_size
     new = decoded.num_new_tokens
     right = None if score is None else score(decoded.strings)
     return FrontierRow(
         mode=setting.mode,
         rule=setting.rule,
         value=setting.value,
-        block_size=block_size,
+        block_size=block_size_of(lm, setting),
         batch_size=setting.batch_size,
         num_texts=len(decoded.texts),
         mean_length=new / len(decoded.texts),
@@ -249,6 +248,14 @@ def frontier_row(
         accuracy=None if right is None else sum(right) / len(right),
         **vars(quality),
     )
+
+
+def block_size_of(lm: TextModel, setting: Setting) -> int | None:
+    """The block size that a setting decodes with, None where there are no blocks."""
+    if setting.mode not in ("diffusion", "speculative"):
+        return None
+    size: int | None = setting.block_size or lm.diffusion.block_size
+    return size
 
 
 def data_row(parent: TextModel, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> FrontierRow:

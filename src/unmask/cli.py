@@ -111,36 +111,61 @@ def generate(
     guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance; 1 is none.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End where this text appears; can be repeated.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Write a page (.html) that replays how the text was denoised.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show on the terminal how the text is denoised, coloured by confidence.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt."""
+    if watch and as_json:
+        raise ValueError("--watch draws where --json prints: leave one of them out")
+    if replay is not None and (replay.is_dir() or not replay.parent.is_dir()):
+        raise ValueError(f"--replay {str(replay)!r} is no file in a folder that exists: name one such as replay.html")
     text = sys.stdin.read() if prompt == "-" else prompt
     drafted: int | str | None = draft_length
     if draft_length is not None and draft_length.lstrip("-").isdigit():
         drafted = int(draft_length)
 
     import unmask
-    from unmask.sampling import Threshold
+    from unmask.replay import watching, write_replay
+    from unmask.sampling import Threshold, Trace
 
     select = None if confidence_threshold is None else Threshold(confidence_threshold)
     lm = unmask.load(model)
-    live = _Stream(lm, text) if sys.stdout.isatty() and not as_json and not stop else None
-    out = lm.generate(
-        text,
-        mode=mode,
-        max_new_tokens=max_new_tokens,
-        block_size=block_size,
-        max_denoising_steps=max_denoising_steps,
-        select=select,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        guidance_scale=guidance_scale,
-        stop_strings=stop,
-        seed=seed,
-        callback=live,
-        draft_length=drafted,
+    given = lm._prompt_ids(text, None)[0].tolist()
+    live = _Stream(lm, text) if sys.stdout.isatty() and not (as_json or stop or watch) else None
+    with watching(lm.tokenizer, given, text, show=watch and sys.stdout.isatty()) as watcher:
+        trace = Trace(select, watcher, live) if watcher is not None or replay is not None else None
+        out = lm.generate(
+            text,
+            mode=mode,
+            max_new_tokens=max_new_tokens,
+            block_size=block_size,
+            max_denoising_steps=max_denoising_steps,
+            select=select if trace is None else trace.select,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            guidance_scale=guidance_scale,
+            stop_strings=stop,
+            seed=seed,
+            callback=live if trace is None else trace.callback,
+            draft_length=drafted,
+        )
+        new = out.sequences[0, len(given) : len(given) + int(out.num_new_tokens[0])].tolist()
+        if watcher is not None:
+            watcher.finish(new)
+    made = (
+        f"{int(out.num_new_tokens[0])} tokens in {int(out.num_forwards[0])} forwards "
+        f"({float(out.tokens_per_forward[0]):.2f} per forward)"
     )
+    if replay is not None and trace is not None:
+        write_replay(replay, lm.tokenizer, given, new, trace.steps, title=Path(model).name, summary=made,
+                     prompt_text=text)  # fmt: skip
+        print(f"replay in {replay}", file=sys.stderr)
     if as_json:
         cycles = {} if out.tokens_per_cycle is None else {"tokens_per_cycle": round(float(out.tokens_per_cycle[0]), 4)}
         print(
@@ -157,12 +182,9 @@ def generate(
             )
         )
         return
-    print(out.texts[0][live.shown :] if live is not None else text + out.texts[0])
-    print(
-        f"{int(out.num_new_tokens[0])} tokens in {int(out.num_forwards[0])} forwards "
-        f"({float(out.tokens_per_forward[0]):.2f} per forward)",
-        file=sys.stderr,
-    )
+    if watcher is None:
+        print(out.texts[0][live.shown :] if live is not None else text + out.texts[0])
+    print(made, file=sys.stderr)
 
 
 @app.command(epilog="Example: unmask chat runs/q --confidence-threshold 0.8")

@@ -19,6 +19,7 @@ from unmask.sampling.select import (
     Threshold,
 )
 from unmask.sampling.speculative import Acceptance, Coupled, Rejection, sample_speculative
+from unmask.sampling.trace import Guess, Step, Trace
 
 __all__ = [
     "Acceptance",
@@ -30,6 +31,7 @@ __all__ = [
     "Entropy",
     "EntropyBound",
     "Factor",
+    "Guess",
     "Margin",
     "Random",
     "Rejection",
@@ -37,7 +39,9 @@ __all__ = [
     "SampledTokens",
     "Selector",
     "Stability",
+    "Step",
     "Threshold",
+    "Trace",
     "sample_autoregressive",
     "sample_bidirectional",
     "sample_blocks",

@@ -1,0 +1,199 @@
+"""Watching samplers, and the page and terminal that show what was seen."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import STORIES, block_config, in_a_terminal, network, random_tokens
+from rich.console import Console
+from rich.live import Live
+from test_cli import run  # noqa: F401
+
+import unmask
+from unmask.replay import Watch, token_pieces, write_replay
+from unmask.sampling import (
+    Canvas,
+    Confidence,
+    Guess,
+    Stability,
+    Step,
+    Threshold,
+    Trace,
+    sample_autoregressive,
+    sample_bidirectional,
+    sample_blocks,
+)
+
+
+@pytest.mark.parametrize("rule", [Threshold(0.02), Confidence(2), Stability(0.01, 5.0, 1)])
+def test_trace_changes_nothing_and_knows_every_token(rule) -> None:
+    net, prompts = network(), [random_tokens(n, seed=n) for n in (3, 4, 9)]
+    trace = Trace(rule)
+    options = {"max_new_tokens": 10, "temperature": 0.7, "seed": 1}
+    seen = sample_blocks(net, block_config(4), prompts, select=trace.select, callback=trace.callback, **options)
+    plain = sample_blocks(net, block_config(4), prompts, select=rule, **options)
+    assert seen.new_tokens == plain.new_tokens
+    for row, prompt in enumerate(prompts):
+        steps = [step for step in trace.steps if step.row == row]
+        commits = {at: token for step in steps for at, token, _ in step.commits}
+        assert [commits[len(prompt) + i] for i in range(10)] == plain.new_tokens[row]
+        assert len(steps) == plain.num_forwards[row]
+
+
+def test_trace_confidences_are_the_networks() -> None:
+    """A step's figures equal those of a pass over the text as it stood before the step, made here by hand."""
+    net, prompt = network(), random_tokens(3)
+    config = block_config(attention="bidirectional", clean=None, block_size=None)
+    trace = Trace(Confidence(2))
+    sample_bidirectional(net, config, [Canvas.around(prompt, 7)], select=trace.select, callback=trace.callback)
+    x = torch.cat([prompt, torch.full((7,), config.mask_token_id)])
+    for number, step in enumerate(trace.steps, 1):
+        with torch.inference_mode():
+            p = net.model(x[None], attention_mask=torch.ones(1, 1, 10, 10, dtype=torch.bool)).logits[0]
+        p = p.index_fill(1, torch.tensor(config.mask_token_id), -torch.inf).softmax(-1)
+        for at, token, confidence in step.commits + step.guesses:
+            assert token == int(p[at].argmax())
+            assert confidence == pytest.approx(float(p[at, token]), abs=1e-9)
+        masked = set((x == config.mask_token_id).nonzero()[:, 0].tolist())
+        assert {guess.position for guess in step.commits + step.guesses} == masked
+        assert step.number == number
+        for at, token, _ in step.commits:
+            x[at] = token
+
+
+def test_trace_of_ar_has_no_confidences() -> None:
+    trace = Trace()
+    out = sample_autoregressive(network(), [random_tokens(3)], max_new_tokens=4, callback=trace.callback)
+    assert [step.number for step in trace.steps] == [1, 2, 3, 4]
+    assert [step.commits[0] for step in trace.steps] == [Guess(3 + i, t, None) for i, t in enumerate(out.new_tokens[0])]
+
+
+class Page(HTMLParser):
+    """Tags with attributes, and the text of each script."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.scripts: list[str] = []
+        self.inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes) -> None:
+        self.tags.append((tag, dict(attributes)))
+        self.inside = tag == "script"
+
+    def handle_endtag(self, _tag) -> None:
+        self.inside = False
+
+    def handle_data(self, data) -> None:
+        if self.inside:
+            self.scripts.append(data)
+
+
+NASTY = 'a </script><script>alert("1")</script> <!-- <b>&amp; \u2028 {"x": 1} é 日本'
+
+
+def test_page_is_one_file_that_no_text_can_break(tokenizer_and_model: Path, tmp_path: Path) -> None:
+    lm = unmask.load(tokenizer_and_model)
+    prompt = lm.tokenizer(NASTY)["input_ids"]
+    new = lm.tokenizer(" the dog</script> 日 was happy")["input_ids"]
+    steps = [
+        Step(
+            0, 1, [Guess(len(prompt), new[0], 0.25)], [Guess(len(prompt) + i, t, 0.1) for i, t in enumerate(new) if i]
+        ),
+        Step(0, 2, [Guess(len(prompt) + i, t, 0.9) for i, t in enumerate(new) if i], [Guess(len(prompt) + 99, 5, 0.1)]),
+        Step(0, 3, [Guess(len(prompt) + 99, 5, 0.5)], []),  # after the end: it was dropped
+    ]
+    path = write_replay(tmp_path / "r.html", lm.tokenizer, prompt, new, steps, title=NASTY, summary=NASTY,
+                        prompt_text=NASTY)  # fmt: skip
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert [tag for tag, _ in page.tags].count("script") == 2  # the data and ours, none from the text
+    assert "b" not in [tag for tag, _ in page.tags]
+    assert not any(name in ("src", "href") for _, attributes in page.tags for name in attributes)
+    assert re.findall(r"https?://[^\"'\s]*", text) == ["http://www.w3.org/2000/svg"]  # a name, never fetched
+    assert "default-src 'none'" in text
+    data = json.loads(page.scripts[0])
+    assert (data["title"], data["prompt"]) == (NASTY, NASTY)
+    assert "".join(data["tokens"]) == " the dog</script> 日 was happy"
+    assert [step["number"] for step in data["steps"]] == [1, 2]
+    assert data["steps"][0]["commits"] == [[0, 0.25]]
+    assert data["steps"][1]["guesses"] == []
+    assert len(text) < 14_000
+    assert "innerHTML" not in text
+
+
+def test_pieces_join_to_the_text_whatever_the_tokens_cut(tokenizer_and_model: Path) -> None:
+    tokenizer = unmask.load(tokenizer_and_model).tokenizer
+    prompt, new = tokenizer("Once 日")["input_ids"], tokenizer(" été 日本 dog\n")["input_ids"]
+    assert "".join(token_pieces(tokenizer, prompt, new)) == " été 日本 dog\n"
+    assert token_pieces(tokenizer, prompt, [*tokenizer(" dog")["input_ids"], 1])[-1] == "</s>"
+
+
+def test_command_writes_the_page(run, converted: Path, tmp_path: Path) -> None:  # noqa: F811
+    page = tmp_path / "page.html"
+    prompt = STORIES[0][:20] + "</script>"
+    code, out, err = run("generate", converted, prompt, "--max-new-tokens", 9, "--replay", page, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    data = json.loads(Page(page.read_text(encoding="utf-8")).scripts[0])
+    assert data["prompt"] == prompt
+    assert len(data["tokens"]) == found["num_new_tokens"]
+    assert sum(len(step["commits"]) for step in data["steps"]) == found["num_new_tokens"]
+    assert f"{found['num_new_tokens']} tokens in {found['num_forwards']} forwards" in data["summary"]
+    code, out, _ = run("generate", converted, prompt, "--max-new-tokens", 9, "--mode", "ar", "--replay", page)
+    assert code == 0
+    assert out.startswith(prompt)
+    data = json.loads(Page(page.read_text(encoding="utf-8")).scripts[0])
+    assert all(step["commits"][0][1] is None for step in data["steps"])
+
+
+def test_bad_values_are_named(run, converted: Path, tmp_path: Path) -> None:  # noqa: F811
+    code, _, err = run("generate", converted, "a", "--replay", tmp_path / "no" / "page.html")
+    assert code == 2
+    assert "is no file in a folder that exists" in err
+    code, _, err = run("generate", converted, "a", "--watch", "--json")
+    assert code == 2
+    assert "--watch draws where --json prints" in err
+
+
+class Frames(Live):
+    """A terminal that also keeps what it showed."""
+
+    def update(self, renderable, *, refresh: bool = False) -> None:
+        self.__dict__.setdefault("frames", []).append(renderable)
+        super().update(renderable, refresh=refresh)
+
+
+def test_watch_shows_guesses_then_the_text(converted: Path) -> None:
+    lm = unmask.load(converted)
+    prompt = "Once [bold]there"
+    ids = lm.tokenizer(prompt)["input_ids"]
+    console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system="truecolor")
+    with Frames(console=console, auto_refresh=False) as live:
+        watch = Watch(lm.tokenizer, ids, prompt, live)
+        trace = Trace(Confidence(1), watch)
+        out = lm.generate(prompt, max_new_tokens=6, select=trace.select, callback=trace.callback)
+        new = out.sequences[0, len(ids) : len(ids) + int(out.num_new_tokens)].tolist()
+        watch.finish(new)
+    *frames, final = live.frames
+    assert len(frames) == len(trace.steps)
+    assert all(frame.plain.startswith(prompt) for frame in frames)
+    assert any("italic" in str(span.style) for frame in frames for span in frame.spans)
+    assert final.plain == prompt + "".join(token_pieces(lm.tokenizer, ids, new))
+    assert any("#" in str(span.style) for span in final.spans)
+    assert "\x1b[" in console.file.getvalue()
+
+
+def test_watch_on_a_terminal(converted: Path) -> None:
+    command = [sys.executable, "-m", "unmask.cli", "generate", str(converted), STORIES[0][:20]]
+    shown = in_a_terminal([*command, "--max-new-tokens", "5", "--watch"])
+    assert STORIES[0][:20] in shown
+    assert "forwards" in shown

@@ -131,16 +131,21 @@ def _axis(_line: dict[str, Any], row: dict[str, Any]) -> Any:
 
 def _headlines(last: Sequence[dict[str, Any]]) -> str:
     columns: dict[str, dict[str, Estimate]] = {}
-    for figure in HEADLINES:
+    for figure, title in HEADLINES.items():
         for measure in ("likelihood", "quality"):
             for arm, found in series(last, measure, figure, lambda *_: None).items():
-                columns.setdefault(arm, {})[HEADLINES[figure]] = found[None]
-    return table(columns)
+                columns.setdefault(arm, {})[title] = found[None]
+    order = dict.fromkeys(line["arm"] for line in last)
+    shown = [title for title in HEADLINES.values() if any(title in of for of in columns.values())]
+    return table({arm: columns[arm] for arm in order if arm in columns}, shown)
 
 
-def table(found: dict[str, dict[Any, Estimate]]) -> str:
-    """Arms down, keys across, in the order of their appearance."""
-    keys = list(dict.fromkeys(key for of in found.values() for key in of))
+def table(found: dict[str, dict[Any, Estimate]], keys: list[Any] | None = None) -> str:
+    """Arms down, keys across: numbers sorted, names in the order of their appearance."""
+    if keys is None:
+        keys = list(dict.fromkeys(key for of in found.values() for key in of))
+        if all(isinstance(key, int | float) for key in keys):
+            keys.sort()
     rows = [["", *map(str, keys)], ["---"] * (len(keys) + 1)]
     rows += [[arm, *(str(of[key]) if key in of else "-" for key in keys)] for arm, of in found.items()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -1,10 +1,10 @@
 """A small AR base that solves the synthetic tasks, and what every recipe makes of it.
 
-    python benchmarks/tasks.py --output runs/tasks [--base-tokens 4000000] [--max-tokens N] [--seeds 0,1] [--only-base]
+    python benchmarks/tasks.py --output runs/tasks [--base-tokens 2000000] [--max-tokens N] [--seeds 0,1] [--only-base]
 
-Writes problems of all tasks (train, valid, test are disjoint), trains a LLaMA of 0.8M parameters on them with the
-recipe `ar`, prints its greedy accuracy by task on valid, and runs the study `tasks` on it, measured on test. Run again,
-it goes on where it stopped.
+Writes problems (train, valid, test are disjoint), trains a LLaMA of 0.8M parameters on them with the recipe `ar`,
+prints its greedy accuracy by task on valid, and runs the study `tasks` on it, measured on test. Run again, it goes on
+where it stopped. `plan` is left out: this base does not learn it in minutes.
 """
 
 import argparse
@@ -18,8 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import unmask
 from unmask.study import choose, load_study, run_study
-from unmask.tasks import TASKS, WORDS, Problem, problems, write_problems
+from unmask.tasks import WORDS, Problem, problems, write_problems
 
+MIX = ("copy", "reverse", "replace", "chain", "shuffle", "shuffle")
+"""The hardest of them twice."""
+
+TAUGHT = tuple(dict.fromkeys(MIX))
 NUMBERS = {"train": 60_000, "valid": 600, "test": 600}
 
 
@@ -56,19 +60,21 @@ def accuracy_by_task(lm: unmask.DiffusionLM, asked: list[Problem]) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--base-tokens", type=int, default=4_000_000)
+    parser.add_argument("--base-tokens", type=int, default=2_000_000)
     parser.add_argument("--max-tokens", type=int, default=None)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--arms", default=None)
     parser.add_argument("--only-base", action="store_true")
     options = parser.parse_args()
     data = {
-        split: write_problems(options.output / f"{split}.jsonl", problems(list(TASKS), split, number))
+        split: write_problems(
+            options.output / f"{split}.jsonl", problems(MIX if split == "train" else TAUGHT, split, number)
+        )
         for split, number in NUMBERS.items()
     }
     base = options.output / "base"
     make_base(base, data["train"], options.base_tokens)
-    found = accuracy_by_task(unmask.load(base), problems(list(TASKS), "valid", NUMBERS["valid"]))
+    found = accuracy_by_task(unmask.load(base), problems(TAUGHT, "valid", NUMBERS["valid"]))
     (options.output / "base.json").write_text(json.dumps(found) + "\n")
     print(json.dumps(found), flush=True)
     if options.only_base:

@@ -65,7 +65,7 @@ def test_splits_have_their_shares() -> None:
         ("reverse d a b > ", ["b a d"], ["d a b", "b a"]),
         ("replace a k : d a b > ", ["d k b"], ["d a b", "k d b"]),
         ("shuffle d a b > ", ["a b d", "d a b", "b d a"], ["a b", "a a d", "a b d d"]),
-        ("chain 7 +5 -3 -9 > ", ["2 9 0"], ["12 9 0", "2 9", "2 9 -0", "2 9 1"]),
+        ("chain 7 +5 -3 -9 > ", ["+5 2 -3 9 -9 0"], ["2 9 0", "+5 12 -3 9 -9 0", "+5 2 -3 9", "+5 2 -3 9 -9 1"]),
         (
             "plan 3 : 1 4 2 > ",
             ["+1 +4 -2", "-2 +4 +1"],

@@ -50,7 +50,7 @@ class Problem:
 
 
 def _draw_items(rng: random.Random, task: str) -> Problem:
-    items = rng.sample(ITEMS, rng.randint(4, 10))
+    items = rng.sample(ITEMS, rng.randint(3, 6) if task == "shuffle" else rng.randint(4, 10))
     given = " ".join(items)
     if task == "copy":
         answer = items
@@ -79,21 +79,21 @@ def _check_items(task: str, given: str, text: str) -> bool:
 
 
 def _draw_chain(rng: random.Random, _task: str) -> Problem:
-    """Running results of a sum, each the one before it plus or minus a digit."""
-    given = [str(rng.randint(0, 9))] + [rng.choice("+-") + str(rng.randint(1, 9)) for _ in range(rng.randint(4, 8))]
-    return Problem(f"chain {' '.join(given)}{SIGN}", " ".join(_running(given)))
+    """A sum worked out: each step and what it comes to, modulo 10."""
+    given = [str(rng.randint(0, 9))] + [rng.choice("+-") + str(rng.randint(1, 9)) for _ in range(rng.randint(3, 5))]
+    return Problem(f"chain {' '.join(given)}{SIGN}", " ".join(_worked_out(given)))
 
 
-def _running(given: Sequence[str]) -> list[str]:
-    total, results = int(given[0]), []
+def _worked_out(given: Sequence[str]) -> list[str]:
+    total, lines = int(given[0]), []
     for step in given[1:]:
         total = (total + int(step)) % 10
-        results.append(str(total))
-    return results
+        lines += [step, str(total)]
+    return lines
 
 
 def _check_chain(_task: str, given: str, text: str) -> bool:
-    return text.split(" ") == _running(given.split(" "))
+    return text.split(" ") == _worked_out(given.split(" "))
 
 
 def _draw_plan(rng: random.Random, _task: str) -> Problem:
@@ -175,7 +175,7 @@ def problems(tasks: Sequence[str], split: str, number: int, seed: int = 0) -> li
     found: dict[str, Problem] = {}
     repeated: list[Problem] = []
     for turn in range(number):
-        for _ in range(50):
+        for _ in range(20):
             problem = next(streams[turn % len(streams)])
             if problem.prompt not in found:
                 found[problem.prompt] = problem

@@ -196,8 +196,8 @@ def test_long_distilled_pass_in_chunks_equals_the_dense_one() -> None:
     x0, wanted = random_tokens(1, 320), predictable(layout)
     xt = x0.masked_fill(wanted, MASK)
     fast = score_distilled(net, causal_config(), xt, x0, layout, wanted)
-    assert net._chunked
-    net.__dict__["_chunked"] = False
+    assert net.routes.chunked
+    net.routes = hf.Routes()
     for a, b in zip(fast, score_distilled(net, causal_config(), xt, x0, layout, wanted), strict=True):
         assert (a - b)[..., :MASK].abs().max() < 1e-5 * b[..., :MASK].abs().max()
 

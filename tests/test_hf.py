@@ -147,30 +147,6 @@ def test_head_rows_equal_all_rows(name: str) -> None:
         close(network(tokens, layout, causal, rows=rows), network(tokens, layout, causal).flatten(0, 1)[rows], relative)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mistral_window", "qwen3_moe"])
-def test_chunked_attention_matches_dense_in_the_model(name: str) -> None:
-    model = tiny_model(SUPPORTED[name]().__class__(**(SUPPORTED[name]().to_dict() | {
-        "max_position_embeddings": 512, "n_positions": 512, "sliding_window": 200,
-    })))  # fmt: skip
-    network, config = hf.HFNetwork(model, MASK), block_config(8)
-    assert network._chunked
-    x0 = random_tokens(2, 300)
-    layout = Layout.of((torch.arange(300) % 180).expand(2, 300), (torch.arange(300) // 180).expand(2, 300))
-    xt = x0.masked_fill(torch.rand(x0.shape, generator=torch.Generator().manual_seed(3)) < 0.5, MASK)
-
-    def gradients() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        logits = score(network, config, xt, x0, layout, xt == MASK)
-        loss = torch.nn.functional.cross_entropy(logits, x0[xt == MASK])
-        return logits, [g for g in torch.autograd.grad(loss, model.parameters(), allow_unused=True) if g is not None]
-
-    chunked, chunked_gradients = gradients()
-    network._chunked = False
-    dense, dense_gradients = gradients()
-    close(chunked, dense, 1e-5)
-    for a, b in zip(chunked_gradients, dense_gradients, strict=True):
-        assert (a - b).abs().max() <= 1e-4 * max(1e-3, float(b.abs().max()))
-
-
 # --- the mask token and folders
 
 

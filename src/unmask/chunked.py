@@ -1,29 +1,46 @@
 """Attention that leaves out what a mask hides, for devices without FlexAttention's backward pass.
 
-A dense mask makes scaled-dot-product attention compute every masked-out pair. Queries are taken in chunks
-here and each chunk gets only the keys that some query of it sees: for a two-stream pass that is about the
-arithmetic of two causal passes, forward and backward, and less where documents are packed. Knows tensors only.
+A dense mask makes scaled-dot-product attention compute every masked-out pair. Here queries are taken in tiles
+and each tile gets only the keys that some query of it sees: for a two-stream pass that is about the
+arithmetic of two causal passes, forward and backward, and less where documents are packed. Tiles run on
+torch's own CPU kernel, in one autograd node: gradients are written in place and keys are saved once,
+whatever the number of tiles and heads that share them. Knows tensors only.
 """
 
 from __future__ import annotations
 
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
-CHUNK = 128
-"""Queries at a time; half as many where heads are so narrow that a key costs little."""
-_NARROW, _GRAIN = 32, 32
+CHUNK = 64
+"""Queries at a time: few waste little on the rim of a mask, many waste little on calls."""
+_GRAIN = 32
 
 Spans = tuple[tuple[int, int], ...]
-Plan = tuple[Spans, ...]
-"""For each chunk of queries, the runs of keys that it needs."""
 
-_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Plans of a mask that is still alive: all layers of a pass share one mask and so one set of plans."""
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries `queries` of batch rows `rows` against the keys in `spans` of batch rows `key_rows`.
+
+    bias: 0 where a query sees a key and -inf elsewhere, None where it sees all of them.
+    """
+
+    rows: slice
+    queries: slice
+    key_rows: slice
+    spans: Spans
+    bias: Tensor | None
+
+
+_tiles: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Tiles of a mask that is still alive: all layers of a pass share one mask and so one set of tiles."""
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float | None = None) -> Tensor:
@@ -32,50 +49,126 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: f
     q: (batch, heads, queries, dim). k, v: (batch, key heads, keys, dim), key heads dividing heads.
     allowed: bool (batch or 1, 1, queries, keys), at least one key a query. Returns the shape of q.
     """
-    if allowed not in _plans:
-        _plans[allowed] = _row_plans(allowed, _chunk(q))
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    plans: list[tuple[slice, Plan]] = _plans[allowed]
-    if len(plans) == 1:
-        return _attend(q, k, v, allowed, scale, plans[0][1])
-    return torch.cat([_attend(q[r], k[r], v[r], allowed[r], scale, plan) for r, plan in plans])
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float | None, plan: Plan) -> Tensor:
-    out = []
-    chunk = _chunk(q)
-    for start, spans in zip(range(0, q.shape[2], chunk), plan, strict=True):
-        rows = slice(start, start + chunk)
-        keys, values = (_pick(x, spans, -2) for x in (k, v))
-        seen = _pick(allowed[:, :, rows], spans, -1)
-        out.append(scaled_dot_product_attention(q[:, :, rows], keys, values, attn_mask=seen, scale=scale))
-    return torch.cat(out, dim=2)
-
-
-def _chunk(q: Tensor) -> int:
-    return CHUNK if q.shape[-1] >= _NARROW else CHUNK // 2
-
-
-def _pick(x: Tensor, spans: Spans, dim: int) -> Tensor:
-    """The spans of a dimension, one after the other; a view where there is one."""
-    parts = [x.narrow(dim, begin, end - begin) for begin, end in spans]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
-
-
-def _row_plans(allowed: Tensor, chunk: int) -> list[tuple[slice, Plan]]:
-    """The plan of each run of rows that share one: packed rows differ, all others are alike."""
-    queries, keys = allowed.shape[-2:]
-    padded = torch.nn.functional.pad(allowed[:, 0], (0, -keys % _GRAIN, 0, -queries % chunk))
-    used = padded.unflatten(-1, (-1, _GRAIN)).any(-1).unflatten(1, (-1, chunk)).any(2)  # (batch, chunks, grains)
-    plans = [tuple(_runs(grains, keys) for grains in row) for row in used.tolist()]
-    out, start = [], 0
-    for plan, same in groupby(plans):
-        count = len(list(same))
-        out.append((slice(start, start + count), plan))
-        start += count
+    if allowed not in _tiles:
+        _tiles[allowed] = plan(allowed, q.dtype)
+    out: Tensor = _Tiled.apply(q, k, v, _tiles[allowed], scale)
     return out
+
+
+def picked_attention(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, rows: Tensor, scale: float | None = None
+) -> Tensor:
+    """The outputs of some queries only: q (1, heads, len(rows), dim), `rows` flat indices into (batch, queries)."""
+    out: Tensor = _Tiled.apply(q, k, v, plan_rows(allowed, rows, q.dtype), scale)
+    return out
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile], scale: float | None) -> Tensor:
+        out = _like(q)
+        sums = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+        for tile in tiles:
+            part, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                _queries(q, tile), _keys(k, tile), _keys(v, tile), attn_mask=tile.bias, scale=scale
+            )
+            _queries(out, tile).copy_(part)
+            sums[tile.rows, :, tile.queries] = total
+        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.tiles, ctx.scale = tiles, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, sums = ctx.saved_tensors
+        grad_q, grad_k, grad_v = _like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for tile in ctx.tiles:
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *(_queries(grad, tile), _queries(q, tile), _keys(k, tile), _keys(v, tile), _queries(out, tile)),
+                *(sums[tile.rows, :, tile.queries], 0.0, False),
+                attn_mask=tile.bias,
+                scale=ctx.scale,
+            )
+            _queries(grad_q, tile).copy_(parts[0])
+            for whole, part in ((grad_k, parts[1]), (grad_v, parts[2])):
+                offset = 0
+                for begin, end in tile.spans:
+                    whole[tile.key_rows, :, begin:end] += part[:, :, offset : offset + end - begin]
+                    offset += end - begin
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _like(q: Tensor) -> Tensor:
+    """Memory in the order (batch, queries, heads, dim), in which models go on with it."""
+    batch, heads, queries, dim = q.shape
+    return q.new_empty(batch, queries, heads, dim).transpose(1, 2)
+
+
+def _queries(x: Tensor, tile: Tile) -> Tensor:
+    return x[tile.rows, :, tile.queries]
+
+
+def _keys(x: Tensor, tile: Tile) -> Tensor:
+    """The spans of keys, one after the other; a view where there is one."""
+    parts = [x[tile.key_rows, :, begin:end] for begin, end in tile.spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+# --- which keys a tile of queries needs
+
+
+def plan(allowed: Tensor, dtype: torch.dtype) -> list[Tile]:
+    """Tiles of a whole mask (batch or 1, 1, queries, keys); neighbouring rows with the same mask share theirs."""
+    tiles, start = [], 0
+    masks = list(allowed[:, 0])
+    for _, same in groupby(range(len(masks)), key=_first_alike(masks)):
+        count = len(list(same))
+        rows = slice(start, start + count) if len(masks) > 1 else slice(None)
+        tiles += _split(masks[start], 0, rows, rows, dtype)
+        start += count
+    return tiles
+
+
+def plan_rows(allowed: Tensor, rows: Tensor, dtype: torch.dtype) -> list[Tile]:
+    """Tiles of the queries `rows`, flat indices into (batch, queries), each against the keys of its batch row."""
+    queries = allowed.shape[2]
+    tiles, start = [], 0
+    for row, same in groupby((rows // queries).tolist()):
+        count = len(list(same))
+        mask = allowed[row if len(allowed) > 1 else 0, 0, rows[start : start + count] % queries]
+        tiles += _split(mask, start, slice(None), slice(row, row + 1), dtype)
+        start += count
+    return tiles
+
+
+def _first_alike(masks: list[Tensor]) -> Any:
+    """Key that numbers runs of equal masks."""
+    numbers = [0]
+    for before, mask in pairwise(masks):
+        numbers.append(numbers[-1] + (not torch.equal(before, mask)))
+    return numbers.__getitem__
+
+
+def _split(mask: Tensor, offset: int, rows: slice, key_rows: slice, dtype: torch.dtype) -> list[Tile]:
+    """Tiles of one mask (queries, keys) whose first query stands at `offset`."""
+    queries, keys = mask.shape
+    padded = pad(mask, (0, -keys % _GRAIN, 0, -queries % CHUNK))
+    used = padded.unflatten(-1, (-1, _GRAIN)).any(-1).unflatten(0, (-1, CHUNK)).any(1)  # (tiles, grains)
+    tiles: list[Tile] = []
+    first = offset
+    for index, grains in enumerate(used.tolist()):
+        spans, start = _runs(grains, keys), index * CHUNK
+        seen = torch.cat([mask[start : start + CHUNK, begin:end] for begin, end in spans], dim=-1)
+        bias = None
+        if not bool(seen.all()):
+            bias = torch.zeros(1, 1, *seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+        end = offset + start + len(seen)
+        if tiles and bias is None and tiles[-1].bias is None and tiles[-1].spans == spans:
+            tiles.append(replace(tiles.pop(), queries=slice(first, end)))
+        else:
+            first = offset + start
+            tiles.append(Tile(rows, slice(first, end), key_rows, spans, bias))
+    return tiles
 
 
 def _runs(grains: list[bool], keys: int) -> Spans:

@@ -69,6 +69,7 @@ class Drafter(nn.Module):
     @contextmanager
     def rows(self, noisy: Tensor) -> Iterator[None]:
         """Within the context the adapters act on these rows (batch, length) of the pass."""
+        before = self._noisy, self._index
         self._noisy = noisy if bool(noisy.any()) else None
         columns = noisy.all(0)
         first = int(columns.long().argmax())
@@ -78,7 +79,7 @@ class Drafter(nn.Module):
         try:
             yield
         finally:
-            self._noisy = None
+            self._noisy, self._index = before
 
     def detach(self) -> None:
         """Take the hooks off the model."""

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -42,9 +41,10 @@ from unmask.attention import (
     two_stream,
     window,
 )
-from unmask.chunked import CHUNK, chunked_attention
+from unmask.chunked import CHUNK
 from unmask.denoiser import DiffusionConfig, Past
 from unmask.drafter import Drafter, DrafterConfig
+from unmask.shortcuts import CHUNKED, head_rows, last_layer, last_layer_rows
 
 MASK_TOKEN = "<|mask|>"
 SDAR_MASK_TOKEN = "<|MASK|>"
@@ -106,8 +106,7 @@ class HFNetwork:
         rows: Tensor | None = None,
         past: Past | None = None,
     ) -> Tensor:
-        with head_rows(self.head, rows):
-            logits = self._run(input_ids, layout, pattern, past)
+        logits = self._run(input_ids, layout, pattern, past, rows)
         if logits.dtype != torch.float64:
             logits = logits.float()
         if self.mask_token_id is not None and self.mask_token_id < logits.shape[-1]:  # a drafter's has no logit
@@ -117,13 +116,15 @@ class HFNetwork:
     def hidden_states(self, input_ids: Tensor, layout: Layout, pattern: Pattern) -> Tensor:
         """The last hidden states (batch, length, hidden): what the head reads, after the final norm."""
         with head_input(self.head) as read:
-            self._run(input_ids, layout, pattern, None)
+            self._run(input_ids, layout, pattern, None, None)
         return read[0]
 
-    def _run(self, input_ids: Tensor, layout: Layout, pattern: Pattern, past: Past | None) -> Tensor:
+    def _run(
+        self, input_ids: Tensor, layout: Layout, pattern: Pattern, past: Past | None, rows: Tensor | None
+    ) -> Tensor:
         kv = layout if past is None else past.layout.then(layout)
         gate = nullcontext() if self.gate is None else self.gate(layout.noisy)
-        with self._attention(layout), gate:
+        with self._shortcuts(layout, rows), gate:
             return self.forward(
                 input_ids=input_ids,
                 attention_mask=self.attention_argument(pattern, layout, kv),
@@ -133,20 +134,33 @@ class HFNetwork:
             ).logits
 
     @functools.cached_property
-    def _chunked(self) -> bool:
-        return takes_chunked_attention(self.model)
+    def routes(self) -> Routes:
+        return find_routes(self.model)
 
     @contextmanager
-    def _attention(self, layout: Layout) -> Iterator[None]:
-        """Chunked attention for long passes over a dense mask, where the model takes it."""
-        long = layout.position.shape[1] >= 2 * CHUNK
-        if not long or self.device.type != "cpu" or not self._chunked:
-            yield
+    def _shortcuts(self, layout: Layout, rows: Tensor | None) -> Iterator[None]:
+        """What a pass can leave out: masked-out pairs, rows of the last layer and of the head that nobody reads."""
+        batch, length = layout.position.shape
+        layer = last_layer(self.model)
+        # Checkpointed layers run again in the backward pass, when the hooks of this pass are gone.
+        again = self.model.training and getattr(layer, "gradient_checkpointing", False)
+        if length < 2 * CHUNK or self.device.type != "cpu" or again or not self.routes.chunked:
+            with head_rows(self.head, rows):
+                yield
             return
         before = self.config._attn_implementation
-        self.config._attn_implementation = _CHUNKED
+        self.config._attn_implementation = CHUNKED
         try:
-            yield
+            if layer is None or not self.routes.last_rows or rows is None or len(rows) > 0.8 * batch * length:
+                with head_rows(self.head, rows):
+                    yield
+                return
+
+            def gate(rows: Tensor) -> AbstractContextManager[None]:
+                return nullcontext() if self.gate is None else self.gate(layout.noisy.flatten()[rows][None])
+
+            with last_layer_rows(layer, rows, gate), head_rows(self.head, slice(len(rows))):
+                yield
         finally:
             self.config._attn_implementation = before
 
@@ -168,7 +182,7 @@ class HFNetwork:
         if implementation == "flex_attention":
             return block_mask(pattern, q, kv)
         allowed = dense(pattern, q, kv)[:, None]
-        if implementation in ("sdpa", _CHUNKED):
+        if implementation in ("sdpa", CHUNKED):
             return allowed
         if implementation == "eager":  # eager adds its mask: a bool one would be added as 0 and 1
             dtype = self.model.dtype
@@ -181,35 +195,21 @@ class HFNetwork:
         )
 
 
-_CHUNKED = "unmask_chunked"
+@dataclass(frozen=True)
+class Routes:
+    """Which shortcuts a model takes: see `shortcuts`."""
+
+    chunked: bool = False
+    last_rows: bool = False
 
 
-def _chunked_forward(
-    _module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """`chunked_attention` under the signature that transformers' models call."""
-    if dropout:
-        raise ValueError(f"attention dropout {dropout} is not supported by chunked attention: set it to 0")
-    return chunked_attention(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(_CHUNKED, _chunked_forward)
-
-
-def takes_chunked_attention(model: Any) -> bool:
-    """Whether the model calls attention through transformers' table of functions, tried on a tiny instance."""
+def find_routes(model: Any) -> Routes:
+    """The shortcuts under which a tiny instance of the model's class gives the same logits."""
     config = model.config.get_text_config()
     if config._attn_implementation != "sdpa" or getattr(config, "attention_dropout", 0.0):
-        return False
+        return Routes()
     config_class: Any = type(config)
-    return _probe_chunked(config_class, _tiny_json(config))
+    return _probe_routes(config_class, _tiny_json(config))
 
 
 def sees_position_differences(model: Any) -> bool:
@@ -217,19 +217,6 @@ def sees_position_differences(model: Any) -> bool:
     config = model.config.get_text_config()
     config_class: Any = type(config)
     return _probe_positions(config_class, _tiny_json(config))
-
-
-@contextmanager
-def head_rows(head: torch.nn.Module, rows: Tensor | None) -> Iterator[None]:
-    """Within the context the head `head` runs on the given rows only, flat indices into (batch * length)."""
-    if rows is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(lambda _module, args: (args[0].flatten(0, 1)[rows],))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -309,18 +296,33 @@ def probe(model: Any) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _probe_chunked(config_class: Hashable, config: str) -> bool:
+def _probe_routes(config_class: Hashable, config: str) -> Routes:
     try:
         network = HFNetwork(_tiny_model(config_class, config, "sdpa"))
-        layout = Layout.of(torch.arange(40)[None])
-        tokens = torch.arange(40)[None] % 50 + 3
-        with torch.inference_mode():
-            dense_logits = network(tokens, layout, causal)
-            network.config._attn_implementation = _CHUNKED
-            gap = (network(tokens, layout, causal) - dense_logits).abs().max()
-        return bool(gap <= 1e-5 * dense_logits.abs().max())
-    except Exception:  # whatever it is, the model does not take it: dense attention stays
-        return False
+    except Exception:  # whatever it is, the model goes without
+        return Routes()
+    length = 2 * CHUNK
+    layout = Layout.of(torch.arange(length).expand(2, length) % 40)
+    tokens = torch.arange(2 * length).view(2, length) % 50 + 3
+    rows = torch.arange(0, 2 * length, 3)
+
+    def same(routes: Routes) -> bool:
+        network.routes = routes
+        try:
+            with torch.inference_mode():
+                got = network(tokens, layout, causal, rows=rows)
+        except Exception:
+            return False
+        return got.shape == expected.shape and bool((got - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+    with torch.inference_mode():
+        network.routes = Routes()
+        expected = network(tokens, layout, causal, rows=rows)
+    routes = Routes()
+    for name in ("chunked", "last_rows"):
+        tried = replace(routes, **{name: True})
+        routes = tried if same(tried) else routes
+    return routes
 
 
 @functools.lru_cache(maxsize=64)

@@ -21,9 +21,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from unmask.evaluation.choices import choice_document
+from unmask.evaluation.harness import load_tasks, run_tasks
 from unmask.evaluation.likelihood import Document, nelbo
 from unmask.evaluation.lm_eval import HarnessLM
-from unmask.evaluation.tasks import load_tasks, run_tasks
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -204,6 +204,24 @@ def test_a_stop_string_that_is_a_special_token_ends_the_text(converted: Path) ->
     begin = lm.tokenizer.bos_token_id
     assert model._cut([3, 4], [*new, begin, *new], ["<s>"]) == model._cut([3, 4], new, [])
     assert model._cut([3, 4], [*new, *new], [" cat"]) == " the"
+
+
+@pytest.mark.parametrize("recipe", ["diffullama", "bd3lm", "fast-dllm-v2", "tri-mode", "drafter"])
+def test_every_recipe_and_mode_runs(recipe: str, tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:
+    block = {} if recipe == "diffullama" else {"block_size": 4}
+    lm = unmask.adapt(tokenizer_and_model, stories, recipe, tmp_path / "run", show_progress=False, max_tokens=400,
+                      max_length=64, batch_size=2, **block)  # fmt: skip
+    scored = [request("loglikelihood", STORIES[0][:40], STORIES[0][40:50], document=i) for i in range(2)]
+    asked = [request("generate_until", STORIES[i][:30], {"until": ["."], "max_gen_toks": 6}) for i in range(2)]
+    answers = {}
+    for mode in ("ar", "diffusion", "speculative") if lm.diffusion.serves_ar else ("ar", "diffusion"):
+        model = HarnessLM(lm, mode, num_samples=2)
+        answers[mode] = model.loglikelihood(scored), model.generate_until(asked)
+        assert all(value < 0 for value, _ in answers[mode][0])
+        assert model.get_model_info()["estimator"] == ("nelbo" if mode == "diffusion" else "exact")
+    assert answers["ar"][0] != answers["diffusion"][0]
+    if "speculative" in answers:
+        assert answers["speculative"] == answers["ar"]
 
 
 # --- the command

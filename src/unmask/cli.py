@@ -462,8 +462,8 @@ def _evaluate_tasks(
 ) -> None:
     """`evaluate --tasks`: `scoring` is for the harness's model, `asked` for its tasks."""
     try:
+        from unmask.evaluation.harness import load_tasks, run_tasks, table, write_results
         from unmask.evaluation.lm_eval import HarnessLM
-        from unmask.evaluation.tasks import load_tasks, run_tasks, table, write_results
     except ImportError as error:
         raise ValueError(f'--tasks needs lm-evaluation-harness ({error}): pip install "unmask[eval]"') from error
     from unmask.sampling import Threshold

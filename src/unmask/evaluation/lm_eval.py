@@ -1,4 +1,4 @@
-"""Every mode and recipe as one model class of lm-evaluation-harness 0.4; `tasks` runs it.
+"""Every mode and recipe as one model class of lm-evaluation-harness 0.4; `harness` runs it.
 
 Log-likelihoods are exact in the modes "ar" and "speculative" (whose text is AR's), and minus the NELBO of the
 continuation given its context in mode "diffusion", a lower bound. Text comes from `DiffusionLM.generate`.
@@ -18,7 +18,7 @@ import torch
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import DEFAULT_MAX_LENGTH, has_bos_prefix, normalize_gen_kwargs
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from torch import Tensor
 
 from unmask.attention import causal
@@ -29,6 +29,9 @@ from unmask.progress import progress
 
 SCORED_ROW = 512
 """Tokens that a row of the batch size stands for when scoring."""
+
+UNSTATED_CONTEXT = 2048
+"""What the harness takes where a model states no context."""
 
 GENERATION_SETTINGS = ("do_sample", "temperature", "top_p", "top_k", "max_gen_toks", "until")
 
@@ -83,7 +86,7 @@ class HarnessLM(TemplateLM):
             check_estimator(self.bound, num_samples, exact)
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
-        context = lm.network.context_length or DEFAULT_MAX_LENGTH
+        context = lm.network.context_length or UNSTATED_CONTEXT
         if max_length is not None and not 2 <= max_length <= context:
             raise ValueError(f"max_length {max_length} must be from 2 up to the model's context of {context}")
         self.lm, self.tokenizer = lm, lm.tokenizer

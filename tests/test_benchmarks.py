@@ -121,3 +121,10 @@ def test_humaneval_canonical_lines_pass(shared: Path) -> None:
     for sample in samples[::200]:
         assert humaneval.check(sample, sample["canonical_solution"]) == "passed"
         assert humaneval.check(sample, "    raise ValueError\n") == "failed"
+
+
+def test_story_endings_are_last_sentences() -> None:
+    split = script("story_endings").split_story
+    assert split('Tom ran.  He fell! "Help!"\nMum came.') == ('Tom ran. He fell! "Help!"', "Mum came.")
+    assert split("Tom ran.") is None
+    assert split("") is None

@@ -126,6 +126,20 @@ def test_a_causal_clean_half_speculates_and_a_canvas_has_no_blocks(converted: Pa
     assert canvas == [*baselines, ("diffusion", 2), ("diffusion", 4), ("oracle", None)]
 
 
+def test_a_drafter_is_compared_with_its_base(run, tokenizer_and_model: Path, texts: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder = tmp_path / "drafter"
+    unmask.adapt(tokenizer_and_model, texts, "drafter", folder, show_progress=False, max_tokens=300, max_length=64,
+                 block_size=4, batch_size=4)  # fmt: skip
+    code, out, err = run("frontier", folder, "--data", texts, *SMALL, "--thresholds", "0.5", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    rows = {row["mode"]: row for row in found["rows"]}
+    assert found["settings"]["parent"] == str(tokenizer_and_model)
+    assert rows["speculative"]["tokens_per_cycle"] >= 1
+    for column in ("parent_nll", "unigram_entropy", "distinct_3", "mean_length"):  # AR's own text
+        assert rows["speculative"][column] == rows["ar"][column] == rows["prompt_lookup"][column]
+
+
 def test_areas_compare_with_the_best_of_all_systems() -> None:
     empty = {"block_size": None, "batch_size": 1, "num_texts": 1, "mean_length": 1, "tokens_per_cycle": None,
              "tokens_per_second": 1, "parent_nll": 1, "unigram_entropy": 1, "distinct_1": 1, "distinct_2": 1,

@@ -45,6 +45,8 @@ def test_command_writes_rows_beside_the_parent_and_goes_on(run, converted, texts
     assert [json.loads(line)["mode"] for line in before.splitlines()] == ["data", "ar", "ar", "prompt_lookup",
                                                                          "diffusion", "diffusion"]  # fmt: skip
     monkeypatch.setattr(sweep, "frontier_row", real)
+    with (output / "rows.jsonl").open("a") as file:
+        file.write('{"mode": "dif')  # killed while writing
     code, out, err = run(*arguments, "--thresholds", "0.2,0.9", "--rule", "confidence=2", "--oracle", 1)
     assert code == 0, err
     found = json.loads(out)
@@ -166,6 +168,7 @@ def test_rules_are_parsed() -> None:
     [
         (("--thresholds", "0.5,1.5"), "confidence_threshold 1.5 must lie in [0, 1]"),
         (("--thresholds", "-0.1"), "confidence_threshold -0.1 must lie in [0, 1]"),
+        (("--batch-sizes", "inf"), "batch_sizes 'inf' is no list of numbers"),
         (("--thresholds", "high"), "threshold 'high' is no list of numbers"),
         (("--thresholds", ""), "thresholds is empty and there is no rule"),
         (("--rule", "luck=1"), "rule 'luck=1' is unknown"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -104,9 +105,12 @@ def parse_rules(thresholds: str, rules: Sequence[str]) -> tuple[Selector, ...]:
 def numbers(text: str, name: str) -> list[float]:
     """The numbers of "1,2.5"."""
     try:
-        return [float(part) for part in text.split(",")]
+        found = [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{name} {text!r} is no list of numbers such as 0.5,0.9") from None
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"{name} {text!r} is no list of numbers such as 0.5,0.9")
+    return found
 
 
 def whole_numbers(text: str, name: str) -> tuple[int, ...]:
@@ -164,6 +168,9 @@ def run_frontier(
     else:
         texts = (text for file in files for text in read_documents(file))
         prompts, rests = beginnings(ar.tokenizer, texts, sweep)
+    context, longest = lm.network.context_length, max(map(len, prompts)) + sweep.max_new_tokens
+    if context is not None and longest > context:
+        raise ValueError(f"prompt and max_new_tokens make {longest} tokens, more than the model's context of {context}")
     run = describe(model, lm, ar, prompts, sweep, [f"task {task}"] if task else [Path(file).name for file in files])
     done = [] if output is None else open_folder(output, run)
     rows = run_sweep(lm, ar, prompts, sweep, rests=rests, score=score, done=done, output=output,
@@ -228,8 +235,11 @@ def open_folder(output: Path, run: dict[str, Any]) -> list[FrontierRow]:
     else:
         output.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(run, indent=2) + "\n")
-    lines = rows.read_text().splitlines() if rows.is_file() else []
-    return [FrontierRow(**json.loads(line)) for line in lines]
+    text = rows.read_text() if rows.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:  # a line that was being written when the run was killed
+        rows.write_text(whole)
+    return [FrontierRow(**json.loads(line)) for line in whole.splitlines()]
 
 
 def describe(
@@ -279,9 +289,6 @@ def run_sweep(
     rests: the real continuations, for a row of the data itself. score: of a task, for accuracies.
     """
     assert lm.diffusion is not None
-    context, longest = lm.network.context_length, max(map(len, prompts)) + sweep.max_new_tokens
-    if context is not None and longest > context:
-        raise ValueError(f"prompt and max_new_tokens make {longest} tokens, more than the model's context of {context}")
     found, known = list(done), {_key(row) for row in done}
 
     def add(row: FrontierRow) -> None:

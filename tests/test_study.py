@@ -120,6 +120,9 @@ def test_report_shows_means_and_errors(finished: Path) -> None:
     assert "| clean |" in text
     assert "## NELBO along training, by tokens" in text
     assert "By NELBO (lower is better):" in text
+    for figure in ("along-nelbo", "frontier-parent_nll", "block-sizes", "drift", "order-mean_step"):
+        assert (finished / "figures" / f"{figure}.png").stat().st_size < 200_000
+        assert f"(figures/{figure}.png)" in text
     found = report.series(report.last_lines(lines_of(finished)), "likelihood", "nelbo", lambda *_: None)
     assert str(found["clean"][None]) in text
     assert found["clean"][None].seeds == 2

@@ -1,7 +1,7 @@
-"""A study's report: tables with means and standard errors over seeds, made of study.json and rows.jsonl alone.
+"""A study's report: tables and figures with standard errors over seeds, made of study.json and rows.jsonl alone.
 
-Knows no torch. A *figure* is a named number of a row; the standard error is that of the mean over seeds, not that of
-masks or documents, which all arms share.
+Knows no torch; without matplotlib it is tables alone. A *figure* is a named number of a row; the standard error is that
+of the mean over seeds, not that of masks or documents, which all arms share.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
+
+from unmask import plots
 
 LOWER, HIGHER = "lower is better", "higher is better"
 HEADLINES = {
@@ -46,6 +48,9 @@ SECTIONS: tuple[tuple[str, str, str], ...] = (
     ("order", "mean_confidence", "Mean confidence at commit by place of the block"),
 )
 """(measure, figure, title) of the tables over a measure's own axis."""
+
+ALONG = (("likelihood", "nelbo"), ("likelihood", "nll"), ("quality", "parent_nll"), ("quality", "accuracy"))
+"""(measure, figure) shown over the tokens trained."""
 
 
 class Estimate(NamedTuple):
@@ -91,14 +96,79 @@ def last_lines(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_report(output: Path) -> None:
-    """OUT/report.md from OUT/study.json and OUT/rows.jsonl."""
+    """OUT/report.md and OUT/figures from OUT/study.json and OUT/rows.jsonl."""
     study = json.loads((output / "study.json").read_text())
     lines = [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines()]
-    (output / "report.md").write_text(report(study, lines))
+    try:
+        plots.require_matplotlib()
+    except ValueError:  # an extra: the tables do without
+        drawn = {}
+    else:
+        drawn = draw(lines, output / "figures")
+    (output / "report.md").write_text(report(study, lines, {title: f"figures/{p.name}" for title, p in drawn.items()}))
 
 
-def report(study: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
-    """The report as Markdown."""
+def flat(lines: Iterable[dict[str, Any]], measure: str, figure: str) -> list[dict[str, Any]]:
+    """Rows of one measure that hold a figure, with the arm, seed and tokens of their line."""
+    return [
+        {"arm": line["arm"], "seed": line["seed"], "tokens": line["tokens"], **row}
+        for line in lines
+        if line["measure"] == measure
+        for row in line["rows"]
+        if row.get(figure) is not None
+    ]
+
+
+def draw(lines: Sequence[dict[str, Any]], folder: Path) -> dict[str, Path]:
+    """The figures that these lines allow, title -> PNG file."""
+    last, found = last_lines(lines), {}
+
+    def add(title: str, name: str, drawer: Callable[..., tuple[Path, Path]], rows: list[Any], **axes: Any) -> None:
+        if rows:
+            found[title] = drawer(rows, folder / name, **axes)[0]
+
+    for measure, figure in ALONG:
+        rows = [row for row in flat(lines, measure, figure) if row["arm"] != "parent"]
+        if len({row["tokens"] for row in rows}) > 1:
+            add(f"{HEADLINES[figure]} along training", f"along-{figure}", plots.curves, rows, x="tokens", y=figure,
+                by="arm", x_label="training tokens", y_label=HEADLINES[figure])  # fmt: skip
+    for figure in ("parent_nll", "accuracy"):
+        rows = flat(last, "frontier", figure)
+        if figure == "accuracy" or not flat(last, "frontier", "accuracy"):
+            add(f"{HEADLINES[figure]} against tokens per forward", f"frontier-{figure}", plots.curves,
+                _by_setting(rows), x="tokens_per_forward", y=figure, by="arm", x_label="tokens per forward",
+                y_label=HEADLINES[figure], log_x=True)  # fmt: skip
+    add("NELBO by training and evaluation block size", "block-sizes", plots.heat_map,
+        flat(last, "block_sizes", "nelbo"), x="at", y="arm", value="nelbo", x_label="evaluation block size",
+        y_label="")  # fmt: skip
+    drift = [row | {"layer": f"{row['part']} {row['at']}"} for row in flat(last, "drift", "mean_change")]
+    add("Mean absolute change of the weights by layer", "drift", plots.heat_map,
+        sorted(drift, key=lambda row: (row["part"], row["at"])), x="layer", y="arm", value="mean_change", digits=2,
+        y_label="", value_label="mean |change|")  # fmt: skip
+    order = flat(last, "order", "mean_step")
+    for figure, title in (
+        ("mean_step", "forward in which it is committed"),
+        ("mean_confidence", "confidence at commit"),
+    ):
+        add(f"Place in the block and {title}", f"order-{figure}", plots.curves, order, x="at", y=figure, by="arm",
+            x_label="place in the block", y_label=f"mean {title}")  # fmt: skip
+    return found
+
+
+def _by_setting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds of the points of each arm and threshold: seeds differ on both axes."""
+    groups: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["arm"], row["at"]), []).append(row)
+    return [
+        {"arm": arm, **{k: mean(r[k] for r in some) for k in ("tokens_per_forward", "parent_nll", "accuracy")
+                        if all(k in r for r in some)}}
+        for (arm, _), some in groups.items()
+    ]  # fmt: skip
+
+
+def report(study: dict[str, Any], lines: Sequence[dict[str, Any]], figures: dict[str, str]) -> str:
+    """The report as Markdown. figures: title -> file."""
     last = last_lines(lines)
     seeds = sorted({line["seed"] for line in lines if line["seed"] is not None})
     parts = [
@@ -115,11 +185,11 @@ def report(study: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
         if found and not (figure == "parent_nll" and any("accuracy" in r for line in last for r in line["rows"])):
             parts += [f"## {title}", table(found)]
     along = [line for line in lines if line["arm"] != "parent"]
-    for measure, figure in (("likelihood", "nelbo"), ("likelihood", "nll"), ("quality", "parent_nll"),
-                            ("quality", "accuracy")):  # fmt: skip
+    for measure, figure in ALONG:
         found = series(along, measure, figure, lambda line, _row: line["tokens"])
         if any(len(of) > 1 for of in found.values()):
             parts += [f"## {HEADLINES[figure]} along training, by tokens", table(found)]
+    parts += [f"![{title}]({file})" for title, file in figures.items()]
     parts += ["## Arms", *(f"- `{arm}`: {_described(own)}" for arm, own in study["arms"].items())]
     return "\n\n".join(part for part in parts if part).replace("\n\n- ", "\n- ") + "\n"
 

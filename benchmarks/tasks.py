@@ -1,6 +1,6 @@
 """A small AR base that solves the synthetic tasks, and what every recipe makes of it.
 
-    python benchmarks/tasks.py --output runs/tasks [--base-tokens 2000000] [--max-tokens N] [--seeds 0,1] [--only-base]
+    python benchmarks/tasks.py --output runs/tasks [--base-tokens 1600000] [--max-tokens N] [--seeds 0,1] [--only-base]
 
 Writes problems (train, valid, test are disjoint), trains a LLaMA of 0.8M parameters on them with the recipe `ar`,
 prints its greedy accuracy by task on valid, and runs the study `tasks` on it, measured on test. Run again, it goes on
@@ -60,7 +60,7 @@ def accuracy_by_task(lm: unmask.DiffusionLM, asked: list[Problem]) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--base-tokens", type=int, default=2_000_000)
+    parser.add_argument("--base-tokens", type=int, default=1_600_000)
     parser.add_argument("--max-tokens", type=int, default=None)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--arms", default=None)

@@ -8,13 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
+import torch
+from conftest import tiny_llama
+from transformers import PreTrainedTokenizerFast
 
-from unmask import report
-from unmask.measures import MEASURES
+import unmask
+from unmask import report, tasks
+from unmask.measures import MEASURES, Budget, count_votes
 from unmask.study import choose, load_study, run_study, study_names
+from unmask.tasks import write_problems
 
 TINY = """# A comparison of nothing much.
 max_tokens = 1500
@@ -168,6 +175,44 @@ def test_shipped_studies_load() -> None:
         assert len(list(study.runs())) == len(study.arms) * len(study.seeds)
 
 
+def test_answers_of_tasks_are_checked(tmp_path: Path) -> None:
+    problems = {split: write_problems(tmp_path / f"{split}.jsonl", tasks.problems(["copy", "chain"], split, 12))
+                for split in ("train", "test")}  # fmt: skip
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<s>", "</s>", *tasks.WORDS]))}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<s>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+    lm = unmask.DiffusionLM(tiny_llama(torch.float32, vocab_size=len(vocabulary), eos_token_id=1), tokenizer)
+    lm.save_pretrained(tmp_path / "base")
+    study = load_study("tasks")
+    small = replace(
+        choose(study, max_tokens=300, arms=["efficient-dlm", "tri-mode"]),
+        budget=Budget(prompts=4, new_tokens=8, documents=4, thresholds=(0.5,), votes=2),
+    )
+
+    def run(evaluation: Path, output: str) -> list[dict]:
+        return run_study(
+            small, tmp_path / "base", [problems["train"]], [evaluation], tmp_path / output, show_progress=False
+        )
+
+    found = {(line["arm"], line["measure"]): line["rows"] for line in run(problems["test"], "out")}
+    assert found["parent", "quality"][0]["accuracy"] == 0.0
+    assert 0 <= found["efficient-dlm", "frontier"][0]["accuracy"] <= 1
+    assert [row["at"] for row in found["efficient-dlm", "votes"]] == [1, 2]
+    assert all(row["any_accuracy"] >= row["majority_accuracy"] for row in found["tri-mode", "votes"])
+    with pytest.raises(ValueError, match=r"is no problem of a task: it begins with one of copy"):
+        run(write_problems(tmp_path / "sums.jsonl", [tasks.Problem("copy 1 + 1 =", "2")]), "other")
+
+
+def test_majority_and_any() -> None:
+    answers = [["a", "b", "x"], ["b", "b", "y"], ["b", "c", "x"]]  # three samples of three prompts
+    right = [[answer == "b" for answer in sample] for sample in answers]
+    rows = count_votes(answers, right)
+    assert [row["at"] for row in rows] == [1, 2, 3]
+    assert [row["majority_accuracy"] for row in rows] == pytest.approx([1 / 3, 1 / 3, 2 / 3])
+    assert [row["any_accuracy"] for row in rows] == pytest.approx([1 / 3, 2 / 3, 2 / 3])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -228,10 +273,6 @@ def test_bad_calls_are_named(
 
 
 def test_another_model_is_named(finished: Path, tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:
-    import torch
-
-    import unmask
-
     lm = unmask.load(tokenizer_and_model)
     with torch.no_grad():
         lm.model.get_input_embeddings().weight.mul_(1.1)

@@ -167,16 +167,20 @@ def measure_votes(s: Subject) -> list[Row]:
             texts += out.texts
         right.append(s.held_out.score(texts))
         answers.append([s.held_out.answer(text) for text in texts])
+    return count_votes(answers, right)
+
+
+def count_votes(answers: Sequence[Sequence[str]], right: Sequence[Sequence[bool]]) -> list[Row]:
+    """Accuracy of the majority, and of any, of the first k samples; answers and right by sample, then prompt."""
+    number = len(answers[0])
     rows = []
-    for k in range(1, s.budget.votes + 1):
+    for k in range(1, len(answers) + 1):
         majority = any_of = 0
-        for i in range(len(s.held_out.prompts)):
+        for i in range(number):
             given = [answers[j][i] for j in range(k)]
-            chosen = max(range(k), key=lambda j: (given.count(given[j]), -j))  # ties go to the earlier sample
-            majority += right[chosen][i]
+            majority += right[given.index(max(given, key=given.count))][i]  # a tie goes to the earlier sample
             any_of += any(right[j][i] for j in range(k))
-        n = len(s.held_out.prompts)
-        rows.append({"at": k, "majority_accuracy": majority / n, "any_accuracy": any_of / n})
+        rows.append({"at": k, "majority_accuracy": majority / number, "any_accuracy": any_of / number})
     return rows
 
 

@@ -92,7 +92,7 @@ def test_adapt_keeps_the_ar_mode_nearer_to_the_parent_with_it_as_teacher(
         for name, teacher in teachers.items()
     }
     moved = {name: abs(sum(o.nats for o in lm.nll(STORIES)) - expected) for name, lm in runs.items()}
-    assert moved["parent"] < 0.3 * moved["text"]
+    assert moved["parent"] < 0.5 * moved["text"]
     assert moved["path"] == pytest.approx(moved["parent"], rel=1e-3)
 
 

@@ -147,7 +147,7 @@ def frontier(rows: Sequence[Row], path: str | Path, *, title: str = "") -> tuple
     entropy = ("unigram_entropy", "entropy of a text's tokens (nats)")
     with _figure(path, width=3.1 * columns, height=5.8 if batches else 3.1) as (figure, paths):
         grid = figure.subplots(2 if batches else 1, columns, squeeze=False)
-        names = list(dict.fromkeys(_system(row) for row in rows if row["mode"] != "data"))
+        looks = _looks(rows)
         for axes, (column, label) in zip(grid[0], (quality, entropy, beside), strict=False):
             for row in rows:
                 if row["mode"] == "data" and row.get(column) is not None:
@@ -155,10 +155,10 @@ def frontier(rows: Sequence[Row], path: str | Path, *, title: str = "") -> tuple
             # distinct-n falls with the number of texts, so a row of fewer of them has no place beside the others
             texts = max(row.get("num_texts") or 0 for row in rows)
             some = [row for row in _untimed(rows) if column != "distinct_2" or (row.get("num_texts") or 0) == texts]
-            _systems(axes, names, some, "tokens_per_forward", column)
+            _systems(axes, looks, some, "tokens_per_forward", column)
             _label(axes, "tokens per forward", label, "")
         for axes, batch in zip(grid[-1], batches, strict=False):
-            _systems(axes, names, [row for row in timed if row["batch_size"] == batch], "speed_over_ar", quality[0])
+            _systems(axes, looks, [row for row in timed if row["batch_size"] == batch], "speed_over_ar", quality[0])
             _label(axes, "tokens per second / those of the AR parent", quality[1], f"batch {batch}")
         for axes in figure.axes:
             axes.set_visible(bool(axes.get_xlabel()))
@@ -174,16 +174,29 @@ def frontier(rows: Sequence[Row], path: str | Path, *, title: str = "") -> tuple
 # --- the parts
 
 
-def _systems(axes: Any, names: Sequence[str], rows: Sequence[Row], x: str, y: str) -> None:
-    groups: dict[str, list[Row]] = {name: [] for name in names}
+def _looks(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """System -> how its line looks: a colour and marker for each mode or rule, a line style for each block size."""
+    made = [row for row in rows if row["mode"] != "data"]
+    kinds = list(dict.fromkeys(_kind(row) for row in made))
+    blocks = _ordered(row["block_size"] for row in made if row.get("block_size") is not None)
+    looks = {}
+    for row in made:
+        block = blocks.index(row["block_size"]) if row.get("block_size") in blocks else 0
+        look = _look(kinds.index(_kind(row))) | {"linestyle": ("-", "--", ":", "-.")[block % 4]}
+        looks[_system(row)] = look | ({"markerfacecolor": "white"} if block else {})
+    return looks
+
+
+def _systems(axes: Any, looks: Mapping[str, Mapping[str, Any]], rows: Sequence[Row], x: str, y: str) -> None:
+    groups: dict[str, list[Row]] = {name: [] for name in looks}
     for row in rows:
         if row["mode"] != "data" and row.get(x) is not None and row.get(y) is not None:
             groups[_system(row)].append(row)
-    for i, some in enumerate(groups.values()):
+    for name, some in groups.items():
         some = sorted(some, key=lambda row: (row.get("value") is None, row.get("value") or 0))
         if not some:
             continue
-        axes.plot([row[x] for row in some], [row[y] for row in some], label=_system(some[0]), **_look(i))
+        axes.plot([row[x] for row in some], [row[y] for row in some], label=name, **looks[name])
         for row in _apart(some, rows, x, y):
             axes.annotate(f"{row['value']:g}", (row[x], row[y]), xytext=(3, 3), textcoords="offset points",
                           fontsize=6.5, color=_GREY)  # fmt: skip
@@ -214,14 +227,15 @@ def _apart(some: Sequence[Row], rows: Sequence[Row], x: str, y: str) -> list[Row
     return kept
 
 
+def _kind(row: Row) -> str:
+    """The rule of a frontier row, or its mode."""
+    names = {"ar": "AR parent", "prompt_lookup": "AR parent, prompt lookup", "diffusion": str(row.get("rule"))}
+    return names.get(row["mode"], str(row["mode"]))
+
+
 def _system(row: Row) -> str:
     """Name of the line that a frontier row belongs to."""
-    plain = {"ar": "AR parent", "prompt_lookup": "AR parent, prompt lookup"}
-    if row["mode"] in plain:
-        return plain[row["mode"]]
-    block = f", blocks of {row['block_size']}" if row.get("block_size") else ""
-    names = {"oracle": "oracle", "speculative": "speculative"}
-    return names.get(row["mode"], str(row.get("rule"))) + block
+    return _kind(row) + (f", blocks of {row['block_size']}" if row.get("block_size") else "")
 
 
 def _untimed(rows: Sequence[Row]) -> list[Row]:
@@ -230,7 +244,7 @@ def _untimed(rows: Sequence[Row]) -> list[Row]:
 
 
 def _look(i: int) -> dict[str, Any]:
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
 
 
 def _label(axes: Any, x: str, y: str, title: str) -> None:

@@ -177,7 +177,8 @@ def run_frontier(
                      show_progress=show_progress)  # fmt: skip
     if output is not None:
         try:
-            plots.frontier([asdict(row) for row in rows], output / "frontier")
+            title = f"{Path(model).name}, made from {Path(run['parent']).name}"
+            plots.frontier([asdict(row) for row in rows], output / "frontier", title=title)
         except ValueError as error:
             print(f"note: no figure: {error}", file=sys.stderr)
     return rows, run

@@ -8,6 +8,7 @@ Where a text is longer than the context it loses its beginning; blocks count fro
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
-from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from unmask.attention import causal
 from unmask.denoiser import Network
@@ -333,10 +334,13 @@ class HarnessLM(TemplateLM):
                 yield i, out.sequences[row, begin : begin + int(out.num_new_tokens[row])].tolist()
             advance(len(rows))
 
+    @functools.cached_property
+    def _special(self) -> dict[str, int]:
+        return {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+
     def _cut(self, prompt: list[int], new: list[int], until: list[str]) -> str:
         """The new text before the first stop string; one that is a special token never shows in text."""
-        vocabulary, special = self.tokenizer.get_vocab(), set(self.tokenizer.all_special_ids)
-        ends = {vocabulary[s] for s in until if vocabulary.get(s) in special}
+        ends = {self._special[s] for s in until if s in self._special}
         new = new[: next((n for n, token in enumerate(new) if token in ends), len(new))]
         text: str = self.lm.new_text(torch.tensor(prompt or [self.prefix_token_id]), new)
         return text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
@@ -359,12 +363,11 @@ def continuation_log_p(
         wanted = predictable(layout, loss_mask)
         rows = wanted[:, 1:].flatten().nonzero()[:, 0]
         logits = network(x0[:, :-1], layout.at(..., slice(None, -1)), causal, rows=rows)
-        log_p: Tensor = logits.double().log_softmax(-1)
         target = x0[wanted]
-        sums = row_sums(log_p.gather(-1, target[:, None])[:, 0], wanted)
+        sums = row_sums(cross_entropy(logits, target, reduction="none"), wanted)
         misses = row_sums(logits.argmax(-1) != target, wanted)
         for (owner, _), total, missed in zip(windows, sums, misses, strict=True):
-            answers[owner] = (total, missed == 0)
+            answers[owner] = (-total, missed == 0)
         if progress is not None:
             progress(len(windows))
     return answers

@@ -1,7 +1,10 @@
 """Shortcuts through a stock model change nothing: losses and gradients are those of the plain pass."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import transformers as tf
 from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
 
 from unmask import hf
@@ -12,7 +15,7 @@ from unmask.drafter import DrafterConfig
 from unmask.objectives import LossOutput, ar_loss, diffusion_loss, distill_loss, joint_loss, predictable
 
 LENGTH = 144
-ALL = hf.Routes(chunked=True, last_rows=True)
+ALL = hf.Routes(chunked=True, last_rows=True, readout=True)
 
 
 def packed() -> tuple[torch.Tensor, Layout]:
@@ -44,10 +47,10 @@ def measured(network: hf.HFNetwork, loss_of) -> tuple[torch.Tensor, list[torch.T
     return loss.sum.detach(), list(torch.autograd.grad(loss.sum / 100, parameters, allow_unused=True))
 
 
-def assert_same(network: hf.HFNetwork, loss_of, relative: float = 1e-10) -> None:
+def assert_same(network: hf.HFNetwork, loss_of, relative: float, routes: hf.Routes = ALL) -> None:
     network.routes = hf.Routes()
     loss, grads = measured(network, loss_of)
-    network.routes = ALL
+    network.routes = routes
     fast_loss, fast_grads = measured(network, loss_of)
     assert abs(fast_loss - loss) <= relative * abs(loss)
     scale = max(g.abs().max() for g in grads if g is not None)
@@ -75,7 +78,16 @@ def test_routes_are_found_on_a_tiny_instance(name: str) -> None:
     if name == "gemma2":  # its attention caps scores, which no kernel here does
         assert routes == hf.Routes()
     else:
-        assert (routes.chunked, routes.last_rows) == (True, True)
+        assert routes == ALL
+
+
+def test_a_head_whose_logits_are_changed_behind_it_is_not_summed() -> None:
+    granite = tiny_model(tf.GraniteConfig(**SUPPORTED["granite"]().to_dict() | {"logits_scaling": 4.0}))
+    assert hf.find_routes(granite) == replace(ALL, readout=False)
+    network = hf.HFNetwork(granite, MASK)
+    loss_of = objectives(False)["two_stream"]
+    network.model.config.max_position_embeddings = 160
+    assert_same(network, loss_of, 1e-5, replace(ALL, readout=False))
 
 
 def test_gated_rows_of_the_last_layer_are_adapted_alone(tokenizer_and_model) -> None:

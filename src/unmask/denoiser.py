@@ -12,12 +12,13 @@ in row-major order. Logits are float32 (float64 for a float64 network), the mask
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from unmask.attention import PADDING, Layout, Pattern, bidirectional, block_causal, causal, drafting, two_stream
+from unmask.readout import RowLoss
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,36 @@ class Network(Protocol):
         """
 
 
+@runtime_checkable
+class SummingNetwork(Network, Protocol):
+    """A network that takes its logits apart where a loss only needs their weighted sum."""
+
+    def weighted_sum(self, passed: Pass, row_loss: RowLoss, weight: Tensor, past: Past | None = None) -> Tensor:
+        """sum_i weight_i * row_loss(logits of row i), differentiable once; `weight` and what the loss holds are not."""
+
+
+class Pass(NamedTuple):
+    """What a network is called with."""
+
+    input_ids: Tensor
+    layout: Layout
+    pattern: Pattern
+    rows: Tensor
+
+
+def run(network: Network, passed: Pass, past: Past | None = None) -> Tensor:
+    """The logits of a pass."""
+    input_ids, layout, pattern, rows = passed
+    return network(input_ids, layout, pattern, rows=rows, past=past)
+
+
+def run_sum(network: Network, passed: Pass, row_loss: RowLoss, weight: Tensor, past: Past | None = None) -> Tensor:
+    """sum_i weight_i * row_loss(logits of row i) of a pass, the logits never whole where the network can do that."""
+    if isinstance(network, SummingNetwork):
+        return network.weighted_sum(passed, row_loss, weight, past)
+    return (weight * row_loss(run(network, passed, past), slice(None))).sum()
+
+
 # --- whole sequences: training and scoring
 
 
@@ -149,7 +180,14 @@ def score(
     wanted: Tensor,
     pattern: Pattern | None = None,
 ) -> Tensor:
-    """Logits of the wanted positions of xt; with two streams each block of xt sees the clean x0 before it.
+    """Logits of the wanted positions of xt; with two streams each block of xt sees the clean x0 before it."""
+    return run(network, scoring_pass(config, xt, x0, layout, wanted, pattern))
+
+
+def scoring_pass(
+    config: DiffusionConfig, xt: Tensor, x0: Tensor, layout: Layout, wanted: Tensor, pattern: Pattern | None = None
+) -> Pass:
+    """The pass behind `score`.
 
     One pass over [xt | x0] with the positions repeated scores every block after its clean prefix at once
     (Efficient-DLM 2512.14067, section 2). `layout` is that of x0. `pattern` stands in for
@@ -160,7 +198,7 @@ def score(
     else:
         input_ids, passed = xt, layout
     rows = _scoring_rows(config, layout, input_ids)[wanted]
-    return network(input_ids, passed, pattern or config.pattern, rows=rows)
+    return Pass(input_ids, passed, pattern or config.pattern, rows)
 
 
 def _noisy(layout: Layout) -> Layout:
@@ -191,23 +229,38 @@ def _scoring_rows(config: DiffusionConfig, layout: Layout, input_ids: Tensor) ->
 def score_joint(
     network: Network, config: DiffusionConfig, xt: Tensor, x0: Tensor, layout: Layout, wanted: Tensor, ar_wanted: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`score` of the positions `wanted` and `score_ar` of `ar_wanted`, in one pass over [xt | x0].
+    """`score` of the positions `wanted` and `score_ar` of `ar_wanted`, in one pass over [xt | x0]."""
+    passed, count = joint_pass(config, xt, x0, layout, wanted, ar_wanted)
+    logits = run(network, passed)
+    return logits[:count], logits[count:]
+
+
+def joint_pass(
+    config: DiffusionConfig, xt: Tensor, x0: Tensor, layout: Layout, wanted: Tensor, ar_wanted: Tensor
+) -> tuple[Pass, int]:
+    """The pass behind `score_joint`, and how many of its rows score `wanted`; those of `ar_wanted` follow.
 
     Needs a strictly causal clean stream: only then is it the AR model (Nemotron-Labs 2607.05722, section 2.1).
     """
     _check_serves_ar(config)
-    (batch, length), input_ids = xt.shape, torch.cat([_placed(config, xt, layout), x0], dim=1)
-    rows = _scoring_rows(config, layout, input_ids)[wanted]
+    (batch, length), passed = xt.shape, scoring_pass(config, xt, x0, layout, wanted)
     clean = torch.arange(length, 2 * length, device=xt.device) - 1
     ar_rows = (clean + torch.arange(batch, device=xt.device)[:, None] * 2 * length)[ar_wanted]
-    logits = network(input_ids, _noisy(layout).then(layout), config.pattern, rows=torch.cat([rows, ar_rows]))
-    return logits[: len(rows)], logits[len(rows) :]
+    return passed._replace(rows=torch.cat([passed.rows, ar_rows])), len(passed.rows)
 
 
 def score_distilled(
     network: Network, config: DiffusionConfig, xt: Tensor, x0: Tensor, layout: Layout, wanted: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`score` and `score_ar` of the positions `wanted`; the clean stream leaves no graph.
+    """`score` and `score_ar` of the positions `wanted`; the clean stream leaves no graph."""
+    ar_logits, passed, past = distilled_pass(network, config, xt, x0, layout, wanted)
+    return run(network, passed, past), ar_logits
+
+
+def distilled_pass(
+    network: Network, config: DiffusionConfig, xt: Tensor, x0: Tensor, layout: Layout, wanted: Tensor
+) -> tuple[Tensor, Pass, Past]:
+    """`score_ar` of the positions `wanted`, without a graph, and the pass on top of it that scores them.
 
     The clean tokens run first and fill a cache, and the noisy ones run on top of it: the same as one pass
     over [xt | x0], but only the noisy half is kept for the backward pass, so that a step costs about an AR
@@ -219,12 +272,12 @@ def score_distilled(
     if config.shift and bool((wanted & (layout.position % (block or 1) == 0)).any()):
         raise ValueError("a block's first position has no noisy row with the shift: leave it out of wanted")
     past = Past(network.new_cache(), layout.at(..., slice(0, 0)))
+    rows = row[wanted]
     with torch.no_grad():
-        ar_logits = network(x0, layout, causal, rows=row[wanted] - 1, past=past)
+        ar_logits = network(x0, layout, causal, rows=rows - 1, past=past)
     past.layout = layout
-    xt = _placed(config, xt, layout)
-    logits = network(xt, _noisy(layout), config.pattern, rows=row[wanted] - int(config.shift), past=past)
-    return logits, ar_logits
+    passed = Pass(_placed(config, xt, layout), _noisy(layout), config.pattern, rows - int(config.shift))
+    return ar_logits, passed, past
 
 
 def _check_serves_ar(config: DiffusionConfig) -> None:
@@ -237,9 +290,13 @@ def _check_serves_ar(config: DiffusionConfig) -> None:
 
 def score_ar(network: Network, x0: Tensor, layout: Layout, wanted: Tensor) -> Tensor:
     """Next-token logits: causal pattern, position i scored by row i - 1."""
-    batch, length = x0.shape
-    row = torch.arange(batch * length, device=x0.device).view(batch, length) - 1
-    return network(x0, layout, causal, rows=row[wanted])
+    return run(network, ar_pass(x0, layout, wanted))
+
+
+def ar_pass(x0: Tensor, layout: Layout, wanted: Tensor) -> Pass:
+    """The pass behind `score_ar`."""
+    row = torch.arange(x0.numel(), device=x0.device).view(x0.shape) - 1
+    return Pass(x0, layout, causal, row[wanted])
 
 
 # --- on top of a cache: decoding

@@ -42,9 +42,10 @@ from unmask.attention import (
     window,
 )
 from unmask.chunked import CHUNK
-from unmask.denoiser import DiffusionConfig, Past
+from unmask.denoiser import DiffusionConfig, Pass, Past, run
 from unmask.drafter import Drafter, DrafterConfig
-from unmask.shortcuts import CHUNKED, head_rows, last_layer, last_layer_rows
+from unmask.readout import RowLoss
+from unmask.shortcuts import CHUNKED, head_rows, head_sum, last_layer, last_layer_rows
 
 MASK_TOKEN = "<|mask|>"
 SDAR_MASK_TOKEN = "<|MASK|>"
@@ -106,7 +107,7 @@ class HFNetwork:
         rows: Tensor | None = None,
         past: Past | None = None,
     ) -> Tensor:
-        logits = self._run(input_ids, layout, pattern, past, rows)
+        logits = self._run(input_ids, layout, pattern, rows, past, lambda kept: head_rows(self.head, kept))
         if logits.dtype != torch.float64:
             logits = logits.float()
         if self.mask_token_id is not None and self.mask_token_id < logits.shape[-1]:  # a drafter's has no logit
@@ -115,52 +116,67 @@ class HFNetwork:
 
     def hidden_states(self, input_ids: Tensor, layout: Layout, pattern: Pattern) -> Tensor:
         """The last hidden states (batch, length, hidden): what the head reads, after the final norm."""
-        with head_input(self.head) as read:
-            self._run(input_ids, layout, pattern, None, None)
+        read: list[Tensor] = []
+        self._run(input_ids, layout, pattern, None, None, lambda _: head_input(self.head, read))
         return read[0]
 
+    def weighted_sum(self, passed: Pass, row_loss: RowLoss, weight: Tensor, past: Past | None = None) -> Tensor:
+        """sum_i weight_i * row_loss(logits of row i), without whole logits where the head allows it."""
+        if not self.routes.readout or type(self.head) is not torch.nn.Linear or hasattr(self.head, "_hf_hook"):
+            return (weight * row_loss(run(self, passed, past), slice(None))).sum()
+        head = functools.partial(
+            head_sum, self.head, row_loss=row_loss, weight=weight, mask_token_id=self.mask_token_id
+        )
+        return self._run(*passed, past, head)
+
     def _run(
-        self, input_ids: Tensor, layout: Layout, pattern: Pattern, past: Past | None, rows: Tensor | None
+        self,
+        input_ids: Tensor,
+        layout: Layout,
+        pattern: Pattern,
+        rows: Tensor | None,
+        past: Past | None,
+        head: Callable[[Tensor | slice | None], AbstractContextManager[None]],
     ) -> Tensor:
+        """What the head puts out; `head` says what it does with which of the rows that it gets."""
         kv = layout if past is None else past.layout.then(layout)
         gate = nullcontext() if self.gate is None else self.gate(layout.noisy)
-        with self._shortcuts(layout, rows), gate:
-            return self.forward(
+        with self._shortcuts(layout, rows) as kept, head(kept), gate:
+            out: Tensor = self.forward(
                 input_ids=input_ids,
                 attention_mask=self.attention_argument(pattern, layout, kv),
                 position_ids=layout.position,
                 past_key_values=None if past is None else past.cache,
                 use_cache=past is not None,
             ).logits
+        return out
 
     @functools.cached_property
     def routes(self) -> Routes:
         return find_routes(self.model)
 
     @contextmanager
-    def _shortcuts(self, layout: Layout, rows: Tensor | None) -> Iterator[None]:
-        """What a pass can leave out: masked-out pairs, rows of the last layer and of the head that nobody reads."""
+    def _shortcuts(self, layout: Layout, rows: Tensor | None) -> Iterator[Tensor | slice | None]:
+        """Leave out masked-out pairs, and the unread rows of the last layer; yields where the wanted rows are."""
         batch, length = layout.position.shape
         layer = last_layer(self.model)
         # Checkpointed layers run again in the backward pass, when the hooks of this pass are gone.
         again = self.model.training and getattr(layer, "gradient_checkpointing", False)
         if length < 2 * CHUNK or self.device.type != "cpu" or again or not self.routes.chunked:
-            with head_rows(self.head, rows):
-                yield
+            yield rows
             return
         before = self.config._attn_implementation
         self.config._attn_implementation = CHUNKED
         try:
             if layer is None or not self.routes.last_rows or rows is None or len(rows) > 0.8 * batch * length:
-                with head_rows(self.head, rows):
-                    yield
+                yield rows
                 return
 
             def gate(rows: Tensor) -> AbstractContextManager[None]:
                 return nullcontext() if self.gate is None else self.gate(layout.noisy.flatten()[rows][None])
 
-            with last_layer_rows(layer, rows, gate), head_rows(self.head, slice(len(rows))):
-                yield
+            with last_layer_rows(layer, rows, gate):
+                yield slice(len(rows))
         finally:
             self.config._attn_implementation = before
 
@@ -201,15 +217,17 @@ class Routes:
 
     chunked: bool = False
     last_rows: bool = False
+    readout: bool = False
 
 
 def find_routes(model: Any) -> Routes:
     """The shortcuts under which a tiny instance of the model's class gives the same logits."""
     config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa" or getattr(config, "attention_dropout", 0.0):
-        return Routes()
     config_class: Any = type(config)
-    return _probe_routes(config_class, _tiny_json(config))
+    routes = _probe_routes(config_class, _tiny_json(config))
+    if config._attn_implementation != "sdpa" or getattr(config, "attention_dropout", 0.0):
+        return Routes(readout=routes.readout)
+    return routes
 
 
 def sees_position_differences(model: Any) -> bool:
@@ -220,9 +238,8 @@ def sees_position_differences(model: Any) -> bool:
 
 
 @contextmanager
-def head_input(head: torch.nn.Module) -> Iterator[list[Tensor]]:
+def head_input(head: torch.nn.Module, read: list[Tensor]) -> Iterator[None]:
     """Within the context the list takes up what the head `head` is given; the head runs on one row only."""
-    read: list[Tensor] = []
 
     def take(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         read.append(args[0])
@@ -230,7 +247,7 @@ def head_input(head: torch.nn.Module) -> Iterator[list[Tensor]]:
 
     handle = head.register_forward_pre_hook(take)
     try:
-        yield read
+        yield
     finally:
         handle.remove()
 
@@ -304,24 +321,27 @@ def _probe_routes(config_class: Hashable, config: str) -> Routes:
     length = 2 * CHUNK
     layout = Layout.of(torch.arange(length).expand(2, length) % 40)
     tokens = torch.arange(2 * length).view(2, length) % 50 + 3
-    rows = torch.arange(0, 2 * length, 3)
+    passed = Pass(tokens, layout, causal, torch.arange(0, 2 * length, 3))
+    weight = torch.ones(len(passed.rows))
+
+    def loss(logits: Tensor, _part: slice) -> Tensor:  # curved, so that scaled logits are not a scaled loss
+        return logits.logsumexp(-1)
 
     def same(routes: Routes) -> bool:
         network.routes = routes
         try:
-            with torch.inference_mode():
-                got = network(tokens, layout, causal, rows=rows)
+            got = network.weighted_sum(passed, loss, weight) if routes.readout else run(network, passed)
         except Exception:
             return False
+        expected = loss(logits, slice(None)).sum() if routes.readout else logits
         return got.shape == expected.shape and bool((got - expected).abs().max() <= 1e-5 * expected.abs().max())
 
     with torch.inference_mode():
-        network.routes = Routes()
-        expected = network(tokens, layout, causal, rows=rows)
-    routes = Routes()
-    for name in ("chunked", "last_rows"):
-        tried = replace(routes, **{name: True})
-        routes = tried if same(tried) else routes
+        network.routes = routes = Routes()
+        logits = run(network, passed)
+        for name in ("chunked", "last_rows", "readout"):
+            tried = replace(routes, **{name: True})
+            routes = tried if same(tried) else routes
     return routes
 
 

@@ -14,7 +14,19 @@ from torch.nn.functional import cross_entropy
 
 from unmask.attention import Layout, Pattern
 from unmask.corruption import Corruption, segments
-from unmask.denoiser import DiffusionConfig, Network, score, score_ar, score_distilled, score_joint
+from unmask.denoiser import (
+    DiffusionConfig,
+    Network,
+    ar_pass,
+    distilled_pass,
+    joint_pass,
+    run,
+    run_sum,
+    score,
+    score_ar,
+    scoring_pass,
+)
+from unmask.readout import RowLoss
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,10 @@ def predictable(layout: Layout, loss_mask: Tensor | None = None) -> Tensor:
     """
     tokens = layout.real & (layout.position > 0)
     return tokens if loss_mask is None else tokens & loss_mask
+
+
+def _nll(target: Tensor) -> RowLoss:
+    return lambda logits, part: cross_entropy(logits, target[part], reduction="none")
 
 
 def token_nll(
@@ -63,15 +79,18 @@ def diffusion_loss(
     The count is that of all predictable tokens, masked or not, so that sum / count is, in expectation, the
     NELBO in nats per predicted token when masks are uniform. `pattern`: an annealed mask, else the config's.
     """
-    nll = token_nll(network, config, x0, layout, corruption, pattern)
-    return LossOutput((corruption.weight[corruption.masked] * nll).sum(), predictable(layout, loss_mask).sum())
+    masked = corruption.masked
+    passed = scoring_pass(config, corruption.apply(x0, config.mask_token_id), x0, layout, masked, pattern)
+    total = run_sum(network, passed, _nll(x0[masked]), corruption.weight[masked])
+    return LossOutput(total, predictable(layout, loss_mask).sum())
 
 
 def ar_loss(network: Network, x0: Tensor, layout: Layout, loss_mask: Tensor | None = None) -> LossOutput:
     """Next-token cross-entropy over the predictable tokens, each document on its own."""
     wanted = predictable(layout, loss_mask)
-    logits = score_ar(network, x0, layout, wanted)
-    return LossOutput(cross_entropy(logits, x0[wanted], reduction="sum"), wanted.sum())
+    target = x0[wanted]
+    total = run_sum(network, ar_pass(x0, layout, wanted), _nll(target), torch.ones_like(target, dtype=torch.float32))
+    return LossOutput(total, wanted.sum())
 
 
 def joint_loss(
@@ -98,7 +117,13 @@ def joint_loss(
     """
     wanted, masked = predictable(layout, loss_mask), corruption.masked
     xt = corruption.apply(x0, config.mask_token_id)
-    logits, ar_logits = score_joint(network, config, xt, x0, layout, masked, wanted)
+    passed, count = joint_pass(config, xt, x0, layout, masked, wanted)
+    if teacher is None and distance == "ce":
+        weight = torch.ones(len(passed.rows), device=x0.device, dtype=torch.float64)
+        weight[:count] = alpha * corruption.weight[masked]
+        return LossOutput(run_sum(network, passed, _nll(torch.cat([x0[masked], x0[wanted]])), weight), wanted.sum())
+    logits = run(network, passed)
+    logits, ar_logits = logits[:count], logits[count:]
     law = ar_logits.detach()
     if teacher is None:
         ar = cross_entropy(ar_logits, x0[wanted], reduction="sum")
@@ -131,15 +156,22 @@ def distill_loss(
     if config.shift or reach:
         wanted = wanted & (layout.position % (config.block_size or 1) > 0)
     xt = corruption.apply(x0, config.mask_token_id)
-    q, p = score_distilled(network, config, xt, x0, layout, wanted)
+    target, weight = x0[wanted], corruption.weight[wanted]
+    p, passed, past = distilled_pass(network, config, xt, x0, layout, wanted)
     if reach:
-        values = 0.1 * draft_distance(p, q, x0[wanted], "kl", top_k)
-        acceptance = 1 - draft_distance(p, q, x0[wanted], "tv", top_k)
+        q = run(network, passed, past)
+        values = 0.1 * draft_distance(p, q, target, "kl", top_k)
+        acceptance = 1 - draft_distance(p, q, target, "tv", top_k)
         grid = torch.ones_like(layout.position, dtype=acceptance.dtype).masked_scatter(wanted, acceptance)
         values = values + draft_failure(grid, layout, config.block_size or 1)[wanted]
+        total = (weight * values).sum()
     else:
-        values = draft_distance(p, q, x0[wanted], distance, top_k)
-    return LossOutput((corruption.weight[wanted] * values).sum(), predictable(layout, loss_mask).sum())
+
+        def row_loss(logits: Tensor, part: slice) -> Tensor:
+            return draft_distance(p[part], logits, target[part], distance, top_k)
+
+        total = run_sum(network, passed, row_loss, weight, past)
+    return LossOutput(total, predictable(layout, loss_mask).sum())
 
 
 def draft_failure(acceptance: Tensor, layout: Layout, block_size: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache
 
 from unmask.chunked import chunked_attention, picked_attention
+from unmask.readout import RowLoss, weighted_sum
 
 CHUNKED = "unmask_chunked"
 """Name of chunked attention among transformers' attention functions."""
@@ -141,3 +142,20 @@ def head_rows(head: torch.nn.Module, rows: Tensor | slice | None) -> Iterator[No
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def head_sum(
+    head: Any, rows: Tensor | slice | None, row_loss: RowLoss, weight: Tensor, mask_token_id: int | None
+) -> Iterator[None]:
+    """Within the context the head puts out the weighted sum of its rows' losses in place of logits."""
+
+    def forward(hidden: Tensor) -> Tensor:
+        picked = hidden.flatten(0, 1) if rows is None else hidden.flatten(0, 1)[rows]
+        return weighted_sum(picked, head, row_loss, weight, mask_token_id)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward

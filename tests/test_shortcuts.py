@@ -9,10 +9,18 @@ from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
 
 from unmask import hf
 from unmask.attention import PADDING, Layout
-from unmask.corruption import mask_exact, segments
+from unmask.corruption import mask_complementary, mask_exact, segments
 from unmask.denoiser import DiffusionConfig
 from unmask.drafter import DrafterConfig
-from unmask.objectives import LossOutput, ar_loss, diffusion_loss, distill_loss, joint_loss, predictable
+from unmask.objectives import (
+    LossOutput,
+    ar_loss,
+    diffusion_loss,
+    distill_loss,
+    joint_loss,
+    predictable,
+    shared_loss,
+)
 
 LENGTH = 144
 ALL = hf.Routes(chunked=True, last_rows=True, readout=True)
@@ -131,3 +139,38 @@ def test_checkpointed_layers_give_the_same_gradients() -> None:
     torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
     for a, b in zip(recomputed, grads, strict=True):
         assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+
+
+@pytest.mark.parametrize("alpha", [None, 0.3])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral_window"])
+def test_masks_on_one_clean_pass_are_the_mean_of_passes_apart(name: str, alpha: float | None) -> None:
+    config = SUPPORTED[name]()
+    config.max_position_embeddings = config.n_positions = 160
+    network = hf.HFNetwork(tiny_model(config, torch.float64), MASK)
+    x0, layout = packed()
+    t, noise = torch.rand(2, 3, LENGTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = list(mask_complementary(t, noise, segments(layout, 8), predictable(layout)))
+    blocks = block_config(8, clean="block_causal" if alpha is None else "causal")
+
+    def apart(net: hf.HFNetwork) -> LossOutput:
+        losses = [
+            diffusion_loss(net, blocks, x0, layout, mask)
+            if alpha is None
+            else joint_loss(net, blocks, x0, layout, mask, alpha)
+            for mask in drawn
+        ]
+        return LossOutput(losses[0].sum / 2 + losses[1].sum / 2, losses[0].count)
+
+    loss, grads = measured(network, apart)
+    shared, shared_grads = measured(network, lambda net: shared_loss(net, blocks, x0, layout, drawn, alpha))
+    relative = 1e-10 if name == "gpt2" else 1e-6
+    assert abs(shared - loss) <= relative * abs(loss)
+    for a, b in zip(shared_grads, grads, strict=True):
+        assert (a - b).abs().max() <= relative * max(g.abs().max() for g in grads)
+
+
+def test_a_shifted_stream_shares_no_clean_pass() -> None:
+    network = hf.HFNetwork(tiny_model(SUPPORTED["llama"]()), MASK)
+    x0, layout = packed()
+    with pytest.raises(ValueError, match="has no clean stream to share"):
+        shared_loss(network, block_config(8, shift=True), x0, layout, [])

@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from unmask import hf
 from unmask.attention import Layout
-from unmask.corruption import mask_exact, noise_levels, position_noise, segments
+from unmask.corruption import Corruption, mask_exact, noise_levels, position_noise, segments
 from unmask.denoiser import DiffusionConfig
-from unmask.objectives import diffusion_loss, predictable
+from unmask.drafter import Drafter, DrafterConfig, target_modules
+from unmask.objectives import LossOutput, diffusion_loss, distill_loss, predictable
 from unmask.sampling import Confidence, sample_blocks
 from unmask.version import __version__
 
@@ -71,12 +72,13 @@ def measure(ours: Callable[[], Any], baseline: Callable[[], Any], rounds: int) -
     ours(), baseline()
     times: list[tuple[float, float]] = []
     for _ in range(rounds):
-        times.append((_seconds(ours), _seconds(baseline)))
+        times.append((seconds(ours), seconds(baseline)))
     a, b = zip(*times, strict=True)
     return statistics.median(a), statistics.median(b), statistics.median(x / y for x, y in times)
 
 
-def _seconds(work: Callable[[], Any]) -> float:
+def seconds(work: Callable[[], Any]) -> float:
+    """Of the clock on the wall on a GPU, of the process on a CPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -92,26 +94,53 @@ def _seconds(work: Callable[[], Any]) -> float:
 # --- training
 
 
-def train_steps(model: Any, attention: str, block_size: int, rows: int, length: int) -> dict[str, Callable[[], None]]:
-    """One forward and backward of the AR loss as Hugging Face computes it, and of the diffusion loss."""
-    mask = model.config.vocab_size - 1
-    network = hf.HFNetwork(model.train(), mask)
-    clean = "block_causal" if attention == "two_stream" else None
+def train_steps(model: Any, kind: str, block_size: int, rows: int, length: int) -> dict[str, Callable[[], None]]:
+    """One forward and backward of the AR loss as Hugging Face computes it, and of ours.
+
+    kind: "two_stream" or "bidirectional" for a diffusion loss, "drafter" for gated adapters of rank 16 on the
+    frozen model's attention outputs, distilled in total variation with every token masked. On a GPU our passes
+    over two streams run FlexAttention.
+    """
+    mask = model.config.vocab_size if kind == "drafter" else model.config.vocab_size - 1
+    adapters = None
+    if kind == "drafter":
+        maps = {name.rsplit(".", 1)[-1] for name, _ in target_modules(model, "all")}
+        target = next(name for name in ("o_proj", "out_proj", "c_proj", "dense") if name in maps)
+        adapters = Drafter(model, mask, DrafterConfig(rank=16, scale=32.0, targets=target)).to(model.device)
+    network = hf.HFNetwork(model.train(), mask, gate=None if adapters is None else adapters.rows)
+    hf.without_dropout(model)
+    clean = {"two_stream": "block_causal", "drafter": "causal"}.get(kind)
+    attention = "bidirectional" if clean is None else "two_stream"
     config = DiffusionConfig(mask, attention, clean, block_size, False, "bench", __version__)
-    x0 = torch.randint(0, mask, (rows, length), generator=torch.Generator().manual_seed(0)).to(network.device)
+    x0 = torch.randint(0, model.config.vocab_size - 1, (rows, length), generator=torch.Generator().manual_seed(0))
+    x0 = x0.to(network.device)
     layout = Layout.of(torch.arange(length, device=network.device).expand(rows, length))
+    implementation = model.config._attn_implementation
+    ours = "flex_attention" if network.device.type == "cuda" and clean is not None else implementation
     step = 0
 
-    def diffusion() -> None:
-        nonlocal step
-        step += 1
+    def loss() -> LossOutput:
+        if kind == "drafter":
+            everywhere = predictable(layout)
+            return distill_loss(network, config, x0, layout, Corruption(everywhere, everywhere.float()), "tv")
         segment = segments(layout, config.segment_size)
         index = torch.arange(rows)
         t, noise = noise_levels(0, step, index, rows, length), position_noise(0, step, index, length)
         drawn = mask_exact(t.to(segment.device), noise.to(segment.device), segment, predictable(layout))
-        loss = diffusion_loss(network, config, x0, layout, drawn)
-        (loss.sum / loss.count).backward()
-        model.zero_grad()
+        return diffusion_loss(network, config, x0, layout, drawn)
+
+    def diffusion() -> None:
+        nonlocal step
+        step += 1
+        model.requires_grad_(adapters is None)
+        model.config._attn_implementation = ours
+        total = loss()
+        (total.sum / total.count).backward()
+        for module in (model, adapters):
+            if module is not None:
+                module.zero_grad()
+        model.config._attn_implementation = implementation
+        model.requires_grad_(True)
 
     def autoregressive() -> None:
         model(input_ids=x0, labels=x0, use_cache=False).loss.backward()
@@ -120,20 +149,52 @@ def train_steps(model: Any, attention: str, block_size: int, rows: int, length: 
     return {"diffusion": diffusion, "ar": autoregressive}
 
 
+TRAIN_CASES: dict[str, tuple[str, int, int, int, dict[str, int]]] = {
+    "block_step": ("two_stream", 32, 4, 512, {}),
+    "bidirectional_step": ("bidirectional", 32, 4, 512, {}),
+    "drafter_step": ("drafter", 32, 4, 512, {}),
+    "two_stream_1024": ("two_stream", 32, 4, 1024, {"num_hidden_layers": 4, "vocab_size": 1024}),
+}
+"""Name: kind of step, block size, rows, length, and what differs from the shape asked for (named shapes only)."""
+
+
 def bench_train(shape: str, rounds: int = 5) -> list[Case]:
     """Training steps: `ratio` is ours over AR's (lower is better)."""
     cases = []
-    for case, attention, block, rows, length, changes in (
-        ("block_step", "two_stream", 32, 4, 512, {}),
-        ("bidirectional_step", "bidirectional", 32, 4, 512, {}),
-        ("two_stream_1024", "two_stream", 32, 4, 1024, {"num_hidden_layers": 4, "vocab_size": 1024}),
-    ):
-        steps = train_steps(make_model(shape, **changes), attention, block, rows, length)
+    for case, (kind, block, rows, length, changes) in TRAIN_CASES.items():
+        steps = train_steps(make_model(shape, **changes), kind, block, rows, length)
         ours, baseline, ratio = measure(steps["diffusion"], steps["ar"], rounds)
         cases.append(Case(case, ours, baseline, ratio, "seconds per step"))
     ours, baseline = (_peak_growth(shape, which) for which in ("diffusion", "ar"))
     cases.append(Case("block_peak_memory", ours, baseline, ours / baseline, "MiB of peak growth"))
     return cases
+
+
+def needed_flops(config: Any, kind: str, block_size: int, rows: int, length: int) -> float:
+    """Floating-point operations that a step needs: those of matrix products, forward and twice that backward.
+
+    Counted are the pairs that the pattern allows, the head on half of the tokens (as many as are masked on
+    average) for diffusion and on all of them for "ar", and of the last layer the rows that reach the head.
+    """
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    width = config.head_dim * config.num_attention_heads
+    keys = hidden * 2 * config.head_dim * config.num_key_value_heads
+    rest = hidden * width * 2 + 3 * hidden * config.intermediate_size
+    before = (length + block_size) / 2  # keys that a token of a block sees on average, its own block included
+    streams, pairs, read = {
+        "ar": (1, (length + 1) / 2, 1.0),
+        "bidirectional": (1, length, 0.5),
+        "two_stream": (2, before, 0.5),
+    }[kind]
+    whole = (layers - 1) * streams * (keys + rest + 2 * width * pairs)
+    last = streams * keys + read * (rest + 2 * width * pairs)
+    return 6.0 * rows * length * (whole + last + read * hidden * config.vocab_size)
+
+
+def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
+    """Floating-point operations a second of one large square matrix product, the best of a few."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2.0 * size**3 / min(seconds(lambda: a @ b) for _ in range(8))
 
 
 def _peak_growth(shape: str, which: str) -> float:

@@ -272,12 +272,16 @@ def distilled_pass(
     if config.shift and bool((wanted & (layout.position % (block or 1) == 0)).any()):
         raise ValueError("a block's first position has no noisy row with the shift: leave it out of wanted")
     past = Past(network.new_cache(), layout.at(..., slice(0, 0)))
-    rows = row[wanted]
     with torch.no_grad():
-        ar_logits = network(x0, layout, causal, rows=rows - 1, past=past)
+        ar_logits = network(x0, layout, causal, rows=row[wanted] - 1, past=past)
     past.layout = layout
-    passed = Pass(_placed(config, xt, layout), _noisy(layout), config.pattern, rows - int(config.shift))
-    return ar_logits, passed, past
+    return ar_logits, noisy_pass(config, xt, layout, wanted), past
+
+
+def noisy_pass(config: DiffusionConfig, xt: Tensor, layout: Layout, wanted: Tensor) -> Pass:
+    """The pass over xt on top of the cached clean stream that scores the positions `wanted`."""
+    row = torch.arange(xt.numel(), device=xt.device).view(xt.shape) - int(config.shift)
+    return Pass(_placed(config, xt, layout), _noisy(layout), config.pattern, row[wanted])
 
 
 def _check_serves_ar(config: DiffusionConfig) -> None:

@@ -40,7 +40,8 @@ class Settings:
     instead of the weights, scaled by lora_alpha / lora_rank (lora_alpha None: twice the rank); lora_trainable: what is
     trained beside them; lora_merge=false saves a PEFT adapter, not a model. batch_size counts rows of max_length in
     one optimiser step, micro_batch_size those that run at once on one device. eval_every: steps, by default a tenth of
-    the run.
+    the run. draws: that many masks of the same rows in every step (pairs of masks with complementary); two streams
+    without shift run over the clean tokens once for all of them.
     """
 
     recipe: str
@@ -64,6 +65,7 @@ class Settings:
     noise_level: str = "block"
     masking: str = "exact"
     complementary: bool = False
+    draws: int = 1
     min_noise_level: float = 0.0
     loss_normaliser: str = "tokens"
     anneal_steps: int = 1
@@ -132,7 +134,7 @@ class Settings:
         for name in ("block_size", "max_length", "batch_size", "micro_batch_size", "log_every", "eval_every",
                      "save_every", "keep_checkpoints", "eval_samples", "max_tokens", "learning_rate", "half_life",
                      "max_grad_norm", "anneal_steps", "lora_rank", "lora_alpha", "drafter_rank", "drafter_scale",
-                     "first_block_size", "self_tokens", "self_every", "teacher_top_k"):  # fmt: skip
+                     "first_block_size", "self_tokens", "self_every", "teacher_top_k", "draws"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive")

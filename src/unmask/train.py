@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,15 @@ from unmask.corruption import (
 from unmask.data import Batch, Corpus, HubStream, Packer, PackState
 from unmask.denoiser import DiffusionConfig, Network
 from unmask.noise import uniform
-from unmask.objectives import LossOutput, ar_loss, diffusion_loss, distill_loss, joint_loss, predictable
+from unmask.objectives import (
+    LossOutput,
+    ar_loss,
+    diffusion_loss,
+    distill_loss,
+    joint_loss,
+    predictable,
+    shared_loss,
+)
 from unmask.settings import Settings, at_step
 
 Evaluator = Callable[[Any], dict[str, float]]
@@ -50,7 +58,17 @@ Evaluator = Callable[[Any], dict[str, float]]
 def corruptions(
     settings: Settings, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None = None
 ) -> list[Corruption]:
-    """The mask of these rows of the global batch at an optimiser step; two with complementary pairs."""
+    """The masks of these rows of the global batch at an optimiser step: `draws` of them, or pairs of them."""
+    drawn = []
+    for draw in range(settings.draws):
+        reseeded = replace(settings, seed=settings.seed + 1_000_003 * draw)
+        drawn += _corruptions(reseeded, layout, step, rows, loss_mask)
+    return drawn
+
+
+def _corruptions(
+    settings: Settings, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None
+) -> list[Corruption]:
     assert settings.batch_size is not None
     assert settings.block_size is not None
     by_block = settings.noise_level == "block"
@@ -148,6 +166,11 @@ def step_loss(
             return distill_loss(*given, settings.distance, batch.loss_mask, top_k=settings.teacher_top_k)
         return diffusion_loss(*given, pattern, batch.loss_mask)
 
+    ce = settings.objective == "diffusion" or (settings.objective == "joint" and settings.distance == "ce")
+    plain = pattern is None and teacher is None and settings.loss_normaliser == "tokens"
+    if len(drawn) > 1 and ce and plain and not settings.gradient_checkpointing and _shares_clean_stream(config):
+        alpha = settings.alpha if settings.objective == "joint" else None
+        return shared_loss(network, config, batch.x0, batch.layout, drawn, alpha, batch.loss_mask)
     losses = [loss_of(corruption) for corruption in drawn]
     if settings.loss_normaliser == "masked":
         losses = [
@@ -158,6 +181,11 @@ def step_loss(
     for loss in losses[1:]:
         total = LossOutput(total.sum + loss.sum, total.count)
     return LossOutput(total.sum / len(losses), total.count)
+
+
+def _shares_clean_stream(config: DiffusionConfig) -> bool:
+    """Whether several masks can stand on one pass over the clean tokens."""
+    return config.attention == "two_stream" and not config.shift
 
 
 def learning_rate_at(settings: Settings, step: int, total_steps: int) -> float:
@@ -389,7 +417,7 @@ class _Crew:
         for other in others:
             for parameter, twin in zip(first, other, strict=True):
                 if twin.grad is not None:
-                    parameter.grad = twin.grad if parameter.grad is None else parameter.grad + twin.grad
+                    parameter.grad = twin.grad if parameter.grad is None else parameter.grad.add_(twin.grad)
                     twin.grad = None
         return torch.stack(sums).sum()
 

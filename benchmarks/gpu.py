@@ -1,0 +1,111 @@
+"""The whole set for one GPU: training steps, decoding, and how near they come to what the device can do.
+
+    python benchmarks/gpu.py [results/gpu]                              (H200, bf16: under 8 minutes)
+    python benchmarks/gpu.py /tmp/rows --shape tiny --device cpu        (a rehearsal)
+
+Writes rows.jsonl and README.md, a table, into the folder, row by row: what is there when time runs out stays.
+Arithmetic is counted as needed (`bench.needed_flops`) and set against the rate of one large matrix product.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmask import bench
+from unmask.version import __version__
+
+LENGTH, BLOCK = 4096, 16
+
+
+def training(shape: str, length: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Steps beside AR's, with the share of the matrix-product rate that the needed arithmetic reaches."""
+    model = bench.make_model(shape)
+    device = model.device.type
+    rate = bench.matmul_rate(device, model.dtype, 8192 if device == "cuda" else 1024)
+    yield {"case": "matmul", "value": rate / 1e12, "unit": "TFLOP/s"}
+    rows = max(1, 16384 // length) if device == "cuda" else 1
+    for kind in ("two_stream", "bidirectional", "drafter"):
+        steps = bench.train_steps(model, kind, BLOCK, rows, length)
+        ours, baseline, ratio = bench.measure(steps["diffusion"], steps["ar"], rounds)
+        row = {"case": f"{kind}_{length}", "value": ours, "baseline": baseline, "ratio": ratio, "unit": "s per step",
+               "tokens_per_second": rows * length / ours}  # fmt: skip
+        for name, which, seconds in (("share_of_matmul", kind, ours), ("ar_share_of_matmul", "ar", baseline)):
+            if which != "drafter":
+                needed = bench.needed_flops(model.config, which, BLOCK, rows, length)
+                row[name] = needed / seconds / rate
+        if device == "cuda":
+            row["peak_gib"] = {which: _peak(step) for which, step in steps.items()}
+        yield row
+
+
+def _peak(step: Callable[[], None]) -> float:
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def decoding(shape: str, rounds: int) -> Iterator[dict[str, Any]]:
+    from unmask.bench_decode import bench_decode
+
+    for case in bench_decode(shape, rounds):
+        yield asdict(case)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = ["| case | ours | AR | ratio | unit | share of matmul rate (AR's) |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['case']} | failed: {row['error']} | | | | |")
+            continue
+        numbers = [f"{row[key]:.4g}" if row.get(key) is not None else "" for key in ("value", "baseline", "ratio")]
+        share = f"{row['share_of_matmul']:.2f} ({row['ar_share_of_matmul']:.2f})" if "share_of_matmul" in row else ""
+        lines.append(f"| {row['case']} | {' | '.join(numbers)} | {row.get('unit', '')} | {share} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("results/gpu"))
+    parser.add_argument("--shape", default="0.6b", help="of the training steps")
+    parser.add_argument("--decode-shape", default="4b")
+    parser.add_argument("--length", type=int, default=LENGTH)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=("train", "decode"))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no GPU here: run with --device cpu --shape tiny --decode-shape tiny --length 256")
+    if given.device == "cpu":
+        torch.set_num_threads(1)
+    name = torch.cuda.get_device_name() if given.device == "cuda" else "CPU, one thread"
+    given.folder.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "train": lambda: training(given.shape, given.length, given.rounds),
+        "decode": lambda: decoding(given.decode_shape, given.rounds),
+    }
+    rows: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    for part, cases in parts.items():
+        if given.only not in (None, part):
+            continue
+        try:
+            for row in cases():
+                rows.append(row | {"part": part, "device": name, "torch": torch.__version__, "unmask": __version__})
+                (given.folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+                print(f"{time.perf_counter() - began:6.0f} s  {rows[-1]}", flush=True)
+        except Exception as error:  # the other half is worth having
+            rows.append({"case": part, "error": f"{type(error).__name__}: {error}"})
+            print(rows[-1], flush=True)
+    seconds = time.perf_counter() - began
+    (given.folder / "README.md").write_text(f"# {name}\n\n{table(rows)}\n\nMeasured in {seconds:.0f} s.\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -433,6 +433,8 @@ def test_canvases_follow_each_other_and_a_row_is_its_own() -> None:
         whole.new_tokens
         == sample_bidirectional(net, config(), [Canvas.around(p, 11) for p in prompts], **options).new_tokens
     )
+    queued = sample_canvases(net, config(), prompts, max_new_tokens=11, batch_size=1, **options)
+    assert queued.new_tokens == whole.new_tokens
     cut = sample_canvases(net, config(), prompts, max_new_tokens=11, context_length=9, **options)
     assert [len(new) for new in cut.new_tokens] == [7, 4]
 

@@ -74,6 +74,9 @@ def test_drafter_speculates_from_the_command_line(
         assert (code, out) == (2, "")
         assert err.strip().splitlines()[-1].startswith("unmask: error:")
         assert value in err
+    code, out, err = run("generate", converted, "x", "--window", 0)
+    assert (code, out) == (2, "")
+    assert "window 0" in err
     code, _, err = run("generate", converted, "x", "--mode", "speculative")
     assert code == 2
     assert "'block_causal'" in err

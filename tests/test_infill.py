@@ -198,6 +198,8 @@ def test_more_bad_requests(lm, blocks, tokenizer_and_model: Path) -> None:
         unmask.load(tokenizer_and_model).infill("a", "b", 4)
     with pytest.raises(ValueError, match="max_denoising_steps 9 exceeds the 8 tokens"):
         lm.generate("Once", max_new_tokens=8, max_denoising_steps=9)
+    with pytest.raises(ValueError, match="window 3 has no meaning here: a bidirectional canvas is seen whole"):
+        lm.generate("Once", window=3)
     with pytest.raises(ValueError, match="guidance_scale 2 needs mode 'diffusion'"):
         lm.generate("Once", mode="ar", guidance_scale=2)
     with pytest.raises(ValueError, match="needs a bidirectional canvas, and two_stream attention has none"):

@@ -47,6 +47,24 @@ def test_output_fields_agree_with_each_other(lm: unmask.DiffusionLM) -> None:
     torch.testing.assert_close(out.tokens_per_forward, out.num_new_tokens / out.num_forwards)
 
 
+def test_many_prompts_on_few_seats_and_a_window(lm: unmask.DiffusionLM, parent: unmask.DiffusionLM) -> None:
+    prompts = ["Once", "Once there was a cat who liked", STORIES[3][:30], "The", "The grey mouse"]
+    for model, mode in ((lm, "diffusion"), (lm, "ar"), (parent, "ar")):
+        together = model.generate(prompts, mode=mode, max_new_tokens=10)
+        queued = model.generate(prompts, mode=mode, max_new_tokens=10, batch_size=2)
+        assert queued.texts == together.texts
+        assert torch.equal(queued.num_forwards, together.num_forwards)
+    whole = lm.generate(prompts, max_new_tokens=10, select=Confidence(2))
+    assert lm.generate(prompts, max_new_tokens=10, select=Confidence(2), window=4).texts == whole.texts  # block of 4
+    assert torch.equal(lm.generate("Once", max_new_tokens=9, window=1).num_forwards, torch.tensor([9]))
+    with pytest.raises(ValueError, match="window 4 needs mode 'diffusion': mode 'ar'"):
+        parent.generate("Once", window=4)
+    with pytest.raises(ValueError, match="window 0 must be at least 1"):
+        lm.generate("Once", window=0)
+    with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
+        lm.generate("Once", batch_size=0)
+
+
 def test_prompts_come_as_text_ids_or_messages(lm: unmask.DiffusionLM) -> None:
     texts = ["Once there", "The grey mouse was"]
     by_text = lm.generate(texts, max_new_tokens=6)

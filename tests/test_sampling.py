@@ -27,7 +27,8 @@ from unmask.sampling import (
 from unmask.sampling.tokens import choose_tokens
 
 
-def uncached(net, config, prompt, *, max_new_tokens, threshold=None, n=None, temperature=0.0, seed=0, context=None):
+def uncached(net, config, prompt, *, max_new_tokens, threshold=None, n=None, temperature=0.0, seed=0, context=None,
+             window=None, row=0):  # fmt: skip
     """Block sampling of one row by its definition: the whole text in one pass for every step."""
     size, end = config.block_size, len(prompt) + max_new_tokens
     end = end if context is None else min(end, context)
@@ -41,8 +42,12 @@ def uncached(net, config, prompt, *, max_new_tokens, threshold=None, n=None, tem
             masked = [i for i in range(start, stop) if i < end and x[0, i] == config.mask_token_id and i >= len(prompt)]
             if not masked:
                 break
-            part = x[:, :stop]
-            layout = Layout.of(torch.arange(stop)[None])
+            here = stop
+            if window is not None and len(masked) >= window:
+                here = masked[window - 1] + 1
+                masked = masked[:window]
+            part = x[:, :here]
+            layout = Layout.of(torch.arange(here)[None])
             noisy = layout.position >= start
             forwards += 1
             pattern = config.pattern
@@ -52,10 +57,10 @@ def uncached(net, config, prompt, *, max_new_tokens, threshold=None, n=None, tem
                 logits = net(part, layout, pattern)[0]
             options = []
             for i in masked:
-                row = logits[i - config.shift]
-                scores = row if temperature == 0 else row / temperature + gumbel(len(row), seed, 0, i)
+                law = logits[i - config.shift]
+                scores = law if temperature == 0 else law / temperature + gumbel(len(law), seed, row, i)
                 token = int(scores.argmax())
-                options.append((float(row.softmax(-1)[token]), i, token))
+                options.append((float(law.softmax(-1)[token]), i, token))
             ranked = sorted(options, key=lambda option: (-option[0], option[1]))
             take = n if n is not None else max(1, sum(p > threshold for p, _, _ in ranked))
             for _, i, token in ranked[:take]:
@@ -174,6 +179,110 @@ def test_gumbel_argmax_has_the_law_of_softmax_cut_by_top_p() -> None:
         counts = torch.bincount(tokens, minlength=5)
         assert counts[kept:].sum() == 0
         assert stats.chisquare(counts[:kept].numpy(), (n * p / p.sum()).numpy()).pvalue > 1e-3
+
+
+# --- a window inside the block, and rows that wait
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("attention", "clean"), [("two_stream", "block_causal"), ("two_stream", "causal"), ("block_causal", None)]
+)
+def test_window_equals_a_block_that_ends_there(attention, clean, window: int, shift: bool) -> None:
+    config = block_config(8, shift=shift, attention=attention, clean=clean)
+    check(network(), config, (1, 4, 6, 11), max_new_tokens=21, select=Confidence(2), window=window)
+    check(network(), config, (3, 16), max_new_tokens=21, select=Threshold(0.02), window=window)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "mistral_window", "qwen3"])
+def test_window_equals_its_definition_on_other_architectures(name: str) -> None:
+    net = hf.HFNetwork(tiny_model(SUPPORTED[name](), torch.float64), MASK)
+    check(net, block_config(8), (3, 9), max_new_tokens=18, select=Threshold(0.03), window=3)
+
+
+def test_window_as_wide_as_the_block_changes_nothing() -> None:
+    net, prompts = network(), [random_tokens(n, seed=n) for n in (2, 9)]
+    for config in (block_config(8), block_config(8, shift=True)):
+        plain = sample_blocks(net, config, prompts, max_new_tokens=17, select=Confidence(3))
+        wide = sample_blocks(net, config, prompts, max_new_tokens=17, select=Confidence(3), window=8)
+        assert wide.new_tokens == plain.new_tokens
+        assert wide.num_forwards.tolist() == plain.num_forwards.tolist()
+        narrow = sample_blocks(net, config, prompts, max_new_tokens=17, select=Confidence(3), window=3)
+        assert narrow.new_tokens != plain.new_tokens
+
+
+def test_window_opens_where_the_step_budget_asks_for_more() -> None:
+    got = sample_blocks(network(), block_config(8), [random_tokens(8)], max_new_tokens=16, window=1,
+                        max_denoising_steps=3)  # fmt: skip
+    assert got.num_forwards.tolist() == [6]
+    assert MASK not in got.new_tokens[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"shift": True}, {"temperature": 1.0}, {"guidance_scale": 1.5}])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_rows_that_wait_equal_rows_alone(batch_size: int, options: dict) -> None:
+    """Seven prompts on fewer seats: tokens, forwards and callbacks are those of one batch and of each row alone."""
+    net, options = network(), dict(options)
+    config = block_config(4, shift=options.pop("shift", False))
+    prompts = [random_tokens(n, seed=n) for n in (5, 2, 11, 4, 8, 1, 13)]
+    free = sample_blocks(net, config, prompts, max_new_tokens=15, select=Threshold(0.02), seed=3, **options)
+    end = free.new_tokens[1][4]
+    seen: dict[int, dict[int, int]] = {}
+
+    def record(row: int, positions: list[int], tokens: list[int]) -> None:
+        seen.setdefault(row, {}).update(zip(positions, tokens, strict=True))
+
+    common = options | {"max_new_tokens": 15, "select": Threshold(0.02), "seed": 3, "end_token_ids": [end]}
+    together = sample_blocks(net, config, prompts, **common)
+    queued = sample_blocks(net, config, prompts, batch_size=batch_size, callback=record, **common)
+    assert queued.new_tokens == together.new_tokens
+    assert queued.num_forwards.tolist() == together.num_forwards.tolist()
+    assert queued.num_prefill_forwards.tolist() == together.num_prefill_forwards.tolist()
+    for i, prompt in enumerate(prompts):
+        assert [seen[i][len(prompt) + j] for j in range(len(queued.new_tokens[i]))] == queued.new_tokens[i]
+        if not options.get("temperature"):
+            alone = sample_blocks(net, config, [prompt], **common)
+            assert alone.new_tokens[0] == queued.new_tokens[i]
+            assert alone.num_forwards[0] == queued.num_forwards[i]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ar_rows_that_wait_equal_one_batch(temperature: float) -> None:
+    prompts = [random_tokens(n, seed=n) for n in (5, 2, 11, 1, 8)]
+    free = sample_autoregressive(NET, prompts, max_new_tokens=9)
+    common = {"max_new_tokens": 9, "temperature": temperature, "end_token_ids": [free.new_tokens[1][3]], "seed": 1}
+    net = network()
+    together = sample_autoregressive(net, prompts, **common)
+    for batch_size in (1, 2, 4):
+        assert sample_autoregressive(net, prompts, batch_size=batch_size, **common).new_tokens == together.new_tokens
+
+
+class Counting:
+    """A network that counts its passes and the tokens in them."""
+
+    def __init__(self, net: hf.HFNetwork) -> None:
+        self.net, self.passes, self.tokens, self.device = net, 0, 0, net.device
+        self.new_slots = net.new_slots
+
+    def __call__(self, input_ids, layout, pattern, **options):
+        self.passes += 1
+        self.tokens += input_ids.numel()
+        return self.net(input_ids, layout, pattern, **options)
+
+
+def test_rows_of_different_progress_share_forwards_and_compute_no_more_than_alone() -> None:
+    net, config = network(), block_config(4)
+    prompts = [random_tokens(4 * n, seed=n) for n in (1, 2, 3)]
+    common = {"max_new_tokens": 24, "select": Threshold(0.08)}
+    alone = [Counting(net) for _ in prompts]
+    for prompt, counting in zip(prompts, alone, strict=True):
+        sample_blocks(counting, config, [prompt], **common)
+    together = Counting(net)
+    got = sample_blocks(together, config, prompts, **common)
+    assert len(set(got.num_forwards.tolist())) > 1  # else nothing is shown
+    assert together.passes == int(got.num_forwards.max()) + 1  # and one prefill: nobody waits for a block-mate
+    assert together.tokens == sum(c.tokens for c in alone) + 3 * 12 - 24  # the ragged prefill's padding
 
 
 # --- where a row ends
@@ -318,6 +427,17 @@ def test_ties_go_to_the_lower_position() -> None:
         (
             lambda: sample_blocks(NET, block_config(), [random_tokens(3)], max_new_tokens=1, max_denoising_steps=0),
             "max_denoising_steps 0",
+        ),
+        (lambda: sample_blocks(NET, block_config(), [random_tokens(3)], max_new_tokens=1, window=0), "window 0 must"),
+        (
+            lambda: sample_blocks(
+                NET, block_config(), [random_tokens(3)], max_new_tokens=1, window=2, suffixes=[random_tokens(2)]
+            ),
+            "window 2 would hide the suffix",
+        ),
+        (
+            lambda: sample_blocks(NET, block_config(), [random_tokens(3)], max_new_tokens=1, batch_size=0),
+            "batch_size 0",
         ),
     ],
 )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MASK, SUPPORTED, block_config, network, random_tokens, tiny_model
+from conftest import MASK, SUPPORTED, block_config, network, prefix_of, random_tokens, tiny_model
 from torch import Tensor
 
 from unmask import hf
-from unmask.attention import PADDING, Layout, causal, dense, drafting, two_stream
-from unmask.denoiser import Past, draft, prefill, retract, verify
+from unmask.attention import Layout, causal, dense, drafting, two_stream
+from unmask.denoiser import draft, verify
 from unmask.sampling import Coupled, Rejection, sample_autoregressive, sample_speculative
 from unmask.sampling.speculative import Noise, adapted_length
 
@@ -33,6 +33,10 @@ def check_equals_ar(net, config, lengths=LENGTHS, *, ends: tuple[int, ...] = (),
     assert (got.cycle_gains * gains).sum(-1).tolist() == [len(new) for new in expected]
     cycles = got.cycle_gains.sum(-1)
     assert ((got.num_forwards <= 2 * cycles) & (got.num_forwards >= 2 * cycles - 1)).all()
+    queued = sample_speculative(net, config, prompts, max_new_tokens=14, end_token_ids=ends, batch_size=2, **options)
+    assert queued.new_tokens == expected
+    assert queued.num_forwards.tolist() == got.num_forwards.tolist()
+    assert torch.equal(queued.cycle_gains, got.cycle_gains)
     alone = sample_speculative(net, config, prompts[:1], max_new_tokens=14, end_token_ids=ends, **options)
     assert alone.new_tokens[0] == expected[0]
     assert alone.num_forwards[0] == got.num_forwards[0]
@@ -108,7 +112,7 @@ class Echo:
 
     device = torch.device("cpu")
 
-    def new_cache(self):
+    def new_slots(self):
         return Kept()
 
     def __call__(self, input_ids, layout, pattern, *, rows=None, past=None):  # noqa: ARG002
@@ -117,9 +121,7 @@ class Echo:
 
 
 class Kept:
-    def crop(self, max_length: int) -> None: ...
-
-    def batch_select_indices(self, indices: Tensor) -> None: ...
+    def select(self, keep: Tensor) -> None: ...
 
 
 @pytest.mark.parametrize("draft_length", [1, 4, 7])
@@ -169,22 +171,21 @@ def test_drafting_pattern_equals_two_stream_on_an_aligned_block() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mistral_window"])
 @torch.no_grad()
-def test_cropped_and_dead_cache_equals_a_recomputed_one(name: str) -> None:
-    """After ragged acceptance the next draft is what it would be on a cache made afresh for each row."""
+def test_draft_after_ragged_acceptance_equals_a_fresh_prefix(name: str) -> None:
     net, config = hf.HFNetwork(tiny_model(SUPPORTED[name](), torch.float64), MASK), causal_config()
     prompts, drafts = random_tokens(3, 9), random_tokens(3, 5, seed=1)
-    past = prefill(net, causal, prompts, Layout.of(torch.arange(9).expand(3, 9)))
+    past = prefix_of(net, prompts)
+    past.columns = 14
     verify(net, past, drafts, Layout.of(torch.arange(9, 14).expand(3, 5)))
     accepted = torch.tensor([0, 3, 2])
-    retract(past, 5, accepted)
-    assert past.cache.get_seq_length() == past.layout.position.shape[1] == 12
-    assert (past.layout.document == PADDING).sum(-1).tolist() == [3, 0, 1]
-    start = 9 + accepted[:, None]
-    last = random_tokens(3, 1, seed=2)
+    past.lengths += accepted
+    start, last = 9 + accepted[:, None], random_tokens(3, 1, seed=2)
+    past.columns = 17
     got = draft(net, config, past, last, Layout.of(start), Layout.of(start + 1 + torch.arange(4)))
+    assert past.lengths.tolist() == [10, 13, 12]
     for i, n in enumerate(accepted.tolist()):
-        text = torch.cat([prompts[i], drafts[i, :n]])[None]
-        fresh = prefill(net, causal, text, Layout.of(torch.arange(9 + n)[None]))
+        fresh = prefix_of(net, torch.cat([prompts[i], drafts[i, :n]])[None])
+        fresh.columns = 14 + n
         alone = draft(net, config, fresh, last[i : i + 1], Layout.of(start[i : i + 1]),
                       Layout.of(start[i : i + 1] + 1 + torch.arange(4)))  # fmt: skip
         for a, b in zip(got, alone, strict=True):
@@ -199,9 +200,9 @@ def test_draft_equals_the_training_pass_on_an_aligned_block(shift: bool) -> None
     net, config, x0 = network(), causal_config(shift=shift), random_tokens(1, 12)
     layout, wanted = Layout.of(torch.arange(12)[None]), torch.arange(12)[None] >= 8
     xt = x0.masked_fill(wanted, MASK)
-    past = prefill(net, causal, x0[:, :7], layout.at(..., slice(0, 7)))
+    past = prefix_of(net, x0[:, :7])
+    past.columns = 12
     ar, drafted = draft(net, config, past, x0[:, 7:8], layout.at(..., slice(7, 8)), layout.at(..., slice(8, 12)))
-    assert isinstance(past, Past)
     assert (drafted[0] - score(net, config, xt, x0, layout, wanted))[:, :MASK].abs().max() < 1e-10
     first = layout.position == 8
     assert (ar - score_ar(net, x0, layout, first))[:, :MASK].abs().max() < 1e-10
@@ -217,7 +218,7 @@ class Chain:
     ar = torch.tensor([[2.0, 0.5, 0.0], [0.0, 1.0, 1.5], [1.0, -1.0, 0.3]], dtype=torch.float64)
     noisy = torch.tensor([[0.5, 1.0, 0.2], [-1.0, 0.7, 1.0], [0.0, 0.0, 2.0]], dtype=torch.float64)
 
-    def new_cache(self):
+    def new_slots(self):
         return Kept()
 
     def __call__(self, input_ids, layout, pattern, *, rows=None, past=None):  # noqa: ARG002

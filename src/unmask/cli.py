@@ -102,6 +102,9 @@ def generate(
     confidence_threshold: Annotated[
         float | None, typer.Option(help="Commit tokens of higher probability: 1 is one a forward, 0 a block.")
     ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Masked positions of a block that a forward sees; faster, and worse.")
+    ] = None,
     draft_length: Annotated[
         str | None, typer.Option(help="Positions drafted at a time in speculative mode, or auto.")
     ] = None,
@@ -151,6 +154,7 @@ def generate(
             top_k=top_k,
             guidance_scale=guidance_scale,
             stop_strings=stop,
+            window=window,
             seed=seed,
             callback=live if trace is None else trace.callback,
             draft_length=drafted,

@@ -11,11 +11,14 @@ in row-major order. Logits are float32 (float64 for a float64 network), the mask
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from unmask.attention import PADDING, Layout, Pattern, bidirectional, block_causal, causal, drafting, two_stream
 from unmask.readout import RowLoss
@@ -86,32 +89,71 @@ class DiffusionConfig:
 
 
 class Cache(Protocol):
-    """Keys and values of past tokens; transformers' `DynamicCache` is one."""
+    """Keys and values in slots; `slots.SlotCache` is one."""
 
-    def crop(self, max_length: int) -> None:
-        """Drop the last -max_length tokens (negative lengths only)."""
+    def place(self, rows: Sequence[int] | None, column: Tensor, columns: int, slots: int, *, gathers: bool) -> Any:
+        """Say where the tokens of the next pass go."""
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
+    def select(self, keep: Tensor) -> None:
+        """Keep these slots."""
 
 
 @dataclass
 class Past:
-    """What stands before a pass: its cache, where its tokens stand, and the logits that score what follows.
-
-    next_logits: (batch, vocab), those of the last cached row, kept only where the shift will read them.
-    """
+    """What stands before a pass: a cache that keys and values are appended to, and where its tokens stand."""
 
     cache: Any
     layout: Layout
-    next_logits: Tensor | None = None
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch."""
-        self.cache.batch_select_indices(rows)
-        self.layout = self.layout.at(rows)
+    def keys(self, layout: Layout) -> Layout:
+        """Where the keys of a pass over `layout` stand."""
+        return self.layout.then(layout)
+
+
+@dataclass
+class Prefix:
+    """Rows that are being decoded, each in a slot: positions 0 .. lengths[s] - 1 of slot s are cached and clean.
+
+    A token at position p stands in column p of its slot. columns: how many of them a pass reaches, for all rows.
+    next_logits: (slots, vocab), those of the last cached row, kept only where the shift will read them.
+    rows: the slot of each row of a pass, None for row i in slot i.
+    """
+
+    cache: Any
+    lengths: Tensor
+    columns: int = 0
+    next_logits: Tensor | None = None
+    rows: Sequence[int] | None = None
+
+    def at(self, rows: Sequence[int] | None) -> Prefix:
+        """The same rows for a pass over these of them; a slot may come more than once."""
+        return replace(self, rows=rows)
+
+    def column(self, layout: Layout) -> Tensor:
+        """Where the tokens of a pass go: the column of their position, none for padding."""
+        return torch.where(layout.real, layout.position, -1)
+
+    def keys(self, layout: Layout) -> Layout:
+        """Where the keys of a pass over `layout` stand: (slots, or rows if given, columns)."""
+        (slots,), device = self.lengths.shape, self.lengths.device
+        column = torch.arange(self.columns, device=device).expand(slots, -1)
+        document = torch.where(column < self.lengths[:, None], 0, PADDING)
+        noisy = torch.zeros_like(document, dtype=torch.bool)
+        rows = None if self.rows is None else torch.tensor(self.rows, device=device)
+        slot = torch.arange(slots, device=device) if rows is None else rows
+        spare = (0, 1)  # a column for padding
+        index = (slot[:, None], layout.position.where(layout.real, self.columns))
+        document = pad(document, spare).index_put(index, layout.document)[:, :-1]
+        noisy = pad(noisy, spare).index_put(index, layout.noisy)[:, :-1]
+        kv = Layout(column, document, noisy)
+        return kv if rows is None else kv.at(rows)
+
+    def select(self, keep: Tensor) -> None:
+        """Keep these slots, in this order."""
+        self.cache.select(keep)
+        self.lengths = self.lengths[keep]
         if self.next_logits is not None:
-            self.next_logits = self.next_logits[rows]
+            self.next_logits = self.next_logits[keep]
 
 
 class Network(Protocol):
@@ -120,7 +162,11 @@ class Network(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def new_cache(self) -> Any: ...
+    def new_cache(self) -> Any:
+        """An empty cache that grows by whole passes, for `Past`."""
+
+    def new_slots(self) -> Any:
+        """An empty cache for `Prefix`."""
 
     def __call__(
         self,
@@ -129,12 +175,12 @@ class Network(Protocol):
         pattern: Pattern,
         *,
         rows: Tensor | None = None,
-        past: Past | None = None,
+        past: Past | Prefix | None = None,
     ) -> Tensor:
         """Logits of row i of the pass in place i; `rows` are flat indices into (batch * length).
 
-        With `past`, queries also see its tokens where the pattern allows, and their keys and values are
-        appended to `past.cache`; `past.layout` is left to the caller.
+        With `past`, queries also see its tokens where the pattern allows, and their keys and values go into
+        `past.cache`; `past.layout` or `past.lengths` is left to the caller.
         """
 
 
@@ -307,71 +353,97 @@ def ar_pass(x0: Tensor, layout: Layout, wanted: Tensor) -> Pass:
 
 
 def prefill(
-    network: Network, pattern: Pattern, input_ids: Tensor, layout: Layout, *, keep_logits: bool = False
-) -> Past:
-    """Run the (left-padded) prompts once; with `keep_logits` the last row's logits stay for what follows."""
-    past = Past(network.new_cache(), layout.at(..., slice(0, 0)))
-    batch, length = input_ids.shape
-    if length:
-        last = (torch.arange(batch, device=input_ids.device) + 1) * length - 1
-        rows = last if keep_logits else last[:0]
-        logits = network(input_ids, layout, pattern, rows=rows, past=past)
-        past.layout = layout
-        past.next_logits = logits if keep_logits else None
-    return past
+    network: Network,
+    pattern: Pattern,
+    past: Prefix,
+    rows: Sequence[int],
+    prompts: Sequence[Tensor],
+    *,
+    keep_logits: bool = False,
+) -> None:
+    """Run `prompts`, possibly empty, into these slots; with `keep_logits` their last logits stay for what follows."""
+    device, counts = past.lengths.device, [len(prompt) for prompt in prompts]
+    if max(counts, default=0):
+        ids = pad_sequence([prompt.to(device) for prompt in prompts], batch_first=True)
+        lengths = torch.tensor(counts, device=device)
+        # What fills up a shorter prompt stands behind it, where no prompt looks, and is not counted as cached.
+        layout = Layout.of(torch.arange(ids.shape[1], device=device).expand_as(ids))
+        past.columns = max(past.columns, ids.shape[1])
+        last = torch.arange(len(counts), device=device) * ids.shape[1] + lengths - 1
+        wanted = last.clamp_min(0) if keep_logits else last[:0]
+        logits = network(ids, layout, pattern, rows=wanted, past=replace(past, rows=rows, columns=ids.shape[1]))
+        past.lengths[list(rows)] = lengths
+        if keep_logits:
+            if past.next_logits is None:
+                past.next_logits = logits.new_zeros(len(past.lengths), logits.shape[-1])
+            past.next_logits[list(rows)] = logits
+    else:
+        past.lengths[list(rows)] = 0
 
 
 def denoise(
     network: Network,
     config: DiffusionConfig,
-    past: Past,
+    past: Prefix,
     xt: Tensor,
     layout: Layout,
     wanted: Tensor,
-    finished: tuple[Tensor, Layout] | None = None,
+    finished: tuple[Sequence[int], Tensor] | None = None,
 ) -> Tensor:
-    """Logits of the wanted positions of the active block xt (batch, block) on top of the cached prefix.
+    """Logits of the wanted positions of the active blocks xt (slots, width) on top of the cached prefixes.
 
-    The block sees itself and the prefix whole, and is not kept in the cache. `finished` is the clean block
-    before it, if that one is not cached yet: both run in one forward, and the finished block stays, which is
-    exactly the two forwards done apart.
+    A block sees itself and its prefix whole, and is not kept in the cache. `finished` holds the clean tokens
+    (n, block) that stand between cache and active block in these n slots: they run in the same forward, as rows
+    of their own which the active rows see, and stay, which is exactly the two forwards done apart. `wanted` may
+    live on the CPU, where finding its places keeps no device waiting.
     """
-    batch, width = xt.shape
+    slots, width = xt.shape
+    wanted = wanted.cpu()
     if config.attention == "two_stream":
         xt, layout = _placed(config, xt, layout), _noisy(layout)
-    input_ids, passed, kept = xt, layout, 0
+    rows: list[int] | None = None
     if finished is not None:
-        input_ids, passed = torch.cat([finished[0], xt], dim=1), finished[1].then(layout)
-        kept = finished[0].shape[1]
-    length = kept + width
-    offset = torch.arange(batch, device=xt.device)[:, None] * length
-    row = kept - config.shift + torch.arange(width, device=xt.device) + offset
+        behind, tokens = finished
+        size = tokens.shape[1]
+        chunks = -(-size // width)  # rows as wide as the active ones, so that nothing is padded for them
+        place = past.lengths[list(behind), None] + torch.arange(chunks * width, device=xt.device)
+        inside = (torch.arange(chunks * width, device=xt.device) < size).expand_as(place)
+        clean = Layout.of(torch.where(inside, place, 0), torch.where(inside, 0, PADDING))
+        cut = [x.unflatten(1, (chunks, width)).transpose(0, 1).flatten(0, 1) for x in
+               (pad(tokens, (0, chunks * width - size)), *clean)]  # fmt: skip
+        xt = torch.cat([xt, cut[0]])
+        layout = Layout(*(torch.cat(pair) for pair in zip(layout, cut[1:], strict=True)))
+        rows = [*range(slots), *list(behind) * chunks]
+    index = torch.arange(slots * width).view(slots, width) - int(config.shift)
     if not config.shift:
-        rows = row[wanted]
-    elif kept:  # the boundary rows score the block's first position, in this forward and in those after it
-        rows = torch.cat([row[:, 0], row[:, 1:][wanted[:, 1:]]])
-    else:
-        rows = row[:, 1:][wanted[:, 1:]]
-    logits = network(input_ids, passed, config.pattern, rows=rows, past=past)
-    past.cache.crop(-width)
+        scoring = index[wanted]
+    else:  # a block's first position is scored by the row before it, in this forward and in those after it
+        scoring = index[:, 1:][wanted[:, 1:]]
+        if finished is not None:
+            first = slots + (chunks - 1) * len(behind)
+            boundary = (first + torch.arange(len(behind))) * width + (size - 1) % width
+            scoring = torch.cat([boundary, scoring])
+    logits = network(xt, layout, config.pattern, rows=scoring.to(xt.device), past=past.at(rows))
     if finished is not None:
-        past.layout = past.layout.then(finished[1])
+        past.lengths[list(behind)] += size
     if not config.shift:
         return logits
-    if kept:
-        past.next_logits, logits = logits[:batch], logits[batch:]
-    if past.next_logits is None:  # nothing stands before the block: its first position is never wanted
+    if finished is not None:
+        if past.next_logits is None:
+            past.next_logits = logits.new_zeros(slots, logits.shape[-1])
+        past.next_logits[list(behind)], logits = logits[: len(behind)], logits[len(behind) :]
+    if past.next_logits is None:  # nothing stands before the blocks: their first positions are never wanted
         return logits
     out = logits.new_empty(int(wanted.sum()), logits.shape[-1])
-    first = torch.zeros_like(wanted)
-    first[:, 0] = True
-    first = first[wanted]
-    out[first], out[~first] = past.next_logits[wanted[:, 0]], logits
+    first_place = torch.zeros_like(wanted)
+    first_place[:, 0] = True
+    is_first = first_place[wanted]
+    out[is_first], out[~is_first] = past.next_logits[wanted[:, 0]], logits
     return out
 
 
 def draft(
-    network: Network, config: DiffusionConfig, past: Past, last: Tensor, last_layout: Layout, layout: Layout
+    network: Network, config: DiffusionConfig, past: Prefix, last: Tensor, last_layout: Layout, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """One forward over [last verified token, clean | masks, noisy] on top of the cached prefix.
 
@@ -385,29 +457,13 @@ def draft(
     masks = (config.mask_token_id + place).expand_as(layout.position)
     passed = last_layout.then(_noisy(layout))
     logits = network(torch.cat([last, masks], dim=1), passed, drafting(config.noisy_attention), past=past)
-    past.cache.crop(-width)
-    past.layout = past.layout.then(last_layout)
+    past.lengths += 1
     return logits[:, 0], logits[:, :-1] if config.shift else logits[:, 1:]
 
 
-def verify(network: Network, past: Past, tokens: Tensor, layout: Layout) -> Tensor:
-    """AR logits of what follows each of the tokens (batch, k, vocab); all of them enter the cache."""
-    logits = network(tokens, layout, causal, past=past)
-    past.layout = past.layout.then(layout)
-    return logits
+def verify(network: Network, past: Prefix, tokens: Tensor, layout: Layout) -> Tensor:
+    """AR logits of what follows each of the tokens (batch, k, vocab).
 
-
-def retract(past: Past, width: int, accepted: Tensor) -> None:
-    """Of the last `width` cached tokens keep the first `accepted` (batch,) of each row.
-
-    What no row keeps is cropped. A rejected token before that becomes padding, which nothing sees: exact, at
-    the price of a dead slot in the rows that accepted less than their batch-mates.
+    All of them are in the cache then, and none of them counts: those accepted are added to `past.lengths`.
     """
-    kept = int(accepted.max())
-    column = torch.arange(width, device=accepted.device)
-    dead = column >= accepted[:, None]
-    tail = past.layout.at(..., slice(past.layout.position.shape[1] - width, None))
-    tail = tail._replace(document=tail.document.masked_fill(dead, PADDING)).at(..., slice(0, kept))
-    if kept < width:
-        past.cache.crop(kept - width)
-    past.layout = past.layout.at(..., slice(0, past.layout.position.shape[1] - width)).then(tail)
+    return network(tokens, layout, causal, past=past)

@@ -42,10 +42,11 @@ from unmask.attention import (
     window,
 )
 from unmask.chunked import CHUNK
-from unmask.denoiser import DiffusionConfig, Pass, Past, run
+from unmask.denoiser import DiffusionConfig, Pass, Past, Prefix, run
 from unmask.drafter import Drafter, DrafterConfig
 from unmask.readout import RowLoss
 from unmask.shortcuts import CHUNKED, head_rows, head_sum, last_layer, last_layer_rows
+from unmask.slots import SLOTS, SlotCache, placed
 
 MASK_TOKEN = "<|mask|>"
 SDAR_MASK_TOKEN = "<|MASK|>"
@@ -95,8 +96,11 @@ class HFNetwork:
         return getattr(self.config, "max_position_embeddings", None)
 
     def new_cache(self) -> DynamicCache:
-        # Without the config: caches made for sliding windows drop old keys and cannot be cropped.
+        # Without the config: caches made for sliding windows drop old keys.
         return DynamicCache()
+
+    def new_slots(self) -> SlotCache:
+        return SlotCache()
 
     def __call__(
         self,
@@ -105,7 +109,7 @@ class HFNetwork:
         pattern: Pattern,
         *,
         rows: Tensor | None = None,
-        past: Past | None = None,
+        past: Past | Prefix | None = None,
     ) -> Tensor:
         logits = self._run(input_ids, layout, pattern, rows, past, lambda kept: head_rows(self.head, kept))
         if logits.dtype != torch.float64:
@@ -135,13 +139,15 @@ class HFNetwork:
         layout: Layout,
         pattern: Pattern,
         rows: Tensor | None,
-        past: Past | None,
+        past: Past | Prefix | None,
         head: Callable[[Tensor | slice | None], AbstractContextManager[None]],
     ) -> Tensor:
         """What the head puts out; `head` says what it does with which of the rows that it gets."""
-        kv = layout if past is None else past.layout.then(layout)
+        kv = layout if past is None else past.keys(layout)
         gate = nullcontext() if self.gate is None else self.gate(layout.noisy)
-        with self._shortcuts(layout, rows) as kept, head(kept), gate:
+        decoding = isinstance(past, Prefix)
+        shortcuts = self._on_slots(past, layout, rows) if decoding else self._shortcuts(layout, rows)
+        with shortcuts as kept, head(kept), gate:
             out: Tensor = self.forward(
                 input_ids=input_ids,
                 attention_mask=self.attention_argument(pattern, layout, kv),
@@ -180,6 +186,19 @@ class HFNetwork:
         finally:
             self.config._attn_implementation = before
 
+    @contextmanager
+    def _on_slots(self, past: Prefix, layout: Layout, rows: Tensor | None) -> Iterator[Tensor | None]:
+        """Attend to the slots of a pass where they lie, where the model takes it; yields where the wanted rows are."""
+        direct, before = self.routes.chunked, self.config._attn_implementation
+        place = past.cache.place(past.rows, past.column(layout), past.columns, len(past.lengths), gathers=not direct)
+        if direct:
+            self.config._attn_implementation = SLOTS
+        try:
+            with placed(place):
+                yield rows
+        finally:
+            self.config._attn_implementation = before
+
     def attention_argument(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
         """What this model takes as `attention_mask`: one mask, or one per layer type."""
         pattern = intersect(pattern, same_document)
@@ -198,7 +217,9 @@ class HFNetwork:
         if implementation == "flex_attention":
             return block_mask(pattern, q, kv)
         allowed = dense(pattern, q, kv)[:, None]
-        if implementation in ("sdpa", CHUNKED):
+        if implementation == SLOTS and allowed.device.type == "cpu" and bool(allowed.all()):
+            return allowed.new_ones(1, 1, 1, 1)
+        if implementation in ("sdpa", CHUNKED, SLOTS):
             return allowed
         if implementation == "eager":  # eager adds its mask: a bool one would be added as 0 and 1
             dtype = self.model.dtype

@@ -119,6 +119,8 @@ class DiffusionLM:
         remask: Remask | None = None,
         draft_length: int | str | None = None,
         acceptance: Acceptance | None = None,
+        batch_size: int | None = None,
+        window: int | None = None,
     ) -> SampleOutput:
         """Continue prompts: text, texts, chat messages, or token ids with an attention mask.
 
@@ -130,6 +132,9 @@ class DiffusionLM:
         max_new_tokens. select: a commit rule of `unmask.sampling`, Threshold(0.9) by default. temperature 0 is
         greedy. guidance_scale: of classifier-free guidance towards the prompt, 1 is none (diffusion mode).
         remask: take tokens back while sampling (bidirectional attention only).
+        batch_size: prompts that decode at a time, all unless given; one that ends makes room for the next.
+        window: masked positions of a block that a forward sees, all unless given (block-wise attention only): the
+        rest of the block is not computed yet. Faster, and another model than the one trained: quality drops.
         callback(row, positions, tokens) is called at each commit. The same seed gives the same output. A row
         ends at the end token, after max_new_tokens, or where the model's context does.
         """
@@ -158,7 +163,9 @@ class DiffusionLM:
             "end_token_ids": hf.end_token_ids(self.model, self.tokenizer),
             "stop": _StopStrings(self, rows, stops) if stops else None,
             "callback": callback,
+            "batch_size": batch_size,
         }
+        self._check_window(window, mode)
         if mode == "ar":
             if guidance_scale != 1:
                 raise ValueError(f"guidance_scale {guidance_scale} needs mode 'diffusion': AR mode has no mask token")
@@ -192,7 +199,8 @@ class DiffusionLM:
                 self.network, self.diffusion, rows, canvas_size=block_size, remask=remask, **options
             )
         else:
-            sampled = sample_blocks(self.network, self.diffusion.with_block_size(block_size), rows, **options)
+            config = self.diffusion.with_block_size(block_size)
+            sampled = sample_blocks(self.network, config, rows, window=window, **options)
         return self._output(rows, sampled, stops)
 
     def infill(
@@ -324,6 +332,14 @@ class DiffusionLM:
         if remask is not None and (config is None or config.attention != "bidirectional"):
             how = "AR mode" if config is None else f"{config.attention} attention"
             raise ValueError(f"{remask} needs a bidirectional canvas, and {how} has none: leave remask out")
+
+    def _check_window(self, window: int | None, mode: str) -> None:
+        if window is None:
+            return
+        if mode != "diffusion":
+            raise ValueError(f"window {window} needs mode 'diffusion': mode {mode!r} has no blocks of masks")
+        if self.diffusion is not None and self.diffusion.attention == "bidirectional":
+            raise ValueError(f"window {window} has no meaning here: a bidirectional canvas is seen whole")
 
     def _check_mode(self, mode: str) -> None:
         if mode not in ("ar", "diffusion", "speculative"):

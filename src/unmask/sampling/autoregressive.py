@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unmask.attention import PADDING, Layout, causal
+from unmask.attention import Layout, causal
 from unmask.denoiser import Network, prefill
-from unmask.sampling.output import Callback, SampledTokens, Stop, left_pad
+from unmask.sampling.output import Callback, SampledTokens, Stop
+from unmask.sampling.seats import Seats
 from unmask.sampling.tokens import check_sampling, choose_tokens, token_noise
 
 
@@ -19,6 +20,7 @@ def sample_autoregressive(
     prompts: Sequence[Tensor],
     *,
     max_new_tokens: int,
+    batch_size: int | None = None,
     context_length: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -28,53 +30,50 @@ def sample_autoregressive(
     stop: Stop | None = None,
     callback: Callback | None = None,
 ) -> SampledTokens:
-    """Continue ragged `prompts` (each at least one token); finished rows leave the batch.
+    """Continue ragged `prompts` (each at least one token), `batch_size` at a time: a row that ends makes room.
 
     The prefill ends before the last prompt token, so a row needs exactly one forward per new token.
     """
     check_sampling(temperature, top_p, top_k)
-    device, batch = network.device, len(prompts)
-    ids, position, real = left_pad([prompt[:-1] for prompt in prompts], 0, device)
-    layout = Layout.of(position, torch.where(real, 0, PADDING))
-    past = prefill(network, causal, ids, layout)
-
+    device, seats = network.device, Seats(network, len(prompts), batch_size)
+    past = seats.past
     new_tokens: list[list[int]] = [[] for _ in prompts]
-    rows = torch.arange(batch, device=device)
-    last = torch.stack([prompt[-1] for prompt in prompts]).to(device)[:, None]
-    position = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=device)
-    for _ in range(max_new_tokens):
-        if not len(rows):
+    last = torch.zeros(len(seats.rows), 1, dtype=torch.long, device=device)
+    position = torch.zeros_like(last)
+    while True:
+        new, stay = seats.fill()
+        if stay is not None:
+            last, position = last[stay], position[stay]
+        if not seats.rows:
             break
-        here = Layout.of(position)
-        logits = network(last, here, causal, rows=torch.arange(len(rows), device=device), past=past)
-        past.layout = past.layout.then(here)
+        if new:
+            joining = [prompts[seats.rows[slot]] for slot in new]
+            prefill(network, causal, past, new, [prompt[:-1] for prompt in joining])
+            last[new, 0] = torch.stack([prompt[-1] for prompt in joining]).to(device)
+            position[new, 0] = torch.tensor([len(prompt) - 1 for prompt in joining], device=device)
+        past.columns = max(len(prompts[row]) + len(new_tokens[row]) for row in seats.rows)
+        index = torch.arange(len(seats.rows), device=device)
+        logits = network(last, Layout.of(position), causal, rows=index, past=past)
+        past.lengths += 1
         position = position + 1
         noise = None
         if temperature > 0:
-            noise = token_noise(logits.shape[-1], seed, rows, position)[:, 0]
+            noise = token_noise(logits.shape[-1], seed, torch.tensor(seats.rows), position)[:, 0]
         tokens = choose_tokens(logits, temperature, top_p, noise, top_k)
-        going = []
-        for i, (row, token, place) in enumerate(
-            zip(rows.tolist(), tokens.tolist(), position[:, 0].tolist(), strict=True)
-        ):
-            new_tokens[row].append(token)
+        last = tokens[:, None]
+        for slot, (row, token) in enumerate(zip(seats.rows, tokens.tolist(), strict=True)):
+            text, place = new_tokens[row], len(prompts[row]) + len(new_tokens[row])
+            text.append(token)
             if callback is not None:
                 callback(row, [place], [token])
-            kept = len(new_tokens[row]) if token in end_token_ids else None
+            kept = len(text) if token in end_token_ids else None
             if kept is None and stop is not None:
-                kept = stop(row, new_tokens[row])
-            if kept is None and place + 1 == context_length:
-                kept = len(new_tokens[row])
-            if kept is None:
-                going.append(i)
-            else:
-                del new_tokens[row][kept:]
-        last = tokens[:, None]
-        if len(going) < len(rows):
-            keep = torch.tensor(going, dtype=torch.long, device=device)
-            rows, last, position = rows[keep], last[keep], position[keep]
-            if going:
-                past.select(keep)
+                kept = stop(row, text)
+            if kept is None and (place + 1 == context_length or len(text) == max_new_tokens):
+                kept = len(text)
+            if kept is not None:
+                del text[kept:]
+                seats.leave(slot)
     counts = torch.tensor([len(tokens) for tokens in new_tokens])
     prefilled = torch.tensor([int(len(prompt) > 1) for prompt in prompts])
     return SampledTokens(new_tokens, counts, prefilled)

@@ -20,6 +20,7 @@ from unmask.noise import gumbel, uniform
 from unmask.sampling.guidance import guide
 from unmask.sampling.output import Callback, SampledTokens, Stop, first_end
 from unmask.sampling.remask import Remask
+from unmask.sampling.seats import check_batch_size
 from unmask.sampling.select import Ancestral, Candidates, Selector, Threshold, remember, token_confidence
 from unmask.sampling.tokens import check_sampling, choose_tokens
 
@@ -118,7 +119,7 @@ def sample_bidirectional(
                 )
             chosen_noise = None if noise is None else noise[slot[rows][here].cpu()]
             tokens = choose_tokens(logits, temperature, top_p, chosen_noise, top_k)
-            found = token_confidence(logits, tokens, here)
+            found = token_confidence(logits, here, tokens)
             if remask is None:
                 at_least = torch.zeros_like(rows)
                 if max_denoising_steps is not None:
@@ -179,6 +180,7 @@ def sample_canvases(
     *,
     max_new_tokens: int,
     canvas_size: int | None = None,
+    batch_size: int | None = None,
     context_length: int | None = None,
     max_denoising_steps: int | None = None,
     seed: int = 0,
@@ -189,8 +191,10 @@ def sample_canvases(
     """Continue ragged prompts by whole canvases of `canvas_size` new tokens, one after the other.
 
     By default one canvas holds all max_new_tokens. A canvas sees all that stands before it and nothing beyond
-    itself. max_denoising_steps is that of each canvas. `options` go to `sample_bidirectional`.
+    itself. max_denoising_steps is that of each canvas. batch_size: rows at a time, all unless given. `options` go
+    to `sample_bidirectional`.
     """
+    check_batch_size(batch_size)
     if canvas_size is not None and canvas_size < 1:
         raise ValueError(f"block_size {canvas_size} must be at least 1: it is how many tokens are filled at once")
     size = min(canvas_size or max_new_tokens, max_new_tokens)
@@ -200,29 +204,32 @@ def sample_canvases(
     new_tokens: list[list[int]] = [[] for _ in prompts]
     num_forwards = torch.zeros(batch, dtype=torch.long)
     limits = [min(max_new_tokens, (context_length or len(p) + max_new_tokens) - len(p)) for p in prompts]
-    rows = [i for i in range(batch) if limits[i] > 0]
-    while rows:
-        wanted = [min(size, limits[i] - len(new_tokens[i])) for i in rows]
-        canvases = [
-            Canvas.around(torch.cat([prompts[i].cpu(), torch.tensor(new_tokens[i], dtype=torch.long)]), n)
-            for i, n in zip(rows, wanted, strict=True)
-        ]
-        steps = max_denoising_steps
-        if steps is not None and options.get("remask") is None:
-            steps = min(steps, max(wanted))
-        filled = sample_bidirectional(
-            network, config, canvases, max_denoising_steps=steps, seed=seed, row_numbers=rows,
-            end_token_ids=end_token_ids, stop=_after(new_tokens, rows, stop), **options,
-        )  # fmt: skip
-        num_forwards[rows] += filled.num_forwards
-        going = []
-        for i, n, new in zip(rows, wanted, filled.new_tokens, strict=True):
-            new_tokens[i] = new_tokens[i] + new
-            ended = len(new) < n or first_end(new, end_token_ids) is not None
-            ended = ended or (stop is not None and stop(i, new_tokens[i]) is not None)
-            if not ended and len(new_tokens[i]) < limits[i]:
-                going.append(i)
-        rows = going
+    waiting = [i for i in range(batch) if limits[i] > 0]
+    at_a_time = max(1, len(waiting)) if batch_size is None else batch_size
+    for begin in range(0, len(waiting), at_a_time):
+        rows = waiting[begin : begin + at_a_time]
+        while rows:
+            wanted = [min(size, limits[i] - len(new_tokens[i])) for i in rows]
+            canvases = [
+                Canvas.around(torch.cat([prompts[i].cpu(), torch.tensor(new_tokens[i], dtype=torch.long)]), n)
+                for i, n in zip(rows, wanted, strict=True)
+            ]
+            steps = max_denoising_steps
+            if steps is not None and options.get("remask") is None:
+                steps = min(steps, max(wanted))
+            filled = sample_bidirectional(
+                network, config, canvases, max_denoising_steps=steps, seed=seed, row_numbers=rows,
+                end_token_ids=end_token_ids, stop=_after(new_tokens, rows, stop), **options,
+            )  # fmt: skip
+            num_forwards[rows] += filled.num_forwards
+            going = []
+            for i, n, new in zip(rows, wanted, filled.new_tokens, strict=True):
+                new_tokens[i] = new_tokens[i] + new
+                ended = len(new) < n or first_end(new, end_token_ids) is not None
+                ended = ended or (stop is not None and stop(i, new_tokens[i]) is not None)
+                if not ended and len(new_tokens[i]) < limits[i]:
+                    going.append(i)
+            rows = going
     return SampledTokens(new_tokens, num_forwards, torch.zeros(batch, dtype=torch.long))
 
 

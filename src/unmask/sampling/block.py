@@ -2,6 +2,7 @@
 
 Block by block: the finished prefix stands in the cache, the active block is denoised on top of it, a commit
 rule makes positions final, and a finished block enters the cache within the next block's first forward.
+Every row is in a block of its own and moves on when that block is done; a forward serves all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from unmask.attention import PADDING, Layout
 from unmask.denoiser import DiffusionConfig, Network, denoise, prefill
 from unmask.noise import uniform
 from unmask.sampling.guidance import GuidedNetwork
-from unmask.sampling.output import Callback, SampledTokens, Stop, first_end, left_pad
+from unmask.sampling.output import Callback, SampledTokens, Stop
+from unmask.sampling.seats import Seats
 from unmask.sampling.select import Candidates, Selector, Threshold, remember, token_confidence
 from unmask.sampling.tokens import check_sampling, choose_tokens, token_noise
 
@@ -27,6 +29,8 @@ def sample_blocks(
     prompts: Sequence[Tensor],
     *,
     max_new_tokens: int,
+    batch_size: int | None = None,
+    window: int | None = None,
     suffixes: Sequence[Tensor] | None = None,
     context_length: int | None = None,
     max_denoising_steps: int | None = None,
@@ -43,10 +47,14 @@ def sample_blocks(
     """Continue ragged `prompts` (each at least one token) in blocks on absolute positions [k*B, (k+1)*B).
 
     A prompt that ends inside a block leaves its tail fixed in that block. Blocks are whole: positions past
-    the last wanted token stay masked and are never committed; only the context length cuts a block. Rows
-    move from block to block together and a row's forwards are those it would need alone; a row leaves the
-    batch when it ends. `suffixes`: tokens that are to stand after the max_new_tokens of each row (infilling);
-    a block sees those that fall into it and none of the later ones.
+    the last wanted token stay masked and are never committed; only the context length cuts a block.
+    batch_size: rows at a time, all unless given; a row that ends gives its place to the next prompt. A row's
+    forwards and tokens are those it would have alone.
+    window: in each forward a block reaches to its window-th masked position and no further: what stands behind
+    is absent, the network sees a shorter block. Those are masks, and what they cost is saved; the block size
+    changes nothing. With max_denoising_steps at least as many masked positions as must be committed are there.
+    `suffixes`: tokens that are to stand after the max_new_tokens of each row (infilling); a block sees those
+    that fall into it and none of the later ones.
     guidance_scale other than 1: every pass, the prefill too, runs a second time with the prompt masked.
     """
     check_sampling(temperature, top_p, top_k)
@@ -54,95 +62,210 @@ def sample_blocks(
         raise ValueError(f"max_denoising_steps {max_denoising_steps} must be at least 1")
     if config.attention == "bidirectional" or config.block_size is None:
         raise ValueError("a bidirectional checkpoint has no blocks to decode one by one")
+    if window is not None and window < 1:
+        raise ValueError(f"window {window} must be at least 1: a block without a masked position commits nothing")
+    if window is not None and suffixes is not None:
+        raise ValueError(f"window {window} would hide the suffix inside the block: leave it out when infilling")
     select = select or Threshold()
-    device, width, batch = network.device, config.block_size, len(prompts)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    ends = lengths + max_new_tokens
-    if context_length is not None:
-        ends = ends.clamp_max(context_length)
-
-    # canvas: every row from its own position 0, masks where nothing stands yet
-    behind = [len(suffix) for suffix in suffixes] if suffixes is not None else [0]
-    canvas = torch.full((batch, int(ends.max()) + max(behind) + width), config.mask_token_id, device=device)
-    for i, prompt in enumerate(prompts):
-        canvas[i, : len(prompt)] = prompt.to(device)
-        if suffixes is not None:
-            canvas[i, int(ends[i]) : int(ends[i]) + len(suffixes[i])] = suffixes[i].to(device)
-    open_ = torch.arange(canvas.shape[1], device=device) >= lengths[:, None]
-    starts = lengths // width * width
-
-    passes = 1
+    device, width, passes = network.device, config.block_size, 1
+    lengths = [len(prompt) for prompt in prompts]
+    ends = [n + max_new_tokens if context_length is None else min(n + max_new_tokens, context_length) for n in lengths]
+    canvas = _canvas(prompts, suffixes, ends, width, config.mask_token_id)
+    guided = None
     if guidance_scale != 1:
-        network, passes = GuidedNetwork(network, lengths, config.mask_token_id, guidance_scale), 2
-    ids, position, real = left_pad([p[: len(p) // width * width] for p in prompts], 0, device)
-    past = prefill(network, config.pattern, ids, Layout.of(position, torch.where(real, 0, PADDING)),
-                   keep_logits=config.shift)  # fmt: skip
-    num_forwards = torch.zeros(batch, dtype=torch.long)
-    num_new = (ends - lengths).tolist()
-    rows = torch.arange(batch, device=device)
-    finished: tuple[Tensor, Layout] | None = None
+        network, passes = (guided := GuidedNetwork(network, config.mask_token_id, guidance_scale)), 2
+    seats = Seats(network, len(prompts), batch_size)
+    blocks, past = _Blocks(len(seats.rows), width, device, seed), seats.past
+    num_forwards = torch.zeros(len(prompts), dtype=torch.long)
+    num_new = [end - n for end, n in zip(ends, lengths, strict=True)]
+    for row, wanted in enumerate(num_new):
+        if wanted < 1:
+            seats.waiting.remove(row)
+    previous: Candidates | None = None
 
-    while len(rows):
-        position = starts[rows, None] + torch.arange(width, device=device)
-        inside = position < (context_length or canvas.shape[1])
-        layout = Layout.of(torch.where(inside, position, 0), torch.where(inside, 0, PADDING))
-        xt = canvas[rows].gather(1, position)
-        masked = open_[rows].gather(1, position) & (position < ends[rows, None])
-        priority = torch.stack([uniform(width, key=("order", seed, r, s)) for r, s in
-                                zip(rows.tolist(), starts[rows].tolist(), strict=True)]).to(device)  # fmt: skip
-        noise = previous = None
-        step, done = 0, torch.zeros(len(rows), dtype=torch.bool, device=device)
-        while bool(masked.any()):
-            logits = denoise(network, config, past, xt, layout, masked, finished)
-            finished = None
-            num_forwards[rows[masked.any(-1)].cpu()] += passes
-            if temperature > 0 and noise is None:
-                noise = token_noise(logits.shape[-1], seed, rows, position)
-            chosen_noise = None if noise is None else noise[masked.cpu()]
-            tokens = choose_tokens(logits, temperature, top_p, chosen_noise, top_k)
-            progress = None if max_denoising_steps is None else (step + 1) / max_denoising_steps
-            confidence = token_confidence(logits, tokens, masked)
-            candidates = Candidates(masked, confidence, logits, priority, progress, previous)
-            remaining = masked.sum(-1)
-            at_least = torch.zeros_like(remaining)
-            if max_denoising_steps is not None:
-                at_least = (remaining / max(1, max_denoising_steps - step)).ceil().long()
-            commit = select(candidates, at_least)
-            previous = remember(candidates, select)
-            xt = torch.where(commit, xt.masked_scatter(masked, tokens), xt)
-            masked = masked & ~commit
-            step += 1
-            if callback is not None:
-                for i, row in enumerate(rows.tolist()):
-                    if bool(commit[i].any()):
-                        callback(row, position[i][commit[i]].tolist(), xt[i][commit[i]].tolist())
-            canvas[rows] = canvas[rows].scatter(1, position, xt)
-            for i, row in _changed(rows, commit, done):
-                # Only what everything before it is committed for can end a row.
-                known = int(position[i][masked[i]].min()) if bool(masked[i].any()) else int(position[i, -1]) + 1
-                new = canvas[row, lengths[row] : min(known, int(ends[row]))].tolist()
-                kept = first_end(new, end_token_ids)
-                if stop is not None:
-                    stopped = stop(row, new[:kept])
-                    kept = stopped if stopped is not None else kept
+    while True:
+        new, stay = seats.fill()
+        if stay is not None:
+            if previous is not None:
+                previous = previous.at(torch.zeros_like(previous.masked[:, 0]).index_fill(0, stay, True))
+            blocks.keep(stay)
+        if not seats.rows:
+            break
+        if new:
+            if guided is not None:
+                guided.prompt_lengths = torch.tensor([lengths[row] for row in seats.rows], device=device)
+            whole = [lengths[seats.rows[slot]] // width * width for slot in new]
+            prefill(network, config.pattern, past, new, keep_logits=config.shift,
+                    prompts=[prompts[seats.rows[slot]][:n] for slot, n in zip(new, whole, strict=True)])  # fmt: skip
+            for slot, start in zip(new, whole, strict=True):
+                blocks.enter(slot, seats.rows[slot], start, canvas, lengths, ends)
+                blocks.cached[slot] = start
+        elif guided is not None and stay is not None:
+            guided.prompt_lengths = guided.prompt_lengths[stay]
+        entered = blocks.upload()
+        if previous is not None and entered is not None:
+            previous = previous.without(entered)
+
+        remaining = blocks.masked.sum(-1)
+        at_least = torch.zeros_like(remaining)
+        progress = None
+        if max_denoising_steps is not None:
+            at_least = -(-remaining // (max_denoising_steps - blocks.steps).clamp_min(1))
+            progress = ((blocks.steps + 1) / max_denoising_steps)[:, None].to(device)
+        reach, seen = width, blocks.position < (context_length or canvas.shape[1])
+        masked = blocks.masked
+        if window is not None:
+            near = (masked.cumsum(-1) - masked.long()) < at_least.clamp_min(window)[:, None]
+            reach, masked, seen = int(near.sum(-1).max()), masked & near, seen & near.to(device)
+        shown = seen[:, :reach]
+        layout = Layout.of(blocks.position[:, :reach].where(shown, 0), torch.where(shown, 0, PADDING))
+        past.columns = max(blocks.starts) + reach
+        logits = denoise(network, config, past, blocks.xt[:, :reach], layout, masked[:, :reach], blocks.finished())
+        blocks.cached = list(blocks.starts)
+        num_forwards[seats.rows] += passes
+
+        here = masked.to(device)
+        tokens = None
+        if temperature > 0:
+            noise = blocks.noise_of(logits.shape[-1], seats.rows)[masked]
+            tokens = choose_tokens(logits, temperature, top_p, noise, top_k)
+        elif device.type != "cpu":
+            tokens = choose_tokens(logits)
+        confidence = token_confidence(logits, here, tokens if temperature > 0 else None)
+        candidates = Candidates(here, confidence, logits, blocks.priority.to(device), progress, previous)
+        commit = select(candidates, at_least.to(device))
+        previous = remember(candidates, select)
+        if tokens is None:  # on CPU an argmax over the vocabulary is a tenth of a small model's head: where needed
+            blocks.xt = blocks.xt.masked_scatter(commit, choose_tokens(logits[commit[here]]))
+        else:
+            blocks.xt = torch.where(commit, blocks.xt.masked_scatter(here, tokens), blocks.xt)
+        text = torch.where(blocks.masked.to(device) & ~commit, -1, blocks.xt).cpu()  # the one wait for the device
+
+        committed, blocks.masked = blocks.masked & (text >= 0), text < 0
+        blocks.steps += 1
+        if callback is not None:
+            for slot in committed.any(-1).nonzero()[:, 0].tolist():
+                which = committed[slot].nonzero()[:, 0]
+                callback(seats.rows[slot], (blocks.starts[slot] + which).tolist(), text[slot][which].tolist())
+        done = ~blocks.masked.any(-1)
+        ended = torch.zeros_like(done)
+        if stop is not None or end_token_ids:
+            for slot, row in enumerate(seats.rows):
+                kept = _kept(text[slot], canvas[row], blocks.starts[slot], lengths[row], ends[row], end_token_ids,
+                             stop, row)  # fmt: skip
                 if kept is not None:
-                    num_new[row] = kept
-                    done[i], masked[i] = True, False
-        starts[rows] += width
-        going = ~done & (starts[rows] < ends[rows])
-        if bool(going.any()):
-            if not past.layout.position.shape[1]:
-                past.cache = network.new_cache()  # an emptied cache keeps its batch size through a selection
-            past.select(going.nonzero()[:, 0])
-            finished = xt[going], layout.at(going)
-        rows = rows[going]
+                    num_new[row], ended[slot] = kept, True
+        for slot in (done | ended).nonzero()[:, 0].tolist():
+            row, start = seats.rows[slot], blocks.starts[slot]
+            canvas[row, start : start + width] = text[slot]
+            if bool(ended[slot]) or start + width >= ends[row]:
+                seats.leave(slot)
+            else:
+                blocks.enter(slot, row, start + width, canvas, lengths, ends)
 
-    new_tokens = [canvas[i, len(p) : len(p) + num_new[i]].tolist() for i, p in enumerate(prompts)]
-    prefilled = (starts.new_tensor([len(p) for p in prompts]) >= width).long().cpu() * passes
+    new_tokens = [canvas[i, n : n + num_new[i]].tolist() for i, n in enumerate(lengths)]
+    prefilled = torch.tensor([int(n >= width) * passes for n in lengths])
     return SampledTokens(new_tokens, num_forwards, prefilled)
 
 
-def _changed(rows: Tensor, commit: Tensor, done: Tensor) -> list[tuple[int, int]]:
-    """(index, row) of the rows that committed something and have not ended."""
-    return [(i, row) for i, (row, any_) in enumerate(zip(rows.tolist(), (commit.any(-1) & ~done).tolist(),
-                                                         strict=True)) if any_]  # fmt: skip
+def _canvas(
+    prompts: Sequence[Tensor], suffixes: Sequence[Tensor] | None, ends: list[int], width: int, mask_token_id: int
+) -> Tensor:
+    """(rows, columns) on the CPU: every row from its own position 0, masks where nothing stands yet."""
+    behind = [len(suffix) for suffix in suffixes] if suffixes is not None else [0]
+    canvas = torch.full((len(prompts), max(ends) + max(behind) + width), mask_token_id)
+    for i, prompt in enumerate(prompts):
+        canvas[i, : len(prompt)] = prompt.cpu()
+        if suffixes is not None:
+            canvas[i, ends[i] : ends[i] + len(suffixes[i])] = suffixes[i].cpu()
+    return canvas
+
+
+def _kept(
+    text: Tensor, canvas: Tensor, start: int, length: int, end: int, end_token_ids: Sequence[int], stop: Stop | None,
+    row: int,
+) -> int | None:  # fmt: skip
+    """How many new tokens the row keeps if it ends here, else None; `text` is its block, -1 where masked.
+
+    Only what everything before it is committed for can end a row.
+    """
+    waiting = (text < 0).nonzero()[:, 0]
+    known = min(start + (int(waiting[0]) if len(waiting) else len(text)), end)
+    here = text[max(length - start, 0) : known - start].tolist()
+    kept = next((i + 1 for i, token in enumerate(here) if token in end_token_ids), None)
+    before = max(start - length, 0)
+    if stop is not None and here:
+        stopped = stop(row, [*canvas[length:start].tolist(), *here[:kept]])
+        if stopped is not None:
+            return stopped
+    return None if kept is None else before + kept
+
+
+class _Blocks:
+    """The active block of each slot: xt on the device, what is decided about it on the CPU.
+
+    xt, position: (slots, width) int64. masked: (slots, width) bool. priority: (slots, width) float64 uniforms.
+    steps: (slots,) forwards so far. cached: how much of the row is in the cache; less than the block's start
+    while the block before it, `before`, is not.
+    """
+
+    def __init__(self, slots: int, width: int, device: torch.device, seed: int) -> None:
+        self.width, self.device, self.seed = width, device, seed
+        self.starts, self.cached = [0] * slots, [0] * slots
+        self.text = torch.zeros(slots, width, dtype=torch.long)
+        self.masked = torch.zeros(slots, width, dtype=torch.bool)
+        self.priority = torch.zeros(slots, width, dtype=torch.float64)
+        self.steps = torch.zeros(slots, dtype=torch.long)
+        self.xt = self.before = self.position = self.text.to(device)
+        self.noise: Tensor | None = None
+        self.entered: list[int] = []
+        self.silent: list[int] = []  # slots whose noise is still that of another block
+
+    def enter(self, slot: int, row: int, start: int, canvas: Tensor, lengths: list[int], ends: list[int]) -> None:
+        """Make [start, start + width) of the row the slot's active block."""
+        position = start + torch.arange(self.width)
+        self.starts[slot], self.steps[slot] = start, 0
+        self.text[slot] = canvas[row, start : start + self.width]
+        self.masked[slot] = (position >= lengths[row]) & (position < ends[row])
+        self.priority[slot] = uniform(self.width, key=("order", self.seed, row, start))
+        self.entered.append(slot)
+        self.silent.append(slot)
+
+    def upload(self) -> Tensor | None:
+        """Bring the blocks just entered to the device; which slots they are, (slots,) bool."""
+        if not self.entered:
+            return None
+        entered = torch.zeros(len(self.starts), dtype=torch.bool)
+        entered[self.entered] = True
+        self.entered = []
+        new = entered.to(self.device)[:, None]
+        self.before = torch.where(new, self.xt, self.before)
+        self.xt = torch.where(new, self.text.to(self.device), self.xt)
+        self.position = (torch.tensor(self.starts)[:, None] + torch.arange(self.width)).to(self.device)
+        return new[:, 0]
+
+    def finished(self) -> tuple[list[int], Tensor] | None:
+        """The slots whose last block is not cached yet, and that block."""
+        behind = [slot for slot, start in enumerate(self.starts) if self.cached[slot] < start]
+        return (behind, self.before[behind]) if behind else None
+
+    def noise_of(self, vocabulary: int, rows: list[int]) -> Tensor:
+        """Gumbel noise (slots, width, vocabulary) of the blocks, drawn once for each."""
+        if self.noise is None:
+            self.noise = torch.zeros(len(rows), self.width, vocabulary, dtype=torch.float64)
+        if self.silent:
+            drawn = torch.tensor([rows[slot] for slot in self.silent]), self.position[self.silent]
+            self.noise[self.silent] = token_noise(vocabulary, self.seed, *drawn)
+            self.silent = []
+        return self.noise
+
+    def keep(self, slots: Tensor) -> None:
+        """Keep these slots."""
+        here = slots.cpu()
+        number = {slot: i for i, slot in enumerate(here.tolist())}
+        self.starts, self.cached = ([values[slot] for slot in number] for values in (self.starts, self.cached))
+        self.entered, self.silent = ([number[s] for s in marked if s in number]
+                                     for marked in (self.entered, self.silent))  # fmt: skip
+        self.text, self.masked, self.priority = self.text[here], self.masked[here], self.priority[here]
+        self.steps, self.noise = self.steps[here], None if self.noise is None else self.noise[here]
+        self.xt, self.before, self.position = self.xt[slots], self.before[slots], self.position[slots]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unmask.attention import Layout, Pattern
-from unmask.denoiser import Network, Past
+from unmask.denoiser import Network, Past, Prefix
 
 
 def guide(logits: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -22,42 +22,35 @@ def guide(logits: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 @dataclass
 class _Caches:
-    """The caches of both branches, and the prompt lengths (batch,) of the rows they hold."""
+    """The slots of both branches."""
 
     given: Any
     bare: Any
-    prompt_lengths: Tensor
 
-    def crop(self, max_length: int) -> None:
-        self.given.crop(max_length)
-        self.bare.crop(max_length)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.given.batch_select_indices(indices)
-        self.bare.batch_select_indices(indices)
-        self.prompt_lengths = self.prompt_lengths[indices]
+    def select(self, keep: Tensor) -> None:
+        self.given.select(keep)
+        self.bare.select(keep)
 
 
 class GuidedNetwork:
     """A network for cached decoding that runs each pass twice, with the prompt and with it masked.
 
-    The first token stays: it is never masked in training. prompt_lengths: (batch,).
+    The first token stays: it is never masked in training. prompt_lengths: (slots,), of the rows in the slots.
     """
 
-    def __init__(self, network: Network, prompt_lengths: Tensor, mask_token_id: int, scale: float) -> None:
-        self.network, self.prompt_lengths, self.mask_token_id, self.scale = (
-            network,
-            prompt_lengths,
-            mask_token_id,
-            scale,
-        )
+    def __init__(self, network: Network, mask_token_id: int, scale: float) -> None:
+        self.network, self.mask_token_id, self.scale = network, mask_token_id, scale
+        self.prompt_lengths = torch.zeros(0, dtype=torch.long)
 
     @property
     def device(self) -> torch.device:
         return self.network.device
 
-    def new_cache(self) -> _Caches:
-        return _Caches(self.network.new_cache(), self.network.new_cache(), self.prompt_lengths)
+    def new_slots(self) -> _Caches:
+        return _Caches(self.network.new_slots(), self.network.new_slots())
+
+    def new_cache(self) -> Any:
+        return self.network.new_cache()
 
     def __call__(
         self,
@@ -66,14 +59,14 @@ class GuidedNetwork:
         pattern: Pattern,
         *,
         rows: Tensor | None = None,
-        past: Past | None = None,
+        past: Past | Prefix | None = None,
     ) -> Tensor:
-        assert past is not None
-        caches: _Caches = past.cache
-        hidden = layout.real & (layout.position > 0) & (layout.position < caches.prompt_lengths[:, None])
+        assert isinstance(past, Prefix)
+        lengths = self.prompt_lengths if past.rows is None else self.prompt_lengths[list(past.rows)]
+        hidden = layout.real & (layout.position > 0) & (layout.position < lengths[:, None])
         bare = input_ids.masked_fill(hidden, self.mask_token_id)
         logits, without = (
-            self.network(ids, layout, pattern, rows=rows, past=Past(cache, past.layout))
-            for ids, cache in ((input_ids, caches.given), (bare, caches.bare))
+            self.network(ids, layout, pattern, rows=rows, past=replace(past, cache=cache))
+            for ids, cache in ((input_ids, past.cache.given), (bare, past.cache.bare))
         )
         return guide(logits, without, self.scale)

@@ -22,15 +22,15 @@ class Candidates:
     masked: (batch, block) bool. confidence: (batch, block) float64, the untruncated probability at
     temperature 1 of the proposed token, 0 where nothing is masked. logits: (masked.sum(), vocabulary).
     priority: (batch, block) float64 uniforms, fixed per (seed, row, position). progress: share of the step
-    budget spent once this forward's commits are made, in (0, 1]; None without a budget. previous: those of the
-    forward before, for a rule that looks back; every position masked now was masked then.
+    budget spent once this forward's commits are made, in (0, 1], of all rows or (batch, 1) of each; None without a
+    budget. previous: those of the forward before, for a rule that looks back; a position it did not hold is new.
     """
 
     masked: Tensor
     confidence: Tensor
     logits: Tensor
     priority: Tensor
-    progress: float | None = None
+    progress: float | Tensor | None = None
     previous: Candidates | None = None
 
     @property
@@ -50,15 +50,17 @@ class Candidates:
     def divergence(self) -> Tensor:
         """KL(p now || p a forward ago) in nats of each masked position, (batch, block) float64.
 
-        Infinite without a forward before, 0 where nothing is masked.
+        Infinite where there was no forward before, 0 where nothing is masked.
         """
+        new = torch.zeros_like(self.confidence).masked_fill(self.masked, torch.inf)
         if self.previous is None:
-            return torch.zeros_like(self.confidence).masked_fill(self.masked, torch.inf)
-        log_p = self.logits.double().log_softmax(-1)
-        before = self.previous.logits[self.masked[self.previous.masked]].double().log_softmax(-1)
+            return new
+        both = self.masked & self.previous.masked
+        log_p = self.logits[both[self.masked]].double().log_softmax(-1)
+        before = self.previous.logits[both[self.previous.masked]].double().log_softmax(-1)
         lowest = torch.finfo(log_p.dtype).min  # the mask token has probability 0 in both
         kl = (log_p.exp() * (log_p.clamp_min(lowest) - before.clamp_min(lowest))).sum(-1)
-        return torch.zeros_like(self.confidence).masked_scatter(self.masked, kl)
+        return new.masked_scatter(both, kl)
 
     def at(self, rows: Tensor) -> Candidates:
         """Those of some rows of the batch; rows: (batch,) bool."""
@@ -68,6 +70,14 @@ class Candidates:
             previous=None if self.previous is None else self.previous.at(rows),
         )  # fmt: skip
 
+    def without(self, rows: Tensor) -> Candidates:
+        """These with nothing masked in some rows, which begin anew; rows: (batch,) bool."""
+        return replace(
+            self, masked=self.masked & ~rows[:, None],
+            logits=self.logits[~rows.repeat_interleave(self.masked.sum(-1))],
+            previous=None if self.previous is None else self.previous.without(rows),
+        )  # fmt: skip
+
     def back_to(self, depth: int) -> Candidates:
         """These with `depth` forwards before them at most."""
         if depth < 1 or self.previous is None:
@@ -75,11 +85,18 @@ class Candidates:
         return replace(self, previous=self.previous.back_to(depth - 1))
 
 
-def token_confidence(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
-    """Untruncated probability at temperature 1 of each proposed token, scattered to masked's shape, float64."""
-    logits = logits.double()
-    log_p = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-    return torch.zeros(masked.shape, dtype=torch.float64, device=masked.device).masked_scatter(masked, log_p.exp())
+def token_confidence(logits: Tensor, masked: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Untruncated probability at temperature 1 of each proposed token, scattered to masked's shape, float64.
+
+    Of the likeliest token where `tokens` is None: exp(l_token - m) / sum_j exp(l_j - m), m the largest logit.
+    The sum is float64 whatever the logits, so that probabilities close to 1 stay apart.
+    """
+    largest = logits.amax(-1, keepdim=True)
+    total = (logits - largest).exp_().sum(-1, dtype=torch.float64)
+    p = 1 / total
+    if tokens is not None:
+        p = p * (logits.gather(-1, tokens[:, None]) - largest)[:, 0].double().exp()
+    return torch.zeros(masked.shape, dtype=torch.float64, device=masked.device).masked_scatter(masked, p)
 
 
 Selector = Callable[[Candidates, Tensor], Tensor]

@@ -3,7 +3,7 @@
 A cycle of a row, with `last` the newest verified token, not cached yet:
   draft    [last | k masks] -> the AR law of the next position (exact: `last` is an ordinary causal row) and a
            draft law for each masked position; the keys of `last` stay cached
-  verify   the k drafts, causally -> the AR law after each of them; the longest valid prefix stays cached
+  verify   the k drafts, causally -> the AR law after each of them; the longest valid prefix stays cached, row by row
 The row gains the accepted drafts and one token more. What comes out has the law of AR decoding whatever the
 drafter; how much a cycle yields is all that the drafter decides.
 
@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from unmask.attention import PADDING, Layout, causal
-from unmask.denoiser import DiffusionConfig, Network, draft, prefill, retract, verify
+from unmask.denoiser import DiffusionConfig, Network, draft, prefill, verify
 from unmask.noise import uniform
-from unmask.sampling.output import Callback, SampledTokens, Stop, left_pad
+from unmask.sampling.output import Callback, SampledTokens, Stop
+from unmask.sampling.seats import Seats
 from unmask.sampling.tokens import check_sampling, choose_tokens, token_noise, truncate
 
 # --- acceptance rules
@@ -124,6 +125,7 @@ def sample_speculative(
     prompts: Sequence[Tensor],
     *,
     max_new_tokens: int,
+    batch_size: int | None = None,
     context_length: int | None = None,
     draft_length: int | None = None,
     adaptive: bool = False,
@@ -137,7 +139,7 @@ def sample_speculative(
     stop: Stop | None = None,
     callback: Callback | None = None,
 ) -> SampledTokens:
-    """Continue ragged `prompts` (each at least one token) with AR decoding's own output.
+    """Continue ragged `prompts` (each at least one token), `batch_size` at a time, with AR decoding's own output.
 
     draft_length: masks per draft, the block size unless given; with `adaptive` it is the longest, and each row
     drafts as long as its last cycle suggests. acceptance: `Coupled()` unless given; at temperature 0 all rules
@@ -150,75 +152,84 @@ def sample_speculative(
     if length < 1:
         raise ValueError(f"draft_length {length} must be at least 1")
     acceptance = acceptance or Coupled()
-    device, batch = network.device, len(prompts)
+    device = network.device
     state = _Rows(prompts, max_new_tokens, context_length, end_token_ids, stop, callback)
-    ids, position, real = left_pad([prompt[:-1] for prompt in prompts], 0, device)
-    past = prefill(network, causal, ids, Layout.of(position, torch.where(real, 0, PADDING)))
-
-    rows = torch.arange(batch, device=device)
-    last = torch.stack([prompt[-1] for prompt in prompts]).to(device)[:, None]
-    start = torch.tensor([len(prompt) for prompt in prompts], device=device)  # the first unverified position
-    lengths = torch.full_like(start, 2 if adaptive and length > 2 else length)
-    num_forwards = torch.zeros(batch, dtype=torch.long)
+    seats = Seats(network, len(prompts), batch_size)
+    past = seats.past
+    last = torch.zeros(len(seats.rows), 1, dtype=torch.long, device=device)
+    starts = [0] * len(seats.rows)  # the first unverified position of each row
+    lengths = [length] * len(seats.rows)
+    num_forwards = torch.zeros(len(prompts), dtype=torch.long)
     gains: list[list[int]] = [[] for _ in prompts]
 
-    while len(rows):
-        position = start[:, None] + torch.arange(int(lengths.max()), device=device)
-        drafted = position < (start + lengths)[:, None]
-        if context_length is not None:
-            drafted &= position < context_length
-        width = int(drafted.sum(-1).max())
-        position, drafted = position[:, :width], drafted[:, :width]
-        layout = _placed(position, drafted, start)
-        ar_logits, q = draft(network, config, past, last, Layout.of(start[:, None] - 1), layout)
-        num_forwards[rows.cpu()] += 1
+    while True:
+        new, stay = seats.fill()
+        if stay is not None:
+            last = last[stay]
+            starts, lengths = ([values[slot] for slot in stay.tolist()] for values in (starts, lengths))
+        if not seats.rows:
+            break
+        if new:
+            joining = [prompts[seats.rows[slot]] for slot in new]
+            prefill(network, causal, past, new, [prompt[:-1] for prompt in joining])
+            last[new, 0] = torch.stack([prompt[-1] for prompt in joining]).to(device)
+            for slot, prompt in zip(new, joining, strict=True):
+                starts[slot], lengths[slot] = len(prompt), 2 if adaptive and length > 2 else length
+        rows = torch.tensor(seats.rows)
+        drafts_of = [
+            n if context_length is None else min(n, context_length - start)
+            for start, n in zip(starts, lengths, strict=True)
+        ]
+        start = torch.tensor(starts, device=device)
+        width = max(drafts_of)
+        position = start[:, None] + torch.arange(width, device=device)
+        drafted = torch.arange(width, device=device) < torch.tensor(drafts_of, device=device)[:, None]
+        past.columns = max(starts) + width
+        ar_logits, q = draft(
+            network, config, past, last, Layout.of(start[:, None] - 1), _placed(position, drafted, start)
+        )
+        num_forwards[rows] += 1
         if anchor:
             q = torch.cat([ar_logits[:, None], q[:, 1:]], dim=1)
         noise = Noise(seed, rows, torch.cat([position, position[:, -1:] + 1], dim=1))
         drafts, q = _propose(q, temperature, top_p, top_k, noise)
-        gained = torch.zeros_like(start)
-        done = torch.zeros_like(start, dtype=torch.bool)
+        proposed = drafts.tolist()
+        gained, done = [0] * len(rows), [False] * len(rows)
         if anchor:  # the first token is AR's own, and if it ends the row nothing is left to verify
-            for i, row in enumerate(rows.tolist()):
-                gained[i], done[i] = 1, state.add(row, [int(drafts[i, 0])])
-        keep = (~done).nonzero()[:, 0]
-        if len(keep):
-            if len(keep) < len(rows):
-                past.select(keep)
+            for slot, row in enumerate(seats.rows):
+                gained[slot], done[slot] = 1, state.add(row, proposed[slot][:1])
+        keep = [slot for slot, ended in enumerate(done) if not ended]
+        if keep:
             # Nothing past the last wanted token needs verifying.
-            wanted = drafted[keep] & (position[keep] < state.ends(rows[keep])[:, None])
-            wide = int(wanted.sum(-1).max())
-            placed = _placed(position[keep, :wide], wanted[:, :wide], start[keep])
-            after = verify(network, past, drafts[keep, :wide], placed)
-            num_forwards[rows[keep].cpu()] += 1
-            p = torch.cat([ar_logits[keep, None], after], dim=1)
+            wanted_of = [min(drafts_of[slot], state.end(seats.rows[slot]) - starts[slot]) for slot in keep]
+            wide = max(wanted_of)
+            wanted = torch.arange(wide, device=device) < torch.tensor(wanted_of, device=device)[:, None]
+            if len(keep) < len(rows):
+                position, start, drafts, q, ar_logits = (x[keep] for x in (position, start, drafts, q, ar_logits))
+                last = last.clone()
+            placed = _placed(position[:, :wide], wanted, start)
+            after = verify(network, past.at(keep if len(keep) < len(rows) else None), drafts[:, :wide], placed)
+            num_forwards[rows[keep]] += 1
+            p = torch.cat([ar_logits[:, None], after], dim=1)
             some = Noise(seed, rows[keep], noise.position[keep, : wide + 1])
             accepted, next_token = _accept(
-                acceptance, drafts[keep, :wide], q[keep, :wide], p, wanted[:, :wide], temperature, top_p, top_k, some
+                acceptance, drafts[:, :wide], q[:, :wide], p, wanted, temperature, top_p, top_k, some
             )
-            retract(past, wide, accepted)
-            for j, i in enumerate(keep.tolist()):
-                row, n = int(rows[i]), int(accepted[j])
-                new = [*drafts[i, :n].tolist(), int(next_token[j])][int(gained[i]) :]
+            past.lengths[keep] += accepted
+            last[keep, 0] = next_token
+            for slot, n, token in zip(keep, accepted.tolist(), next_token.tolist(), strict=True):
+                row = seats.rows[slot]
                 before = len(state.new_tokens[row])
-                done[i] = state.add(row, new)
-                gained[i] += len(state.new_tokens[row]) - before
-            last, start = next_token[:, None], start[keep] + accepted + 1
-        for i, row in enumerate(rows.tolist()):
-            gains[row].append(int(gained[i]))
-        going = (~done[keep]).nonzero()[:, 0]
-        if adaptive:
-            lengths = torch.tensor(
-                [adapted_length(int(lengths[i]), int(gained[i]), length) for i in keep.tolist()],
-                dtype=torch.long, device=device,
-            )  # fmt: skip
-        else:
-            lengths = lengths[keep]
-        rows = rows[keep]
-        if len(going) < len(rows):
-            if len(going):
-                past.select(going)
-            rows, last, start, lengths = rows[going], last[going], start[going], lengths[going]
+                done[slot] = state.add(row, [*proposed[slot][:n], token][gained[slot] :])
+                gained[slot] += len(state.new_tokens[row]) - before
+                starts[slot] += n + 1
+        for slot, row in enumerate(seats.rows):
+            gains[row].append(gained[slot])
+            if adaptive:
+                lengths[slot] = adapted_length(lengths[slot], gained[slot], length)
+        for slot, ended in enumerate(done):
+            if ended:
+                seats.leave(slot)
 
     prefilled = torch.tensor([int(len(prompt) > 1) for prompt in prompts])
     widest = max((gain for row in gains for gain in row), default=0)
@@ -277,10 +288,9 @@ class _Rows:
         ]
         self.end_token_ids, self.stop, self.callback = end_token_ids, stop, callback
 
-    def ends(self, rows: Tensor) -> Tensor:
-        """First position that is not wanted, of these rows."""
-        ends = [self.lengths[row] + self.limits[row] for row in rows.tolist()]
-        return torch.tensor(ends, device=rows.device)
+    def end(self, row: int) -> int:
+        """First position of the row that is not wanted."""
+        return self.lengths[row] + self.limits[row]
 
     def add(self, row: int, tokens: Sequence[int]) -> bool:
         """Add tokens up to the one that ends the row; whether one did."""

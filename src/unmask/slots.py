@@ -1,0 +1,205 @@
+"""A key-value cache for rows that stand at different places, and attention on top of it.
+
+One buffer a layer, (slots, columns, heads, dim): a row that is being decoded has a slot, and its token at
+position p stands in column p. So rows advance by different amounts, are retracted by not counting columns, and
+leave or join without touching the others; writing is a copy in place, and the buffer grows in steps of `GRAIN`
+columns. A pass may hold several rows of one slot: all of them write before any of them reads, layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from unmask.chunked import CHUNK, chunked_attention
+
+GRAIN = 256
+"""Columns by which the buffers grow; and on GPU the grain of what a pass reads, so that few shapes occur."""
+
+SLOTS = "unmask_slots"
+"""Name of the attention below in transformers' table."""
+
+Part = tuple[int, int, Tensor | None]
+"""Rows begin..end of a pass and the slots they belong to, None for all slots in order."""
+
+
+@dataclass
+class Place:
+    """Where the tokens of one pass go: flat (slot, column) of each, the parts of its rows, the columns it reads."""
+
+    target: Tensor
+    parts: list[Part]
+    columns: int
+    additive: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # masks as they are added
+
+
+class SlotCache(Cache):
+    """transformers' cache interface over slots; `place` comes before each pass."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=lambda: _SlotLayer(self))
+        self.now: Place | None = None
+        self.slots = self.capacity = 0
+        self.gathers = True
+
+    def place(self, rows: Sequence[int] | None, column: Tensor, columns: int, slots: int, *, gathers: bool) -> Place:
+        """Say where the next pass stands.
+
+        rows: slot of each row of the pass, None for row i in slot i. column: (rows, length), -1 for tokens that
+        nothing will read. columns: how many of them the pass sees. gathers: hand the model the keys of each row
+        instead of those of each slot, for attention that knows no slots.
+        """
+        if columns > self.capacity:
+            self.capacity = -(-columns // GRAIN) * GRAIN
+        self.slots, self.gathers = slots, gathers
+        device = column.device
+        slot = torch.arange(slots, device=device) if rows is None else torch.tensor(rows, device=device)
+        column = torch.where(column < 0, self.capacity, column)  # one column more than is ever read
+        target = (slot[:, None] * (self.capacity + 1) + column).flatten()
+        self.now = Place(target, _parts(rows, slots, device), columns)
+        return self.now
+
+    def select(self, keep: Tensor) -> None:
+        """Keep these slots, in this order."""
+        for layer in self.layers:
+            layer.select(keep)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+def _parts(rows: Sequence[int] | None, slots: int, device: torch.device) -> list[Part]:
+    """Runs of rows that are all slots in order, which need no copy of the keys; and what is left."""
+    if rows is None:
+        return [(0, slots, None)]
+    parts: list[Part] = []
+    every, begin = list(range(slots)), 0
+    while begin < len(rows) and list(rows[begin : begin + slots]) == every:
+        parts.append((begin, begin + slots, None))
+        begin += slots
+    if begin < len(rows):
+        parts.append((begin, len(rows), torch.tensor(list(rows[begin:]), device=device)))
+    return parts
+
+
+class _SlotLayer(CacheLayerMixin):
+    is_sliding = False
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        slots, columns = self.cache.slots, self.cache.capacity + 1
+        self.keys, self.values = (
+            x.new_zeros(slots, columns, x.shape[1], x.shape[3]) for x in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the pass's keys and values (rows, heads, length, dim); return those that it sees."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        elif self.keys.shape[1] <= self.cache.capacity:
+            more = (0, 0, 0, 0, 0, self.cache.capacity + 1 - self.keys.shape[1])
+            self.keys, self.values = (torch.nn.functional.pad(x, more) for x in (self.keys, self.values))
+        place = self.cache.now
+        assert place is not None
+        return self._put(self.keys, key_states, place), self._put(self.values, value_states, place)
+
+    def _put(self, buffer: Tensor, new: Tensor, place: Place) -> Tensor:
+        buffer.flatten(0, 1).index_copy_(0, place.target, new.transpose(1, 2).flatten(0, 1))
+        seen = buffer[:, : place.columns].transpose(1, 2)
+        if not self.cache.gathers or (len(place.parts) == 1 and place.parts[0][2] is None):
+            return seen
+        return torch.cat([seen if index is None else seen[index] for _, _, index in place.parts])
+
+    def select(self, keep: Tensor) -> None:
+        if self.is_initialized:
+            self.keys, self.values = self.keys[keep], self.values[keep]
+
+    def get_seq_length(self) -> int:
+        place = self.cache.now
+        return place.columns if self.is_initialized and place is not None else 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+
+# --- attention
+
+_place: ContextVar[Place] = ContextVar("place")
+
+
+@contextmanager
+def placed(place: Place) -> Iterator[None]:
+    """Within the context `slot_attention` reads the keys of this pass's slots."""
+    token = _place.set(place)
+    try:
+        yield
+    finally:
+        _place.reset(token)
+
+
+def slot_attention(
+    _module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of rows (rows, heads, length, dim) to slots (slots, key heads, columns, dim).
+
+    attention_mask: bool (rows, 1, length, columns), or a single True where everything is seen. Under the signature
+    that transformers' models call.
+    """
+    if dropout:
+        raise ValueError(f"attention dropout {dropout} is not supported in decoding: set it to 0")
+    place = _place.get()
+    long = query.device.type == "cpu" and query.shape[2] >= 2 * CHUNK and attention_mask.numel() > 1
+    out = []
+    for begin, end, index in place.parts:
+        q, mask = query[begin:end], attention_mask[begin:end] if attention_mask.numel() > 1 else None
+        k, v = (key, value) if index is None else (key[index], value[index])
+        if long:
+            assert mask is not None
+            out.append(chunked_attention(q, k, v, mask, scaling))
+        else:
+            out.append(_grouped(q, k, v, None if mask is None else _additive(mask, begin, q, k, place), scaling))
+    joined = out[0] if len(out) == 1 else torch.cat(out)
+    return joined.transpose(1, 2).contiguous(), None
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scaling: float | None) -> Tensor:
+    """The query heads that share a key head become queries of that head: keys and values need no copies."""
+    folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    return scaled_dot_product_attention(folded, k, v, attn_mask=added, scale=scaling).reshape(*q.shape[:3], v.shape[3])
+
+
+def _additive(mask: Tensor, begin: int, q: Tensor, k: Tensor, place: Place) -> Tensor:
+    """The mask as it is added to the scores of `_grouped`, made once for the layers of a pass."""
+    key = (begin, mask.data_ptr())
+    if key not in place.additive:
+        hidden = torch.finfo(q.dtype).min  # finite: what padding computes must not become NaN
+        added = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, hidden)
+        place.additive[key] = added.repeat(1, 1, q.shape[1] // k.shape[1], 1)
+    return place.additive[key]
+
+
+AttentionInterface.register(SLOTS, slot_attention)

@@ -1,0 +1,110 @@
+"""The slot cache against passes without a cache, whatever share of the slots a pass takes and in which order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import MASK, SUPPORTED, block_config, network, prefix_of, random_tokens, tiny_model
+
+from unmask import hf, slots
+from unmask.attention import Layout, causal
+from unmask.denoiser import denoise
+from unmask.sampling import Confidence, sample_autoregressive, sample_blocks
+
+LENGTHS = (9, 3, 14)
+NAMES = ["llama", "gpt2", "gpt_neox", "gemma3", "mistral_window", "qwen3"]
+
+
+def alone(net, text: torch.Tensor) -> torch.Tensor:
+    return net(text[None], Layout.of(torch.arange(len(text))[None]), causal)[0]
+
+
+def attentive(name: str, implementation: str) -> hf.HFNetwork:
+    model = tiny_model(SUPPORTED[name](), torch.float64)
+    model.set_attn_implementation(implementation)
+    return hf.HFNetwork(model, MASK)
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"), [*((n, "sdpa") for n in NAMES), ("llama", "eager"), ("gemma2", "eager")]
+)
+@pytest.mark.parametrize("rows", [None, [0, 1, 2], [2], [1, 0], [0, 1, 2, 1], [2, 0, 1]])
+@torch.no_grad()
+def test_rows_on_ragged_slots_equal_whole_texts(name: str, implementation: str, rows: list[int] | None) -> None:
+    """A row continues its slot; two rows of one slot, one after the other, see each other in the same pass."""
+    net = attentive(name, implementation)
+    relative = 1e-10 if implementation == "sdpa" else 1e-5  # eager attention takes its softmax in float32
+    prompts = [random_tokens(n, seed=n) for n in LENGTHS]
+    past = prefix_of(net, prompts)
+    slot = list(range(3)) if rows is None else rows
+    more = random_tokens(len(slot), 4, seed=5)
+    place = torch.tensor([LENGTHS[s] + 4 * slot[:i].count(s) for i, s in enumerate(slot)])[:, None] + torch.arange(4)
+    past.columns = int(place.max()) + 1
+    got = net(more, Layout.of(place), causal, past=past.at(rows))
+    written: dict[int, torch.Tensor] = dict(enumerate(prompts))
+    for i, s in enumerate(slot):
+        written[s] = torch.cat([written[s], more[i]])
+        expected = alone(net, written[s])[-4:]
+        assert (got[i] - expected)[:, :MASK].abs().max() < relative * expected[:, :MASK].abs().max()
+
+
+@pytest.mark.parametrize("clean", ["block_causal", "causal"])
+@torch.no_grad()
+def test_finished_blocks_in_chunks_equal_finished_blocks_cached(clean: str) -> None:
+    """An active block narrower than the finished ones splits them into rows of its width."""
+    for shift in (False, True):
+        net, config = network(), block_config(8, clean=clean, shift=shift)
+        text, width = random_tokens(3, 24, seed=2), 3
+        before = prefix_of(net, text[:, :8], config.pattern, keep_logits=shift)
+        xt, wanted = torch.full((3, width), MASK), torch.ones(3, width, dtype=torch.bool)
+        starts = torch.tensor([[16], [8], [16]])
+        before.columns = 24
+        got = denoise(net, config, before, xt, Layout.of(starts + torch.arange(width)), wanted,
+                      ([0, 2], text[[0, 2], 8:16]))  # fmt: skip
+        assert before.lengths.tolist() == [16, 8, 16]
+        for i, start in enumerate(starts[:, 0].tolist()):
+            past = prefix_of(net, text[i : i + 1, :start], config.pattern, keep_logits=shift)
+            past.columns = start + width
+            layout = Layout.of(start + torch.arange(width)[None])
+            expected = denoise(net, config, past, xt[:1], layout, wanted[:1])
+            assert (got.view(3, width, -1)[i] - expected)[:, :MASK].abs().max() < 1e-10
+            again = denoise(net, config, before, xt, Layout.of(starts + torch.arange(width)), wanted)
+            assert (again.view(3, width, -1)[i] - expected)[:, :MASK].abs().max() < 1e-10
+
+
+def test_growing_buffers_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, config, prompts = network(), block_config(4), [random_tokens(n, seed=n) for n in (1, 6, 11)]
+    blocks = sample_blocks(net, config, prompts, max_new_tokens=40, select=Confidence(2))
+    ar = sample_autoregressive(net, prompts, max_new_tokens=40)
+    monkeypatch.setattr(slots, "GRAIN", 3)
+    assert sample_blocks(net, config, prompts, max_new_tokens=40, select=Confidence(2)).new_tokens == blocks.new_tokens
+    assert sample_autoregressive(net, prompts, max_new_tokens=40).new_tokens == ar.new_tokens
+
+
+@torch.no_grad()
+def test_long_prompts_go_through_chunked_attention() -> None:
+    net = network(tiny_model(SUPPORTED["llama"](), torch.float32))
+    prompts = [random_tokens(300, seed=1), random_tokens(270, seed=2), random_tokens(5, seed=3)]
+    past = prefix_of(net, prompts)
+    last = random_tokens(3, 1, seed=4)
+    past.columns = 301
+    got = net(last, Layout.of(past.lengths[:, None]), causal, past=replace(past, rows=None))[:, 0]
+    for i, prompt in enumerate(prompts):
+        expected = alone(net, torch.cat([prompt, last[i]]))[-1]
+        assert (got[i] - expected)[:MASK].abs().max() < 1e-5 * expected[:MASK].abs().max()
+
+
+def test_no_mask_is_built_where_everything_is_seen() -> None:
+    net, config = network(), block_config(4)
+    seen: list[int] = []
+    original = net.attention_argument
+
+    def watch(*arguments):
+        seen.append(original(*arguments).numel())
+        return original(*arguments)
+
+    net.attention_argument = watch
+    sample_blocks(net, config, [random_tokens(4, seed=i) for i in range(3)], max_new_tokens=8, select=Confidence(2))
+    assert seen[1:] == [1, 1, 3 * 2 * 4 * 12, 1]  # after the prefill: two forwards, the one that commits, one more

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pty
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,8 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
 from unmask import hf
-from unmask.attention import Pattern, causal
-from unmask.denoiser import DiffusionConfig, Prefix, prefill
+from unmask.denoiser import DiffusionConfig
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
@@ -93,13 +91,6 @@ def block_config(
 def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     """Ids that are neither special nor the mask."""
     return torch.randint(3, MASK, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def prefix_of(net: hf.HFNetwork, tokens: Sequence[torch.Tensor], pattern: Pattern = causal, **options: bool) -> Prefix:
-    """Rows of any length, a slot each."""
-    past = Prefix(net.new_slots(), torch.zeros(len(tokens), dtype=torch.long))
-    prefill(net, pattern, past, range(len(tokens)), list(tokens), **options)
-    return past
 
 
 STORIES = [

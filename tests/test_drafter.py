@@ -17,7 +17,6 @@ from conftest import (
     VOCABULARY,
     block_config,
     network,
-    prefix_of,
     random_tokens,
     tiny_model,
 )
@@ -28,7 +27,7 @@ from unmask import hf
 from unmask.attention import Layout
 from unmask.corruption import Corruption
 from unmask.data import Batch
-from unmask.denoiser import denoise, draft, score, score_ar, score_distilled, score_joint
+from unmask.denoiser import begin, denoise, draft, score, score_ar, score_distilled, score_joint
 from unmask.drafter import Drafter, DrafterConfig
 from unmask.objectives import (
     DISTANCES,
@@ -103,11 +102,11 @@ def test_places_have_masks_of_their_own_in_every_pass() -> None:
     wanted = layout.position >= 8
     xt = x0.masked_fill(wanted, VOCABULARY)
     one = score(net, config, xt, x0, layout, wanted)
-    past = prefix_of(net, x0[:, :8], config.pattern)
+    past = begin(net, config.pattern, x0[:, :8])
     past.columns = 12
     block = layout.at(..., slice(8, 12))
     assert (denoise(net, config, past, xt[:, 8:], block, wanted[:, 8:]) - one).abs().max() < 1e-10
-    past = prefix_of(net, x0[:, :7], config.pattern)
+    past = begin(net, config.pattern, x0[:, :7])
     past.columns = 12
     _, drafted = draft(net, config, past, x0[:, 7:8], layout.at(..., slice(7, 8)), block)
     assert (drafted[0] - one).abs().max() < 1e-10

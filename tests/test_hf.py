@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from conftest import MASK, REFUSED, SUPPORTED, block_config, prefix_of, random_tokens, tiny_llama, tiny_model
+from conftest import MASK, REFUSED, SUPPORTED, block_config, random_tokens, tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import unmask
 from unmask import hf
 from unmask.attention import PADDING, Layout, block_causal, causal
-from unmask.denoiser import denoise, score
+from unmask.denoiser import begin, denoise, score
 
 
 def exact(name: str):
@@ -54,7 +54,7 @@ def test_two_stream_pass_equals_each_block_after_its_clean_prefix(name: str, cle
         for start in range(0, 18, 4):
             end = min(start + 4, 18)
             at = layout.at(slice(None), slice(start, end))
-            past = prefix_of(network, x0[:, :start], config.pattern, keep_logits=shift)
+            past = begin(network, config.pattern, x0[:, :start], keep_logits=shift)
             past.columns = end
             rows.append(denoise(network, config, past, xt[:, start:end], at, wanted[:, start:end]))
     close(got, torch.cat(rows), relative)

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MASK, SUPPORTED, block_config, network, prefix_of, random_tokens, tiny_model
+from conftest import MASK, SUPPORTED, block_config, network, random_tokens, tiny_model
 
 from unmask import hf, slots
 from unmask.attention import Layout, causal
-from unmask.denoiser import denoise
+from unmask.denoiser import begin, denoise
 from unmask.sampling import Confidence, sample_autoregressive, sample_blocks
 
 LENGTHS = (9, 3, 14)
@@ -37,7 +37,7 @@ def test_rows_on_ragged_slots_equal_whole_texts(name: str, implementation: str, 
     net = attentive(name, implementation)
     relative = 1e-10 if implementation == "sdpa" else 1e-5  # eager attention takes its softmax in float32
     prompts = [random_tokens(n, seed=n) for n in LENGTHS]
-    past = prefix_of(net, prompts)
+    past = begin(net, causal, prompts)
     slot = list(range(3)) if rows is None else rows
     more = random_tokens(len(slot), 4, seed=5)
     place = torch.tensor([LENGTHS[s] + 4 * slot[:i].count(s) for i, s in enumerate(slot)])[:, None] + torch.arange(4)
@@ -57,7 +57,7 @@ def test_finished_blocks_in_chunks_equal_finished_blocks_cached(clean: str) -> N
     for shift in (False, True):
         net, config = network(), block_config(8, clean=clean, shift=shift)
         text, width = random_tokens(3, 24, seed=2), 3
-        before = prefix_of(net, text[:, :8], config.pattern, keep_logits=shift)
+        before = begin(net, config.pattern, text[:, :8], keep_logits=shift)
         xt, wanted = torch.full((3, width), MASK), torch.ones(3, width, dtype=torch.bool)
         starts = torch.tensor([[16], [8], [16]])
         before.columns = 24
@@ -65,7 +65,7 @@ def test_finished_blocks_in_chunks_equal_finished_blocks_cached(clean: str) -> N
                       ([0, 2], text[[0, 2], 8:16]))  # fmt: skip
         assert before.lengths.tolist() == [16, 8, 16]
         for i, start in enumerate(starts[:, 0].tolist()):
-            past = prefix_of(net, text[i : i + 1, :start], config.pattern, keep_logits=shift)
+            past = begin(net, config.pattern, text[i : i + 1, :start], keep_logits=shift)
             past.columns = start + width
             layout = Layout.of(start + torch.arange(width)[None])
             expected = denoise(net, config, past, xt[:1], layout, wanted[:1])
@@ -87,7 +87,7 @@ def test_growing_buffers_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 def test_long_prompts_go_through_chunked_attention() -> None:
     net = network(tiny_model(SUPPORTED["llama"](), torch.float32))
     prompts = [random_tokens(300, seed=1), random_tokens(270, seed=2), random_tokens(5, seed=3)]
-    past = prefix_of(net, prompts)
+    past = begin(net, causal, prompts)
     last = random_tokens(3, 1, seed=4)
     past.columns = 301
     got = net(last, Layout.of(past.lengths[:, None]), causal, past=replace(past, rows=None))[:, 0]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MASK, SUPPORTED, block_config, network, prefix_of, random_tokens, tiny_model
+from conftest import MASK, SUPPORTED, block_config, network, random_tokens, tiny_model
 from torch import Tensor
 
 from unmask import hf
 from unmask.attention import Layout, causal, dense, drafting, two_stream
-from unmask.denoiser import draft, verify
+from unmask.denoiser import begin, draft, verify
 from unmask.sampling import Coupled, Rejection, sample_autoregressive, sample_speculative
 from unmask.sampling.speculative import Noise, adapted_length
 
@@ -174,7 +174,7 @@ def test_drafting_pattern_equals_two_stream_on_an_aligned_block() -> None:
 def test_draft_after_ragged_acceptance_equals_a_fresh_prefix(name: str) -> None:
     net, config = hf.HFNetwork(tiny_model(SUPPORTED[name](), torch.float64), MASK), causal_config()
     prompts, drafts = random_tokens(3, 9), random_tokens(3, 5, seed=1)
-    past = prefix_of(net, prompts)
+    past = begin(net, causal, prompts)
     past.columns = 14
     verify(net, past, drafts, Layout.of(torch.arange(9, 14).expand(3, 5)))
     accepted = torch.tensor([0, 3, 2])
@@ -184,7 +184,7 @@ def test_draft_after_ragged_acceptance_equals_a_fresh_prefix(name: str) -> None:
     got = draft(net, config, past, last, Layout.of(start), Layout.of(start + 1 + torch.arange(4)))
     assert past.lengths.tolist() == [10, 13, 12]
     for i, n in enumerate(accepted.tolist()):
-        fresh = prefix_of(net, torch.cat([prompts[i], drafts[i, :n]])[None])
+        fresh = begin(net, causal, torch.cat([prompts[i], drafts[i, :n]])[None])
         fresh.columns = 14 + n
         alone = draft(net, config, fresh, last[i : i + 1], Layout.of(start[i : i + 1]),
                       Layout.of(start[i : i + 1] + 1 + torch.arange(4)))  # fmt: skip
@@ -195,12 +195,12 @@ def test_draft_after_ragged_acceptance_equals_a_fresh_prefix(name: str) -> None:
 @pytest.mark.parametrize("shift", [False, True])
 @torch.no_grad()
 def test_draft_equals_the_training_pass_on_an_aligned_block(shift: bool) -> None:
-    from unmask.denoiser import score, score_ar
+    from unmask.denoiser import begin, score, score_ar
 
     net, config, x0 = network(), causal_config(shift=shift), random_tokens(1, 12)
     layout, wanted = Layout.of(torch.arange(12)[None]), torch.arange(12)[None] >= 8
     xt = x0.masked_fill(wanted, MASK)
-    past = prefix_of(net, x0[:, :7])
+    past = begin(net, causal, x0[:, :7])
     past.columns = 12
     ar, drafted = draft(net, config, past, x0[:, 7:8], layout.at(..., slice(7, 8)), layout.at(..., slice(8, 12)))
     assert (drafted[0] - score(net, config, xt, x0, layout, wanted))[:, :MASK].abs().max() < 1e-10

@@ -352,6 +352,13 @@ def ar_pass(x0: Tensor, layout: Layout, wanted: Tensor) -> Pass:
 # --- on top of a cache: decoding
 
 
+def begin(network: Network, pattern: Pattern, prompts: Sequence[Tensor], *, keep_logits: bool = False) -> Prefix:
+    """The prompts, run once, each in a slot of its own."""
+    past = Prefix(network.new_slots(), torch.zeros(len(prompts), dtype=torch.long, device=network.device))
+    prefill(network, pattern, past, range(len(prompts)), prompts, keep_logits=keep_logits)
+    return past
+
+
 def prefill(
     network: Network,
     pattern: Pattern,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unmask.attention import Layout
-from unmask.denoiser import DiffusionConfig, Network, denoise, prefill, score
+from unmask.denoiser import DiffusionConfig, Network, begin, denoise, score
 from unmask.sampling.output import first_end
 from unmask.sampling.select import token_confidence
 
@@ -118,13 +118,12 @@ def speed_of_light(
     blocks = config.attention != "bidirectional"
     width = config.block_size if blocks and config.block_size is not None else end
     start = given // width * width if blocks else 0
-    past = prefill(network, config.pattern, prompt[None, :start].to(device), Layout.of(_places(0, start, device)),
-                   keep_logits=config.shift)  # fmt: skip
-    finished: tuple[Tensor, Layout] | None = None
+    past = begin(network, config.pattern, [prompt[:start].to(device)], keep_logits=config.shift)
+    finished: tuple[list[int], Tensor] | None = None
     total = Compacted([], 0, 0, 0)
     while start < end:
         size = width if context_length is None else min(width, context_length - start)
-        layout = Layout.of(_places(start, size, device))
+        layout, past.columns = Layout.of(_places(start, size, device)), start + size
         position = layout.position[0]
         masked = (position >= given) & (position < end)
         xt = torch.full((size,), config.mask_token_id, device=device)
@@ -139,7 +138,7 @@ def speed_of_light(
             else:
                 logits = score(network, config, xt[None], xt[None], layout, masked[None])
             tokens = logits.argmax(-1)
-            return xt.masked_scatter(masked, tokens), token_confidence(logits, tokens, masked[None])[0]
+            return xt.masked_scatter(masked, tokens), token_confidence(logits, masked[None])[0]
 
         open_ = masked.nonzero()[:, 0]
 
@@ -158,7 +157,7 @@ def speed_of_light(
         )
         if first_end(found.tokens, end_token_ids) is not None:
             break
-        finished = xt.masked_scatter(masked, torch.tensor(found.tokens, device=device))[None], layout
+        finished = [0], xt.masked_scatter(masked, torch.tensor(found.tokens, device=device))[None]
         start += width
     return total
 

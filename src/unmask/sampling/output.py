@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 Stop = Callable[[int, list[int]], int | None]
@@ -33,17 +32,3 @@ class SampledTokens:
 def first_end(tokens: Sequence[int], end_token_ids: Sequence[int]) -> int | None:
     """Length up to and with the first end token, or None."""
     return next((i + 1 for i, token in enumerate(tokens) if token in end_token_ids), None)
-
-
-def left_pad(rows: Sequence[Tensor], fill: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-aligned (ids, position, real), each (batch, longest), of rows of unequal length.
-
-    Positions count from each row's own first token; padding stands at 0.
-    """
-    width = max((len(row) for row in rows), default=0)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    ids = torch.full((len(rows), width), fill, dtype=torch.long, device=device)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = row.to(device)
-    index = torch.arange(width, device=device) - (width - lengths)[:, None]
-    return ids, index.clamp_min(0), index >= 0

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
-from conftest import random_tokens
+import torch
 from transformers import Qwen3Config
 
-from unmask import bench, hf
-from unmask.sampling import Confidence, sample_blocks
+from unmask import bench
+from unmask import bench_decode as decode
+from unmask.sampling import SampledTokens
 
 
 @pytest.fixture(scope="module")
@@ -15,19 +16,49 @@ def model(tokenizer_and_model: Path):
     return bench.make_model(str(tokenizer_and_model))
 
 
-def test_decoders_make_the_same_number_of_new_tokens(model) -> None:
-    run = bench.decoders(model, batch=3, block_size=8, n=4, new=24, prompt=8)
-    assert run["diffusion"]() == run["ar"]() == 3 * 24
-
-
-def test_fixed_commits_cost_what_they_say(model) -> None:
-    from unmask.denoiser import DiffusionConfig
-
-    config = DiffusionConfig(model.config.vocab_size - 1, "two_stream", "block_causal", 8, False, "bench", "0")
-    network = hf.HFNetwork(model, config.mask_token_id)
-    prompts = [random_tokens(8, seed=i) for i in range(3)]
-    out = sample_blocks(network, config, prompts, max_new_tokens=24, select=Confidence(4))
+def test_decoders_make_the_same_number_of_new_tokens_and_count_their_forwards(model) -> None:
+    out = decode.block_decoder(model, batch=3, block_size=8, n=4, new=24, prompt=8)()
+    assert [len(tokens) for tokens in out.new_tokens] == [24] * 3
+    assert all(model.config.vocab_size - 1 not in tokens for tokens in out.new_tokens)
     assert out.num_forwards.tolist() == [6, 6, 6]  # 24 tokens, 4 a forward, cache writes riding along
+    narrow = decode.block_decoder(model, batch=3, block_size=8, n=4, new=24, prompt=8, window=4)()
+    assert narrow.num_forwards.tolist() == [6, 6, 6]
+    odd = decode.block_decoder(model, batch=2, block_size=8, n=3, new=16, prompt=8)()
+    assert odd.num_forwards.tolist() == [6, 6]  # 3 + 3 + 2 a block
+    for other in (decode.generate_decoder(model, batch=3, new=24, prompt=8), decode.ar_decoder(model, batch=3, new=24)):
+        assert decode.tokens_of(other()) == decode.tokens_of(out) == 3 * 24
+    lookup = decode.generate_decoder(model, batch=1, new=24, prompt=8, lookup=4)()
+    assert lookup.new_tokens == decode.generate_decoder(model, batch=1, new=24, prompt=8)().new_tokens
+
+
+def test_fixed_acceptance_gains_what_it_says(model) -> None:
+    out = decode.speculative_decoder(model, batch=2, draft_length=6, gain=4, new=20)()
+    assert [len(tokens) for tokens in out.new_tokens] == [20, 20]
+    assert out.cycle_gains.tolist() == [[0, 0, 0, 0, 5]] * 2  # five cycles of four
+    assert out.num_forwards.tolist() == [10, 10]
+
+
+def test_comparison_counts_real_tokens_over_medians(model) -> None:
+    case = decode.compare("x", decode.block_decoder(model, batch=2, block_size=4, n=2, new=8, prompt=8),
+                          decode.generate_decoder(model, batch=2, new=4, prompt=8), 3, {"batch": 2})  # fmt: skip
+    assert case.forwards_per_row == 4
+    assert case.ratio == pytest.approx(case.value / case.baseline, rel=0.7)
+    assert case.peak_growth >= 0
+    times = iter([(1.0, 2.0), (0.5, 1.0)] * 3)
+    fake = SampledTokens([[1] * 6, [1] * 4], torch.tensor([3, 2]), torch.tensor([1, 1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "_timed", lambda _work: next(times))
+        case = decode.compare("y", lambda: fake, lambda: fake, 3, {})
+    assert (case.value, case.baseline, case.ratio, case.wall_ratio, case.forwards_per_row) == (10, 20, 0.5, 0.5, 2.5)
+
+
+def test_cases_are_named_as_promised(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "make_model", lambda _shape: model)
+    monkeypatch.setattr(decode, "compare", lambda case, _a, _b, _rounds, settings: decode.DecodeCase(
+        case, 1, 1, 1, "", 1, 1, 1, 1, settings))  # fmt: skip
+    names = {case.case for case in decode.bench_decode("tiny", 1)}
+    assert names >= {"b8_block32_n4", "b8_block32_n8", "b8_block8_n4", "b1_block16_n4", "length_512_vs_128",
+                     "b8_block32_n4_window", "b8_block32_n8_window"}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["two_stream", "bidirectional", "drafter"])

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from unmask import hf
@@ -27,7 +26,6 @@ from unmask.corruption import Corruption, mask_exact, noise_levels, position_noi
 from unmask.denoiser import DiffusionConfig
 from unmask.drafter import Drafter, DrafterConfig, target_modules
 from unmask.objectives import LossOutput, diffusion_loss, distill_loss, predictable
-from unmask.sampling import Confidence, sample_blocks
 from unmask.version import __version__
 
 
@@ -228,55 +226,3 @@ def _peak_resident() -> float:
         raise ValueError("peak memory is read from /proc, which this system lacks")
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 2**10
-
-
-# --- decoding
-
-
-def decoders(
-    model: Any, *, batch: int, block_size: int, n: int, new: int, prompt: int = 32
-) -> dict[str, Callable[[], int]]:
-    """Greedy generation of exactly `new` tokens a row by ours (n tokens a forward) and by `generate()`.
-
-    Each returns the number of new tokens."""
-    mask = model.config.vocab_size - 1
-    network = hf.HFNetwork(model.eval(), mask)
-    config = DiffusionConfig(mask, "two_stream", "block_causal", block_size, False, "bench", __version__)
-    ids = torch.randint(0, mask, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(network.device)
-    prompts: list[Tensor] = list(ids)
-
-    def diffusion() -> int:
-        out = sample_blocks(network, config, prompts, max_new_tokens=new, select=Confidence(n))
-        return sum(len(tokens) for tokens in out.new_tokens)
-
-    def autoregressive() -> int:
-        with torch.inference_mode():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
-                                 do_sample=False, pad_token_id=0)  # fmt: skip
-        return int(out.shape[0] * (out.shape[1] - prompt))
-
-    return {"diffusion": diffusion, "ar": autoregressive}
-
-
-def bench_decode(shape: str, rounds: int = 3) -> list[Case]:
-    """Decoding: `ratio` is our tokens per second over AR's (higher is better)."""
-    model = make_model(shape)
-    cases = []
-    for case, batch, block, n in (
-        ("b8_block32_n4", 8, 32, 4),
-        ("b8_block32_n8", 8, 32, 8),
-        ("b8_block8_n4", 8, 8, 4),
-        ("b1_block16_n4", 1, 16, 4),
-    ):
-        run = decoders(model, batch=batch, block_size=block, n=n, new=128)
-        assert run["diffusion"]() == run["ar"]() == batch * 128
-        ours, baseline, ratio = measure(run["diffusion"], run["ar"], rounds)
-        cases.append(Case(case, batch * 128 / ours, batch * 128 / baseline, 1 / ratio, "tokens per second"))
-    speeds: dict[str, float] = {}
-    long, short = (decoders(model, batch=8, block_size=32, n=4, new=new) for new in (512, 128))
-    for which in ("diffusion", "ar"):
-        slow, fast, _ = measure(long[which], short[which], max(1, rounds - 1))
-        speeds[which] = (512 / slow) / (128 / fast)
-    cases.append(Case("length_512_vs_128", speeds["diffusion"], speeds["ar"], speeds["diffusion"] / speeds["ar"],
-                      "tokens per second at 512 new tokens over those at 128"))  # fmt: skip
-    return cases

@@ -608,10 +608,11 @@ def bench(
 
     import torch
 
-    from unmask import bench as benchmark
+    from unmask.bench import bench_train
+    from unmask.bench_decode import bench_decode
 
     torch.set_num_threads(1)
-    run = benchmark.bench_train if what == "train" else benchmark.bench_decode
+    run: Any = bench_train if what == "train" else bench_decode
     cases = run(model or shape, rounds)
     settings = {
         "shape": model or shape,

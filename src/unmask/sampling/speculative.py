@@ -56,11 +56,12 @@ class Acceptance(Protocol):
     """(drafts (b, k), q logits (b, k, v), p logits (b, k + 1, v), drafted (b, k) bool) -> (accepted, next).
 
     accepted (b,): how many drafts of each row's `drafted` prefix are kept; next (b,): the token after them.
-    The logits are those of the laws that were sampled from: divided by the temperature, cut by top-p.
+    The logits are those of the laws that were sampled from: divided by the temperature, cut by top-p. Without
+    noise, at temperature 0, a law is its likeliest token.
     """
 
     def __call__(
-        self, drafts: Tensor, q: Tensor, p: Tensor, drafted: Tensor, noise: Noise
+        self, drafts: Tensor, q: Tensor, p: Tensor, drafted: Tensor, noise: Noise | None
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -73,8 +74,12 @@ class Coupled:
     P(accept) >= (1 - TV) / (1 + TV).
     """
 
-    def __call__(self, drafts: Tensor, q: Tensor, p: Tensor, drafted: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, drafts: Tensor, q: Tensor, p: Tensor, drafted: Tensor, noise: Noise | None
+    ) -> tuple[Tensor, Tensor]:
         del q  # the drafts were drawn with this noise, which is all that matters
+        if noise is None:
+            return accept_matching(drafts, p.argmax(-1), drafted)
         g = noise.gumbel(p.shape[-1], p.shape[1]).to(p.device)
         return accept_matching(drafts, (p.double() + g).argmax(-1), drafted)
 
@@ -87,7 +92,11 @@ class Rejection:
     1 - TV(p_j, q_j). The output has AR's law and not AR's tokens: its noise is used differently.
     """
 
-    def __call__(self, drafts: Tensor, q: Tensor, p: Tensor, drafted: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, drafts: Tensor, q: Tensor, p: Tensor, drafted: Tensor, noise: Noise | None
+    ) -> tuple[Tensor, Tensor]:
+        if noise is None:
+            return accept_matching(drafts, p.argmax(-1), drafted)
         q_probs, p_probs = q.double().softmax(-1), p.double().softmax(-1)
         q_draft, p_draft = (x[:, : drafts.shape[1]].gather(-1, drafts[..., None])[..., 0] for x in (q_probs, p_probs))
         passes = noise.accept(drafts.shape[1]).to(p.device) * q_draft < p_draft
@@ -263,7 +272,7 @@ def _accept(
     noise: Noise,
 ) -> tuple[Tensor, Tensor]:
     if temperature == 0:
-        return accept_matching(drafts, choose_tokens(p), drafted)
+        return acceptance(drafts, q, p, drafted, None)
     p = truncate(p.flatten(0, 1), temperature, top_p, top_k).view(p.shape)
     return acceptance(drafts, q, p, drafted, noise)
 

@@ -145,8 +145,10 @@ class HFNetwork:
         """What the head puts out; `head` says what it does with which of the rows that it gets."""
         kv = layout if past is None else past.keys(layout)
         gate = nullcontext() if self.gate is None else self.gate(layout.noisy)
-        decoding = isinstance(past, Prefix)
-        shortcuts = self._on_slots(past, layout, rows) if decoding else self._shortcuts(layout, rows)
+        if isinstance(past, Prefix):
+            shortcuts: AbstractContextManager[Tensor | slice | None] = self._on_slots(past, layout, rows)
+        else:
+            shortcuts = self._shortcuts(layout, rows)
         with shortcuts as kept, head(kept), gate:
             out: Tensor = self.forward(
                 input_ids=input_ids,

@@ -144,9 +144,9 @@ def measure_speculation(s: Subject) -> list[Row]:
     """Tokens per cycle and per forward of self-speculation, `at` temperature 0 and 1 (coupled noise)."""
     if s.lm.diffusion is None or not s.lm.diffusion.serves_ar:
         return []
-    wanted = ("tokens_per_cycle", "tokens_per_forward")
+    wanted = ("tokens_per_cycle", "tokens_per_forward", "accuracy")
     rows = {t: s.decode(Setting("speculative", batch_size=_BATCH), temperature=t) for t in (0.0, 1.0)}
-    return [{"at": t, **{k: row[k] for k in wanted}} for t, row in rows.items()]
+    return [{"at": t, **{k: row[k] for k in wanted if k in row}} for t, row in rows.items()]
 
 
 def measure_votes(s: Subject) -> list[Row]:

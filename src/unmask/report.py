@@ -40,6 +40,7 @@ SECTIONS: tuple[tuple[str, str, str], ...] = (
     ("pace", "accuracy", "Accuracy by tokens committed per forward"),
     ("speculation", "tokens_per_cycle", "Tokens per cycle of self-speculation by temperature"),
     ("speculation", "tokens_per_forward", "Tokens per forward of self-speculation by temperature"),
+    ("speculation", "accuracy", "Accuracy of self-speculation by temperature"),
     ("votes", "majority_accuracy", "Majority of k samples"),
     ("votes", "any_accuracy", "Any of k samples right"),
     ("drift", "mean_change", "Mean absolute change of the weights by layer"),

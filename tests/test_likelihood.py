@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import MASK, STORIES, block_config, network, random_tokens
 import unmask
 from unmask.attention import PADDING, Layout
 from unmask.corruption import mask_exact, segments
+from unmask.denoiser import read_clean, score, score_noisy
 from unmask.evaluation.likelihood import Document, nelbo, nll
 from unmask.objectives import ar_loss, diffusion_loss, predictable
 from unmask.settings import Settings, resolve
@@ -52,6 +54,32 @@ def test_exact_nelbo_equals_enumeration(shift: bool, clean: str) -> None:
         assert output.nats == pytest.approx(enumerate_nelbo(net, config, doc.ids), rel=1e-6)
         assert output.num_tokens == len(doc.ids) - 1
         assert output.num_bytes == 2 * (len(doc.ids) - 1)
+
+
+@pytest.mark.parametrize("mask_rows", [1, 3])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("clean", ["block_causal", "causal"])
+@torch.no_grad()
+def test_reading_the_clean_stream_once_changes_nothing(shift: bool, clean: str, mask_rows: int) -> None:
+    """Ragged packed rows of which some parts are wanted, and one row of which nothing is; mask after mask."""
+    net, config = network(), replace(block_config(3, shift=shift, clean=clean), mask_rows=mask_rows)
+    config = replace(config, mask_token_id=MASK - mask_rows + 1)
+    x0, generator = random_tokens(4, 17) % (MASK - 3), torch.Generator().manual_seed(1)
+    layout = Layout.of(
+        torch.tensor([[*range(17)], [*range(11), *range(6)], [*range(8), *range(9)], [*range(17)]]),
+        torch.tensor([[0] * 17, [0] * 11 + [1] * 6, [0] * 8 + [PADDING] * 9, [0] * 17]),
+    )
+    wanted = predictable(layout) & (torch.arange(17) > torch.tensor([[9], [7], [0], [17]]))
+    clean_read = read_clean(net, config, x0, layout, wanted)
+    assert clean_read.columns.shape[1] < 17 + config.block_size
+    for _ in range(4):
+        masked = wanted & (torch.rand(4, 17, generator=generator) < 0.5)
+        xt = x0.masked_fill(masked, config.mask_token_id)
+        expected = score(net, config, xt, x0, layout, masked)
+        got = score_noisy(net, config, clean_read, xt, masked)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="bidirectional attention has no clean stream"):
+        read_clean(net, block_config(4, attention="bidirectional", clean=None), x0, layout, wanted)
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -106,8 +134,8 @@ def test_long_documents_are_cut_into_windows_of_their_own() -> None:
     net, config = network(), block_config(4)
     whole = document(23, 4)
     parts = [Document(whole.ids[a : a + 10], whole.num_bytes[a : a + 10]) for a in (0, 10, 20)]
-    for score in (lambda d, **k: nll(net, d, **k), lambda d, **k: nelbo(net, config, d, exact=True, **k)):
-        cut, apart = score([whole], context_length=10)[0], score(parts)
+    for scored in (lambda d, **k: nll(net, d, **k), lambda d, **k: nelbo(net, config, d, exact=True, **k)):
+        cut, apart = scored([whole], context_length=10)[0], scored(parts)
         assert cut.nats == pytest.approx(sum(p.nats for p in apart), rel=1e-9)
         assert cut.num_tokens == sum(p.num_tokens for p in apart) == 20
         assert cut.num_bytes == sum(p.num_bytes for p in apart)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unmask.attention import PADDING, Layout
 from unmask.corruption import Corruption, mask_exact, segments
-from unmask.denoiser import DiffusionConfig, Network, score_ar
+from unmask.denoiser import DiffusionConfig, Network, read_clean, score_ar
 from unmask.noise import uniform
 from unmask.objectives import predictable, token_nll
 
@@ -126,8 +126,10 @@ def nelbo(
             if exact
             else _drawn_masks(segment, maskable, windows, num_samples, seed)
         )
+        clean = read_clean(network, config, x0, layout, maskable) if config.attention == "two_stream" else None
         for draw, corruption in enumerate(masks):
-            values = corruption.weight[corruption.masked].double() * token_nll(network, config, x0, layout, corruption)
+            losses = token_nll(network, config, x0, layout, corruption, clean=clean)
+            values = corruption.weight[corruption.masked].double() * losses
             for (owner, _), value in zip(windows, row_sums(values, corruption.masked), strict=True):
                 totals[owner, draw] += value
         if progress is not None:

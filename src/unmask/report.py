@@ -138,7 +138,7 @@ def draw(lines: Sequence[dict[str, Any]], folder: Path) -> dict[str, Path]:
         if figure == "accuracy" or not flat(last, "frontier", "accuracy"):
             add(f"{HEADLINES[figure]} against tokens per forward", f"frontier-{figure}", plots.curves,
                 _by_setting(rows), x="tokens_per_forward", y=figure, by="arm", x_label="tokens per forward",
-                y_label=HEADLINES[figure], log_x=True)  # fmt: skip
+                y_label=HEADLINES[figure])  # fmt: skip
     add("NELBO by training and evaluation block size", "block-sizes", plots.heat_map,
         flat(last, "block_sizes", "nelbo"), x="at", y="arm", value="nelbo", x_label="evaluation block size",
         y_label="")  # fmt: skip

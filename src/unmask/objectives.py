@@ -252,17 +252,23 @@ def draft_distance(
         raise ValueError(f"distance {distance!r} is unknown: use one of {', '.join(DISTANCES[:-1])}")
     if distance == "ce":
         return cross_entropy(q_logits, target, reduction="none")
+    vocabulary = q_logits.shape[-1]
+    top_k = min(top_k or vocabulary, vocabulary)
+    if (
+        distance == "tv" and top_k == vocabulary
+    ):  # what p has above q: cheaper than both sides
+        return (p_logits.detach().softmax(-1) - q_logits.softmax(-1)).clamp_min(0).sum(-1)
     log_q, log_p = q_logits.log_softmax(-1), p_logits.detach().log_softmax(-1)
-    if top_k is not None and top_k < log_p.shape[-1]:
+    if top_k < vocabulary:
         likeliest = log_p.topk(top_k).indices
         log_p, log_q = (_with_rest(law.gather(-1, likeliest)) for law in (log_p, log_q))
     p = log_p.exp()
-    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
-    if distance == "kl":
-        return kl
     tv = 0.5 * (p - log_q.exp()).abs().sum(-1)
     if distance == "tv":
         return tv
+    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    if distance == "kl":
+        return kl
     if distance == "kl+tv":
         return 0.01 * kl + tv
     lam = (-0.5 * (1 - tv.detach())).exp()

@@ -163,7 +163,7 @@ def test_masks_on_one_clean_pass_are_the_mean_of_passes_apart(name: str, alpha: 
 
     loss, grads = measured(network, apart)
     shared, shared_grads = measured(network, lambda net: shared_loss(net, blocks, x0, layout, drawn, alpha))
-    relative = 1e-10 if name == "gpt2" else 1e-6
+    relative = 1e-10 if name == "gpt2" else 1e-5
     assert abs(shared - loss) <= relative * abs(loss)
     for a, b in zip(shared_grads, grads, strict=True):
         assert (a - b).abs().max() <= relative * max(g.abs().max() for g in grads)

@@ -10,6 +10,7 @@ position ids, left padding, and queries on top of a cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,7 +54,9 @@ class Layout(NamedTuple):
 
 
 Pattern = Callable[[Layout, Layout], Tensor]
-"""(query layout, key layout), broadcastable -> bool tensor, True = the query attends to the key."""
+"""(query layout, key layout), broadcastable -> bool tensor, True = the query attends to the key.
+
+Those without tensors of their own are made once, so that masks can be told by them."""
 
 
 def causal(q: Layout, kv: Layout) -> Tensor:
@@ -66,6 +69,7 @@ def bidirectional(q: Layout, kv: Layout) -> Tensor:
     return (q.position == q.position) & (kv.position == kv.position)
 
 
+@functools.cache
 def block_causal(block_size: int) -> Pattern:
     """Causal across blocks [k*B, (k+1)*B), bidirectional inside one (Efficient-DLM 2512.14067, Fig. 2c)."""
 
@@ -75,6 +79,7 @@ def block_causal(block_size: int) -> Pattern:
     return pattern
 
 
+@functools.cache
 def two_stream(block_size: int, clean: str = "block_causal", noisy: str = "bidirectional") -> Pattern:
     """[noisy | clean] in one pass (Efficient-DLM 2512.14067, Fig. 2d; Nemotron-Labs 2607.05722).
 
@@ -110,6 +115,7 @@ def annealed(opened: Tensor) -> Pattern:
     return pattern
 
 
+@functools.cache
 def lookahead(reach: int) -> Pattern:
     """A token sees everything before it and the `reach` tokens after it; 0 is causal.
 
@@ -122,6 +128,7 @@ def lookahead(reach: int) -> Pattern:
     return pattern
 
 
+@functools.cache
 def drafting(noisy: str = "bidirectional") -> Pattern:
     """One noisy block that starts anywhere, after clean tokens that all stand before it.
 
@@ -147,6 +154,7 @@ def same_document(q: Layout, kv: Layout) -> Tensor:
     return q.document == kv.document
 
 
+@functools.cache
 def window(size: int) -> Pattern:
     """A sliding window of `size` tokens, measured on positions in both directions."""
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from unmask import hf
@@ -92,7 +93,9 @@ def seconds(work: Callable[[], Any]) -> float:
 # --- training
 
 
-def train_steps(model: Any, kind: str, block_size: int, rows: int, length: int) -> dict[str, Callable[[], None]]:
+def train_steps(
+    model: Any, kind: str, block_size: int, rows: int, length: int, micro: int | None = None
+) -> dict[str, Callable[[], None]]:
     """One forward and backward of the AR loss as Hugging Face computes it, and of ours.
 
     kind: "two_stream" or "bidirectional" for a diffusion loss, "drafter" for gated adapters of rank 16 on the
@@ -117,12 +120,10 @@ def train_steps(model: Any, kind: str, block_size: int, rows: int, length: int) 
     ours = "flex_attention" if network.device.type == "cuda" and clean is not None else implementation
     step = 0
 
-    # Two streams are twice the tokens of AR's step: in two micro-batches they stand in about the same memory.
-    parts = torch.arange(rows).chunk(2 if kind == "two_stream" else 1)
+    parts = [(part, layout.at(part.to(network.device))) for part in torch.arange(rows).split(micro or rows)]
     count = int(predictable(layout).sum())
 
-    def loss(part: Tensor) -> Tensor:
-        where = layout.at(part.to(network.device))
+    def loss(part: Tensor, where: Layout) -> Tensor:
         if kind == "drafter":
             masked = predictable(where)
             return distill_loss(network, config, x0[part], where, Corruption(masked, masked.float()), "tv").sum
@@ -137,7 +138,7 @@ def train_steps(model: Any, kind: str, block_size: int, rows: int, length: int) 
         model.requires_grad_(adapters is None)
         model.config._attn_implementation = ours
         for part in parts:
-            (loss(part) / count).backward()
+            (loss(*part) / count).backward()
         for module in (model, adapters):
             if module is not None:
                 module.zero_grad()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.weak import WeakIdKeyDictionary
 
 from unmask.attention import PADDING, Layout, Pattern, bidirectional, block_causal, causal, drafting, two_stream
 from unmask.readout import RowLoss
@@ -240,11 +241,23 @@ def scoring_pass(
     the config's while a mask is annealed.
     """
     if config.attention == "two_stream":
-        input_ids, passed = torch.cat([_placed(config, xt, layout), x0], dim=1), _noisy(layout).then(layout)
+        input_ids, passed = torch.cat([_placed(config, xt, layout), x0], dim=1), _both_streams(layout)
     else:
         input_ids, passed = xt, layout
     rows = _scoring_rows(config, layout, input_ids)[wanted]
     return Pass(input_ids, passed, pattern or config.pattern, rows)
+
+
+_streams: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""[noisy | clean] layouts by the positions they repeat: the same tensors again, and so the same masks."""
+
+
+def _both_streams(layout: Layout) -> Layout:
+    known = _streams.get(layout.position)
+    if known is None or known[0] is not layout.document:
+        _streams[layout.position] = known = layout.document, _noisy(layout).then(layout)
+    both: Layout = known[1]
+    return both
 
 
 def _noisy(layout: Layout) -> Layout:

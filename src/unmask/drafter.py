@@ -47,6 +47,7 @@ class Drafter(nn.Module):
         self._noisy: Tensor | None = None
         self._places: Tensor | None = None
         self._index: Any = None
+        self._everywhere = False
         embedding = model.get_input_embeddings()
         with torch.no_grad():  # in the space of what the embedding puts out: some models scale it
             ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
@@ -69,17 +70,18 @@ class Drafter(nn.Module):
     @contextmanager
     def rows(self, noisy: Tensor) -> Iterator[None]:
         """Within the context the adapters act on these rows (batch, length) of the pass."""
-        before = self._noisy, self._index
+        before = self._noisy, self._index, self._everywhere
         self._noisy = noisy if bool(noisy.any()) else None
         columns = noisy.all(0)
         first = int(columns.long().argmax())
         # A suffix of every row, as when drafting, is a view where other rows are a gather.
         suffix = bool(columns[first:].all()) and bool((noisy == columns).all())
         self._index = (slice(None), slice(first, None)) if suffix else noisy
+        self._everywhere = suffix and first == 0
         try:
             yield
         finally:
-            self._noisy, self._index = before
+            self._noisy, self._index, self._everywhere = before
 
     def detach(self) -> None:
         """Take the hooks off the model."""
@@ -101,6 +103,8 @@ class Drafter(nn.Module):
                     f"drafter_targets: {name!r} gets {tuple(x.shape[:-1])} rows of a pass of {tuple(noisy.shape)}, "
                     "so they cannot be told apart: leave it out (experts are routed)"
                 )
+            if self._everywhere:
+                return out + linear(linear(x, down), up) * scale
             out[index] += linear(linear(x[index], down), up) * scale  # `out` is the map's own: nothing else holds it
             return out
 

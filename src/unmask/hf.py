@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -85,6 +86,7 @@ class HFNetwork:
         self.gate = gate
         self.head = model.get_output_embeddings()
         self.config = model.config.get_text_config()
+        self._masks: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     @property
     def device(self) -> torch.device:
@@ -202,7 +204,20 @@ class HFNetwork:
             self.config._attn_implementation = before
 
     def attention_argument(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
-        """What this model takes as `attention_mask`: one mask, or one per layer type."""
+        """What this model takes as `attention_mask`: one mask, or one per layer type.
+
+        A layout that comes again, the same tensors, gets the mask that was made for it.
+        """
+        if kv is not q:
+            return self._new_argument(pattern, q, kv)
+        key = (pattern, self.config._attn_implementation, id(q.document), id(q.noisy))
+        known = self._masks.get(q.position)
+        if known is None or known[0] != key:
+            # With the tensors, whose ids say nothing once they are gone, but for the one that it hangs on.
+            self._masks[q.position] = known = key, self._new_argument(pattern, q, kv), (q.document, q.noisy)
+        return known[1]
+
+    def _new_argument(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
         pattern = intersect(pattern, same_document)
         size = getattr(self.config, "sliding_window", None)
         kinds = set(getattr(self.config, "layer_types", None) or ())
@@ -285,6 +300,7 @@ def replicate(network: HFNetwork) -> HFNetwork:
     memo |= {id(b): b for b in model.buffers()}
     twin = copy.copy(network)
     twin.model = twin.forward = copy.deepcopy(model, memo)
+    twin._masks = WeakIdKeyDictionary()
     twin.head, twin.config = twin.model.get_output_embeddings(), twin.model.config.get_text_config()
     return twin
 

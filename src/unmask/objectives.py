@@ -254,10 +254,8 @@ def draft_distance(
         return cross_entropy(q_logits, target, reduction="none")
     vocabulary = q_logits.shape[-1]
     top_k = min(top_k or vocabulary, vocabulary)
-    if (
-        distance == "tv" and top_k == vocabulary
-    ):  # what p has above q: cheaper than both sides
-        return (p_logits.detach().softmax(-1) - q_logits.softmax(-1)).clamp_min(0).sum(-1)
+    if distance == "tv" and top_k == vocabulary:  # what q has above p: as much as it has below, at half the passes
+        return (q_logits.softmax(-1) - p_logits.detach().softmax(-1)).relu().sum(-1)
     log_q, log_p = q_logits.log_softmax(-1), p_logits.detach().log_softmax(-1)
     if top_k < vocabulary:
         likeliest = log_p.topk(top_k).indices

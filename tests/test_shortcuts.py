@@ -8,7 +8,7 @@ import transformers as tf
 from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
 
 from unmask import hf
-from unmask.attention import PADDING, Layout
+from unmask.attention import PADDING, Layout, annealed, block_causal
 from unmask.corruption import mask_complementary, mask_exact, segments
 from unmask.denoiser import DiffusionConfig
 from unmask.drafter import DrafterConfig
@@ -174,3 +174,14 @@ def test_a_shifted_stream_shares_no_clean_pass() -> None:
     x0, layout = packed()
     with pytest.raises(ValueError, match="has no clean stream to share"):
         shared_loss(network, block_config(8, shift=True), x0, layout, [])
+
+
+def test_a_layout_that_comes_again_gets_the_same_mask() -> None:
+    network = hf.HFNetwork(tiny_model(SUPPORTED["llama"]()), MASK)
+    _, layout = packed()
+    first = network.attention_argument(block_causal(8), layout, layout)
+    assert network.attention_argument(block_causal(8), layout, layout) is first
+    for other in (block_causal(4), annealed(torch.zeros(LENGTH, LENGTH, dtype=torch.bool))):
+        assert not torch.equal(network.attention_argument(other, layout, layout), first)
+    moved = layout._replace(document=layout.document.clone())
+    assert network.attention_argument(block_causal(8), moved, moved) is not first

@@ -11,6 +11,7 @@ import copy
 import functools
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -86,7 +86,7 @@ class HFNetwork:
         self.gate = gate
         self.head = model.get_output_embeddings()
         self.config = model.config.get_text_config()
-        self._masks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._masks: deque[tuple[Pattern, Layout, str, Any]] = deque(maxlen=2)
 
     @property
     def device(self) -> torch.device:
@@ -206,16 +206,17 @@ class HFNetwork:
     def attention_argument(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
         """What this model takes as `attention_mask`: one mask, or one per layer type.
 
-        A layout that comes again, the same tensors, gets the mask that was made for it.
+        The last layouts are remembered: one that comes again, the same tensors, gets the mask made for it.
         """
         if kv is not q:
             return self._new_argument(pattern, q, kv)
-        key = (pattern, self.config._attn_implementation, id(q.document), id(q.noisy))
-        known = self._masks.get(q.position)
-        if known is None or known[0] != key:
-            # With the tensors, whose ids say nothing once they are gone, but for the one that it hangs on.
-            self._masks[q.position] = known = key, self._new_argument(pattern, q, kv), (q.document, q.noisy)
-        return known[1]
+        implementation = self.config._attn_implementation
+        for known, layout, made_for, argument in self._masks:
+            if (known, made_for) == (pattern, implementation) and all(a is b for a, b in zip(layout, q, strict=True)):
+                return argument
+        argument = self._new_argument(pattern, q, kv)
+        self._masks.append((pattern, q, implementation, argument))
+        return argument
 
     def _new_argument(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
         pattern = intersect(pattern, same_document)
@@ -300,7 +301,7 @@ def replicate(network: HFNetwork) -> HFNetwork:
     memo |= {id(b): b for b in model.buffers()}
     twin = copy.copy(network)
     twin.model = twin.forward = copy.deepcopy(model, memo)
-    twin._masks = WeakIdKeyDictionary()
+    twin._masks = deque(maxlen=2)
     twin.head, twin.config = twin.model.get_output_embeddings(), twin.model.config.get_text_config()
     return twin
 

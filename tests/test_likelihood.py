@@ -12,7 +12,8 @@ from conftest import MASK, STORIES, block_config, network, random_tokens
 import unmask
 from unmask.attention import PADDING, Layout
 from unmask.corruption import mask_exact, segments
-from unmask.denoiser import read_clean, score, score_noisy
+from unmask.denoiser import score
+from unmask.evaluation.clean import read_clean, score_noisy
 from unmask.evaluation.likelihood import Document, nelbo, nll
 from unmask.objectives import ar_loss, diffusion_loss, predictable
 from unmask.settings import Settings, resolve

@@ -351,63 +351,6 @@ def _check_serves_ar(config: DiffusionConfig) -> None:
         )
 
 
-@dataclass
-class CleanRead:
-    """The clean half of a two-stream pass, run once for many corruptions: see `read_clean`.
-
-    columns: (batch, width), where the noisy tokens stand, whole blocks from the first wanted one on; their `layout`.
-    first: (batch, length) bool, positions that clean rows score (with the shift, a block's first), by `first_logits`.
-    """
-
-    past: Past
-    columns: Tensor
-    layout: Layout
-    first: Tensor
-    first_logits: Tensor
-
-
-def read_clean(network: Network, config: DiffusionConfig, x0: Tensor, layout: Layout, wanted: Tensor) -> CleanRead:
-    """Run x0 once and keep its keys, so that `score_noisy` can score `wanted` positions under one mask after another.
-
-    The clean stream never sees the noisy one, so it is the same for all of them. Rows hold documents one after the
-    other; what follows a row's wanted positions in their block is run too.
-    """
-    if config.attention != "two_stream" or config.block_size is None:
-        raise ValueError(f"{config.attention} attention has no clean stream: use score")
-    (batch, length), device = x0.shape, x0.device
-    column = torch.arange(length, device=device)
-    begins = column - layout.position % config.block_size  # where the block of each column begins
-    start = torch.where(wanted, begins, length).amin(1)
-    stop = torch.where(wanted, begins + config.block_size, 0).amax(1).clamp_max(length)
-    columns = start[:, None] + torch.arange(max(1, int((stop - start).max())), device=device)
-    inside = columns < stop[:, None]
-    columns = columns.clamp_max(length - 1)
-    there = layout.at(torch.arange(batch, device=device)[:, None], columns)
-    first = wanted & (layout.position % config.block_size == 0) if config.shift else torch.zeros_like(wanted)
-    row = torch.arange(batch * length, device=device).view(batch, length)
-    past = Past(network.new_cache(), layout.at(..., slice(0, 0)))
-    first_logits = network(x0, layout, config.pattern, rows=row[first] - 1, past=past)
-    past.layout = layout
-    there = there._replace(document=torch.where(inside, there.document, PADDING))
-    return CleanRead(past, columns, _noisy(there), first, first_logits)
-
-
-def score_noisy(network: Network, config: DiffusionConfig, clean: CleanRead, xt: Tensor, wanted: Tensor) -> Tensor:
-    """`score` at `wanted`, a part of what `clean` was read for, at the cost of the noisy blocks alone."""
-    (batch, width), columns = clean.columns.shape, clean.columns
-    noisy_wanted = (wanted & ~clean.first).gather(1, columns) & clean.layout.real
-    row = torch.arange(batch * width, device=xt.device).view(batch, width) - int(config.shift)
-    xt = _placed(config, xt.gather(1, columns), clean.layout)
-    logits = network(xt, clean.layout, config.pattern, rows=row[noisy_wanted], past=clean.past)
-    clean.past.cache.crop(-width)
-    if not bool(clean.first.any()):
-        return logits
-    out = logits.new_empty(int(wanted.sum()), logits.shape[-1])
-    first = clean.first[wanted]
-    out[first], out[~first] = clean.first_logits[wanted[clean.first]], logits
-    return out
-
-
 def score_ar(network: Network, x0: Tensor, layout: Layout, wanted: Tensor) -> Tensor:
     """Next-token logits: causal pattern, position i scored by row i - 1."""
     return run(network, ar_pass(x0, layout, wanted))

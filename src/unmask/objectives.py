@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from unmask.attention import Layout, Pattern
 from unmask.corruption import Corruption, segments
 from unmask.denoiser import (
-    CleanRead,
     DiffusionConfig,
     Network,
     Past,
@@ -27,7 +26,6 @@ from unmask.denoiser import (
     run_sum,
     score,
     score_ar,
-    score_noisy,
     scoring_pass,
 )
 from unmask.readout import RowLoss
@@ -61,15 +59,11 @@ def token_nll(
     layout: Layout,
     corruption: Corruption,
     pattern: Pattern | None = None,
-    clean: CleanRead | None = None,
 ) -> Tensor:
-    """-log p(x0_i | xt) on the masked positions, (masked.sum(),) in row-major order; `clean` saves running x0."""
+    """-log p(x0_i | xt) on the masked positions, (masked.sum(),) in row-major order."""
     masked = corruption.masked
     xt = corruption.apply(x0, config.mask_token_id)
-    if clean is not None:
-        logits = score_noisy(network, config, clean, xt, masked)
-    else:
-        logits = score(network, config, xt, x0, layout, masked, pattern)
+    logits = score(network, config, xt, x0, layout, masked, pattern)
     return cross_entropy(logits, x0[masked], reduction="none")
 
 

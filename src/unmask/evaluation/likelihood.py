@@ -16,10 +16,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from unmask.attention import PADDING, Layout
 from unmask.corruption import Corruption, mask_exact, segments
-from unmask.denoiser import DiffusionConfig, Network, read_clean, score_ar
+from unmask.denoiser import DiffusionConfig, Network, score_ar
+from unmask.evaluation.clean import read_clean, score_noisy
 from unmask.noise import uniform
 from unmask.objectives import predictable, token_nll
 
@@ -128,7 +130,12 @@ def nelbo(
         )
         clean = read_clean(network, config, x0, layout, maskable) if config.attention == "two_stream" else None
         for draw, corruption in enumerate(masks):
-            losses = token_nll(network, config, x0, layout, corruption, clean=clean)
+            if clean is None:
+                losses = token_nll(network, config, x0, layout, corruption)
+            else:
+                xt = corruption.apply(x0, config.mask_token_id)
+                logits = score_noisy(network, config, clean, xt, corruption.masked)
+                losses = cross_entropy(logits, x0[corruption.masked], reduction="none")
             values = corruption.weight[corruption.masked].double() * losses
             for (owner, _), value in zip(windows, row_sums(values, corruption.masked), strict=True):
                 totals[owner, draw] += value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import sys
@@ -19,13 +18,13 @@ import transformers
 
 from unmask import hf, lora
 from unmask.data import Corpus, HubStream, find_files, load_corpus
-from unmask.denoiser import Network
 from unmask.drafter import Drafter, DrafterConfig
 from unmask.evaluation import likelihood
 from unmask.model import DiffusionLM, load
 from unmask.progress import progress
 from unmask.rollouts import roll_out
 from unmask.settings import RULE_TEXT, Settings, diffusion_config, load_recipe, recipe_names, resolve
+from unmask.teacher import freeze, load_teacher
 from unmask.train import Evaluator, Progress, append_metrics, count_steps, latest_checkpoint, read_state, train
 from unmask.version import __version__
 
@@ -92,7 +91,7 @@ def adapt(
             f"random_offset=true moves a document's positions, which {type(lm.model).__name__} sees as such: it needs "
             "a model with rotary positions"
         )
-    teacher = _teacher(lm, chosen)
+    teacher = load_teacher(lm, chosen.teacher)
     if chosen.block_size is None and lm.diffusion is not None:
         chosen = replace(chosen, block_size=lm.diffusion.block_size)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
@@ -146,7 +145,7 @@ def adapt(
     if chosen.lora_rank is not None:
         alpha = 2.0 * chosen.lora_rank if chosen.lora_alpha is None else chosen.lora_alpha
         tuner = lora.add_lora(lm.model, chosen.lora_rank, alpha, chosen.trainable, chosen.seed)
-    frozen = _frozen(teacher or lm, lm, config.mask_token_id) if chosen.teacher is not None and config else None
+    frozen = freeze(teacher or lm, lm, config.mask_token_id) if chosen.teacher is not None and config else None
     base = None if drafter is None else hf.Base(parent["name"], parent["fingerprint"])
     adapted = DiffusionLM(lm.model, lm.tokenizer, config, drafter=drafter, base=base)
     learning: Any = lm.model if drafter is None else drafter
@@ -219,29 +218,6 @@ def adapt(
     ranks.wait_for_everyone()
     lm.model.config._name_or_path = str(output_dir)
     return adapted
-
-
-def _teacher(lm: DiffusionLM, settings: Settings) -> DiffusionLM | None:
-    """The frozen AR model whose law the joint objective keeps to; None for the parent itself or no teacher."""
-    if settings.teacher in (None, "parent"):
-        return None
-    other = load(str(settings.teacher), dtype=lm.model.dtype, device=lm.network.device)
-    if other.diffusion is not None and not other.diffusion.serves_ar:
-        raise ValueError(f"teacher={settings.teacher!r} is no AR model any more: give the one it was made from")
-    known, masks = other.tokenizer.get_vocab(), (other.tokenizer.mask_token, lm.tokenizer.mask_token)
-    if any(known.get(token) != i for token, i in lm.tokenizer.get_vocab().items() if token not in masks):
-        raise ValueError(f"teacher={settings.teacher!r} has another vocabulary: its laws are of other tokens")
-    return other
-
-
-def _frozen(teacher: DiffusionLM, lm: DiffusionLM, mask_token_id: int) -> Network:
-    """A copy of the teacher on as many tokens as `lm` has by now, which no training reaches."""
-    model = copy.deepcopy(teacher.model)
-    size = lm.model.get_input_embeddings().weight.shape[0]
-    if model.get_input_embeddings().weight.shape[0] != size:
-        model.resize_token_embeddings(size, mean_resizing=False)
-    hf.without_dropout(model)
-    return hf.HFNetwork(model.requires_grad_(False).eval(), mask_token_id)
 
 
 def _replicate(lm: DiffusionLM, settings: Settings) -> Callable[[Any], Any] | None:

@@ -199,7 +199,7 @@ def test_offset_step_equals_each_document_behind_its_own_padding(shift: bool) ->
                 if shift:
                     scoring = i - 1 + (length if (i + offset) % 4 == 0 else 0)
                 total += float(-logits[length + i - 1, x0[0, i]] - 0.3 * logits[scoring, x0[0, i]])
-    assert got.sum.item() == pytest.approx(total, rel=1e-9)
+    assert got.sum.item() == pytest.approx(total, rel=1e-6)  # rotary tables are float32 in every model
     assert dense(config.pattern, both, both).any()
 
 

@@ -185,3 +185,19 @@ def test_a_layout_that_comes_again_gets_the_same_mask() -> None:
         assert not torch.equal(network.attention_argument(other, layout, layout), first)
     moved = layout._replace(document=layout.document.clone())
     assert network.attention_argument(block_causal(8), moved, moved) is not first
+
+
+@pytest.mark.parametrize("objective", ["two_stream", "joint"])
+def test_shortcuts_run_under_autocast(objective: str) -> None:
+    config = SUPPORTED["llama"]()
+    config.max_position_embeddings = 160
+    network = hf.HFNetwork(tiny_model(config).train(), MASK)
+    loss_of = objectives(False)[objective]
+    network.routes = hf.Routes()
+    loss, grads = measured(network, loss_of)
+    network.routes = ALL
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded, rounded_grads = measured(network, loss_of)
+    assert abs(rounded - loss) < 0.01 * loss
+    for a, b in zip(rounded_grads, grads, strict=True):
+        assert (a - b).abs().max() < 0.05 * max(g.abs().max() for g in grads)

@@ -40,7 +40,7 @@ class Tile:
 
 
 _tiles: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Tiles of a mask that is still alive: all layers of a pass share one mask and so one set of tiles."""
+"""Tiles by precision of a mask that is still alive: all layers of a pass share one mask and so one set of tiles."""
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float | None = None) -> Tensor:
@@ -49,9 +49,11 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: f
     q: (batch, heads, queries, dim). k, v: (batch, key heads, keys, dim), key heads dividing heads.
     allowed: bool (batch or 1, 1, queries, keys), at least one key a query. Returns the shape of q.
     """
-    if allowed not in _tiles:
-        _tiles[allowed] = plan(allowed, q.dtype)
-    out: Tensor = _Tiled.apply(q, k, v, _tiles[allowed], scale)
+    q, k, v = _alike(q, k, v)
+    planned = _tiles.setdefault(allowed, {})
+    if q.dtype not in planned:
+        planned[q.dtype] = plan(allowed, q.dtype)
+    out: Tensor = _Tiled.apply(q, k, v, planned[q.dtype], scale)
     return out
 
 
@@ -59,8 +61,16 @@ def picked_attention(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, rows: Tensor, scale: float | None = None
 ) -> Tensor:
     """The outputs of some queries only: q (1, heads, len(rows), dim), `rows` flat indices into (batch, queries)."""
+    q, k, v = _alike(q, k, v)
     out: Tensor = _Tiled.apply(q, k, v, plan_rows(allowed, rows, q.dtype), scale)
     return out
+
+
+def _alike(*tensors: Tensor) -> list[Tensor]:
+    """All in one precision: autocast's, where that is on, as it does for torch's own attention."""
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[0].dtype
+    return [x.to(dtype) for x in tensors]
 
 
 class _Tiled(torch.autograd.Function):

@@ -122,7 +122,7 @@ def joint_loss(
     passed, count = joint_pass(config, xt, x0, layout, masked, wanted)
     if teacher is None and distance == "ce":
         weight = torch.ones(len(passed.rows), device=x0.device, dtype=torch.float64)
-        weight[:count] = alpha * corruption.weight[masked]
+        weight[:count] = alpha * corruption.weight[masked].double()
         return LossOutput(run_sum(network, passed, _nll(torch.cat([x0[masked], x0[wanted]])), weight), wanted.sum())
     logits = run(network, passed)
     logits, ar_logits = logits[:count], logits[count:]

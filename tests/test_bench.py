@@ -52,6 +52,14 @@ def test_comparison_counts_real_tokens_over_medians(model) -> None:
     assert (case.value, case.baseline, case.ratio, case.wall_ratio, case.forwards_per_row) == (10, 20, 0.5, 0.5, 2.5)
 
 
+def test_gpu_cases_run_on_a_cpu(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "NEW", 12)
+    bound = decode.weight_bound(model, prefix=16, block_size=4)
+    assert bound.ratio == bound.value / bound.baseline > 0
+    cases = decode.throughput(model, 1, (1, 2))
+    assert [case.case for case in cases] == [f"b{b}_block16_n3{own}" for b in (1, 2) for own in ("", "_own_ar")]
+
+
 def test_cases_are_named_as_promised(model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "make_model", lambda _shape: model)
     monkeypatch.setattr(decode, "compare", lambda case, _a, _b, _rounds, settings: decode.DecodeCase(

@@ -74,6 +74,19 @@ def test_finished_blocks_in_chunks_equal_finished_blocks_cached(clean: str) -> N
             assert (again.view(3, width, -1)[i] - expected)[:, :MASK].abs().max() < 1e-10
 
 
+@torch.no_grad()
+def test_columns_that_nobody_has_written_change_nothing() -> None:
+    """On a GPU a pass reaches further than its tokens: the mask hides the rest."""
+    net, config, text = network(), block_config(4), random_tokens(3, 12)
+    wanted = torch.ones(3, 4, dtype=torch.bool)
+    got = []
+    for columns in (12, 64):
+        past = begin(net, config.pattern, text[:, :8])
+        past.columns = columns
+        got.append(denoise(net, config, past, text[:, 8:], Layout.of(torch.arange(8, 12).expand(3, 4)), wanted))
+    assert (got[0] - got[1])[:, :MASK].abs().max() < 1e-12
+
+
 def test_growing_buffers_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     net, config, prompts = network(), block_config(4), [random_tokens(n, seed=n) for n in (1, 6, 11)]
     blocks = sample_blocks(net, config, prompts, max_new_tokens=40, select=Confidence(2))

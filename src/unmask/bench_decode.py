@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from unmask import hf
+from unmask.attention import Layout
 from unmask.bench import Case, make_model
-from unmask.denoiser import DiffusionConfig
+from unmask.denoiser import DiffusionConfig, begin, denoise
 from unmask.sampling import Confidence, SampledTokens, sample_autoregressive, sample_blocks, sample_speculative
 from unmask.sampling.speculative import Noise
 from unmask.version import __version__
@@ -198,7 +199,51 @@ def bench_decode(shape: str, rounds: int = 3) -> list[DecodeCase]:
     cases.append(compare("b1_prompt_lookup", lookup, baseline[1], rounds, {"batch": 1, "lookup": 8, "new": NEW}))
     cases.append(compare("b8_ar", ar_decoder(model, batch=8), baseline[8], rounds, {"batch": 8, "new": NEW}))
     cases.append(_lengths(model, max(1, rounds - 1)))
+    if model.device.type == "cuda":
+        cases += [weight_bound(model), *throughput(model, rounds)]
     return cases
+
+
+def throughput(model: Any, rounds: int, batches: tuple[int, ...] = (1, 8, 64)) -> list[DecodeCase]:
+    """Blocks of 16 at 3 tokens a forward beside AR: transformers' `generate()`, and our own engine (`_own_ar`)."""
+    cases = []
+    for batch in batches:
+        settings: dict[str, Any] = {"batch": batch, "block_size": 16, "n": 3}
+        ours = block_decoder(model, **settings)
+        for name, baseline in (("", generate_decoder(model, batch=batch)), ("_own_ar", ar_decoder(model, batch=batch))):
+            cases.append(compare(f"b{batch}_block16_n3{name}", ours, baseline, rounds, settings | {"new": NEW}))
+    return cases
+
+
+def weight_bound(model: Any, prefix: int = 512, block_size: int = 16) -> DecodeCase:
+    """Milliseconds of one denoising forward of one row beside those that reading all weights once takes.
+
+    The rate is that of a large copy, which reads and writes. `ratio` is the first over the second: at least 1.
+    """
+    config = bench_config(model.eval(), block_size)
+    network, ids = hf.HFNetwork(model, config.mask_token_id), random_prompts(model, 1, prefix)
+    with torch.inference_mode():
+        past = begin(network, config.pattern, [ids[0]])
+        past.reach(prefix + block_size)
+        xt = torch.full((1, block_size), config.mask_token_id, device=ids.device)
+        layout = Layout.of(prefix + torch.arange(block_size, device=ids.device)[None])
+        wanted = torch.ones(1, block_size, dtype=torch.bool)
+        big = torch.empty(2**28 if ids.device.type == "cuda" else 2**24, dtype=torch.uint8, device=ids.device)
+        copy = min(_clock(lambda: big.clone()) for _ in range(8))
+        ours = min(_clock(lambda: denoise(network, config, past, xt, layout, wanted)) for _ in range(8))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    bound = weights / (2 * big.numel() / copy)
+    settings: dict[str, Any] = {"batch": 1, "block_size": block_size, "prefix": prefix}
+    return DecodeCase("b1_denoising_forward", 1e3 * ours, 1e3 * bound, ours / bound, "ms per forward", ours / bound,
+                      1.0, float("nan"), float("nan"), settings)  # fmt: skip
+
+
+def _clock(work: Callable[[], Any]) -> float:
+    _synchronize()
+    began = time.perf_counter()
+    work()
+    _synchronize()
+    return time.perf_counter() - began
 
 
 def _lengths(model: Any, rounds: int) -> DecodeCase:

@@ -111,6 +111,9 @@ class Past:
         return self.layout.then(layout)
 
 
+_GRAIN = 64
+
+
 @dataclass
 class Prefix:
     """Rows that are being decoded, each in a slot: positions 0 .. lengths[s] - 1 of slot s are cached and clean.
@@ -129,6 +132,10 @@ class Prefix:
     def at(self, rows: Sequence[int] | None) -> Prefix:
         """The same rows for a pass over these of them; a slot may come more than once."""
         return replace(self, rows=rows)
+
+    def reach(self, columns: int) -> None:
+        """Let passes see and write this many columns: on a GPU some more, so that masks are aligned and shapes few."""
+        self.columns = columns if self.lengths.device.type == "cpu" else -(-columns // _GRAIN) * _GRAIN
 
     def column(self, layout: Layout) -> Tensor:
         """Where the tokens of a pass go: the column of their position, none for padding."""
@@ -388,7 +395,7 @@ def prefill(
         lengths = torch.tensor(counts, device=device)
         # What fills up a shorter prompt stands behind it, where no prompt looks, and is not counted as cached.
         layout = Layout.of(torch.arange(ids.shape[1], device=device).expand_as(ids))
-        past.columns = max(past.columns, ids.shape[1])
+        past.reach(max(past.columns, ids.shape[1]))
         last = torch.arange(len(counts), device=device) * ids.shape[1] + lengths - 1
         wanted = last.clamp_min(0) if keep_logits else last[:0]
         logits = network(ids, layout, pattern, rows=wanted, past=replace(past, rows=rows, columns=ids.shape[1]))

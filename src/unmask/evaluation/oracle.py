@@ -123,7 +123,8 @@ def speed_of_light(
     total = Compacted([], 0, 0, 0)
     while start < end:
         size = width if context_length is None else min(width, context_length - start)
-        layout, past.columns = Layout.of(_places(start, size, device)), start + size
+        layout = Layout.of(_places(start, size, device))
+        past.reach(start + size)
         position = layout.position[0]
         masked = (position >= given) & (position < end)
         xt = torch.full((size,), config.mask_token_id, device=device)

@@ -51,7 +51,7 @@ def sample_autoregressive(
             prefill(network, causal, past, new, [prompt[:-1] for prompt in joining])
             last[new, 0] = torch.stack([prompt[-1] for prompt in joining]).to(device)
             position[new, 0] = torch.tensor([len(prompt) - 1 for prompt in joining], device=device)
-        past.columns = max(len(prompts[row]) + len(new_tokens[row]) for row in seats.rows)
+        past.reach(max(len(prompts[row]) + len(new_tokens[row]) for row in seats.rows))
         index = torch.arange(len(seats.rows), device=device)
         logits = network(last, Layout.of(position), causal, rows=index, past=past)
         past.lengths += 1

@@ -119,7 +119,7 @@ def sample_blocks(
             reach, masked, seen = int(near.sum(-1).max()), masked & near, seen & near.to(device)
         shown = seen[:, :reach]
         layout = Layout.of(blocks.position[:, :reach].where(shown, 0), torch.where(shown, 0, PADDING))
-        past.columns = max(blocks.starts) + reach
+        past.reach(max(blocks.starts) + reach)
         logits = denoise(network, config, past, blocks.xt[:, :reach], layout, masked[:, :reach], blocks.finished())
         blocks.cached = list(blocks.starts)
         num_forwards[seats.rows] += passes

@@ -193,7 +193,7 @@ def sample_speculative(
         width = max(drafts_of)
         position = start[:, None] + torch.arange(width, device=device)
         drafted = torch.arange(width, device=device) < torch.tensor(drafts_of, device=device)[:, None]
-        past.columns = max(starts) + width
+        past.reach(max(starts) + width)
         ar_logits, q = draft(
             network, config, past, last, Layout.of(start[:, None] - 1), _placed(position, drafted, start)
         )

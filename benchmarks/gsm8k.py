@@ -101,11 +101,11 @@ def main() -> None:
     import torch
 
     import unmask
-    from unmask.cli import _split_settings
+    from unmask.cli.convert import split_settings
     from unmask.settings import load_recipe, resolve
 
     torch.set_num_threads(1)
-    _, settings = _split_settings(options.settings)
+    _, settings = split_settings(options.settings)
     train, test = read(options.data / "train.jsonl"), read(options.data / "test.jsonl")[: options.questions]
     train, held_out = train[:-HELD_OUT], train[-HELD_OUT:]
     parent = unmask.load(options.model, dtype=torch.float32)

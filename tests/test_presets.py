@@ -14,9 +14,9 @@ VARIANTS = re.findall(r"^\| (.+?) \| `--recipe ([\w-]+)((?: \w+=\S+)*)`", DOCS.r
 
 
 def settings_of(line: str) -> dict[str, object]:
-    from unmask.cli import _split_settings
+    from unmask.cli.convert import split_settings
 
-    return _split_settings(line.split())[1]
+    return split_settings(line.split())[1]
 
 
 @pytest.mark.parametrize(("recipe", "line"), [v[1:] for v in VARIANTS], ids=[v[0] for v in VARIANTS])

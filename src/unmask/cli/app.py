@@ -1,0 +1,71 @@
+"""The command line. Torch is imported inside the commands, so that --help stays fast.
+
+Exit code 0 on success, 2 on bad input with one line on stderr. With --json a command prints exactly one JSON
+object on stdout; progress and logs go to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from unmask.version import __version__
+
+app = typer.Typer(
+    help="Turn any pretrained autoregressive language model into a diffusion language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Data = Annotated[
+    list[str],
+    typer.Option("--data", help="A .txt, .jsonl or .parquet file, a folder of them, or a hub id; can be repeated."),
+]
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the `unmask` command."""
+    try:
+        code = app(standalone_mode=False)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        # Usage errors of the parser (typer brings its own copy of click) know their exit code and message.
+        if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message() + _given(getattr(error, "param", None)))
+    sys.exit(code or 0)
+
+
+def _given(param: Any) -> str:
+    """The value that the command line gave an option, for messages that leave it out."""
+    for option in getattr(param, "opts", ()):
+        if option in sys.argv[:-1]:
+            return f" (got {sys.argv[sys.argv.index(option) + 1]!r})"
+    return ""
+
+
+def _fail(message: str) -> None:
+    line = " ".join(message.split()) or "bad input"
+    print(f"unmask: error: {line}", file=sys.stderr)
+    sys.exit(2)

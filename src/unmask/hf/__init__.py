@@ -1,0 +1,31 @@
+"""Any Hugging Face causal language model as a `Network`, without touching its code.
+
+The whole hook is a 4-D attention mask and explicit position ids handed to the stock model (`network`). What a
+model does with them is not taken on trust (`probes`). What its folder holds is in `checkpoint`.
+"""
+
+from unmask.hf.checkpoint import (
+    Base,
+    add_drafter,
+    add_mask_token,
+    end_token_ids,
+    fingerprint,
+    load_drafter,
+    load_pretrained,
+    load_tokenizer,
+    read_base,
+    read_diffusion,
+    save_drafter,
+    save_pretrained,
+    without_dropout,
+    write_diffusion,
+)
+from unmask.hf.network import HFNetwork, Routes, UnsupportedModelError, replicate
+from unmask.hf.probes import find_routes, probe, probe_network, sees_position_differences
+
+__all__ = [
+    "Base", "HFNetwork", "Routes", "UnsupportedModelError", "add_drafter", "add_mask_token", "end_token_ids",
+    "find_routes", "fingerprint", "load_drafter", "load_pretrained", "load_tokenizer", "probe", "probe_network",
+    "read_base", "read_diffusion", "replicate", "save_drafter", "save_pretrained", "sees_position_differences",
+    "without_dropout", "write_diffusion",
+]  # fmt: skip

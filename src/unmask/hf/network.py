@@ -1,0 +1,266 @@
+"""A stock causal language model as a `Network`: a 4-D attention mask and explicit position ids, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+)
+
+from unmask.attention import (
+    Layout,
+    Pattern,
+    block_mask,
+    dense,
+    intersect,
+    same_document,
+    window,
+)
+from unmask.chunked import CHUNK
+from unmask.denoiser import Pass, Past, Prefix, run
+from unmask.readout import RowLoss
+from unmask.shortcuts import CHUNKED, head_rows, head_sum, last_layer, last_layer_rows
+from unmask.slots import SLOTS, SlotCache, placed
+
+
+class UnsupportedModelError(ValueError):
+    """The model's attention cannot be controlled from outside; the message says which part and why."""
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which shortcuts a model takes: see `shortcuts`."""
+
+    chunked: bool = False
+    last_rows: bool = False
+    readout: bool = False
+
+
+class HFNetwork:
+    """A stock causal LM as a `denoiser.Network`.
+
+    mask_token_id: its logit is -inf in everything this returns; None for an untouched AR model.
+    forward: what runs the model, if not the model itself (a DDP or FSDP wrapper around it).
+    per_layer_type: hand each layer type its own mask (sliding windows need it; off only to show that).
+    gate: entered around every pass with its noisy rows, (batch, length) bool: what adapts those rows alone.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        mask_token_id: int | None = None,
+        *,
+        forward: Callable[..., Any] | None = None,
+        per_layer_type: bool = True,
+        gate: Callable[[Tensor], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        self.model = model
+        self.forward = forward or model
+        self.mask_token_id = mask_token_id
+        self.per_layer_type = per_layer_type
+        self.gate = gate
+        self.head = model.get_output_embeddings()
+        self.config = model.config.get_text_config()
+        self._masks: deque[tuple[Pattern, Layout, str, Any]] = deque(maxlen=2)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest document the positions of the model reach, if it says so."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def new_cache(self) -> DynamicCache:
+        # Without the config: caches made for sliding windows drop old keys.
+        return DynamicCache()
+
+    def new_slots(self) -> SlotCache:
+        return SlotCache()
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        layout: Layout,
+        pattern: Pattern,
+        *,
+        rows: Tensor | None = None,
+        past: Past | Prefix | None = None,
+    ) -> Tensor:
+        logits = self._run(input_ids, layout, pattern, rows, past, lambda kept: head_rows(self.head, kept))
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        if self.mask_token_id is not None and self.mask_token_id < logits.shape[-1]:  # a drafter's has no logit
+            logits[..., self.mask_token_id] = -torch.inf
+        return logits
+
+    def hidden_states(self, input_ids: Tensor, layout: Layout, pattern: Pattern) -> Tensor:
+        """The last hidden states (batch, length, hidden): what the head reads, after the final norm."""
+        read: list[Tensor] = []
+        self._run(input_ids, layout, pattern, None, None, lambda _: head_input(self.head, read))
+        return read[0]
+
+    def weighted_sum(self, passed: Pass, row_loss: RowLoss, weight: Tensor, past: Past | None = None) -> Tensor:
+        """sum_i weight_i * row_loss(logits of row i), without whole logits where the head allows it."""
+        if not self.routes.readout or type(self.head) is not torch.nn.Linear or hasattr(self.head, "_hf_hook"):
+            return (weight * row_loss(run(self, passed, past), slice(None))).sum()
+        head = functools.partial(
+            head_sum, self.head, row_loss=row_loss, weight=weight, mask_token_id=self.mask_token_id
+        )
+        return self._run(*passed, past, head)
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        layout: Layout,
+        pattern: Pattern,
+        rows: Tensor | None,
+        past: Past | Prefix | None,
+        head: Callable[[Tensor | slice | None], AbstractContextManager[None]],
+    ) -> Tensor:
+        """What the head puts out; `head` says what it does with which of the rows that it gets."""
+        kv = layout if past is None else past.keys(layout)
+        gate = nullcontext() if self.gate is None else self.gate(layout.noisy)
+        if isinstance(past, Prefix):
+            shortcuts: AbstractContextManager[Tensor | slice | None] = self._on_slots(past, layout, rows)
+        else:
+            shortcuts = self._shortcuts(layout, rows)
+        with shortcuts as kept, head(kept), gate:
+            out: Tensor = self.forward(
+                input_ids=input_ids,
+                attention_mask=self.attention_argument(pattern, layout, kv),
+                position_ids=layout.position,
+                past_key_values=None if past is None else past.cache,
+                use_cache=past is not None,
+            ).logits
+        return out
+
+    @functools.cached_property
+    def routes(self) -> Routes:
+        from unmask.hf.probes import find_routes  # which tries them on networks of its own
+
+        return find_routes(self.model)
+
+    @contextmanager
+    def _shortcuts(self, layout: Layout, rows: Tensor | None) -> Iterator[Tensor | slice | None]:
+        """Leave out masked-out pairs, and the unread rows of the last layer; yields where the wanted rows are."""
+        batch, length = layout.position.shape
+        layer = last_layer(self.model)
+        # Checkpointed layers run again in the backward pass, when the hooks of this pass are gone.
+        again = self.model.training and getattr(layer, "gradient_checkpointing", False)
+        if length < 2 * CHUNK or self.device.type != "cpu" or again or not self.routes.chunked:
+            yield rows
+            return
+        before = self.config._attn_implementation
+        self.config._attn_implementation = CHUNKED
+        try:
+            if layer is None or not self.routes.last_rows or rows is None or len(rows) > 0.8 * batch * length:
+                yield rows
+                return
+
+            def gate(rows: Tensor) -> AbstractContextManager[None]:
+                return nullcontext() if self.gate is None else self.gate(layout.noisy.flatten()[rows][None])
+
+            with last_layer_rows(layer, rows, gate):
+                yield slice(len(rows))
+        finally:
+            self.config._attn_implementation = before
+
+    @contextmanager
+    def _on_slots(self, past: Prefix, layout: Layout, rows: Tensor | None) -> Iterator[Tensor | None]:
+        """Attend to the slots of a pass where they lie, where the model takes it; yields where the wanted rows are."""
+        direct, before = self.routes.chunked, self.config._attn_implementation
+        place = past.cache.place(past.rows, past.column(layout), past.columns, len(past.lengths), gathers=not direct)
+        if direct:
+            self.config._attn_implementation = SLOTS
+        try:
+            with placed(place):
+                yield rows
+        finally:
+            self.config._attn_implementation = before
+
+    def attention_argument(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
+        """What this model takes as `attention_mask`: one mask, or one per layer type.
+
+        The last layouts are remembered: one that comes again, the same tensors, gets the mask made for it.
+        """
+        if kv is not q:
+            return self._new_argument(pattern, q, kv)
+        implementation = self.config._attn_implementation
+        for known, layout, made_for, argument in self._masks:
+            if (known, made_for) == (pattern, implementation) and all(a is b for a, b in zip(layout, q, strict=True)):
+                return argument
+        argument = self._new_argument(pattern, q, kv)
+        self._masks.append((pattern, q, implementation, argument))
+        return argument
+
+    def _new_argument(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
+        pattern = intersect(pattern, same_document)
+        size = getattr(self.config, "sliding_window", None)
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        if not size or not self.per_layer_type or (kinds and "sliding_attention" not in kinds):
+            return self._form(pattern, q, kv)
+        # Measured on positions: in [noisy | clean], and behind left padding, indices say nothing of distance.
+        near = self._form(intersect(pattern, window(size)), q, kv)
+        if not kinds:
+            return near
+        return {"full_attention": self._form(pattern, q, kv), "sliding_attention": near}
+
+    def _form(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
+        implementation = self.config._attn_implementation
+        if implementation == "flex_attention":
+            return block_mask(pattern, q, kv)
+        allowed = dense(pattern, q, kv)[:, None]
+        if implementation == SLOTS and allowed.device.type == "cpu" and bool(allowed.all()):
+            return allowed.new_ones(1, 1, 1, 1)
+        if implementation in ("sdpa", CHUNKED, SLOTS):
+            return allowed
+        if implementation == "eager":  # eager adds its mask: a bool one would be added as 0 and 1
+            dtype = self.model.dtype
+            return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+                ~allowed, torch.finfo(dtype).min
+            )
+        raise UnsupportedModelError(
+            f"attention implementation {implementation!r} takes no 4-D mask: "
+            "load the model with attn_implementation='sdpa', 'eager' or 'flex_attention'"
+        )
+
+
+@contextmanager
+def head_input(head: torch.nn.Module, read: list[Tensor]) -> Iterator[None]:
+    """Within the context the list takes up what the head `head` is given; the head runs on one row only."""
+
+    def take(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        read.append(args[0])
+        return (args[0][:1, :1],)
+
+    handle = head.register_forward_pre_hook(take)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def replicate(network: HFNetwork) -> HFNetwork:
+    """The same network on a copy of the model that shares its weights and buffers, but not its gradients.
+
+    Threads can run forward and backward side by side, each on a copy of its own (hooks are per copy).
+    """
+    model = network.model
+    memo: dict[int, Any] = {id(p): torch.nn.Parameter(p.data, p.requires_grad) for p in model.parameters()}
+    memo |= {id(b): b for b in model.buffers()}
+    twin = copy.copy(network)
+    twin.model = twin.forward = copy.deepcopy(model, memo)
+    twin._masks = deque(maxlen=2)
+    twin.head, twin.config = twin.model.get_output_embeddings(), twin.model.config.get_text_config()
+    return twin

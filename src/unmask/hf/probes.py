@@ -1,0 +1,262 @@
+"""What a model does with masks and position ids, measured on a tiny instance of the same configuration class.
+
+No list of supported architectures: `probe` refuses what cannot be controlled, `find_routes` tries each shortcut.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+)
+
+from unmask.attention import (
+    Layout,
+    block_causal,
+    causal,
+    dense,
+    two_stream,
+    window,
+)
+from unmask.chunked import CHUNK
+from unmask.denoiser import Pass, run
+from unmask.hf.network import HFNetwork, Routes, UnsupportedModelError
+
+_PROBE_WINDOW = 5
+_TINY: dict[str, Any] = {
+    # width
+    "hidden_size": 32, "n_embd": 32, "d_model": 32, "word_embed_proj_dim": 32,
+    "intermediate_size": 48, "n_inner": 48, "ffn_dim": 48, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16, "block_ff_dim": 48,
+    # heads
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    # experts, vocabulary, context
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "vocab_size": 61, "vocab_size_per_layer_input": 61,
+    "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_seq_len": 64,
+    "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def probe(model: Any) -> None:
+    """Raise `UnsupportedModelError` unless 4-D masks and position ids control the model's attention.
+
+    Runs on a tiny random float32 instance of the same configuration class, its windows shrunk, once per
+    class and kind of layers, so that it costs nothing on a large model.
+    """
+    config = model.config.get_text_config()
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager", "flex_attention"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} runs attention implementation {implementation!r}, which takes no 4-D mask: "
+            "load it with attn_implementation='sdpa' or 'eager'"
+        )
+    config_class: Any = type(config)
+    reason = _probe_class(
+        config_class,
+        _tiny_json(config),
+        "sdpa" if implementation == "flex_attention" else implementation,
+    )
+    if reason:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be converted: {reason}. {_layers(config)}"
+            "A supported model attends through 4-D masks in every layer (llama, qwen, mistral, gemma, gpt2 ...)."
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _probe_routes(config_class: Hashable, config: str) -> Routes:
+    try:
+        network = HFNetwork(_tiny_model(config_class, config, "sdpa"))
+    except Exception:  # whatever it is, the model goes without
+        return Routes()
+    length = 2 * CHUNK
+    layout = Layout.of(torch.arange(length).expand(2, length) % 40)
+    tokens = torch.arange(2 * length).view(2, length) % 50 + 3
+    passed = Pass(tokens, layout, causal, torch.arange(0, 2 * length, 3))
+    weight = torch.ones(len(passed.rows))
+
+    def loss(logits: Tensor, _part: slice) -> Tensor:  # curved, so that scaled logits are not a scaled loss
+        return logits.logsumexp(-1)
+
+    def same(routes: Routes) -> bool:
+        network.routes = routes
+        try:
+            got = network.weighted_sum(passed, loss, weight) if routes.readout else run(network, passed)
+        except Exception:
+            return False
+        expected = loss(logits, slice(None)).sum() if routes.readout else logits
+        return got.shape == expected.shape and bool((got - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+    with torch.inference_mode():
+        network.routes = routes = Routes()
+        logits = run(network, passed)
+        for name in ("chunked", "last_rows", "readout"):
+            tried = replace(routes, **{name: True})
+            routes = tried if same(tried) else routes
+    return routes
+
+
+@functools.lru_cache(maxsize=64)
+def _probe_positions(config_class: Hashable, config: str) -> bool:
+    network = HFNetwork(_tiny_model(config_class, config, "sdpa"))
+    tokens, position = torch.arange(20)[None] + 3, torch.arange(20)[None]
+    with torch.inference_mode():
+        logits = network(tokens, Layout.of(position), causal)
+        gap = (network(tokens, Layout.of(position + 7), causal) - logits).abs().max()
+    return bool(gap <= 1e-4 * logits.abs().max())
+
+
+def _tiny_model(config_class: Any, config: str, implementation: str) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(
+            config_class(**json.loads(config)), attn_implementation=implementation, dtype=torch.float32
+        ).eval()
+
+
+@functools.lru_cache(maxsize=64)
+def _probe_class(config_class: Hashable, config: str, implementation: str) -> str | None:
+    """Why the class is refused, or None."""
+    try:
+        tiny = _tiny_model(config_class, config, implementation)
+    except Exception as error:
+        return f"no tiny instance of {config_class} could be built to test it ({first_line(error)})"
+    try:
+        with torch.inference_mode():
+            return probe_network(HFNetwork(tiny))
+    except Exception as error:
+        return f"it does not take 4-D attention masks with position ids ({first_line(error)})"
+
+
+def probe_network(network: HFNetwork) -> str | None:
+    """The checks themselves on a float32 model; a reason to refuse it, or None.
+
+    1. identity: the causal pattern gives the stock logits, on more tokens than any window is wide.
+    2. influence: with two streams, changing a token changes just the rows that the pattern lets see it.
+    3. positions: a noisy block beside the clean stream equals the same block run after its clean prefix.
+    """
+    vocabulary, block, length = network.config.vocab_size, 4, 3 * _PROBE_WINDOW + 3
+    tokens = torch.arange(3, 3 + 2 * length)[None] * 7 % (vocabulary - 4) + 2
+    clean = Layout.of(torch.arange(length)[None])
+
+    stock = network.model(input_ids=tokens[:, :length], use_cache=False).logits
+    tolerance = 1e-5 * float(stock.abs().max())
+    gap = float((network(tokens[:, :length], clean, causal) - stock).abs().max())
+    if not gap <= tolerance:
+        return f"a causal mask changes its logits by {gap:.1e}, so the mask replaces more than it should"
+
+    both = Layout.of(clean.position, noisy=True).then(clean)
+    pattern = two_stream(block)
+    base = network(tokens, both, pattern)
+    changed = tokens.repeat(2 * length, 1)
+    changed.diagonal().copy_(changed.diagonal() % (vocabulary - 4) + 3)
+    many = Layout(*(field.expand(2 * length, -1) for field in both))
+    effect = (network(changed, many, pattern) - base).abs().amax(-1).T  # (row, changed token)
+
+    sees = dense(pattern, both, both)[0]
+    reach = sees
+    for _ in range(network.config.num_hidden_layers):
+        reach = (reach.float() @ sees.float()) > 0
+    leak = effect.masked_fill(reach, 0)
+    if float(leak.max()) > tolerance:
+        row, token = divmod(int(leak.argmax()), 2 * length)
+        return (
+            f"row {row} of a two-stream pass changes by {float(leak.max()):.1e} with token {token}, "
+            "which the mask hides from it, so some layer moves information past the mask"
+        )
+    size = getattr(network.config, "sliding_window", None) or length
+    near = sees & dense(window(size), both, both)[0]
+    if not bool((effect[near] > 0).all()):
+        return "tokens that the mask shows have no effect, so some layer stays causal whatever the mask says"
+
+    start = length // block * block  # the last, short block
+    rows = torch.cat([tokens[:, length : length + start], tokens[:, start:length]], dim=1)
+    alone = network(rows, clean, block_causal(block))[:, start:]
+    gap = float((alone - base[:, start:length]).abs().max())
+    if not gap <= tolerance:
+        return f"repeated position ids move its logits by {gap:.1e}, so positions come from somewhere else"
+    return None
+
+
+def _tiny_json(config: Any) -> str:
+    """The settings, as JSON, of a tiny model with one layer of each kind (at least two layers)."""
+    tiny = {k: v for k, v in copy.deepcopy(config.to_dict()).items() if v is not None}
+    for name in ("model_type", "transformers_version", "architectures", "quantization_config", "dtype", "diffusion",
+                 "_name_or_path", "id2label", "label2id", "auto_map", "name_or_path"):  # fmt: skip
+        tiny.pop(name, None)
+    tiny.update({name: value for name, value in _TINY.items() if name in tiny})
+    kinds = list(dict.fromkeys(tiny.get("layer_types", ())))
+    layers = max(2, len(kinds))
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        if name in tiny:
+            tiny[name] = layers
+    if kinds:
+        tiny["layer_types"] = (kinds * layers)[:layers]
+    if tiny.get("sliding_window"):
+        tiny["sliding_window"] = _PROBE_WINDOW
+    if "attention_types" in tiny:  # gpt_neo spells its layer kinds its own way
+        tiny["attention_types"] = [[["global", "local"], 1]]
+        tiny["attention_layers"] = ["global", "local"]
+        tiny["window_size"] = _PROBE_WINDOW
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        tiny[name] = 0
+    for name in ("no_rope_layers", "mlp_layer_types", "expert_layer_period", "full_attn_idxs"):
+        if isinstance(tiny.get(name), list):
+            tiny[name] = tiny[name][:layers]
+    rope = tiny.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_type" in rope:
+        # Scaled rotary embeddings carry tables of the full head size; where tokens stand is the same without.
+        kept = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+        tiny["rope_parameters"] = kept | {"rope_type": "default"}
+    tiny.pop("rope_scaling", None)
+    return json.dumps(tiny, default=str, sort_keys=True)
+
+
+def _layers(config: Any) -> str:
+    known = {
+        "conv": "a convolution, which reads its neighbours whatever the mask says",
+        "linear_attention": "linear attention, which carries a state past every mask",
+        "mamba": "a recurrent state, which no mask reaches",
+        "chunked_attention": "attention in fixed chunks, which a 4-D mask overrides",
+        "local": "attention through a causal buffer of its own",
+    }
+    kinds = dict.fromkeys(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ())
+    odd = [f"layer type {k!r} is {known.get(k, 'not one this library knows')}" for k in kinds
+           if k not in ("full_attention", "sliding_attention", "global")]  # fmt: skip
+    if config.model_type in ("mamba", "mamba2", "falcon_mamba"):
+        odd.append(f"layer type 'mamba' is {known['mamba']}")
+    if config.model_type in ("bloom", "mpt"):
+        odd.append("layer type 'alibi' attention takes distances from indices, not from position ids")
+    return "".join(f"Its {text}. " for text in odd)
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def find_routes(model: Any) -> Routes:
+    """The shortcuts under which a tiny instance of the model's class gives the same logits."""
+    config = model.config.get_text_config()
+    config_class: Any = type(config)
+    routes = _probe_routes(config_class, _tiny_json(config))
+    if config._attn_implementation != "sdpa" or getattr(config, "attention_dropout", 0.0):
+        return Routes(readout=routes.readout)
+    return routes
+
+
+def sees_position_differences(model: Any) -> bool:
+    """Whether moving all positions by the same amount changes nothing (rotary models), tried on a tiny instance."""
+    config = model.config.get_text_config()
+    config_class: Any = type(config)
+    return _probe_positions(config_class, _tiny_json(config))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from unmask import bench
+from unmask.bench_decode import throughput, weight_bound
 from unmask.version import __version__
 
 LENGTH, BLOCK = 4096, 16
@@ -51,10 +52,12 @@ def _peak(step: Callable[[], None]) -> float:
 
 
 def decoding(shape: str, rounds: int) -> Iterator[dict[str, Any]]:
-    from unmask.bench_decode import bench_decode
-
-    for case in bench_decode(shape, rounds):
-        yield asdict(case)
+    """One denoising forward beside reading the weights, then batches of 1, 8 and 64 beside `generate()` and our AR."""
+    model = bench.make_model(shape)
+    yield asdict(weight_bound(model))
+    for batch in (1, 8, 64):
+        for case in throughput(model, rounds, (batch,)):
+            yield asdict(case)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -254,6 +254,8 @@ def measure_order(s: Subject) -> list[Row]:
     places = config.block_size
     watched = _Watched(Threshold(1.0), places)
     whole = [ids[: len(ids) // places * places] for ids in s.held_out.prompts if len(ids) >= places]
+    if not whole:  # prompts end within their first block: no block is decoded from its first place on
+        return []
     for start in range(0, len(whole), _BATCH):
         watched.before = None
         ids, real = _padded(whole[start : start + _BATCH])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -142,6 +143,14 @@ def shared() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip("needs the folder shared/ with real models beside the checkout")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Commands that time one thread leave it set, and other thread counts change the last bits of later runs."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def in_a_terminal(command: list[str], typed: bytes = b"", stderr: int | None = None) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unmask.data import Corpus
 from unmask.evaluation import likelihood
-from unmask.evaluation.frontier import Score, Setting, measure
+from unmask.evaluation.frontier import Score, Setting, measure, padded
 from unmask.model import DiffusionLM
 from unmask.sampling import Candidates, Confidence, Selector, Threshold
 
@@ -159,7 +159,7 @@ def measure_votes(s: Subject) -> list[Row]:
     for k in range(s.budget.votes):
         texts: list[str] = []
         for start in range(0, len(s.held_out.prompts), _BATCH):
-            ids, real = _padded(s.held_out.prompts[start : start + _BATCH])
+            ids, real = padded(s.held_out.prompts[start : start + _BATCH])
             out = s.lm.generate(
                 ids, max_new_tokens=s.budget.new_tokens, attention_mask=real, select=select,
                 temperature=s.budget.vote_temperature, seed=1000 * k + start,
@@ -182,12 +182,6 @@ def count_votes(answers: Sequence[Sequence[str]], right: Sequence[Sequence[bool]
             any_of += any(right[j][i] for j in range(k))
         rows.append({"at": k, "majority_accuracy": majority / number, "any_accuracy": any_of / number})
     return rows
-
-
-def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of ids padded on the right, and where they are real."""
-    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-    return ids, torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
 
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -258,7 +252,7 @@ def measure_order(s: Subject) -> list[Row]:
         return []
     for start in range(0, len(whole), _BATCH):
         watched.before = None
-        ids, real = _padded(whole[start : start + _BATCH])
+        ids, real = padded(whole[start : start + _BATCH])
         s.lm.generate(ids, max_new_tokens=s.budget.new_tokens, attention_mask=real, select=watched)
     steps = torch.arange(places, dtype=torch.float64)
     rows = []

@@ -187,8 +187,7 @@ def decode(
             strings.append(lm.tokenizer.decode(new, skip_special_tokens=True))
             num_forwards += calls
             continue
-        ids = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
-        real = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in some])
+        ids, real = padded(some)
         options: dict[str, Any] = {}
         if setting.mode == "diffusion":
             options = {"select": setting.select, "block_size": setting.block_size}
@@ -204,6 +203,12 @@ def decode(
             num_cycles += int(out.cycle_gains.sum())
     return Decoded([row.tolist() for row in rows], texts, strings, num_forwards, num_cycles or None,
                    seconds_now(lm) - began)  # fmt: skip
+
+
+def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of ids as (rows, longest), padded on the right, and where they are real."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    return ids, torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
 
 
 def judge(parent: TextModel, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> Quality:

@@ -27,6 +27,11 @@ Data = Annotated[
     typer.Option("--data", help="A .txt, .jsonl or .parquet file, a folder of them, or a hub id; can be repeated."),
 ]
 
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this mass.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from so many tokens at most.")]
+GuidanceScale = Annotated[float, typer.Option(help="Of classifier-free guidance; 1 is none.")]
+
 
 def _version(show: bool) -> None:
     if show:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unmask.cli.app import Json, app
+from unmask.cli.app import GuidanceScale, Json, Temperature, TopK, TopP, app
 
 
 @app.command(epilog='Example: unmask generate runs/q "Once upon a time" --max-new-tokens 64 --confidence-threshold 0.8')
@@ -31,10 +31,10 @@ def generate(
     draft_length: Annotated[
         str | None, typer.Option(help="Positions drafted at a time in speculative mode, or auto.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this mass.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Sample from so many tokens at most.")] = None,
-    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance; 1 is none.")] = 1.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = None,
+    guidance_scale: GuidanceScale = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End where this text appears; can be repeated.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     replay: Annotated[
@@ -122,7 +122,7 @@ def chat(
     confidence_threshold: Annotated[
         float | None, typer.Option(help="Commit tokens of higher probability: 1 is one a forward, 0 a block.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Temperature = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
 ) -> None:
     """Talk to a fine-tuned model; /reset forgets the conversation, /exit ends it."""
@@ -204,10 +204,10 @@ def infill(
         int | None, typer.Option(help="Forwards at most (per block, if block-wise).")
     ] = None,
     confidence_threshold: Annotated[float | None, typer.Option(help="Commit tokens of higher probability.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this mass.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Sample from so many tokens at most.")] = None,
-    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance; 1 is none.")] = 1.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = None,
+    guidance_scale: GuidanceScale = 1.0,
     attention: Annotated[
         str | None, typer.Option(help="bidirectional: let a block-wise model see the whole suffix.")
     ] = None,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unmask.cli.app import Json, app
+from unmask.cli.app import Json, Temperature, app
 from unmask.version import __version__
 
 
@@ -232,7 +232,7 @@ def frontier(
     prompts: Annotated[int, typer.Option(help="Number of prompts.")] = 64,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a document that are given.")] = 24,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Temperature = 0.0,
     rounds: Annotated[int, typer.Option(help="Timed runs of each setting, in turn with the AR parent.")] = 3,
     oracle: Annotated[
         int, typer.Option(help="Find the fewest forwards (speed of light) on so many prompts; 0 leaves it out.")

@@ -112,7 +112,7 @@ class Echo:
 
     device = torch.device("cpu")
 
-    def new_slots(self):
+    def new_slots(self, slots, columns):  # noqa: ARG002
         return Kept()
 
     def __call__(self, input_ids, layout, pattern, *, rows=None, past=None):  # noqa: ARG002
@@ -218,7 +218,7 @@ class Chain:
     ar = torch.tensor([[2.0, 0.5, 0.0], [0.0, 1.0, 1.5], [1.0, -1.0, 0.3]], dtype=torch.float64)
     noisy = torch.tensor([[0.5, 1.0, 0.2], [-1.0, 0.7, 1.0], [0.0, 0.0, 2.0]], dtype=torch.float64)
 
-    def new_slots(self):
+    def new_slots(self, slots, columns):  # noqa: ARG002
         return Kept()
 
     def __call__(self, input_ids, layout, pattern, *, rows=None, past=None):  # noqa: ARG002

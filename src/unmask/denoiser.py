@@ -92,7 +92,7 @@ class DiffusionConfig:
 class Cache(Protocol):
     """Keys and values in slots; `slots.SlotCache` is one."""
 
-    def place(self, rows: Sequence[int] | None, column: Tensor, columns: int, slots: int, *, gathers: bool) -> Any:
+    def place(self, rows: Sequence[int] | None, column: Tensor, columns: int, slots: int) -> Any:
         """Say where the tokens of the next pass go."""
 
     def select(self, keep: Tensor) -> None:
@@ -143,18 +143,8 @@ class Prefix:
 
     def keys(self, layout: Layout) -> Layout:
         """Where the keys of a pass over `layout` stand: (slots, or rows if given, columns)."""
-        (slots,), device = self.lengths.shape, self.lengths.device
-        column = torch.arange(self.columns, device=device).expand(slots, -1)
-        document = torch.where(column < self.lengths[:, None], 0, PADDING)
-        noisy = torch.zeros_like(document, dtype=torch.bool)
-        rows = None if self.rows is None else torch.tensor(self.rows, device=device)
-        slot = torch.arange(slots, device=device) if rows is None else rows
-        spare = (0, 1)  # a column for padding
-        index = (slot[:, None], layout.position.where(layout.real, self.columns))
-        document = pad(document, spare).index_put(index, layout.document)[:, :-1]
-        noisy = pad(noisy, spare).index_put(index, layout.noisy)[:, :-1]
-        kv = Layout(column, document, noisy)
-        return kv if rows is None else kv.at(rows)
+        rows = None if self.rows is None else torch.tensor(self.rows, device=self.lengths.device)
+        return slot_keys(layout, rows, self.lengths, self.columns)
 
     def select(self, keep: Tensor) -> None:
         """Keep these slots, in this order."""
@@ -162,6 +152,24 @@ class Prefix:
         self.lengths = self.lengths[keep]
         if self.next_logits is not None:
             self.next_logits = self.next_logits[keep]
+
+
+def slot_keys(layout: Layout, rows: Tensor | None, lengths: Tensor, columns: int) -> Layout:
+    """Where the keys of a pass over `layout` stand, (slots, or rows if given, columns).
+
+    rows: the slot of each row, None for row i in slot i. lengths: (slots,), columns that are cached and clean.
+    """
+    (slots,), device = lengths.shape, lengths.device
+    column = torch.arange(columns, device=device).expand(slots, -1)
+    document = torch.where(column < lengths[:, None], 0, PADDING)
+    noisy = torch.zeros_like(document, dtype=torch.bool)
+    slot = torch.arange(slots, device=device) if rows is None else rows
+    spare = (0, 1)  # a column for padding
+    index = (slot[:, None], layout.position.where(layout.real, columns))
+    document = pad(document, spare).index_put(index, layout.document)[:, :-1]
+    noisy = pad(noisy, spare).index_put(index, layout.noisy)[:, :-1]
+    kv = Layout(column, document, noisy)
+    return kv if rows is None else kv.at(rows)
 
 
 class Network(Protocol):
@@ -173,8 +181,8 @@ class Network(Protocol):
     def new_cache(self) -> Any:
         """An empty cache that grows by whole passes, for `Past`."""
 
-    def new_slots(self) -> Any:
-        """An empty cache for `Prefix`."""
+    def new_slots(self, slots: int, columns: int) -> Any:
+        """An empty cache for a `Prefix` of so many slots, which will reach so many columns at most."""
 
     def __call__(
         self,
@@ -372,9 +380,12 @@ def ar_pass(x0: Tensor, layout: Layout, wanted: Tensor) -> Pass:
 # --- on top of a cache: decoding
 
 
-def begin(network: Network, pattern: Pattern, prompts: Sequence[Tensor], *, keep_logits: bool = False) -> Prefix:
-    """The prompts, run once, each in a slot of its own."""
-    past = Prefix(network.new_slots(), torch.zeros(len(prompts), dtype=torch.long, device=network.device))
+def begin(
+    network: Network, pattern: Pattern, prompts: Sequence[Tensor], *, columns: int = 0, keep_logits: bool = False
+) -> Prefix:
+    """The prompts, run once, each in a slot of its own, of which `columns` will be reached if that is known."""
+    slots, columns = len(prompts), max(columns, *map(len, prompts))
+    past = Prefix(network.new_slots(slots, columns), torch.zeros(slots, dtype=torch.long, device=network.device))
     prefill(network, pattern, past, range(len(prompts)), prompts, keep_logits=keep_logits)
     return past
 

@@ -8,9 +8,9 @@ columns. A pass may hold several rows of one slot: all of them write before any 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,31 +42,44 @@ class Place:
     additive: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # masks as they are added
 
 
+@dataclass
+class SlotMemory:
+    """What the layers of a cache share, and the layers themselves: all that outlives the cache.
+
+    room, capacity: slots and columns that have memory, or will have with the first pass; more are added when needed.
+    slots: those in use. gathers: hand the model the keys of each row instead of those of each slot, for attention that
+    knows no slots. now: where the present pass stands.
+    """
+
+    room: int = 0
+    capacity: int = 0
+    slots: int = 0
+    gathers: bool = True
+    now: Place | None = None
+    layers: list[Any] = field(default_factory=list)
+
+
 class SlotCache(Cache):
     """transformers' cache interface over slots; `place` comes before each pass."""
 
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=lambda: _SlotLayer(self))
-        self.now: Place | None = None
-        self.slots = self.capacity = 0
-        self.gathers = True
+    def __init__(self, memory: SlotMemory | None = None) -> None:
+        self.memory = memory = memory or SlotMemory()
+        super().__init__(layer_class_to_replicate=functools.partial(_SlotLayer, memory))
+        self.layers = memory.layers
 
-    def place(self, rows: Sequence[int] | None, column: Tensor, columns: int, slots: int, *, gathers: bool) -> Place:
+    def place(self, rows: Sequence[int] | None, column: Tensor, columns: int, slots: int) -> Place:
         """Say where the next pass stands.
 
         rows: slot of each row of the pass, None for row i in slot i. column: (rows, length), -1 for tokens that
-        nothing will read. columns: how many of them the pass sees. gathers: hand the model the keys of each row
-        instead of those of each slot, for attention that knows no slots.
+        nothing will read. columns: how many of them the pass sees.
         """
-        if columns > self.capacity:
-            self.capacity = -(-columns // GRAIN) * GRAIN
-        self.slots, self.gathers = slots, gathers
-        device = column.device
+        memory, device = self.memory, column.device
+        if columns > memory.capacity:
+            memory.capacity = grained(columns)
         slot = torch.arange(slots, device=device) if rows is None else torch.tensor(rows, device=device)
-        column = torch.where(column < 0, self.capacity, column)  # one column more than is ever read
-        target = (slot[:, None] * (self.capacity + 1) + column).flatten()
-        self.now = Place(target, _parts(rows, slots, device), columns)
-        return self.now
+        place = Place(flat_target(slot, column, memory.capacity), _parts(rows, slots, device), columns)
+        memory.slots, memory.now = slots, place
+        return place
 
     def select(self, keep: Tensor) -> None:
         """Keep these slots, in this order."""
@@ -76,6 +89,17 @@ class SlotCache(Cache):
     @property
     def is_compileable(self) -> bool:
         return False
+
+
+def grained(columns: int) -> int:
+    """So many columns or a few more, in steps of the grain."""
+    return -(-columns // GRAIN) * GRAIN
+
+
+def flat_target(slot: Tensor, column: Tensor, capacity: int) -> Tensor:
+    """Index into the flattened slots of each token: slot (rows,), column (rows, length), -1 for what nothing reads."""
+    column = torch.where(column < 0, capacity, column)  # one column more than is ever read
+    return (slot[:, None] * (capacity + 1) + column).flatten()
 
 
 def _parts(rows: Sequence[int] | None, slots: int, device: torch.device) -> list[Part]:
@@ -95,42 +119,45 @@ def _parts(rows: Sequence[int] | None, slots: int, device: torch.device) -> list
 class _SlotLayer(CacheLayerMixin):
     is_sliding = False
 
-    def __init__(self, cache: SlotCache) -> None:
+    def __init__(self, memory: SlotMemory) -> None:
         super().__init__()
-        self.cache = cache
+        self.memory = memory
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        slots, columns = self.cache.slots, self.cache.capacity + 1
+        slots, columns = max(self.memory.room, self.memory.slots), self.memory.capacity + 1
         self.keys, self.values = (
             x.new_zeros(slots, columns, x.shape[1], x.shape[3]) for x in (key_states, value_states)
         )
+        for buffer in (self.keys, self.values):  # a CUDA graph writes to it where it stands
+            torch._dynamo.mark_static_address(buffer, guard=False)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the pass's keys and values (rows, heads, length, dim); return those that it sees."""
+        memory = self.memory
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        elif self.keys.shape[1] <= self.cache.capacity:
-            more = (0, 0, 0, 0, 0, self.cache.capacity + 1 - self.keys.shape[1])
+        elif self.keys.shape[1] <= memory.capacity:
+            more = (0, 0, 0, 0, 0, memory.capacity + 1 - self.keys.shape[1])
             self.keys, self.values = (torch.nn.functional.pad(x, more) for x in (self.keys, self.values))
-        place = self.cache.now
-        assert place is not None
-        return self._put(self.keys, key_states, place), self._put(self.values, value_states, place)
+        assert memory.now is not None
+        return self._put(self.keys, key_states, memory.now), self._put(self.values, value_states, memory.now)
 
     def _put(self, buffer: Tensor, new: Tensor, place: Place) -> Tensor:
         buffer.flatten(0, 1).index_copy_(0, place.target, new.transpose(1, 2).flatten(0, 1))
-        seen = buffer[:, : place.columns].transpose(1, 2)
-        if not self.cache.gathers or (len(place.parts) == 1 and place.parts[0][2] is None):
+        seen = buffer[: self.memory.slots, : place.columns].transpose(1, 2)
+        if not self.memory.gathers or (len(place.parts) == 1 and place.parts[0][2] is None):
             return seen
         return torch.cat([seen if index is None else seen[index] for _, _, index in place.parts])
 
     def select(self, keep: Tensor) -> None:
         if self.is_initialized:
-            self.keys, self.values = self.keys[keep], self.values[keep]
+            for buffer in (self.keys, self.values):  # in place, so that addresses stay what they are
+                buffer[: len(keep)] = buffer[keep]
 
     def get_seq_length(self) -> int:
-        place = self.cache.now
-        return place.columns if self.is_initialized and place is not None else 0
+        now = self.memory.now
+        return now.columns if self.is_initialized and now is not None else 0
 
     def get_max_length(self) -> int:
         return -1
@@ -141,21 +168,23 @@ class _SlotLayer(CacheLayerMixin):
 
 # --- attention
 
-_place: ContextVar[Place] = ContextVar("place")
-
 
 @contextmanager
-def placed(place: Place) -> Iterator[None]:
-    """Within the context `slot_attention` reads the keys of this pass's slots."""
-    token = _place.set(place)
+def placed(config: Any, place: Place) -> Iterator[None]:
+    """Within the context `slot_attention` in models of this configuration reads the keys of this pass's slots.
+
+    The configuration is what the attention of a model can see of its surroundings; compilers cannot follow a
+    context variable.
+    """
+    config.unmask_place = place
     try:
         yield
     finally:
-        _place.reset(token)
+        del config.unmask_place
 
 
 def slot_attention(
-    _module: Any,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -171,8 +200,9 @@ def slot_attention(
     """
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported in decoding: set it to 0")
-    place = _place.get()
-    long = query.device.type == "cpu" and query.shape[2] >= 2 * CHUNK and attention_mask.numel() > 1
+    place: Place = module.config.unmask_place
+    compiling = torch.compiler.is_compiling()
+    long = query.device.type == "cpu" and query.shape[2] >= 2 * CHUNK and attention_mask.numel() > 1 and not compiling
     out = []
     for begin, end, index in place.parts:
         q, mask = query[begin:end], attention_mask[begin:end] if attention_mask.numel() > 1 else None
@@ -194,11 +224,15 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scaling: flo
 
 def _additive(mask: Tensor, begin: int, q: Tensor, k: Tensor, place: Place) -> Tensor:
     """The mask as it is added to the scores of `_grouped`, made once for the layers of a pass."""
-    key = (begin, mask.data_ptr())
-    if key not in place.additive:
+    compiling = torch.compiler.is_compiling()  # which finds what is the same in all layers by itself
+    key = (begin, 0 if compiling else mask.data_ptr())
+    if compiling or key not in place.additive:
         hidden = torch.finfo(q.dtype).min  # finite: what padding computes must not become NaN
         added = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, hidden)
-        place.additive[key] = added.repeat(1, 1, q.shape[1] // k.shape[1], 1)
+        added = added.repeat(1, 1, q.shape[1] // k.shape[1], 1)
+        if compiling:
+            return added
+        place.additive[key] = added
     return place.additive[key]
 
 

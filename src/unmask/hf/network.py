@@ -27,9 +27,10 @@ from unmask.attention import (
 )
 from unmask.chunked import CHUNK
 from unmask.denoiser import Pass, Past, Prefix, run
+from unmask.hf.compiled import CompiledPasses
 from unmask.readout import RowLoss
 from unmask.shortcuts import CHUNKED, head_rows, head_sum, last_layer, last_layer_rows
-from unmask.slots import SLOTS, SlotCache, placed
+from unmask.slots import SLOTS, SlotCache, SlotMemory, placed
 
 
 class UnsupportedModelError(ValueError):
@@ -71,6 +72,7 @@ class HFNetwork:
         self.head = model.get_output_embeddings()
         self.config = model.config.get_text_config()
         self._masks: deque[tuple[Pattern, Layout, str, Any]] = deque(maxlen=2)
+        self.compiled: CompiledPasses | None = None
 
     @property
     def device(self) -> torch.device:
@@ -85,8 +87,14 @@ class HFNetwork:
         # Without the config: caches made for sliding windows drop old keys.
         return DynamicCache()
 
-    def new_slots(self) -> SlotCache:
-        return SlotCache()
+    def new_slots(self, slots: int, columns: int) -> SlotCache:
+        return SlotCache() if self.compiled is None else self.compiled.new_slots(slots, columns)
+
+    def compile(self, **options: Any) -> None:
+        """Compile decoding passes from now on; options: of torch.compile, see `CompiledPasses`."""
+        if self.compiled is not None:
+            self.compiled.hook.remove()
+        self.compiled = CompiledPasses(self, **options)
 
     def __call__(
         self,
@@ -97,7 +105,10 @@ class HFNetwork:
         rows: Tensor | None = None,
         past: Past | Prefix | None = None,
     ) -> Tensor:
-        logits = self._run(input_ids, layout, pattern, rows, past, lambda kept: head_rows(self.head, kept))
+        if isinstance(past, Prefix) and self.compiled is not None and self.compiled.takes(past):
+            logits = self.compiled(input_ids, layout, pattern, rows, past)
+        else:
+            logits = self._run(input_ids, layout, pattern, rows, past, lambda kept: head_rows(self.head, kept))
         if logits.dtype != torch.float64:
             logits = logits.float()
         if self.mask_token_id is not None and self.mask_token_id < logits.shape[-1]:  # a drafter's has no logit
@@ -179,13 +190,19 @@ class HFNetwork:
     @contextmanager
     def _on_slots(self, past: Prefix, layout: Layout, rows: Tensor | None) -> Iterator[Tensor | None]:
         """Attend to the slots of a pass where they lie, where the model takes it; yields where the wanted rows are."""
+        place = past.cache.place(past.rows, past.column(layout), past.columns, len(past.lengths))
+        with self.slot_attention(past.cache.memory), placed(self.config, place):
+            yield rows
+
+    @contextmanager
+    def slot_attention(self, memory: SlotMemory) -> Iterator[None]:
+        """Attention that knows slots, where the model takes it; else it is handed the keys of each row."""
         direct, before = self.routes.chunked, self.config._attn_implementation
-        place = past.cache.place(past.rows, past.column(layout), past.columns, len(past.lengths), gathers=not direct)
+        memory.gathers = not direct
         if direct:
             self.config._attn_implementation = SLOTS
         try:
-            with placed(place):
-                yield rows
+            yield
         finally:
             self.config._attn_implementation = before
 
@@ -205,23 +222,32 @@ class HFNetwork:
         return argument
 
     def _new_argument(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
+        return self.form(self.patterns(pattern), q, kv)
+
+    def patterns(self, pattern: Pattern) -> Pattern | dict[str, Pattern]:
+        """What the layers of this model see where `pattern` is asked for, of each type if they have types."""
         pattern = intersect(pattern, same_document)
         size = getattr(self.config, "sliding_window", None)
         kinds = set(getattr(self.config, "layer_types", None) or ())
         if not size or not self.per_layer_type or (kinds and "sliding_attention" not in kinds):
-            return self._form(pattern, q, kv)
+            return pattern
         # Measured on positions: in [noisy | clean], and behind left padding, indices say nothing of distance.
-        near = self._form(intersect(pattern, window(size)), q, kv)
-        if not kinds:
-            return near
-        return {"full_attention": self._form(pattern, q, kv), "sliding_attention": near}
+        near = intersect(pattern, window(size))
+        return {"full_attention": pattern, "sliding_attention": near} if kinds else near
+
+    def form(self, patterns: Pattern | dict[str, Pattern], q: Layout, kv: Layout) -> Any:
+        """The masks of these patterns, in the form that the model takes."""
+        if isinstance(patterns, dict):
+            return {kind: self._form(pattern, q, kv) for kind, pattern in patterns.items()}
+        return self._form(patterns, q, kv)
 
     def _form(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
         implementation = self.config._attn_implementation
         if implementation == "flex_attention":
             return block_mask(pattern, q, kv)
         allowed = dense(pattern, q, kv)[:, None]
-        if implementation == SLOTS and allowed.device.type == "cpu" and bool(allowed.all()):
+        asking = allowed.device.type == "cpu" and not torch.compiler.is_compiling()
+        if implementation == SLOTS and asking and bool(allowed.all()):
             return allowed.new_ones(1, 1, 1, 1)
         if implementation in ("sdpa", CHUNKED, SLOTS):
             return allowed
@@ -261,6 +287,6 @@ def replicate(network: HFNetwork) -> HFNetwork:
     memo |= {id(b): b for b in model.buffers()}
     twin = copy.copy(network)
     twin.model = twin.forward = copy.deepcopy(model, memo)
-    twin._masks = deque(maxlen=2)
+    twin._masks, twin.compiled = deque(maxlen=2), None
     twin.head, twin.config = twin.model.get_output_embeddings(), twin.model.config.get_text_config()
     return twin

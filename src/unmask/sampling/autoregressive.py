@@ -35,7 +35,8 @@ def sample_autoregressive(
     The prefill ends before the last prompt token, so a row needs exactly one forward per new token.
     """
     check_sampling(temperature, top_p, top_k)
-    device, seats = network.device, Seats(network, len(prompts), batch_size)
+    device = network.device
+    seats = Seats(network, len(prompts), batch_size, max(map(len, prompts)) + max_new_tokens)
     past = seats.past
     new_tokens: list[list[int]] = [[] for _ in prompts]
     last = torch.zeros(len(seats.rows), 1, dtype=torch.long, device=device)

@@ -74,7 +74,7 @@ def sample_blocks(
     guided = None
     if guidance_scale != 1:
         network, passes = (guided := GuidedNetwork(network, config.mask_token_id, guidance_scale)), 2
-    seats = Seats(network, len(prompts), batch_size)
+    seats = Seats(network, len(prompts), batch_size, max(ends) + width)
     blocks, past = _Blocks(len(seats.rows), width, device, seed), seats.past
     num_forwards = torch.zeros(len(prompts), dtype=torch.long)
     num_new = [end - n for end, n in zip(ends, lengths, strict=True)]

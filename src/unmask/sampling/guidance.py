@@ -46,8 +46,8 @@ class GuidedNetwork:
     def device(self) -> torch.device:
         return self.network.device
 
-    def new_slots(self) -> _Caches:
-        return _Caches(self.network.new_slots(), self.network.new_slots())
+    def new_slots(self, slots: int, columns: int) -> _Caches:
+        return _Caches(self.network.new_slots(slots, columns), self.network.new_slots(slots, columns))
 
     def new_cache(self) -> Any:
         return self.network.new_cache()

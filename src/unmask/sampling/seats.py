@@ -21,14 +21,18 @@ def check_batch_size(batch_size: int | None) -> None:
 
 
 class Seats:
-    """rows: the row in each slot. past: what of them is cached; empty for a row that has just sat down."""
+    """rows: the row in each slot. past: what of them is cached; empty for a row that has just sat down.
 
-    def __init__(self, network: Network, rows: int, batch_size: int | None) -> None:
+    columns: the cache's, as many as the longest row will need.
+    """
+
+    def __init__(self, network: Network, rows: int, batch_size: int | None, columns: int) -> None:
         check_batch_size(batch_size)
         slots = min(rows, batch_size or rows)
         self.waiting = deque(range(rows))
         self.rows: list[int] = [-1] * slots
-        self.past = Prefix(network.new_slots(), torch.zeros(slots, dtype=torch.long, device=network.device))
+        lengths = torch.zeros(slots, dtype=torch.long, device=network.device)
+        self.past = Prefix(network.new_slots(slots, columns), lengths)
 
     def leave(self, slot: int) -> None:
         """The row in this slot has ended."""

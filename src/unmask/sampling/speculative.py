@@ -163,7 +163,7 @@ def sample_speculative(
     acceptance = acceptance or Coupled()
     device = network.device
     state = _Rows(prompts, max_new_tokens, context_length, end_token_ids, stop, callback)
-    seats = Seats(network, len(prompts), batch_size)
+    seats = Seats(network, len(prompts), batch_size, max(map(state.end, range(len(prompts)))) + length)
     past = seats.past
     last = torch.zeros(len(seats.rows), 1, dtype=torch.long, device=device)
     starts = [0] * len(seats.rows)  # the first unverified position of each row

@@ -1,0 +1,135 @@
+"""Compiled decoding passes against the same passes run as they are: equal tokens, few shapes, memory that stays."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
+from torch._dynamo.utils import counters
+
+from unmask import hf
+from unmask.attention import Layout, causal
+from unmask.denoiser import begin
+from unmask.hf.compiled import CompiledPasses
+from unmask.sampling import Confidence, Threshold, sample_autoregressive, sample_blocks, sample_speculative
+
+EAGER = {"backend": "aot_eager"}
+"""Traced and functionalised like any compiled pass, but run by torch's own kernels."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def pair(name: str = "llama", implementation: str = "sdpa") -> tuple[hf.HFNetwork, hf.HFNetwork]:
+    """The same model twice, the second with compiled passes."""
+    plain, compiled = (tiny_model(SUPPORTED[name](), torch.float64) for _ in range(2))
+    compiled.load_state_dict(plain.state_dict())
+    for model in (plain, compiled):
+        model.set_attn_implementation(implementation)
+    networks = hf.HFNetwork(plain, MASK), hf.HFNetwork(compiled, MASK)
+    networks[1].compile(**EAGER)
+    return networks
+
+
+PROMPTS = [random_tokens(n, seed=n) for n in (3, 9, 14, 6, 1)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma2", "gemma3"])
+def test_ragged_blocks_equal_those_decoded_plainly(name: str) -> None:
+    plain, compiled = pair(name, "eager" if name == "gemma2" else "sdpa")
+    options = {"max_new_tokens": 14, "select": Threshold(0.05)}
+    want, got = (sample_blocks(net, block_config(4), PROMPTS[:3], **options) for net in (plain, compiled))
+    assert got.new_tokens == want.new_tokens
+    assert got.num_forwards.tolist() == want.num_forwards.tolist()
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_shifted_guided_windowed_queue_equals_the_plain_one(shift: bool) -> None:
+    plain, compiled = pair()
+    common = {"max_new_tokens": 10, "temperature": 1.0, "seed": 3, "batch_size": 2}
+    for options in ({"guidance_scale": 2.0}, {"select": Confidence(2)} | ({} if shift else {"window": 2})):
+        want, got = (sample_blocks(net, block_config(4, shift=shift), PROMPTS[:3], **common, **options)
+                     for net in (plain, compiled))  # fmt: skip
+        assert got.new_tokens == want.new_tokens
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_speculation_and_ar_equal_the_plain_ones(adaptive: bool) -> None:
+    plain, compiled = pair()
+    options = {"max_new_tokens": 16, "end_token_ids": (5, 9), "batch_size": 2}
+    config = block_config(6, clean="causal")
+    want, got = (sample_speculative(net, config, PROMPTS, adaptive=adaptive, **options) for net in (plain, compiled))
+    assert (got.new_tokens, got.num_forwards.tolist()) == (want.new_tokens, want.num_forwards.tolist())
+    want, got = (sample_autoregressive(net, PROMPTS, **options) for net in (plain, compiled))
+    assert got.new_tokens == want.new_tokens
+
+
+def test_rows_that_leave_and_longer_texts_need_few_shapes() -> None:
+    """Rows end one after the other and texts grow; the shapes are those of 4, 2 and 1 slots."""
+    _, compiled = pair()
+    prompts = [random_tokens(n, seed=n) for n in (4, 12, 24, 40)]
+    sample_autoregressive(compiled, prompts, max_new_tokens=80, context_length=90)
+    assert counters["stats"]["unique_graphs"] <= 2 * 3
+    before = counters["stats"]["unique_graphs"]
+    gc.collect()
+    sample_autoregressive(compiled, [random_tokens(30, seed=5)] * 3, max_new_tokens=50)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_memory_is_used_again_and_does_not_move() -> None:
+    _, compiled = pair()
+    assert isinstance(compiled.compiled, CompiledPasses)
+
+    def decode(n: int) -> None:
+        sample_blocks(compiled, block_config(4), PROMPTS[:n], max_new_tokens=8)
+        gc.collect()  # compilation keeps what it has seen until then
+
+    decode(4)
+    (memory,) = compiled.compiled._free
+    address = [layer.keys.data_ptr() for layer in memory.layers]
+    for n in (4, 3):
+        decode(n)
+        assert compiled.compiled._free == [memory]
+        assert [layer.keys.data_ptr() for layer in memory.layers] == address
+    decode(5)
+    assert [m.room for m in compiled.compiled._free] == [4, 8]
+
+
+def test_what_takes_no_fixed_shape_runs_as_it_is() -> None:
+    _, compiled = pair()
+    assert isinstance(compiled.compiled, CompiledPasses)
+    past = begin(compiled, causal, PROMPTS[:3])
+    assert counters["stats"]["unique_graphs"] == 0  # prefills come in every length
+    assert compiled.compiled.takes(past)
+    assert compiled.compiled.takes(past.at([0, 1, 2, 1]))
+    assert not compiled.compiled.takes(past.at([1, 2]))
+    past.columns = 1000
+    assert not compiled.compiled.takes(past)
+
+
+@torch.inference_mode()
+def test_a_pass_asks_the_device_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device whatever waits for a value raises; so the pass can be recorded as a CUDA graph."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    net = hf.HFNetwork(tiny_model(SUPPORTED["gemma3"]()).to("meta"), MASK)
+    net.compile()
+    past = begin(net, causal, [prompt.to("meta") for prompt in PROMPTS[1:4]])
+    layout = Layout.of(torch.zeros(4, 3, dtype=torch.long, device="meta"))
+    ids, rows = torch.zeros_like(layout.position), torch.zeros(5, dtype=torch.long, device="meta")
+    assert net(ids, layout, causal, rows=rows, past=past.at([0, 1, 2, 1])).shape == (5, MASK + 1)
+
+
+def test_compiled_by_inductor_too() -> None:
+    plain, compiled = pair()
+    compiled.compile()
+    options = {"max_new_tokens": 10, "select": Confidence(2)}
+    want, got = (sample_blocks(net, block_config(4), PROMPTS[:1], **options) for net in (plain, compiled))
+    assert got.new_tokens == want.new_tokens

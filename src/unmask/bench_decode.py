@@ -7,6 +7,7 @@ that the samplers count: every pass after the prefill, cache writes included.
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import time
@@ -72,27 +73,39 @@ def bench_config(model: Any, block_size: int, clean: str = "block_causal") -> Di
     return DiffusionConfig(model.config.vocab_size - 1, "two_stream", clean, block_size, False, "bench", __version__)
 
 
+@functools.lru_cache(maxsize=2)
+def network_of(model: Any, compiled: bool = False) -> hf.HFNetwork:
+    """The model as a network, its mask the last row of the vocabulary; one for all cases: compiling takes long."""
+    network = hf.HFNetwork(model.eval(), model.config.vocab_size - 1)
+    if compiled:
+        network.compile()
+    return network
+
+
 def block_decoder(
-    model: Any, *, batch: int, block_size: int, n: int, new: int = NEW, window: int | None = None, prompt: int = PROMPT
-) -> Decoder:
+    model: Any, *, batch: int, block_size: int, n: int, new: int = NEW, window: int | None = None, prompt: int = PROMPT,
+    compiled: bool = False,
+) -> Decoder:  # fmt: skip
     """Greedy block decoding of exactly `new` tokens a row, n a forward."""
-    config = bench_config(model.eval(), block_size)
-    network, prompts = hf.HFNetwork(model, config.mask_token_id), list(random_prompts(model, batch, prompt))
+    config, network = bench_config(model, block_size), network_of(model, compiled)
+    prompts = list(random_prompts(model, batch, prompt))
     return lambda: sample_blocks(network, config, prompts, max_new_tokens=new, select=Confidence(n), window=window)
 
 
-def speculative_decoder(model: Any, *, batch: int, draft_length: int, gain: int, new: int = NEW) -> Decoder:
+def speculative_decoder(
+    model: Any, *, batch: int, draft_length: int, gain: int, new: int = NEW, compiled: bool = False
+) -> Decoder:
     """Greedy self-speculation that gains exactly `gain` tokens a cycle of a draft and a verification."""
-    config = bench_config(model.eval(), draft_length, "causal")
-    network, prompts = hf.HFNetwork(model, config.mask_token_id), list(random_prompts(model, batch))
+    config, network = bench_config(model, draft_length, "causal"), network_of(model, compiled)
+    prompts = list(random_prompts(model, batch))
     return lambda: sample_speculative(
         network, config, prompts, max_new_tokens=new, draft_length=draft_length, acceptance=Accept(gain - 1)
     )
 
 
-def ar_decoder(model: Any, *, batch: int, new: int = NEW) -> Decoder:
+def ar_decoder(model: Any, *, batch: int, new: int = NEW, compiled: bool = False) -> Decoder:
     """Greedy AR decoding on our own cache code."""
-    network, prompts = hf.HFNetwork(model.eval(), model.config.vocab_size - 1), list(random_prompts(model, batch))
+    network, prompts = network_of(model, compiled), list(random_prompts(model, batch))
     return lambda: sample_autoregressive(network, prompts, max_new_tokens=new)
 
 
@@ -184,46 +197,54 @@ _SPECULATION: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def bench_decode(shape: str, rounds: int = 3) -> list[DecodeCase]:
-    """Decoding: `ratio` is our tokens per second over those of AR `generate()` (higher is better)."""
+def bench_decode(shape: str, rounds: int = 3, *, compiled: bool = False) -> list[DecodeCase]:
+    """Decoding: `ratio` is our tokens per second over those of AR `generate()` (higher is better).
+
+    compiled: our passes, those of our own AR too.
+    """
     model = make_model(shape)
     baseline = {batch: generate_decoder(model, batch=batch) for batch in (1, 8)}
     cases = []
     for case, settings in _CASES:
-        ours: Any = block_decoder(model, **settings)
-        cases.append(compare(case, ours, baseline[settings["batch"] or 1], rounds, settings | {"new": NEW}))
+        ours: Any = block_decoder(model, **settings, compiled=compiled)
+        told = settings | {"new": NEW, "compiled": compiled}
+        cases.append(compare(case, ours, baseline[settings["batch"] or 1], rounds, told))
     for case, settings in _SPECULATION:
-        ours = speculative_decoder(model, **settings)
-        cases.append(compare(case, ours, baseline[settings["batch"] or 1], rounds, settings | {"new": NEW}))
+        ours = speculative_decoder(model, **settings, compiled=compiled)
+        told = settings | {"new": NEW, "compiled": compiled}
+        cases.append(compare(case, ours, baseline[settings["batch"] or 1], rounds, told))
     lookup = generate_decoder(model, batch=1, lookup=8)
     cases.append(compare("b1_prompt_lookup", lookup, baseline[1], rounds, {"batch": 1, "lookup": 8, "new": NEW}))
-    cases.append(compare("b8_ar", ar_decoder(model, batch=8), baseline[8], rounds, {"batch": 8, "new": NEW}))
-    cases.append(_lengths(model, max(1, rounds - 1)))
+    own = ar_decoder(model, batch=8, compiled=compiled)
+    cases.append(compare("b8_ar", own, baseline[8], rounds, {"batch": 8, "new": NEW, "compiled": compiled}))
+    cases.append(_lengths(model, max(1, rounds - 1), compiled))
     if model.device.type == "cuda":
-        cases += [weight_bound(model), *throughput(model, rounds)]
+        cases += [weight_bound(model, compiled), *throughput(model, rounds, compiled=compiled)]
     return cases
 
 
-def throughput(model: Any, rounds: int, batches: tuple[int, ...] = (1, 8, 64)) -> list[DecodeCase]:
+def throughput(
+    model: Any, rounds: int, batches: tuple[int, ...] = (1, 8, 64), *, compiled: bool = False
+) -> list[DecodeCase]:
     """Blocks of 16 at 3 tokens a forward beside AR: transformers' `generate()`, and our own engine (`_own_ar`)."""
     cases = []
     for batch in batches:
-        settings: dict[str, Any] = {"batch": batch, "block_size": 16, "n": 3}
-        ours = block_decoder(model, **settings)
-        for name, baseline in (("", generate_decoder(model, batch=batch)), ("_own_ar", ar_decoder(model, batch=batch))):
+        settings: dict[str, Any] = {"batch": batch, "block_size": 16, "n": 3, "compiled": compiled}
+        ours, own = block_decoder(model, **settings), ar_decoder(model, batch=batch, compiled=compiled)
+        for name, baseline in (("", generate_decoder(model, batch=batch)), ("_own_ar", own)):
             cases.append(compare(f"b{batch}_block16_n3{name}", ours, baseline, rounds, settings | {"new": NEW}))
     return cases
 
 
-def weight_bound(model: Any, prefix: int = 512, block_size: int = 16) -> DecodeCase:
+def weight_bound(model: Any, compiled: bool = False, *, prefix: int = 512, block_size: int = 16) -> DecodeCase:
     """Milliseconds of one denoising forward of one row beside those that reading all weights once takes.
 
     The rate is that of a large copy, which reads and writes. `ratio` is the first over the second: at least 1.
     """
-    config = bench_config(model.eval(), block_size)
-    network, ids = hf.HFNetwork(model, config.mask_token_id), random_prompts(model, 1, prefix)
+    config, network = bench_config(model, block_size), network_of(model, compiled)
+    ids = random_prompts(model, 1, prefix)
     with torch.inference_mode():
-        past = begin(network, config.pattern, [ids[0]])
+        past = begin(network, config.pattern, [ids[0]], columns=prefix + block_size)
         past.reach(prefix + block_size)
         xt = torch.full((1, block_size), config.mask_token_id, device=ids.device)
         layout = Layout.of(prefix + torch.arange(block_size, device=ids.device)[None])
@@ -233,7 +254,7 @@ def weight_bound(model: Any, prefix: int = 512, block_size: int = 16) -> DecodeC
         ours = min(_clock(lambda: denoise(network, config, past, xt, layout, wanted)) for _ in range(8))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     bound = weights / (2 * big.numel() / copy)
-    settings: dict[str, Any] = {"batch": 1, "block_size": block_size, "prefix": prefix}
+    settings: dict[str, Any] = {"batch": 1, "block_size": block_size, "prefix": prefix, "compiled": compiled}
     return DecodeCase("b1_denoising_forward", 1e3 * ours, 1e3 * bound, ours / bound, "ms per forward", ours / bound,
                       1.0, float("nan"), float("nan"), settings)  # fmt: skip
 
@@ -246,9 +267,9 @@ def _clock(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _lengths(model: Any, rounds: int) -> DecodeCase:
+def _lengths(model: Any, rounds: int, compiled: bool) -> DecodeCase:
     """Tokens per second at 512 new tokens over those at 128, ours over AR's."""
-    settings: dict[str, Any] = {"batch": 8, "block_size": 32, "n": 4}
+    settings: dict[str, Any] = {"batch": 8, "block_size": 32, "n": 4, "compiled": compiled}
     runs = []
     for new in (512, NEW):
         ours, baseline = block_decoder(model, **settings, new=new), generate_decoder(model, batch=8, new=new)

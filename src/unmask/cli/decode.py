@@ -124,6 +124,9 @@ def chat(
     ] = None,
     temperature: Temperature = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile decoding: a slow first answer, faster ones on a GPU.")
+    ] = False,
 ) -> None:
     """Talk to a fine-tuned model; /reset forgets the conversation, /exit ends it."""
     import unmask
@@ -133,6 +136,8 @@ def chat(
     select = None if confidence_threshold is None else Threshold(confidence_threshold)
     lm = unmask.load(model)
     check_template(lm.tokenizer)
+    if compiled:
+        lm.compile()
     lm._check_mode(mode or ("ar" if lm.diffusion is None else "diffusion"))
     messages: list[dict[str, str]] = []
     while (line := _ask("> ")) is not None:

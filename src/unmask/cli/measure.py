@@ -281,6 +281,9 @@ def bench(
     model: Annotated[str | None, typer.Argument(help="Folder or hub id instead of random weights.")] = None,
     shape: Annotated[str, typer.Option(help="Random Qwen3 weights of this shape: tiny, 0.6b, 4b or 8b.")] = "tiny",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 5,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile our decoding passes (a GPU replays them as CUDA graphs).")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Speed and memory beside the plain AR baseline of the same model, as ratios from one run."""
@@ -288,6 +291,8 @@ def bench(
         raise ValueError(f"bench {what!r} is unknown: use train or decode")
     if rounds < 1:
         raise ValueError(f"--rounds {rounds} must be at least 1")
+    if compiled and what == "train":
+        raise ValueError("--compile is for decoding: leave it out of bench train")
 
     import torch
 
@@ -295,8 +300,11 @@ def bench(
     from unmask.bench_decode import bench_decode
 
     torch.set_num_threads(1)
-    run: Any = bench_train if what == "train" else bench_decode
-    cases = run(model or shape, rounds)
+    cases: Any = (
+        bench_train(model or shape, rounds)
+        if what == "train"
+        else bench_decode(model or shape, rounds, compiled=compiled)
+    )
     settings = {
         "shape": model or shape,
         "rounds": rounds,

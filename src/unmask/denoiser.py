@@ -143,7 +143,7 @@ class Prefix:
 
     def keys(self, layout: Layout) -> Layout:
         """Where the keys of a pass over `layout` stand: (slots, or rows if given, columns)."""
-        rows = None if self.rows is None else torch.tensor(self.rows, device=self.lengths.device)
+        rows = None if self.rows is None else torch.tensor(self.rows).to(self.lengths.device, non_blocking=True)
         return slot_keys(layout, rows, self.lengths, self.columns)
 
     def select(self, keep: Tensor) -> None:
@@ -402,19 +402,19 @@ def prefill(
     """Run `prompts`, possibly empty, into these slots; with `keep_logits` their last logits stay for what follows."""
     device, counts = past.lengths.device, [len(prompt) for prompt in prompts]
     if max(counts, default=0):
-        ids = pad_sequence([prompt.to(device) for prompt in prompts], batch_first=True)
-        lengths = torch.tensor(counts, device=device)
+        ids = pad_sequence(list(prompts), batch_first=True).to(device, non_blocking=True)
+        slots, lengths = (torch.tensor(x).to(device, non_blocking=True) for x in (list(rows), counts))
         # What fills up a shorter prompt stands behind it, where no prompt looks, and is not counted as cached.
         layout = Layout.of(torch.arange(ids.shape[1], device=device).expand_as(ids))
         past.reach(max(past.columns, ids.shape[1]))
         last = torch.arange(len(counts), device=device) * ids.shape[1] + lengths - 1
         wanted = last.clamp_min(0) if keep_logits else last[:0]
         logits = network(ids, layout, pattern, rows=wanted, past=replace(past, rows=rows, columns=ids.shape[1]))
-        past.lengths[list(rows)] = lengths
+        past.lengths[slots] = lengths
         if keep_logits:
             if past.next_logits is None:
                 past.next_logits = logits.new_zeros(len(past.lengths), logits.shape[-1])
-            past.next_logits[list(rows)] = logits
+            past.next_logits[slots] = logits
     else:
         past.lengths[list(rows)] = 0
 
@@ -442,9 +442,9 @@ def denoise(
     rows: list[int] | None = None
     if finished is not None:
         behind, tokens = finished
-        size = tokens.shape[1]
+        late, size = torch.tensor(list(behind)).to(xt.device, non_blocking=True), tokens.shape[1]
         chunks = -(-size // width)  # rows as wide as the active ones, so that nothing is padded for them
-        place = past.lengths[list(behind), None] + torch.arange(chunks * width, device=xt.device)
+        place = past.lengths[late, None] + torch.arange(chunks * width, device=xt.device)
         inside = (torch.arange(chunks * width, device=xt.device) < size).expand_as(place)
         clean = Layout.of(torch.where(inside, place, 0), torch.where(inside, 0, PADDING))
         cut = [x.unflatten(1, (chunks, width)).transpose(0, 1).flatten(0, 1) for x in
@@ -461,22 +461,24 @@ def denoise(
             first = slots + (chunks - 1) * len(behind)
             boundary = (first + torch.arange(len(behind))) * width + (size - 1) % width
             scoring = torch.cat([boundary, scoring])
-    logits = network(xt, layout, config.pattern, rows=scoring.to(xt.device), past=past.at(rows))
+    logits = network(xt, layout, config.pattern, rows=scoring.to(xt.device, non_blocking=True), past=past.at(rows))
     if finished is not None:
-        past.lengths[list(behind)] += size
+        past.lengths[late] += size
     if not config.shift:
         return logits
     if finished is not None:
         if past.next_logits is None:
             past.next_logits = logits.new_zeros(slots, logits.shape[-1])
-        past.next_logits[list(behind)], logits = logits[: len(behind)], logits[len(behind) :]
+        past.next_logits[late], logits = logits[: len(behind)], logits[len(behind) :]
     if past.next_logits is None:  # nothing stands before the blocks: their first positions are never wanted
         return logits
     out = logits.new_empty(int(wanted.sum()), logits.shape[-1])
     first_place = torch.zeros_like(wanted)
     first_place[:, 0] = True
     is_first = first_place[wanted]
-    out[is_first], out[~is_first] = past.next_logits[wanted[:, 0]], logits
+    first, rest, slot = (x.nonzero()[:, 0].to(xt.device, non_blocking=True) for x in
+                         (is_first, ~is_first, wanted[:, 0]))  # fmt: skip
+    out[first], out[rest] = past.next_logits[slot], logits
     return out
 
 

@@ -76,7 +76,7 @@ class SlotCache(Cache):
         memory, device = self.memory, column.device
         if columns > memory.capacity:
             memory.capacity = grained(columns)
-        slot = torch.arange(slots, device=device) if rows is None else torch.tensor(rows, device=device)
+        slot = torch.arange(slots, device=device) if rows is None else torch.tensor(rows).to(device, non_blocking=True)
         place = Place(flat_target(slot, column, memory.capacity), _parts(rows, slots, device), columns)
         memory.slots, memory.now = slots, place
         return place
@@ -112,7 +112,7 @@ def _parts(rows: Sequence[int] | None, slots: int, device: torch.device) -> list
         parts.append((begin, begin + slots, None))
         begin += slots
     if begin < len(rows):
-        parts.append((begin, len(rows), torch.tensor(list(rows[begin:]), device=device)))
+        parts.append((begin, len(rows), torch.tensor(list(rows[begin:])).to(device, non_blocking=True)))
     return parts
 
 

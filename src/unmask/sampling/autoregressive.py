@@ -50,8 +50,9 @@ def sample_autoregressive(
         if new:
             joining = [prompts[seats.rows[slot]] for slot in new]
             prefill(network, causal, past, new, [prompt[:-1] for prompt in joining])
-            last[new, 0] = torch.stack([prompt[-1] for prompt in joining]).to(device)
-            position[new, 0] = torch.tensor([len(prompt) - 1 for prompt in joining], device=device)
+            at = torch.tensor(new).to(device, non_blocking=True)
+            begin = torch.tensor([[int(prompt[-1]), len(prompt) - 1] for prompt in joining])
+            last[at, 0], position[at, 0] = begin.to(device, non_blocking=True).unbind(-1)
         past.reach(max(len(prompts[row]) + len(new_tokens[row]) for row in seats.rows))
         index = torch.arange(len(seats.rows), device=device)
         logits = network(last, Layout.of(position), causal, rows=index, past=past)
@@ -62,7 +63,7 @@ def sample_autoregressive(
             noise = token_noise(logits.shape[-1], seed, torch.tensor(seats.rows), position)[:, 0]
         tokens = choose_tokens(logits, temperature, top_p, noise, top_k)
         last = tokens[:, None]
-        for slot, (row, token) in enumerate(zip(seats.rows, tokens.tolist(), strict=True)):
+        for slot, (row, token) in enumerate(zip(seats.rows, tokens.cpu().tolist(), strict=True)):
             text, place = new_tokens[row], len(prompts[row]) + len(new_tokens[row])
             text.append(token)
             if callback is not None:

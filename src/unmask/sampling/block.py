@@ -111,12 +111,12 @@ def sample_blocks(
         progress = None
         if max_denoising_steps is not None:
             at_least = -(-remaining // (max_denoising_steps - blocks.steps).clamp_min(1))
-            progress = ((blocks.steps + 1) / max_denoising_steps)[:, None].to(device)
+            progress = ((blocks.steps + 1) / max_denoising_steps)[:, None].to(device, non_blocking=True)
         reach, seen = width, blocks.position < (context_length or canvas.shape[1])
         masked = blocks.masked
         if window is not None:
             near = (masked.cumsum(-1) - masked.long()) < at_least.clamp_min(window)[:, None]
-            reach, masked, seen = int(near.sum(-1).max()), masked & near, seen & near.to(device)
+            reach, masked, seen = int(near.sum(-1).max()), masked & near, seen & near.to(device, non_blocking=True)
         shown = seen[:, :reach]
         layout = Layout.of(blocks.position[:, :reach].where(shown, 0), torch.where(shown, 0, PADDING))
         past.reach(max(blocks.starts) + reach)
@@ -124,7 +124,7 @@ def sample_blocks(
         blocks.cached = list(blocks.starts)
         num_forwards[seats.rows] += passes
 
-        here = masked.to(device)
+        here, must = (x.to(device, non_blocking=True) for x in (masked, at_least))
         tokens = None
         if temperature > 0:
             noise = blocks.noise_of(logits.shape[-1], seats.rows)[masked]
@@ -132,14 +132,15 @@ def sample_blocks(
         elif device.type != "cpu":
             tokens = choose_tokens(logits)
         confidence = token_confidence(logits, here, tokens if temperature > 0 else None)
-        candidates = Candidates(here, confidence, logits, blocks.priority.to(device), progress, previous)
-        commit = select(candidates, at_least.to(device))
+        candidates = Candidates(here, confidence, logits, blocks.priority, progress, previous)
+        commit = select(candidates, must)
         previous = remember(candidates, select)
         if tokens is None:  # on CPU an argmax over the vocabulary is a tenth of a small model's head: where needed
             blocks.xt = blocks.xt.masked_scatter(commit, choose_tokens(logits[commit[here]]))
         else:
             blocks.xt = torch.where(commit, blocks.xt.masked_scatter(here, tokens), blocks.xt)
-        text = torch.where(blocks.masked.to(device) & ~commit, -1, blocks.xt).cpu()  # the one wait for the device
+        waiting = blocks.masked.to(device, non_blocking=True) & ~commit
+        text = torch.where(waiting, -1, blocks.xt).cpu()  # the one wait for the device
 
         committed, blocks.masked = blocks.masked & (text >= 0), text < 0
         blocks.steps += 1

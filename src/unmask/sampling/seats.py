@@ -49,7 +49,7 @@ class Seats:
             return new, None
         keep = [slot for slot, row in enumerate(self.rows) if row >= 0]
         self.rows = [self.rows[slot] for slot in keep]
-        stay = torch.tensor(keep, dtype=torch.long, device=self.past.lengths.device)
+        stay = torch.tensor(keep, dtype=torch.long).to(self.past.lengths.device, non_blocking=True)
         if keep:
             self.past.select(stay)
         return [keep.index(slot) for slot in new], stay

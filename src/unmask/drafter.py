@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+
+from unmask.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,30 @@ class DrafterConfig:
             raise ValueError(f"drafter_scale {self.scale} must be positive")
 
 
+class _NoisyRows:
+    """Noisy rows of a pass, (batch, length) bool with some True, and how a device picks them without reading it."""
+
+    def __init__(self, noisy: Tensor, device: torch.device) -> None:
+        self.shape, self._noisy, self._device = noisy.shape, noisy, device
+        columns = noisy.all(0)
+        self._first = int(columns.long().argmax())
+        # A suffix of every row, as when drafting, is a view where other rows are a gather.
+        self._suffix = bool(columns[self._first :].all()) and bool((noisy == columns).all())
+        self.everywhere = self._suffix and self._first == 0
+
+    @cached_property
+    def index(self) -> tuple[Tensor | slice, ...]:
+        """Of (batch, length)."""
+        if self._suffix:
+            return slice(None), slice(self._first, None)
+        return tuple(to_device(x, self._device) for x in self._noisy.nonzero(as_tuple=True))
+
+    @cached_property
+    def flat_index(self) -> tuple[Tensor]:
+        """Of (batch * length): some layers flatten."""
+        return (to_device(self._noisy.flatten().nonzero()[:, 0], self._device),)
+
+
 class Drafter(nn.Module):
     """The trained part; hooks on `model` apply it inside `rows(noisy)` and nowhere else."""
 
@@ -44,10 +71,8 @@ class Drafter(nn.Module):
         super().__init__()
         self.mask_token_id, self.config = mask_token_id, config
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
-        self._noisy: Tensor | None = None
+        self._noisy: _NoisyRows | None = None
         self._places: Tensor | None = None
-        self._index: Any = None
-        self._everywhere = False
         embedding = model.get_input_embeddings()
         with torch.no_grad():  # in the space of what the embedding puts out: some models scale it
             ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
@@ -70,18 +95,12 @@ class Drafter(nn.Module):
     @contextmanager
     def rows(self, noisy: Tensor) -> Iterator[None]:
         """Within the context the adapters act on these rows (batch, length) of the pass."""
-        before = self._noisy, self._index, self._everywhere
-        self._noisy = noisy if bool(noisy.any()) else None
-        columns = noisy.all(0)
-        first = int(columns.long().argmax())
-        # A suffix of every row, as when drafting, is a view where other rows are a gather.
-        suffix = bool(columns[first:].all()) and bool((noisy == columns).all())
-        self._index = (slice(None), slice(first, None)) if suffix else noisy
-        self._everywhere = suffix and first == 0
+        before, noisy = self._noisy, noisy.cpu()  # read on the host: on a device each look would wait
+        self._noisy = _NoisyRows(noisy, self.masks.device) if bool(noisy.any()) else None
         try:
             yield
         finally:
-            self._noisy, self._index, self._everywhere = before
+            self._noisy = before
 
     def detach(self) -> None:
         """Take the hooks off the model."""
@@ -95,16 +114,15 @@ class Drafter(nn.Module):
             noisy = self._noisy
             if noisy is None:
                 return out
-            x, index = args[0], self._index
-            if x.ndim == 2:  # some layers flatten (batch, length)
-                noisy = index = noisy.flatten()
-            if x.shape[:-1] != noisy.shape:
+            x = args[0]
+            if x.shape[:-1] not in (noisy.shape, (noisy.shape.numel(),)):
                 raise ValueError(
                     f"drafter_targets: {name!r} gets {tuple(x.shape[:-1])} rows of a pass of {tuple(noisy.shape)}, "
                     "so they cannot be told apart: leave it out (experts are routed)"
                 )
-            if self._everywhere:
+            if noisy.everywhere:
                 return out + linear(linear(x, down), up) * scale
+            index = noisy.flat_index if x.ndim == 2 else noisy.index
             out[index] += linear(linear(x[index], down), up) * scale  # `out` is the map's own: nothing else holds it
             return out
 

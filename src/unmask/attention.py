@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.weak import WeakIdKeyDictionary
+
+from unmask.transfer import to_device
 
 PADDING = -1
 """Document id of padding. Padding is a document of its own: it sees itself, real tokens never see it."""
@@ -51,6 +54,21 @@ class Layout(NamedTuple):
     def then(self, other: Layout) -> Layout:
         """This layout followed by `other` along the last dimension."""
         return Layout(*(torch.cat(pair, dim=-1) for pair in zip(self, other, strict=True)))
+
+    def to(self, device: torch.device) -> Layout:
+        """The layout on `device`; one that comes again, the same tensors, is the same tensors there."""
+        if self.position.device == device:
+            return self
+        known = _elsewhere.get(self.position)
+        if known is None or known[0] != device or known[1] is not self.document or known[2] is not self.noisy:
+            moved = Layout(*(to_device(field, device) for field in self))
+            _elsewhere[self.position] = known = device, self.document, self.noisy, moved
+        there: Layout = known[3]
+        return there
+
+
+_elsewhere: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Layouts on another device by the positions they were copied from: masks are told by the tensors of a layout."""
 
 
 Pattern = Callable[[Layout, Layout], Tensor]

@@ -380,10 +380,6 @@ class Batch:
         loss_mask = None if self.loss_mask is None else self.loss_mask[start:stop]
         return Batch(self.x0[start:stop], self.layout.at(slice(start, stop)), loss_mask)
 
-    def to(self, device: torch.device) -> Batch:
-        loss_mask = None if self.loss_mask is None else self.loss_mask.to(device)
-        return Batch(self.x0.to(device), Layout(*(field.to(device) for field in self.layout)), loss_mask)
-
 
 class Packer:
     """Rows of `max_length` tokens from a corpus or stream, epoch after epoch, resumable at any row.

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.weak import WeakIdKeyDictionary
 
 from unmask.attention import PADDING, Layout, Pattern, bidirectional, block_causal, causal, drafting, two_stream
-from unmask.readout import RowLoss
+from unmask.readout import RowLoss, whole_sum
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,10 @@ def slot_keys(layout: Layout, rows: Tensor | None, lengths: Tensor, columns: int
 
 
 class Network(Protocol):
-    """Tokens, their layout and a pattern -> logits; implemented by `hf.HFNetwork` and by toys in tests."""
+    """Tokens, their layout and a pattern -> logits; implemented by `hf.HFNetwork` and by toys in tests.
+
+    Logits are on `device`. What goes in may be on the host, where finding its places keeps no device waiting.
+    """
 
     @property
     def device(self) -> torch.device: ...
@@ -227,7 +230,7 @@ def run_sum(network: Network, passed: Pass, row_loss: RowLoss, weight: Tensor, p
     """sum_i weight_i * row_loss(logits of row i) of a pass, the logits never whole where the network can do that."""
     if isinstance(network, SummingNetwork):
         return network.weighted_sum(passed, row_loss, weight, past)
-    return (weight * row_loss(run(network, passed, past), slice(None))).sum()
+    return whole_sum(run(network, passed, past), row_loss, weight)
 
 
 # --- whole sequences: training and scoring

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unmask.attention import PADDING, Layout, Pattern, bidirectional, block_causal, causal
+from unmask.transfer import to_device
 
 
 class Encoder(Protocol):
@@ -62,9 +63,8 @@ def embed(
             ids[row, : len(documents[i])] = documents[i]
             document[row, : len(documents[i])] = 0
         layout = Layout.of(torch.arange(width).expand(len(rows), width), document)
-        layout = Layout(*(field.to(network.device) for field in layout))
-        states = network.hidden_states(ids.to(network.device), layout, pattern).double()
-        real = layout.real[..., None].double()
+        states = network.hidden_states(ids, layout, pattern).double()
+        real = to_device(layout.real[..., None].double(), states.device)
         means = ((states * real).sum(1) / real.sum(1)).float().cpu()
         for i, vector in zip(rows, means, strict=True):
             vectors[i] = vector

@@ -29,6 +29,7 @@ from unmask.denoiser import (
     scoring_pass,
 )
 from unmask.readout import RowLoss
+from unmask.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def predictable(layout: Layout, loss_mask: Tensor | None = None) -> Tensor:
 
 
 def _nll(target: Tensor) -> RowLoss:
-    return lambda logits, part: cross_entropy(logits, target[part], reduction="none")
+    return lambda logits, part: cross_entropy(logits, to_device(target[part], logits.device), reduction="none")
 
 
 def token_nll(
@@ -63,8 +64,7 @@ def token_nll(
     """-log p(x0_i | xt) on the masked positions, (masked.sum(),) in row-major order."""
     masked = corruption.masked
     xt = corruption.apply(x0, config.mask_token_id)
-    logits = score(network, config, xt, x0, layout, masked, pattern)
-    return cross_entropy(logits, x0[masked], reduction="none")
+    return _nll(x0[masked])(score(network, config, xt, x0, layout, masked, pattern), slice(None))
 
 
 def diffusion_loss(
@@ -128,13 +128,14 @@ def joint_loss(
     logits, ar_logits = logits[:count], logits[count:]
     law = ar_logits.detach()
     if teacher is None:
-        ar = cross_entropy(ar_logits, x0[wanted], reduction="sum")
+        ar = cross_entropy(ar_logits, to_device(x0[wanted], logits.device), reduction="sum")
     else:
         with torch.no_grad():
             law = score_ar(teacher, x0, layout, wanted)
         ar = draft_distance(law, ar_logits, x0[wanted], "kl", top_k).sum()
-    values = draft_distance(law[masked[wanted]], logits, x0[masked], distance, top_k)
-    return LossOutput(ar + alpha * (corruption.weight[masked] * values).sum(), wanted.sum())
+    drafted, weight = (to_device(x, logits.device) for x in (masked[wanted].nonzero()[:, 0], corruption.weight[masked]))
+    values = draft_distance(law[drafted], logits, x0[masked], distance, top_k)
+    return LossOutput(ar + alpha * (weight * values).sum(), wanted.sum())
 
 
 def shared_loss(
@@ -159,7 +160,7 @@ def shared_loss(
     wanted = predictable(layout, loss_mask)
     past = Past(network.new_cache(), layout.at(..., slice(0, 0)))
     if alpha is None:
-        total = torch.zeros((), device=x0.device)
+        total = torch.zeros((), device=network.device)
         network(x0, layout, config.pattern, rows=torch.zeros(0, dtype=torch.long, device=x0.device), past=past)
     else:
         target = x0[wanted]
@@ -202,9 +203,10 @@ def distill_loss(
         q = run(network, passed, past)
         values = 0.1 * draft_distance(p, q, target, "kl", top_k)
         acceptance = 1 - draft_distance(p, q, target, "tv", top_k)
-        grid = torch.ones_like(layout.position, dtype=acceptance.dtype).masked_scatter(wanted, acceptance)
-        values = values + draft_failure(grid, layout, config.block_size or 1)[wanted]
-        total = (weight * values).sum()
+        place = to_device(wanted.flatten().nonzero()[:, 0], q.device)
+        grid = q.new_ones(wanted.numel()).index_copy(0, place, acceptance).view(wanted.shape)
+        values = values + draft_failure(grid, layout, config.block_size or 1).flatten()[place]
+        total = (to_device(weight, q.device) * values).sum()
     else:
 
         def row_loss(logits: Tensor, part: slice) -> Tensor:
@@ -224,7 +226,8 @@ def draft_failure(acceptance: Tensor, layout: Layout, block_size: int) -> Tensor
     segment = segments(layout, block_size)
     column = torch.arange(segment.shape[-1], device=segment.device).expand_as(segment)
     start = torch.full_like(segment, segment.shape[-1]).scatter_reduce(-1, segment, column, "amin")
-    return 1 - (total[..., 1:] - total.gather(-1, start.gather(-1, segment))).exp()
+    first = to_device(start.gather(-1, segment), total.device)
+    return 1 - (total[..., 1:] - total.gather(-1, first)).exp()
 
 
 DISTANCES = ("ce", "kl", "tv", "kl+tv", "lk", "reach")
@@ -245,7 +248,7 @@ def draft_distance(
     if distance not in DISTANCES[:-1]:
         raise ValueError(f"distance {distance!r} is unknown: use one of {', '.join(DISTANCES[:-1])}")
     if distance == "ce":
-        return cross_entropy(q_logits, target, reduction="none")
+        return cross_entropy(q_logits, to_device(target, q_logits.device), reduction="none")
     vocabulary = q_logits.shape[-1]
     top_k = min(top_k or vocabulary, vocabulary)
     if distance == "tv" and top_k == vocabulary:  # what q has above p: as much as it has below, at half the passes

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from unmask.transfer import to_device
+
 RowLoss = Callable[[Tensor, slice], Tensor]
 """(logits (n, vocabulary) of some of the rows, which of them) -> their losses (n,)."""
 
@@ -20,6 +22,11 @@ _AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
 """Logits at a time: what a CPU's cache holds, what a GPU needs to be busy."""
 _ROWS = 256
 """Rows at a time at least: each group adds to the whole gradient of the head."""
+
+
+def whole_sum(logits: Tensor, row_loss: RowLoss, weight: Tensor) -> Tensor:
+    """sum_i weight_i * row_loss(logits_i), a scalar, from logits that exist whole; weight (rows,)."""
+    return (to_device(weight, logits.device) * row_loss(logits, slice(None))).sum()
 
 
 def weighted_sum(
@@ -34,7 +41,7 @@ def weighted_sum(
     Equal to the sum over whole logits, and so are its gradients, which reach `hidden` and the head alone: what
     `row_loss` closes over is constant. The mask token's logit is -inf. It can be differentiated once.
     """
-    learning = torch.is_grad_enabled()
+    learning, weight = torch.is_grad_enabled(), to_device(weight, hidden.device)
     total: Tensor = _WeightedSum.apply(hidden, head.weight, head.bias, row_loss, weight, mask_token_id, learning)
     return total
 

@@ -47,6 +47,7 @@ from unmask.objectives import (
     shared_loss,
 )
 from unmask.settings import Settings, at_step
+from unmask.transfer import to_device
 
 Evaluator = Callable[[Any], dict[str, float]]
 """Called with the unwrapped model; returns named figures for metrics.jsonl."""
@@ -129,7 +130,7 @@ def annealing(settings: Settings, step: int, rows: Tensor, device: torch.device)
     key: tuple[int | str, ...] = ("anneal", settings.seed, step)
     if settings.anneal_redraw:
         key += (int(rows[0]),)
-    return annealed(_opened(settings.max_length, ratio, key).to(device))
+    return annealed(to_device(_opened(settings.max_length, ratio, key), device))
 
 
 def step_loss(
@@ -155,7 +156,7 @@ def step_loss(
     # A reused mask token that stands in the text by nature is seen as a mask and never predicted.
     natural = batch.x0 == config.mask_token_id
     drawn = [c.sparing(natural) for c in corruptions(settings, batch.layout, step, rows, batch.loss_mask)]
-    pattern = annealing(settings, step, rows, batch.x0.device)
+    pattern = annealing(settings, step, rows, network.device)
 
     def loss_of(corruption: Corruption) -> LossOutput:
         given = (network, config, batch.x0, batch.layout, corruption)
@@ -284,7 +285,7 @@ def train(
     every, begun = settings.self_every or max(1, total_steps) * 10**6, None  # begun: where the present data did
     rank, ranks = accelerator.process_index, accelerator.num_processes
     share = settings.batch_size // ranks
-    # Kept on the device: a step waits for nothing, a log line for its figures.
+    # Kept on the device, the batch on the host: a step waits for nothing, a log line for its figures.
     summed = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     counted, since, tokens_since = 0, time.perf_counter(), 0
     while state.tokens < goal:
@@ -312,7 +313,7 @@ def train(
                 summed += crew.run(micro_step, micro, rows, 1 / max(1, count))
                 continue
             with accelerator.autocast(), _sync(accelerator, wrapped, last):
-                loss = step_loss(network, now, config, micro.to(accelerator.device), state.step, rows, teacher)
+                loss = step_loss(network, now, config, micro, state.step, rows, teacher)
                 # Gradients are averaged over ranks, hence the factor.
                 accelerator.backward(loss.sum * (ranks / max(1, count)))
             summed += loss.sum.detach()

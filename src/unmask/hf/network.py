@@ -28,9 +28,10 @@ from unmask.attention import (
 from unmask.chunked import CHUNK
 from unmask.denoiser import Pass, Past, Prefix, run
 from unmask.hf.compiled import CompiledPasses
-from unmask.readout import RowLoss
+from unmask.readout import RowLoss, whole_sum
 from unmask.shortcuts import CHUNKED, head_rows, head_sum, last_layer, last_layer_rows
 from unmask.slots import SLOTS, SlotCache, SlotMemory, placed
+from unmask.transfer import to_device
 
 
 class UnsupportedModelError(ValueError):
@@ -124,7 +125,7 @@ class HFNetwork:
     def weighted_sum(self, passed: Pass, row_loss: RowLoss, weight: Tensor, past: Past | None = None) -> Tensor:
         """sum_i weight_i * row_loss(logits of row i), without whole logits where the head allows it."""
         if not self.routes.readout or type(self.head) is not torch.nn.Linear or hasattr(self.head, "_hf_hook"):
-            return (weight * row_loss(run(self, passed, past), slice(None))).sum()
+            return whole_sum(run(self, passed, past), row_loss, weight)
         head = functools.partial(
             head_sum, self.head, row_loss=row_loss, weight=weight, mask_token_id=self.mask_token_id
         )
@@ -140,8 +141,10 @@ class HFNetwork:
         head: Callable[[Tensor | slice | None], AbstractContextManager[None]],
     ) -> Tensor:
         """What the head puts out; `head` says what it does with which of the rows that it gets."""
-        kv = layout if past is None else past.keys(layout)
-        gate = nullcontext() if self.gate is None else self.gate(layout.noisy)
+        gate = nullcontext() if self.gate is None else self.gate(layout.noisy)  # which may read it, so not moved yet
+        keys = layout if past is None else past.keys(layout)
+        layout, kv = layout.to(self.device), keys.to(self.device)
+        input_ids, rows = to_device(input_ids, self.device), None if rows is None else to_device(rows, self.device)
         if isinstance(past, Prefix):
             shortcuts: AbstractContextManager[Tensor | slice | None] = self._on_slots(past, layout, rows)
         else:

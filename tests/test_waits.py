@@ -1,0 +1,182 @@
+"""A training step asks the network's device for nothing: on a GPU it would wait for everything before.
+
+The network stands on torch's "meta" device, which has shapes and no values: whatever needs one (`item`, `bool`,
+`nonzero`, a copy to the host) raises there. `NoWaits` refuses what meta allows and a GPU waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from unmask import hf
+from unmask.attention import PADDING, Layout, causal
+from unmask.data import Batch
+from unmask.drafter import Drafter, DrafterConfig
+from unmask.objectives import LossOutput
+from unmask.settings import Settings
+from unmask.train import step_loss
+
+CAUSAL = block_config(clean="causal")
+SHIFTED = block_config(clean="causal", shift=True)
+ONE_STREAM = block_config(attention="bidirectional", clean=None)
+PLACES = replace(CAUSAL, mask_rows=3)
+
+STEPS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ar": (None, {}),
+    "two streams": (block_config(), {}),
+    "two streams, shift": (block_config(shift=True), {}),
+    "two streams, Bernoulli masks": (block_config(), {"masking": "bernoulli", "noise_level": "sequence"}),
+    "two streams, block offsets": (CAUSAL, {"random_offset": True}),
+    "two streams, checkpointed": (block_config(), {"gradient_checkpointing": True}),
+    "complementary": (block_config(), {"complementary": True}),
+    "complementary, shift": (block_config(shift=True), {"complementary": True}),
+    "two draws": (block_config(), {"draws": 2}),
+    "two draws, joint": (CAUSAL, {"draws": 2, "objective": "joint"}),
+    "block-causal": (block_config(attention="block_causal", clean=None), {}),
+    "block-causal, shift": (block_config(attention="block_causal", clean=None, shift=True), {}),
+    "bidirectional": (ONE_STREAM, {}),
+    "bidirectional, shift": (replace(ONE_STREAM, shift=True), {}),
+    "annealed": (replace(ONE_STREAM, shift=True), {"anneal_steps": 9, "loss_normaliser": "masked"}),
+    "annealed window": (ONE_STREAM, {"anneal_steps": 9, "anneal_form": "window"}),
+    "joint": (CAUSAL, {"objective": "joint"}),
+    "joint, kl": (CAUSAL, {"objective": "joint", "distance": "kl", "teacher_top_k": 5}),
+    "joint, teacher": (SHIFTED, {"objective": "joint", "teacher": "parent"}),
+    "joint, teacher, kl": (CAUSAL, {"objective": "joint", "distance": "kl", "teacher": "parent"}),
+    "joint, drafter": (PLACES, {"objective": "joint"}),
+    "distill, ce": (PLACES, {"objective": "distill", "distance": "ce"}),
+    "distill, tv": (PLACES, {"objective": "distill", "distance": "tv"}),
+    "distill, tv, shift": (SHIFTED, {"objective": "distill", "distance": "tv"}),
+    "distill, reach": (PLACES, {"objective": "distill", "distance": "reach"}),
+}  # fmt: skip
+
+
+INDEXING = [torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_,
+            torch.ops.aten._unsafe_index_put, torch.ops.aten._index_put_impl_]  # fmt: skip
+
+
+class NoWaits(TorchDispatchMode):
+    """Fails on boolean indices, and on operations between host and device other than copies that nobody waits for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        devices = {x.device.type for x in tensors if x.ndim or x.device.type == "meta"}
+        if func.overloadpacket in INDEXING and devices == {"meta"}:
+            assert all(x is None or x.dtype != torch.bool for x in tree_leaves(args[1])), f"{func} needs nonzero"
+        target = kwargs.get("device")
+        if func is torch.ops.aten._to_copy.default and target is not None and torch.device(target).type == "meta":
+            assert devices == {"meta"} or kwargs.get("non_blocking"), f"{func} waits for its copy"
+        else:
+            assert len(devices) <= 1, f"{func} copies from the host"
+        return func(*args, **kwargs)
+
+
+def batch() -> Batch:
+    """Packed documents, padding, and prompts that are given."""
+    index, cut = torch.arange(16).expand(4, 16), torch.arange(4)[:, None] + 3
+    document = (index >= cut).long().masked_fill((index >= 13) & (cut % 2 == 0), PADDING)
+    loss_mask = index % 7 != 2
+    return Batch(random_tokens(4, 16), Layout.of(torch.where(index < cut, index, index - cut), document), loss_mask)
+
+
+@dataclass
+class Step:
+    """A training step of a tiny model on `device`: `run` does it, `trained` are the parameters that learn."""
+
+    name: str
+    device: str = "cpu"
+    architecture: str = "llama"
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        self.config, more = STEPS[self.name]
+        about = {} if self.config is None else {
+            field: getattr(self.config, field) for field in ("attention", "clean_attention", "shift")
+        }  # fmt: skip
+        self.settings = Settings("test", block_size=4, batch_size=4, max_length=16, **(about | more))
+        model, self.teacher = self._model(), None
+        if self.settings.teacher:
+            self.teacher = hf.HFNetwork(self._model().requires_grad_(False), MASK)
+        if self.settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        drafter = None
+        if self.config is PLACES or self.settings.objective == "distill":
+            places = DrafterConfig(4, mask_rows=1 if self.config is None else self.config.mask_rows)
+            drafter = Drafter(model.requires_grad_(False), MASK, places)
+            for up in drafter.up.values():
+                torch.nn.init.normal_(up, std=0.3)
+            drafter.to(self.device)
+        self.network = hf.HFNetwork(model, MASK, gate=None if drafter is None else drafter.rows)
+        self.trained = list((drafter or model).parameters())
+
+    def _model(self) -> Any:
+        model = tiny_model(SUPPORTED[self.architecture](), self.dtype).train().to(self.device)
+        hf.without_dropout(model)
+        return model
+
+    def run(self) -> LossOutput:
+        loss = step_loss(self.network, self.settings, self.config, batch(), 3, torch.arange(4), self.teacher)
+        loss.sum.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        return loss
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_training_step_never_waits_for_the_device(name: str) -> None:
+    step = Step(name, "meta")
+    with NoWaits():
+        loss = step.run()
+    assert loss.sum.device.type == "meta"
+    assert any(parameter.grad is not None for parameter in step.trained)
+
+
+@pytest.mark.parametrize("architecture", SUPPORTED)
+def test_no_architecture_waits_in_a_pass_over_two_streams(architecture: str) -> None:
+    step = Step("two streams", "meta", architecture, torch.bfloat16)  # experts' products have shapes in no other type
+    with NoWaits():
+        assert step.run().sum.device.type == "meta"
+
+
+@pytest.mark.parametrize("read", [
+    lambda x: x.nonzero(), lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.cpu(), lambda x: x[x > 0],
+    lambda x: x.index_put((x > 0,), x.new_ones(())), lambda x: x[torch.zeros(3, dtype=torch.long)],
+    lambda x: x + torch.ones(5), lambda x: torch.ones(5).to(x.device),
+])  # fmt: skip
+def test_whatever_waits_is_noticed(read: Callable[[Tensor], Any]) -> None:
+    with NoWaits(), pytest.raises((NotImplementedError, RuntimeError, AssertionError)):
+        read(torch.zeros(5, device="meta"))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+def test_a_layout_that_comes_again_gets_the_same_mask_on_its_device(implementation: str) -> None:
+    step, layout, device = Step("two streams", "meta"), batch().layout, torch.device("meta")
+    step.network.config._attn_implementation = implementation
+
+    def argument(layout: Layout) -> Any:
+        there = layout.to(device)
+        assert all(field.device == device for field in there)
+        return step.network.attention_argument(causal, there, layout.to(device))
+
+    first = argument(layout)
+    assert argument(layout) is first
+    for changed in ("position", "document", "noisy"):
+        assert argument(layout._replace(**{changed: getattr(layout, changed).clone()})) is not first
+    assert layout.to(torch.device("cpu")) is layout
+
+
+def test_draws_of_a_step_share_one_mask() -> None:
+    """With the shift each draw is a pass over both streams: the same layout, moved once and masked once."""
+    step, made = Step("complementary, shift", "meta"), []
+    original = step.network._new_argument
+    step.network._new_argument = lambda *given: made.append(given) or original(*given)
+    step.run()
+    assert len(made) == 1

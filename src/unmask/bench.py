@@ -116,13 +116,13 @@ def train_steps(
     attention = "bidirectional" if clean is None else "two_stream"
     config = DiffusionConfig(mask, attention, clean, block_size, False, "bench", __version__)
     x0 = torch.randint(0, model.config.vocab_size - 1, (rows, length), generator=torch.Generator().manual_seed(0))
-    x0 = x0.to(network.device)
-    layout = Layout.of(torch.arange(length, device=network.device).expand(rows, length))
+    on_device = x0.to(network.device)
+    layout = Layout.of(torch.arange(length).expand(rows, length))
     implementation = model.config._attn_implementation
     ours = "flex_attention" if network.device.type == "cuda" and clean is not None else implementation
     step = 0
 
-    parts = [(part, layout.at(part.to(network.device))) for part in torch.arange(rows).split(micro or rows)]
+    parts = [(part, layout.at(part)) for part in torch.arange(rows).split(micro or rows)]
     count = int(predictable(layout).sum())
 
     def loss(part: Tensor, where: Layout) -> Tensor:
@@ -131,7 +131,7 @@ def train_steps(
             return distill_loss(network, config, x0[part], where, Corruption(masked, masked.float()), "tv").sum
         segment = segments(where, config.segment_size)
         t, noise = noise_levels(0, step, part, rows, length), position_noise(0, step, part, length)
-        drawn = mask_exact(t.to(segment.device), noise.to(segment.device), segment, predictable(where))
+        drawn = mask_exact(t, noise, segment, predictable(where))
         return diffusion_loss(network, config, x0[part], where, drawn).sum
 
     def diffusion() -> None:
@@ -148,7 +148,7 @@ def train_steps(
         model.requires_grad_(True)
 
     def autoregressive() -> None:
-        model(input_ids=x0, labels=x0, use_cache=False).loss.backward()
+        model(input_ids=on_device, labels=on_device, use_cache=False).loss.backward()
         model.zero_grad()
 
     return {"diffusion": diffusion, "ar": autoregressive}

@@ -173,10 +173,12 @@ def test_a_layout_that_comes_again_gets_the_same_mask_on_its_device(implementati
     assert layout.to(torch.device("cpu")) is layout
 
 
-def test_draws_of_a_step_share_one_mask() -> None:
-    """With the shift each draw is a pass over both streams: the same layout, moved once and masked once."""
-    step, made = Step("complementary, shift", "meta"), []
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("name", "masks"), [("complementary, shift", 1), ("two draws", 2), ("two draws, joint", 2)])
+def test_draws_of_a_step_share_their_masks(name: str, masks: int, device: str) -> None:
+    """With the shift each draw is a pass over both streams, else one over the noisy stream after a clean pass."""
+    step, made = Step(name, device), []
     original = step.network._new_argument
     step.network._new_argument = lambda *given: made.append(given) or original(*given)
     step.run()
-    assert len(made) == 1
+    assert len(made) == masks

@@ -55,6 +55,10 @@ class Layout(NamedTuple):
         """This layout followed by `other` along the last dimension."""
         return Layout(*(torch.cat(pair, dim=-1) for pair in zip(self, other, strict=True)))
 
+    def same(self, other: Layout) -> bool:
+        """Whether both are the same three tensors: a layout that comes again, for which a mask may be known."""
+        return all(a is b for a, b in zip(self, other, strict=True))
+
     def to(self, device: torch.device) -> Layout:
         """The layout on `device`; one that comes again, the same tensors, is the same tensors there."""
         if self.position.device == device:

@@ -105,10 +105,13 @@ class Past:
 
     cache: Any
     layout: Layout
+    _last: tuple[Layout, Layout, Layout] | None = None
 
     def keys(self, layout: Layout) -> Layout:
-        """Where the keys of a pass over `layout` stand."""
-        return self.layout.then(layout)
+        """Where the keys of a pass over `layout` stand: the same tensors for passes at the same place."""
+        if self._last is None or not (self._last[0].same(self.layout) and self._last[1].same(layout)):
+            self._last = self.layout, layout, self.layout.then(layout)
+        return self._last[2]
 
 
 _GRAIN = 64
@@ -278,8 +281,14 @@ def _both_streams(layout: Layout) -> Layout:
     return both
 
 
+_all_noisy: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""What `_noisy` puts in place of a tensor."""
+
+
 def _noisy(layout: Layout) -> Layout:
-    return layout._replace(noisy=torch.ones_like(layout.noisy))
+    if layout.noisy not in _all_noisy:
+        _all_noisy[layout.noisy] = torch.ones_like(layout.noisy)
+    return layout._replace(noisy=_all_noisy[layout.noisy])
 
 
 def _placed(config: DiffusionConfig, xt: Tensor, layout: Layout) -> Tensor:

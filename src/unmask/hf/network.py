@@ -72,7 +72,7 @@ class HFNetwork:
         self.gate = gate
         self.head = model.get_output_embeddings()
         self.config = model.config.get_text_config()
-        self._masks: deque[tuple[Pattern, Layout, str, Any]] = deque(maxlen=2)
+        self._masks: deque[tuple[Pattern, Layout, Layout, str, Any]] = deque(maxlen=2)
         self.compiled: CompiledPasses | None = None
 
     @property
@@ -212,16 +212,14 @@ class HFNetwork:
     def attention_argument(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
         """What this model takes as `attention_mask`: one mask, or one per layer type.
 
-        The last layouts are remembered: one that comes again, the same tensors, gets the mask made for it.
+        The last layouts are remembered: those that come again, the same tensors, get the mask made for them.
         """
-        if kv is not q:
-            return self._new_argument(pattern, q, kv)
         implementation = self.config._attn_implementation
-        for known, layout, made_for, argument in self._masks:
-            if (known, made_for) == (pattern, implementation) and all(a is b for a, b in zip(layout, q, strict=True)):
+        for known, queries, keys, made_for, argument in self._masks:
+            if (known, made_for) == (pattern, implementation) and queries.same(q) and keys.same(kv):
                 return argument
         argument = self._new_argument(pattern, q, kv)
-        self._masks.append((pattern, q, implementation, argument))
+        self._masks.append((pattern, q, kv, implementation, argument))
         return argument
 
     def _new_argument(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:

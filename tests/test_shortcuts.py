@@ -9,7 +9,7 @@ from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
 
 from unmask import hf
 from unmask.attention import PADDING, Layout, annealed, block_causal
-from unmask.corruption import mask_complementary, mask_exact, segments
+from unmask.corruption import Corruption, mask_complementary, mask_exact, segments
 from unmask.denoiser import DiffusionConfig
 from unmask.drafter import DrafterConfig
 from unmask.objectives import (
@@ -185,6 +185,21 @@ def test_a_layout_that_comes_again_gets_the_same_mask() -> None:
         assert not torch.equal(network.attention_argument(other, layout, layout), first)
     moved = layout._replace(document=layout.document.clone())
     assert network.attention_argument(block_causal(8), moved, moved) is not first
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_layout_remembered_in_inference_mode_serves_training(device: str) -> None:
+    """Learned positions are saved for the backward pass, which tensors made in inference mode refuse."""
+    network = hf.HFNetwork(tiny_model(SUPPORTED["gpt2"]()).to(device), MASK)
+    x0, layout = random_tokens(1, 16), Layout.of(torch.arange(16)[None])
+    everything = Corruption(predictable(layout), predictable(layout).float())
+    for again in (
+        lambda: diffusion_loss(network, block_config(8), x0, layout, everything),
+        lambda: shared_loss(network, block_config(8), x0, layout, [everything]),
+    ):
+        with torch.inference_mode():
+            again()
+        again().sum.backward()
 
 
 @pytest.mark.parametrize("objective", ["two_stream", "joint"])

@@ -65,7 +65,8 @@ class Layout(NamedTuple):
             return self
         known = _elsewhere.get(self.position)
         if known is None or known[0] != device or known[1] is not self.document or known[2] is not self.noisy:
-            moved = Layout(*(to_device(field, device) for field in self))
+            with torch.inference_mode(False):  # a later pass may learn
+                moved = Layout(*(to_device(field, device) for field in self))
             _elsewhere[self.position] = known = device, self.document, self.noisy, moved
         there: Layout = known[3]
         return there

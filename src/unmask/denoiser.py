@@ -276,7 +276,8 @@ _streams: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def _both_streams(layout: Layout) -> Layout:
     known = _streams.get(layout.position)
     if known is None or known[0] is not layout.document:
-        _streams[layout.position] = known = layout.document, _noisy(layout).then(layout)
+        with torch.inference_mode(False):  # a later pass may learn
+            _streams[layout.position] = known = layout.document, _noisy(layout).then(layout)
     both: Layout = known[1]
     return both
 
@@ -287,7 +288,8 @@ _all_noisy: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _noisy(layout: Layout) -> Layout:
     if layout.noisy not in _all_noisy:
-        _all_noisy[layout.noisy] = torch.ones_like(layout.noisy)
+        with torch.inference_mode(False):
+            _all_noisy[layout.noisy] = torch.ones_like(layout.noisy)
     return layout._replace(noisy=_all_noisy[layout.noisy])
 
 

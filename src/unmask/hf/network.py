@@ -218,7 +218,8 @@ class HFNetwork:
         for known, queries, keys, made_for, argument in self._masks:
             if (known, made_for) == (pattern, implementation) and queries.same(q) and keys.same(kv):
                 return argument
-        argument = self._new_argument(pattern, q, kv)
+        with torch.inference_mode(False):  # a later pass may learn
+            argument = self._new_argument(pattern, q, kv)
         self._masks.append((pattern, q, kv, implementation, argument))
         return argument
 

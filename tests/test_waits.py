@@ -139,6 +139,19 @@ def test_a_training_step_never_waits_for_the_device(name: str) -> None:
     assert any(parameter.grad is not None for parameter in step.trained)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", STEPS)
+def test_a_training_step_on_a_gpu_never_waits_and_matches_the_cpu(name: str) -> None:
+    expected, step = Step(name).run(), Step(name, "cuda")
+    step.run()  # what is allocated once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = step.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.sum.item() == pytest.approx(expected.sum.item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("architecture", SUPPORTED)
 def test_no_architecture_waits_in_a_pass_over_two_streams(architecture: str) -> None:
     step = Step("two streams", "meta", architecture, torch.bfloat16)  # experts' products have shapes in no other type
@@ -166,7 +179,8 @@ def test_a_layout_that_comes_again_gets_the_same_mask_on_its_device(implementati
         assert all(field.device == device for field in there)
         return step.network.attention_argument(causal, there, layout.to(device))
 
-    first = argument(layout)
+    with NoWaits():
+        first = argument(layout)
     assert argument(layout) is first
     for changed in ("position", "document", "noisy"):
         assert argument(layout._replace(**{changed: getattr(layout, changed).clone()})) is not first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
 from torch._dynamo.utils import counters
 
 from unmask import hf
-from unmask.attention import Layout, causal
+from unmask.attention import causal
 from unmask.denoiser import begin
+from unmask.drafter import Drafter, DrafterConfig
 from unmask.hf.compiled import CompiledPasses
 from unmask.sampling import Confidence, Threshold, sample_autoregressive, sample_blocks, sample_speculative
 
@@ -114,17 +116,19 @@ def test_what_takes_no_fixed_shape_runs_as_it_is() -> None:
     assert not compiled.compiled.takes(past)
 
 
-@torch.inference_mode()
-def test_a_pass_asks_the_device_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the meta device whatever waits for a value raises; so the pass can be recorded as a CUDA graph."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    net = hf.HFNetwork(tiny_model(SUPPORTED["gemma3"]()).to("meta"), MASK)
-    net.compile()
-    past = begin(net, causal, [prompt.to("meta") for prompt in PROMPTS[1:4]])
-    layout = Layout.of(torch.zeros(4, 3, dtype=torch.long, device="meta"))
-    ids, rows = torch.zeros_like(layout.position), torch.zeros(5, dtype=torch.long, device="meta")
-    assert net(ids, layout, causal, rows=rows, past=past.at([0, 1, 2, 1])).shape == (5, MASK + 1)
+@pytest.mark.parametrize("mode", ["speculative", "diffusion"])
+def test_a_drafter_acts_on_the_same_rows(mode: str) -> None:
+    """Drafts are a suffix of every row; active blocks beside finished ones are some of the rows."""
+    networks = pair()
+    for net in networks:
+        drafter = Drafter(net.model, MASK + 1, DrafterConfig(4, mask_rows=2)).double()
+        for seed, up in enumerate(drafter.up.values()):
+            torch.nn.init.normal_(up, std=0.3, generator=torch.Generator().manual_seed(seed))
+        net.gate, net.mask_token_id = drafter.rows, MASK + 1
+    config = replace(block_config(4, clean="causal"), mask_token_id=MASK + 1, mask_rows=2)
+    sample = sample_speculative if mode == "speculative" else sample_blocks
+    want, got = (sample(net, config, PROMPTS[:3], max_new_tokens=14) for net in networks)
+    assert (got.new_tokens, got.num_forwards.tolist()) == (want.new_tokens, want.num_forwards.tolist())
 
 
 def test_compiled_by_inductor_too() -> None:

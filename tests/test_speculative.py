@@ -202,10 +202,15 @@ def test_draft_equals_the_training_pass_on_an_aligned_block(shift: bool) -> None
     xt = x0.masked_fill(wanted, MASK)
     past = begin(net, causal, x0[:, :7])
     past.columns = 12
-    ar, drafted = draft(net, config, past, x0[:, 7:8], layout.at(..., slice(7, 8)), layout.at(..., slice(8, 12)))
+    given = net, config, past, x0[:, 7:8], layout.at(..., slice(7, 8)), layout.at(..., slice(8, 12))
+    ar, drafted = draft(*given)
     assert (drafted[0] - score(net, config, xt, x0, layout, wanted))[:, :MASK].abs().max() < 1e-10
     first = layout.position == 8
     assert (ar - score_ar(net, x0, layout, first))[:, :MASK].abs().max() < 1e-10
+    past.lengths -= 1
+    again, anchored = draft(*given, anchor=True)
+    assert torch.equal(again, anchored[:, 0])
+    assert (anchored[0, 1:] - drafted[0, 1:])[:, :MASK].abs().max() < 1e-10
 
 
 # --- laws

@@ -1,4 +1,4 @@
-"""A training step asks the network's device for nothing: on a GPU it would wait for everything before.
+"""A training step asks the network's device for nothing, a decoding pass once: on a GPU each time is a wait.
 
 The network stands on torch's "meta" device, which has shapes and no values: whatever needs one (`item`, `bool`,
 `nonzero`, a copy to the host) raises there. `NoWaits` refuses what meta allows and a GPU waits for.
@@ -22,6 +22,7 @@ from unmask.attention import PADDING, Layout, causal
 from unmask.data import Batch
 from unmask.drafter import Drafter, DrafterConfig
 from unmask.objectives import LossOutput
+from unmask.sampling import Candidates, Threshold, sample_autoregressive, sample_blocks, sample_speculative
 from unmask.settings import Settings
 from unmask.train import step_loss
 
@@ -196,3 +197,62 @@ def test_draws_of_a_step_share_their_masks(name: str, masks: int, device: str) -
     step.network._new_argument = lambda *given: made.append(given) or original(*given)
     step.run()
     assert len(made) == masks
+
+
+# --- decoding
+
+
+class Looks:
+    """Stands in for `Tensor.cpu`: counts copies from the device, and brings zeros home."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.count, plain = 0, Tensor.cpu
+
+        def cpu(x: Tensor) -> Tensor:
+            if x.device.type != "meta":
+                return plain(x)
+            self.count += 1
+            return torch.zeros(x.shape, dtype=x.dtype)
+
+        patch.setattr(Tensor, "cpu", cpu)
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "blocks": {}, "shift": {}, "window": {"window": 2}, "temperature": {"temperature": 1.0},
+    "guided": {"guidance_scale": 2.0}, "steps": {"max_denoising_steps": 2}, "ar": {}, "speculative": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_decoding_waits_for_one_decision_a_pass(mode: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(SUPPORTED["gemma3" if mode == "blocks" else "llama"]()).to("meta")
+    drafter = Drafter(model, MASK, DrafterConfig(4)).to("meta") if mode == "speculative" else None
+    net = hf.HFNetwork(model, MASK, gate=None if drafter is None else drafter.rows)
+    if compiled:  # what is compiled, run as it is: a compiler would trace it with values
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        net.compile()
+    looks, prompts = Looks(monkeypatch), [random_tokens(n, seed=n) for n in (5, 6, 9)]
+    options: dict[str, Any] = {"max_new_tokens": 8, "batch_size": 2} | MODES[mode]
+    select = Counted(Threshold())
+    with NoWaits():
+        if mode == "ar":
+            sample_autoregressive(net, prompts, **options)
+        elif mode == "speculative":
+            sample_speculative(net, block_config(clean="causal"), prompts, **options)
+        else:
+            sample_blocks(net, block_config(shift=mode == "shift"), prompts, select=select, **options)
+    # Two rows side by side, then the third alone. Zeros come home: a block is whole at once, and a cycle of two
+    # forwards gains one token; the eighth ends the row before it is verified.
+    assert looks.count == {"ar": 2 * 8, "speculative": 2 * (7 * 2 + 1)}.get(mode, select.count)
+
+
+class Counted:
+    """A commit rule that counts its calls."""
+
+    def __init__(self, rule: Threshold) -> None:
+        self.rule, self.count = rule, 0
+
+    def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
+        self.count += 1
+        return self.rule(candidates, at_least)

@@ -247,7 +247,7 @@ def weight_bound(model: Any, compiled: bool = False, *, prefix: int = 512, block
         past = begin(network, config.pattern, [ids[0]], columns=prefix + block_size)
         past.reach(prefix + block_size)
         xt = torch.full((1, block_size), config.mask_token_id, device=ids.device)
-        layout = Layout.of(prefix + torch.arange(block_size, device=ids.device)[None])
+        layout = Layout.of(prefix + torch.arange(block_size)[None])
         wanted = torch.ones(1, block_size, dtype=torch.bool)
         big = torch.empty(2**28 if ids.device.type == "cuda" else 2**24, dtype=torch.uint8, device=ids.device)
         copy = min(_clock(lambda: big.clone()) for _ in range(8))

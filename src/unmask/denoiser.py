@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from unmask.attention import PADDING, Layout, Pattern, bidirectional, block_causal, causal, drafting, two_stream
 from unmask.readout import RowLoss, whole_sum
+from unmask.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class DiffusionConfig:
 class Cache(Protocol):
     """Keys and values in slots; `slots.SlotCache` is one."""
 
-    def place(self, rows: Sequence[int] | None, column: Tensor, columns: int, slots: int) -> Any:
+    def place(self, rows: Sequence[int] | None, column: Tensor, columns: int, slots: int, device: torch.device) -> Any:
         """Say where the tokens of the next pass go."""
 
     def select(self, keep: Tensor) -> None:
@@ -121,9 +122,10 @@ _GRAIN = 64
 class Prefix:
     """Rows that are being decoded, each in a slot: positions 0 .. lengths[s] - 1 of slot s are cached and clean.
 
-    A token at position p stands in column p of its slot. columns: how many of them a pass reaches, for all rows.
+    A token at position p stands in column p of its slot. lengths: (slots,) on the host, as are the layouts of passes:
+    all that says where things stand is known there. columns: how many of them a pass reaches, for all rows.
     next_logits: (slots, vocab), those of the last cached row, kept only where the shift will read them.
-    rows: the slot of each row of a pass, None for row i in slot i.
+    rows: the slot of each row of a pass, None for row i in slot i. grain: what `reach` rounds columns up to.
     """
 
     cache: Any
@@ -131,14 +133,21 @@ class Prefix:
     columns: int = 0
     next_logits: Tensor | None = None
     rows: Sequence[int] | None = None
+    grain: int = 1
+
+    @classmethod
+    def empty(cls, network: Network, slots: int, columns: int) -> Prefix:
+        """Slots with nothing in them, which will reach so many columns at most."""
+        grain = 1 if network.device.type == "cpu" else _GRAIN  # masks are aligned then, and shapes few
+        return cls(network.new_slots(slots, columns), torch.zeros(slots, dtype=torch.long), grain=grain)
 
     def at(self, rows: Sequence[int] | None) -> Prefix:
         """The same rows for a pass over these of them; a slot may come more than once."""
         return replace(self, rows=rows)
 
     def reach(self, columns: int) -> None:
-        """Let passes see and write this many columns: on a GPU some more, so that masks are aligned and shapes few."""
-        self.columns = columns if self.lengths.device.type == "cpu" else -(-columns // _GRAIN) * _GRAIN
+        """Let passes see and write this many columns."""
+        self.columns = -(-columns // self.grain) * self.grain
 
     def column(self, layout: Layout) -> Tensor:
         """Where the tokens of a pass go: the column of their position, none for padding."""
@@ -146,15 +155,15 @@ class Prefix:
 
     def keys(self, layout: Layout) -> Layout:
         """Where the keys of a pass over `layout` stand: (slots, or rows if given, columns)."""
-        rows = None if self.rows is None else torch.tensor(self.rows).to(self.lengths.device, non_blocking=True)
+        rows = None if self.rows is None else torch.tensor(self.rows)
         return slot_keys(layout, rows, self.lengths, self.columns)
 
     def select(self, keep: Tensor) -> None:
-        """Keep these slots, in this order."""
+        """Keep these slots, in this order; keep: their numbers, on the host."""
         self.cache.select(keep)
         self.lengths = self.lengths[keep]
         if self.next_logits is not None:
-            self.next_logits = self.next_logits[keep]
+            self.next_logits = self.next_logits[to_device(keep, self.next_logits.device)]
 
 
 def slot_keys(layout: Layout, rows: Tensor | None, lengths: Tensor, columns: int) -> Layout:
@@ -297,7 +306,7 @@ def _placed(config: DiffusionConfig, xt: Tensor, layout: Layout) -> Tensor:
     """xt with the mask of each token's place in its block, where places have masks of their own."""
     if config.mask_rows == 1 or config.block_size is None:
         return xt
-    place = (layout.position % config.block_size).clamp_max(config.mask_rows - 1)
+    place = to_device((layout.position % config.block_size).clamp_max(config.mask_rows - 1), xt.device)
     return torch.where(xt == config.mask_token_id, config.mask_token_id + place, xt)
 
 
@@ -398,8 +407,7 @@ def begin(
     network: Network, pattern: Pattern, prompts: Sequence[Tensor], *, columns: int = 0, keep_logits: bool = False
 ) -> Prefix:
     """The prompts, run once, each in a slot of its own, of which `columns` will be reached if that is known."""
-    slots, columns = len(prompts), max(columns, *map(len, prompts))
-    past = Prefix(network.new_slots(slots, columns), torch.zeros(slots, dtype=torch.long, device=network.device))
+    past = Prefix.empty(network, len(prompts), max(columns, *map(len, prompts)))
     prefill(network, pattern, past, range(len(prompts)), prompts, keep_logits=keep_logits)
     return past
 
@@ -414,23 +422,20 @@ def prefill(
     keep_logits: bool = False,
 ) -> None:
     """Run `prompts`, possibly empty, into these slots; with `keep_logits` their last logits stay for what follows."""
-    device, counts = past.lengths.device, [len(prompt) for prompt in prompts]
-    if max(counts, default=0):
-        ids = pad_sequence(list(prompts), batch_first=True).to(device, non_blocking=True)
-        slots, lengths = (torch.tensor(x).to(device, non_blocking=True) for x in (list(rows), counts))
+    slots, lengths = torch.tensor(list(rows)), torch.tensor([len(prompt) for prompt in prompts])
+    if lengths.any():
+        ids = pad_sequence([prompt.cpu() for prompt in prompts], batch_first=True)
         # What fills up a shorter prompt stands behind it, where no prompt looks, and is not counted as cached.
-        layout = Layout.of(torch.arange(ids.shape[1], device=device).expand_as(ids))
+        layout = Layout.of(torch.arange(ids.shape[1]).expand_as(ids))
         past.reach(max(past.columns, ids.shape[1]))
-        last = torch.arange(len(counts), device=device) * ids.shape[1] + lengths - 1
+        last = torch.arange(len(lengths)) * ids.shape[1] + lengths - 1
         wanted = last.clamp_min(0) if keep_logits else last[:0]
         logits = network(ids, layout, pattern, rows=wanted, past=replace(past, rows=rows, columns=ids.shape[1]))
-        past.lengths[slots] = lengths
         if keep_logits:
             if past.next_logits is None:
                 past.next_logits = logits.new_zeros(len(past.lengths), logits.shape[-1])
-            past.next_logits[slots] = logits
-    else:
-        past.lengths[list(rows)] = 0
+            past.next_logits[to_device(slots, logits.device)] = logits
+    past.lengths[slots] = lengths
 
 
 def denoise(
@@ -444,22 +449,22 @@ def denoise(
 ) -> Tensor:
     """Logits of the wanted positions of the active blocks xt (slots, width) on top of the cached prefixes.
 
+    xt and the finished tokens are on the network's device, `layout` and `wanted` on the host.
+
     A block sees itself and its prefix whole, and is not kept in the cache. `finished` holds the clean tokens
     (n, block) that stand between cache and active block in these n slots: they run in the same forward, as rows
-    of their own which the active rows see, and stay, which is exactly the two forwards done apart. `wanted` may
-    live on the CPU, where finding its places keeps no device waiting.
+    of their own which the active rows see, and stay, which is exactly the two forwards done apart.
     """
     slots, width = xt.shape
-    wanted = wanted.cpu()
     if config.attention == "two_stream":
         xt, layout = _placed(config, xt, layout), _noisy(layout)
     rows: list[int] | None = None
     if finished is not None:
         behind, tokens = finished
-        late, size = torch.tensor(list(behind)).to(xt.device, non_blocking=True), tokens.shape[1]
+        late, size = torch.tensor(list(behind)), tokens.shape[1]
         chunks = -(-size // width)  # rows as wide as the active ones, so that nothing is padded for them
-        place = past.lengths[late, None] + torch.arange(chunks * width, device=xt.device)
-        inside = (torch.arange(chunks * width, device=xt.device) < size).expand_as(place)
+        place = past.lengths[late, None] + torch.arange(chunks * width)
+        inside = (torch.arange(chunks * width) < size).expand_as(place)
         clean = Layout.of(torch.where(inside, place, 0), torch.where(inside, 0, PADDING))
         cut = [x.unflatten(1, (chunks, width)).transpose(0, 1).flatten(0, 1) for x in
                (pad(tokens, (0, chunks * width - size)), *clean)]  # fmt: skip
@@ -475,7 +480,7 @@ def denoise(
             first = slots + (chunks - 1) * len(behind)
             boundary = (first + torch.arange(len(behind))) * width + (size - 1) % width
             scoring = torch.cat([boundary, scoring])
-    logits = network(xt, layout, config.pattern, rows=scoring.to(xt.device, non_blocking=True), past=past.at(rows))
+    logits = network(xt, layout, config.pattern, rows=scoring, past=past.at(rows))
     if finished is not None:
         past.lengths[late] += size
     if not config.shift:
@@ -483,36 +488,50 @@ def denoise(
     if finished is not None:
         if past.next_logits is None:
             past.next_logits = logits.new_zeros(slots, logits.shape[-1])
-        past.next_logits[late], logits = logits[: len(behind)], logits[len(behind) :]
+        past.next_logits[to_device(late, logits.device)], logits = logits[: len(behind)], logits[len(behind) :]
     if past.next_logits is None:  # nothing stands before the blocks: their first positions are never wanted
         return logits
     out = logits.new_empty(int(wanted.sum()), logits.shape[-1])
     first_place = torch.zeros_like(wanted)
     first_place[:, 0] = True
     is_first = first_place[wanted]
-    first, rest, slot = (x.nonzero()[:, 0].to(xt.device, non_blocking=True) for x in
-                         (is_first, ~is_first, wanted[:, 0]))  # fmt: skip
-    out[first], out[rest] = past.next_logits[slot], logits
+    begins, rest, slot = (to_device(x.nonzero()[:, 0], out.device) for x in (is_first, ~is_first, wanted[:, 0]))
+    out[begins], out[rest] = past.next_logits[slot], logits
     return out
 
 
 def draft(
-    network: Network, config: DiffusionConfig, past: Prefix, last: Tensor, last_layout: Layout, layout: Layout
+    network: Network,
+    config: DiffusionConfig,
+    past: Prefix,
+    last: Tensor,
+    last_layout: Layout,
+    layout: Layout,
+    *,
+    anchor: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One forward over [last verified token, clean | masks, noisy] on top of the cached prefix.
 
     The clean row is the AR model and its keys stay in the cache; the masks stand at `layout` (batch, k), from
     the first unverified position on, wherever that is in its block, and leave nothing. Returns the AR logits
-    of the first unverified position (batch, vocab), exact, and the draft logits (batch, k, vocab).
+    of the first unverified position (batch, vocab), exact, and the draft logits (batch, k, vocab). The first of
+    them are the AR logits again with `anchor`, else the first mask's, a row that nobody needs otherwise.
     """
     _check_serves_ar(config)
-    width = layout.position.shape[1]
+    batch, width = layout.position.shape
     place = torch.arange(width, device=last.device).clamp_max(config.mask_rows - 1)
-    masks = (config.mask_token_id + place).expand_as(layout.position)
+    masks = (config.mask_token_id + place).expand(batch, -1)
     passed = last_layout.then(_noisy(layout))
-    logits = network(torch.cat([last, masks], dim=1), passed, drafting(config.noisy_attention), past=past)
+    read = torch.arange(width + 1)
+    if config.shift:
+        read = read[:-1]
+    elif anchor:
+        read = read[read != 1]
+    rows = (torch.arange(batch)[:, None] * (width + 1) + read).flatten()
+    logits = network(torch.cat([last, masks], dim=1), passed, drafting(config.noisy_attention), rows=rows, past=past)
     past.lengths += 1
-    return logits[:, 0], logits[:, :-1] if config.shift else logits[:, 1:]
+    logits = logits.unflatten(0, (batch, -1))
+    return logits[:, 0], logits[:, int(not config.shift and not anchor) :]
 
 
 def verify(network: Network, past: Prefix, tokens: Tensor, layout: Layout) -> Tensor:

@@ -45,6 +45,7 @@ class _NoisyRows:
 
     def __init__(self, noisy: Tensor, device: torch.device) -> None:
         self.shape, self._noisy, self._device = noisy.shape, noisy, device
+        self.there = to_device(noisy, device)
         columns = noisy.all(0)
         self._first = int(columns.long().argmax())
         # A suffix of every row, as when drafting, is a view where other rows are a gather.
@@ -120,8 +121,10 @@ class Drafter(nn.Module):
                     f"drafter_targets: {name!r} gets {tuple(x.shape[:-1])} rows of a pass of {tuple(noisy.shape)}, "
                     "so they cannot be told apart: leave it out (experts are routed)"
                 )
-            if noisy.everywhere:
-                return out + linear(linear(x, down), up) * scale
+            if noisy.everywhere or torch.compiler.is_compiling():  # compiled shapes do not depend on which rows
+                added = out + linear(linear(x, down), up) * scale
+                there = noisy.there.flatten() if x.ndim == 2 else noisy.there
+                return added if noisy.everywhere else torch.where(there[..., None], added, out)
             index = noisy.flat_index if x.ndim == 2 else noisy.index
             out[index] += linear(linear(x[index], down), up) * scale  # `out` is the map's own: nothing else holds it
             return out

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from unmask.chunked import CHUNK, chunked_attention
+from unmask.transfer import to_device
 
 GRAIN = 256
 """Columns by which the buffers grow; and on GPU the grain of what a pass reads, so that few shapes occur."""
@@ -67,17 +68,20 @@ class SlotCache(Cache):
         super().__init__(layer_class_to_replicate=functools.partial(_SlotLayer, memory))
         self.layers = memory.layers
 
-    def place(self, rows: Sequence[int] | None, column: Tensor, columns: int, slots: int) -> Place:
+    def place(
+        self, rows: Sequence[int] | None, column: Tensor, columns: int, slots: int, device: torch.device
+    ) -> Place:
         """Say where the next pass stands.
 
-        rows: slot of each row of the pass, None for row i in slot i. column: (rows, length), -1 for tokens that
-        nothing will read. columns: how many of them the pass sees.
+        rows: slot of each row of the pass, None for row i in slot i. column: (rows, length) on the host, -1 for
+        tokens that nothing will read. columns: how many of them the pass sees. device: the model's.
         """
-        memory, device = self.memory, column.device
+        memory = self.memory
         if columns > memory.capacity:
             memory.capacity = grained(columns)
-        slot = torch.arange(slots, device=device) if rows is None else torch.tensor(rows).to(device, non_blocking=True)
-        place = Place(flat_target(slot, column, memory.capacity), _parts(rows, slots, device), columns)
+        slot = torch.arange(slots) if rows is None else torch.tensor(rows)
+        target = to_device(flat_target(slot, column, memory.capacity), device)
+        place = Place(target, _parts(rows, slots, device), columns)
         memory.slots, memory.now = slots, place
         return place
 
@@ -112,7 +116,7 @@ def _parts(rows: Sequence[int] | None, slots: int, device: torch.device) -> list
         parts.append((begin, begin + slots, None))
         begin += slots
     if begin < len(rows):
-        parts.append((begin, len(rows), torch.tensor(list(rows[begin:])).to(device, non_blocking=True)))
+        parts.append((begin, len(rows), to_device(torch.tensor(list(rows[begin:])), device)))
     return parts
 
 
@@ -153,7 +157,7 @@ class _SlotLayer(CacheLayerMixin):
     def select(self, keep: Tensor) -> None:
         if self.is_initialized:
             for buffer in (self.keys, self.values):  # in place, so that addresses stay what they are
-                buffer[: len(keep)] = buffer[keep]
+                buffer[: len(keep)] = buffer[to_device(keep, buffer.device)]
 
     def get_seq_length(self) -> int:
         now = self.memory.now

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from unmask.attention import PADDING, Layout, Pattern
 from unmask.denoiser import Prefix, slot_keys
 from unmask.slots import Part, Place, SlotCache, SlotMemory, flat_target, grained, placed
+from unmask.transfer import to_device
 
 _SHAPES = 256
 """Shapes to compile before going on without; torch's own limit is 8."""
@@ -66,7 +67,7 @@ class CompiledPasses:
         self, input_ids: Tensor, layout: Layout, pattern: Pattern, rows: Tensor | None, past: Prefix
     ) -> Tensor:
         """Logits (len(rows), vocabulary) of a pass that it takes; without rows (batch, length, vocabulary)."""
-        memory, slots, device = past.cache.memory, len(past.lengths), input_ids.device
+        memory, slots, device = past.cache.memory, len(past.lengths), self.network.device
         (batch, length), again = input_ids.shape, [] if past.rows is None else list(past.rows[slots:])
         room, more = min(memory.room, _power_of_two(slots)), _power_of_two(len(again))
         everyone = again == list(range(slots))  # who needs no copy of the keys
@@ -81,11 +82,12 @@ class CompiledPasses:
         if rows is not None:
             rows = pad(rows, (0, _scored(len(rows), (room + more) * width) - len(rows)))
         slot = [*range(room), *(range(room) if everyone else again + [0] * (more - len(again)))]
-        slots_of = torch.tensor(slot).to(device, non_blocking=True)
-        lengths = pad(past.lengths, (0, room - slots))
+        gate = nullcontext() if self.network.gate is None else self.network.gate(layout.noisy)
+        slots_of, lengths = (to_device(x, device) for x in (torch.tensor(slot), pad(past.lengths, (0, room - slots))))
+        input_ids, layout = to_device(input_ids, device), layout.to(device)
+        rows = None if rows is None else to_device(rows, device)
 
         patterns = self._patterns.setdefault(pattern, self.network.patterns(pattern))
-        gate = nullcontext() if self.network.gate is None else self.network.gate(layout.noisy)
         shapes = torch._dynamo.config.patch(recompile_limit=_SHAPES, accumulated_recompile_limit=_SHAPES)
         with shapes, self.network.slot_attention(memory), gate:
             torch.compiler.cudagraph_mark_step_begin()
@@ -99,8 +101,8 @@ class CompiledPasses:
             self._rows = None
         if scored is not None:
             return logits[:scored].clone()  # a graph's output is overwritten when it runs again
-        kept = [*range(slots), *range(room, room + len(again))]
-        return logits[kept, :length]
+        kept = torch.tensor([*range(slots), *range(room, room + len(again))])
+        return logits[to_device(kept, device), :length]
 
     def _place(
         self, layout: Layout, slot: Tensor, lengths: Tensor, patterns: Pattern | dict[str, Pattern], capacity: int
@@ -125,12 +127,12 @@ def _filled_up(
     """(room + more, width): the slots' rows, then the others, each filled up with padding that repeats the last."""
     batch, length = input_ids.shape
     source = [*range(slots), *[-1] * (room - slots), *range(slots, batch), *[-1] * (more - batch + slots)]
-    row = torch.tensor(source).to(input_ids.device, non_blocking=True)[:, None]
-    column = torch.arange(width, device=input_ids.device)
-    index = (row.clamp_min(0), column.clamp_max(length - 1))
+    row, column = torch.tensor(source)[:, None], torch.arange(width)
+    index = row.clamp_min(0), column.clamp_max(length - 1)
     layout = layout.at(*index)
     filler = (row < 0) | (column >= length)
-    return input_ids[index], layout._replace(document=layout.document.masked_fill(filler, PADDING))
+    there = tuple(to_device(x, input_ids.device) for x in index)
+    return input_ids[there], layout._replace(document=layout.document.masked_fill(filler, PADDING))
 
 
 def _power_of_two(n: int) -> int:

@@ -143,12 +143,10 @@ class HFNetwork:
         """What the head puts out; `head` says what it does with which of the rows that it gets."""
         gate = nullcontext() if self.gate is None else self.gate(layout.noisy)  # which may read it, so not moved yet
         keys = layout if past is None else past.keys(layout)
+        column = torch.where(layout.real, layout.position, -1)
         layout, kv = layout.to(self.device), keys.to(self.device)
         input_ids, rows = to_device(input_ids, self.device), None if rows is None else to_device(rows, self.device)
-        if isinstance(past, Prefix):
-            shortcuts: AbstractContextManager[Tensor | slice | None] = self._on_slots(past, layout, rows)
-        else:
-            shortcuts = self._shortcuts(layout, rows)
+        shortcuts = self._on_slots(past, column, rows) if isinstance(past, Prefix) else self._shortcuts(layout, rows)
         with shortcuts as kept, head(kept), gate:
             out: Tensor = self.forward(
                 input_ids=input_ids,
@@ -191,9 +189,9 @@ class HFNetwork:
             self.config._attn_implementation = before
 
     @contextmanager
-    def _on_slots(self, past: Prefix, layout: Layout, rows: Tensor | None) -> Iterator[Tensor | None]:
+    def _on_slots(self, past: Prefix, column: Tensor, rows: Tensor | None) -> Iterator[Tensor | slice | None]:
         """Attend to the slots of a pass where they lie, where the model takes it; yields where the wanted rows are."""
-        place = past.cache.place(past.rows, past.column(layout), past.columns, len(past.lengths))
+        place = past.cache.place(past.rows, column, past.columns, len(past.lengths), self.device)
         with self.slot_attention(past.cache.memory), placed(self.config, place):
             yield rows
 

@@ -12,6 +12,7 @@ from unmask.denoiser import Network, prefill
 from unmask.sampling.output import Callback, SampledTokens, Stop
 from unmask.sampling.seats import Seats
 from unmask.sampling.tokens import check_sampling, choose_tokens, token_noise
+from unmask.transfer import to_device
 
 
 @torch.inference_mode()
@@ -40,27 +41,24 @@ def sample_autoregressive(
     past = seats.past
     new_tokens: list[list[int]] = [[] for _ in prompts]
     last = torch.zeros(len(seats.rows), 1, dtype=torch.long, device=device)
-    position = torch.zeros_like(last)
     while True:
         new, stay = seats.fill()
         if stay is not None:
-            last, position = last[stay], position[stay]
+            last = last[to_device(stay, device)]
         if not seats.rows:
             break
         if new:
             joining = [prompts[seats.rows[slot]] for slot in new]
             prefill(network, causal, past, new, [prompt[:-1] for prompt in joining])
-            at = torch.tensor(new).to(device, non_blocking=True)
-            begin = torch.tensor([[int(prompt[-1]), len(prompt) - 1] for prompt in joining])
-            last[at, 0], position[at, 0] = begin.to(device, non_blocking=True).unbind(-1)
-        past.reach(max(len(prompts[row]) + len(new_tokens[row]) for row in seats.rows))
-        index = torch.arange(len(seats.rows), device=device)
-        logits = network(last, Layout.of(position), causal, rows=index, past=past)
+            ends = torch.stack([prompt[-1].cpu() for prompt in joining])
+            last[to_device(torch.tensor(new), device), 0] = to_device(ends, device)
+        position = past.lengths[:, None].clone()
+        past.reach(int(position.max()) + 1)
+        logits = network(last, Layout.of(position), causal, rows=torch.arange(len(seats.rows)), past=past)
         past.lengths += 1
-        position = position + 1
         noise = None
         if temperature > 0:
-            noise = token_noise(logits.shape[-1], seed, torch.tensor(seats.rows), position)[:, 0]
+            noise = token_noise(logits.shape[-1], seed, torch.tensor(seats.rows), position + 1)[:, 0]
         tokens = choose_tokens(logits, temperature, top_p, noise, top_k)
         last = tokens[:, None]
         for slot, (row, token) in enumerate(zip(seats.rows, tokens.cpu().tolist(), strict=True)):

@@ -20,6 +20,7 @@ from unmask.sampling.output import Callback, SampledTokens, Stop
 from unmask.sampling.seats import Seats
 from unmask.sampling.select import Candidates, Selector, Threshold, remember, token_confidence
 from unmask.sampling.tokens import check_sampling, choose_tokens, token_noise
+from unmask.transfer import to_device
 
 
 @torch.inference_mode()
@@ -87,13 +88,14 @@ def sample_blocks(
         new, stay = seats.fill()
         if stay is not None:
             if previous is not None:
-                previous = previous.at(torch.zeros_like(previous.masked[:, 0]).index_fill(0, stay, True))
+                stays = torch.zeros(len(blocks.starts), dtype=torch.bool).index_fill(0, stay, True)
+                previous = previous.at(to_device(stays, device))
             blocks.keep(stay)
         if not seats.rows:
             break
         if new:
             if guided is not None:
-                guided.prompt_lengths = torch.tensor([lengths[row] for row in seats.rows], device=device)
+                guided.prompt_lengths = torch.tensor([lengths[row] for row in seats.rows])
             whole = [lengths[seats.rows[slot]] // width * width for slot in new]
             prefill(network, config.pattern, past, new, keep_logits=config.shift,
                     prompts=[prompts[seats.rows[slot]][:n] for slot, n in zip(new, whole, strict=True)])  # fmt: skip
@@ -104,19 +106,19 @@ def sample_blocks(
             guided.prompt_lengths = guided.prompt_lengths[stay]
         entered = blocks.upload()
         if previous is not None and entered is not None:
-            previous = previous.without(entered)
+            previous = previous.without(to_device(entered, device))
 
         remaining = blocks.masked.sum(-1)
         at_least = torch.zeros_like(remaining)
         progress = None
         if max_denoising_steps is not None:
             at_least = -(-remaining // (max_denoising_steps - blocks.steps).clamp_min(1))
-            progress = ((blocks.steps + 1) / max_denoising_steps)[:, None].to(device, non_blocking=True)
+            progress = to_device(((blocks.steps + 1) / max_denoising_steps)[:, None], device)
         reach, seen = width, blocks.position < (context_length or canvas.shape[1])
         masked = blocks.masked
         if window is not None:
             near = (masked.cumsum(-1) - masked.long()) < at_least.clamp_min(window)[:, None]
-            reach, masked, seen = int(near.sum(-1).max()), masked & near, seen & near.to(device, non_blocking=True)
+            reach, masked, seen = int(near.sum(-1).max()), masked & near, seen & near
         shown = seen[:, :reach]
         layout = Layout.of(blocks.position[:, :reach].where(shown, 0), torch.where(shown, 0, PADDING))
         past.reach(max(blocks.starts) + reach)
@@ -124,7 +126,7 @@ def sample_blocks(
         blocks.cached = list(blocks.starts)
         num_forwards[seats.rows] += passes
 
-        here, must = (x.to(device, non_blocking=True) for x in (masked, at_least))
+        here, must = to_device(masked, device), to_device(at_least, device)
         tokens = None
         if temperature > 0:
             noise = blocks.noise_of(logits.shape[-1], seats.rows)[masked]
@@ -139,7 +141,7 @@ def sample_blocks(
             blocks.xt = blocks.xt.masked_scatter(commit, choose_tokens(logits[commit[here]]))
         else:
             blocks.xt = torch.where(commit, blocks.xt.masked_scatter(here, tokens), blocks.xt)
-        waiting = blocks.masked.to(device, non_blocking=True) & ~commit
+        waiting = to_device(blocks.masked, device) & ~commit
         text = torch.where(waiting, -1, blocks.xt).cpu()  # the one wait for the device
 
         committed, blocks.masked = blocks.masked & (text >= 0), text < 0
@@ -203,7 +205,7 @@ def _kept(
 
 
 class _Blocks:
-    """The active block of each slot: xt on the device, what is decided about it on the CPU.
+    """The active block of each slot: xt and priority on the device, the rest on the host.
 
     xt, position: (slots, width) int64. masked: (slots, width) bool. priority: (slots, width) float64 uniforms.
     steps: (slots,) forwards so far. cached: how much of the row is in the cache; less than the block's start
@@ -215,9 +217,11 @@ class _Blocks:
         self.starts, self.cached = [0] * slots, [0] * slots
         self.text = torch.zeros(slots, width, dtype=torch.long)
         self.masked = torch.zeros(slots, width, dtype=torch.bool)
-        self.priority = torch.zeros(slots, width, dtype=torch.float64)
+        self.drawn = torch.zeros(slots, width, dtype=torch.float64)
         self.steps = torch.zeros(slots, dtype=torch.long)
-        self.xt = self.before = self.position = self.text.to(device)
+        self.position = self.text
+        self.xt = self.before = self.text.to(device)
+        self.priority = self.drawn.to(device)
         self.noise: Tensor | None = None
         self.entered: list[int] = []
         self.silent: list[int] = []  # slots whose noise is still that of another block
@@ -228,7 +232,7 @@ class _Blocks:
         self.starts[slot], self.steps[slot] = start, 0
         self.text[slot] = canvas[row, start : start + self.width]
         self.masked[slot] = (position >= lengths[row]) & (position < ends[row])
-        self.priority[slot] = uniform(self.width, key=("order", self.seed, row, start))
+        self.drawn[slot] = uniform(self.width, key=("order", self.seed, row, start))
         self.entered.append(slot)
         self.silent.append(slot)
 
@@ -239,16 +243,16 @@ class _Blocks:
         entered = torch.zeros(len(self.starts), dtype=torch.bool)
         entered[self.entered] = True
         self.entered = []
-        new = entered.to(self.device)[:, None]
-        self.before = torch.where(new, self.xt, self.before)
-        self.xt = torch.where(new, self.text.to(self.device), self.xt)
-        self.position = (torch.tensor(self.starts)[:, None] + torch.arange(self.width)).to(self.device)
-        return new[:, 0]
+        new, text = to_device(entered[:, None], self.device), to_device(self.text, self.device)
+        self.before, self.xt = torch.where(new, self.xt, self.before), torch.where(new, text, self.xt)
+        self.priority = to_device(self.drawn, self.device)
+        self.position = torch.tensor(self.starts)[:, None] + torch.arange(self.width)
+        return entered
 
     def finished(self) -> tuple[list[int], Tensor] | None:
         """The slots whose last block is not cached yet, and that block."""
         behind = [slot for slot, start in enumerate(self.starts) if self.cached[slot] < start]
-        return (behind, self.before[behind]) if behind else None
+        return (behind, self.before[to_device(torch.tensor(behind), self.device)]) if behind else None
 
     def noise_of(self, vocabulary: int, rows: list[int]) -> Tensor:
         """Gumbel noise (slots, width, vocabulary) of the blocks, drawn once for each."""
@@ -262,11 +266,11 @@ class _Blocks:
 
     def keep(self, slots: Tensor) -> None:
         """Keep these slots."""
-        here = slots.cpu()
-        number = {slot: i for i, slot in enumerate(here.tolist())}
+        number = {slot: i for i, slot in enumerate(slots.tolist())}
         self.starts, self.cached = ([values[slot] for slot in number] for values in (self.starts, self.cached))
         self.entered, self.silent = ([number[s] for s in marked if s in number]
                                      for marked in (self.entered, self.silent))  # fmt: skip
-        self.text, self.masked, self.priority = self.text[here], self.masked[here], self.priority[here]
-        self.steps, self.noise = self.steps[here], None if self.noise is None else self.noise[here]
-        self.xt, self.before, self.position = self.xt[slots], self.before[slots], self.position[slots]
+        self.text, self.masked, self.drawn = self.text[slots], self.masked[slots], self.drawn[slots]
+        self.steps, self.noise = self.steps[slots], None if self.noise is None else self.noise[slots]
+        self.position, there = self.position[slots], to_device(slots, self.device)
+        self.xt, self.before, self.priority = self.xt[there], self.before[there], self.priority[there]

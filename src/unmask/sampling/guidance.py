@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unmask.attention import Layout, Pattern
 from unmask.denoiser import Network, Past, Prefix
+from unmask.transfer import to_device
 
 
 def guide(logits: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -35,7 +36,7 @@ class _Caches:
 class GuidedNetwork:
     """A network for cached decoding that runs each pass twice, with the prompt and with it masked.
 
-    The first token stays: it is never masked in training. prompt_lengths: (slots,), of the rows in the slots.
+    The first token stays: it is never masked in training. prompt_lengths: (slots,) on the host, of the slots' rows.
     """
 
     def __init__(self, network: Network, mask_token_id: int, scale: float) -> None:
@@ -64,7 +65,7 @@ class GuidedNetwork:
         assert isinstance(past, Prefix)
         lengths = self.prompt_lengths if past.rows is None else self.prompt_lengths[list(past.rows)]
         hidden = layout.real & (layout.position > 0) & (layout.position < lengths[:, None])
-        bare = input_ids.masked_fill(hidden, self.mask_token_id)
+        bare = input_ids.masked_fill(to_device(hidden, input_ids.device), self.mask_token_id)
         logits, without = (
             self.network(ids, layout, pattern, rows=rows, past=replace(past, cache=cache))
             for ids, cache in ((input_ids, past.cache.given), (bare, past.cache.bare))

@@ -31,15 +31,14 @@ class Seats:
         slots = min(rows, batch_size or rows)
         self.waiting = deque(range(rows))
         self.rows: list[int] = [-1] * slots
-        lengths = torch.zeros(slots, dtype=torch.long, device=network.device)
-        self.past = Prefix(network.new_slots(slots, columns), lengths)
+        self.past = Prefix.empty(network, slots, columns)
 
     def leave(self, slot: int) -> None:
         """The row in this slot has ended."""
         self.rows[slot] = -1
 
     def fill(self) -> tuple[list[int], Tensor | None]:
-        """Seat those who wait; the slots that are new, and the old slots that stay where some are given up."""
+        """Seat those who wait; the slots that are new, and the old slots that stay where some are given up (n,)."""
         new = []
         for slot, row in enumerate(self.rows):
             if row < 0 and self.waiting:
@@ -49,7 +48,7 @@ class Seats:
             return new, None
         keep = [slot for slot, row in enumerate(self.rows) if row >= 0]
         self.rows = [self.rows[slot] for slot in keep]
-        stay = torch.tensor(keep, dtype=torch.long).to(self.past.lengths.device, non_blocking=True)
+        stay = torch.tensor(keep, dtype=torch.long)
         if keep:
             self.past.select(stay)
         return [keep.index(slot) for slot in new], stay

@@ -26,6 +26,7 @@ from unmask.noise import uniform
 from unmask.sampling.output import Callback, SampledTokens, Stop
 from unmask.sampling.seats import Seats
 from unmask.sampling.tokens import check_sampling, choose_tokens, token_noise, truncate
+from unmask.transfer import to_device
 
 # --- acceptance rules
 
@@ -174,14 +175,15 @@ def sample_speculative(
     while True:
         new, stay = seats.fill()
         if stay is not None:
-            last = last[stay]
+            last = last[to_device(stay, device)]
             starts, lengths = ([values[slot] for slot in stay.tolist()] for values in (starts, lengths))
         if not seats.rows:
             break
         if new:
             joining = [prompts[seats.rows[slot]] for slot in new]
             prefill(network, causal, past, new, [prompt[:-1] for prompt in joining])
-            last[new, 0] = torch.stack([prompt[-1] for prompt in joining]).to(device)
+            ends = torch.stack([prompt[-1].cpu() for prompt in joining])
+            last[to_device(torch.tensor(new), device), 0] = to_device(ends, device)
             for slot, prompt in zip(new, joining, strict=True):
                 starts[slot], lengths[slot] = len(prompt), 2 if adaptive and length > 2 else length
         rows = torch.tensor(seats.rows)
@@ -189,20 +191,16 @@ def sample_speculative(
             n if context_length is None else min(n, context_length - start)
             for start, n in zip(starts, lengths, strict=True)
         ]
-        start = torch.tensor(starts, device=device)
-        width = max(drafts_of)
-        position = start[:, None] + torch.arange(width, device=device)
-        drafted = torch.arange(width, device=device) < torch.tensor(drafts_of, device=device)[:, None]
+        start, width = torch.tensor(starts), max(drafts_of)
+        position = start[:, None] + torch.arange(width)
+        drafted = torch.arange(width) < torch.tensor(drafts_of)[:, None]
         past.reach(max(starts) + width)
-        ar_logits, q = draft(
-            network, config, past, last, Layout.of(start[:, None] - 1), _placed(position, drafted, start)
-        )
+        layout = _placed(position, drafted, start)
+        ar_logits, q = draft(network, config, past, last, Layout.of(start[:, None] - 1), layout, anchor=anchor)
         num_forwards[rows] += 1
-        if anchor:
-            q = torch.cat([ar_logits[:, None], q[:, 1:]], dim=1)
         noise = Noise(seed, rows, torch.cat([position, position[:, -1:] + 1], dim=1))
         drafts, q = _propose(q, temperature, top_p, top_k, noise)
-        proposed = drafts.tolist()
+        proposed = drafts.cpu().tolist()
         gained, done = [0] * len(rows), [False] * len(rows)
         if anchor:  # the first token is AR's own, and if it ends the row nothing is left to verify
             for slot, row in enumerate(seats.rows):
@@ -212,9 +210,11 @@ def sample_speculative(
             # Nothing past the last wanted token needs verifying.
             wanted_of = [min(drafts_of[slot], state.end(seats.rows[slot]) - starts[slot]) for slot in keep]
             wide = max(wanted_of)
-            wanted = torch.arange(wide, device=device) < torch.tensor(wanted_of, device=device)[:, None]
+            wanted = torch.arange(wide) < torch.tensor(wanted_of)[:, None]
+            some_rows = to_device(torch.tensor(keep), device)
             if len(keep) < len(rows):
-                position, start, drafts, q, ar_logits = (x[keep] for x in (position, start, drafts, q, ar_logits))
+                position, start = position[keep], start[keep]
+                drafts, q, ar_logits = (x[some_rows] for x in (drafts, q, ar_logits))
                 last = last.clone()
             placed = _placed(position[:, :wide], wanted, start)
             after = verify(network, past.at(keep if len(keep) < len(rows) else None), drafts[:, :wide], placed)
@@ -222,11 +222,12 @@ def sample_speculative(
             p = torch.cat([ar_logits[:, None], after], dim=1)
             some = Noise(seed, rows[keep], noise.position[keep, : wide + 1])
             accepted, next_token = _accept(
-                acceptance, drafts[:, :wide], q[:, :wide], p, wanted, temperature, top_p, top_k, some
+                acceptance, drafts[:, :wide], q[:, :wide], p, to_device(wanted, device), temperature, top_p, top_k, some
             )
-            past.lengths[keep] += accepted
-            last[keep, 0] = next_token
-            for slot, n, token in zip(keep, accepted.tolist(), next_token.tolist(), strict=True):
+            last[some_rows, 0] = next_token
+            decided = torch.stack([accepted, next_token], dim=-1).cpu()
+            past.lengths[keep] += decided[:, 0]
+            for slot, (n, token) in zip(keep, decided.tolist(), strict=True):
                 row = seats.rows[slot]
                 before = len(state.new_tokens[row])
                 done[slot] = state.add(row, [*proposed[slot][:n], token][gained[slot] :])

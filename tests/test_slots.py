@@ -121,3 +121,37 @@ def test_no_mask_is_built_where_everything_is_seen() -> None:
     net.attention_argument = watch
     sample_blocks(net, config, [random_tokens(4, seed=i) for i in range(3)], max_new_tokens=8, select=Confidence(2))
     assert seen[1:] == [1, 1, 3 * 2 * 4 * 12, 1]  # after the prefill: two forwards, the one that commits, one more
+
+
+def test_forwards_of_a_block_share_their_mask() -> None:
+    net, built = network(), []
+    original = net._new_argument
+    net._new_argument = lambda *given: built.append(1) or original(*given)
+    out = sample_blocks(net, block_config(8), [random_tokens(n, seed=n) for n in (3, 9)], max_new_tokens=21,
+                        select=Confidence(1))  # fmt: skip
+    assert out.num_forwards.tolist() == [21, 21]
+    # The second row's prefill; each block entered by a row with the block it left and without; the last one's end.
+    assert len(built) <= 1 + 2 * (3 + 3) + 1
+
+
+@torch.no_grad()
+def test_a_pass_elsewhere_gets_a_mask_of_its_own() -> None:
+    """The same layout on other lengths, in other slots, or after the cache has grown, is another place."""
+    net, texts = network(), [random_tokens(6, seed=1), random_tokens(3, seed=2)]
+    more = random_tokens(1, 2, seed=3)
+    for text in (texts[0], texts[1], texts[0]):
+        past = begin(net, causal, [text])
+        past.columns = 8
+        got = net(more, Layout.of(torch.tensor([[6, 7]])), causal, past=past)[0]
+        whole = torch.cat([text, more[0]])
+        place = torch.cat([torch.arange(len(text)), torch.tensor([6, 7])])
+        expected = net(whole[None], Layout.of(place[None]), causal)[0, -2:]
+        assert (got - expected)[:, :MASK].abs().max() < 1e-10
+    past = begin(net, causal, texts)
+    past.columns = 10
+    for slot in (0, 1, 0):
+        got = net(more, Layout.of(torch.tensor([[6, 7]])), causal, past=past.at([slot]))[0]
+        whole = torch.cat([texts[slot], more[0]])
+        place = torch.cat([torch.arange(len(texts[slot])), torch.tensor([6, 7])])
+        expected = net(whole[None], Layout.of(place[None]), causal)[0, -2:]
+        assert (got - expected)[:, :MASK].abs().max() < 1e-10

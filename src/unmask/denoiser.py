@@ -149,10 +149,6 @@ class Prefix:
         """Let passes see and write this many columns."""
         self.columns = -(-columns // self.grain) * self.grain
 
-    def column(self, layout: Layout) -> Tensor:
-        """Where the tokens of a pass go: the column of their position, none for padding."""
-        return torch.where(layout.real, layout.position, -1)
-
     def keys(self, layout: Layout) -> Layout:
         """Where the keys of a pass over `layout` stand: (slots, or rows if given, columns)."""
         rows = None if self.rows is None else torch.tensor(self.rows)

@@ -30,7 +30,7 @@ from unmask.denoiser import Pass, Past, Prefix, run
 from unmask.hf.compiled import CompiledPasses
 from unmask.readout import RowLoss, whole_sum
 from unmask.shortcuts import CHUNKED, head_rows, head_sum, last_layer, last_layer_rows
-from unmask.slots import SLOTS, SlotCache, SlotMemory, placed
+from unmask.slots import SLOTS, Place, SlotCache, SlotMemory, placed
 from unmask.transfer import to_device
 
 
@@ -73,6 +73,7 @@ class HFNetwork:
         self.head = model.get_output_embeddings()
         self.config = model.config.get_text_config()
         self._masks: deque[tuple[Pattern, Layout, Layout, str, Any]] = deque(maxlen=2)
+        self._stood: tuple[Any, Tensor, tuple[Layout, Layout, Place]] | None = None
         self.compiled: CompiledPasses | None = None
 
     @property
@@ -142,11 +143,14 @@ class HFNetwork:
     ) -> Tensor:
         """What the head puts out; `head` says what it does with which of the rows that it gets."""
         gate = nullcontext() if self.gate is None else self.gate(layout.noisy)  # which may read it, so not moved yet
-        keys = layout if past is None else past.keys(layout)
-        column = torch.where(layout.real, layout.position, -1)
-        layout, kv = layout.to(self.device), keys.to(self.device)
         input_ids, rows = to_device(input_ids, self.device), None if rows is None else to_device(rows, self.device)
-        shortcuts = self._on_slots(past, column, rows) if isinstance(past, Prefix) else self._shortcuts(layout, rows)
+        if isinstance(past, Prefix):
+            layout, keys, place = self._stand(past, layout)
+            shortcuts = self._on_slots(past, place, rows)
+        else:
+            keys = layout if past is None else past.keys(layout)
+            shortcuts = self._shortcuts(layout, rows)
+        layout, kv = layout.to(self.device), keys.to(self.device)
         with shortcuts as kept, head(kept), gate:
             out: Tensor = self.forward(
                 input_ids=input_ids,
@@ -188,10 +192,27 @@ class HFNetwork:
         finally:
             self.config._attn_implementation = before
 
-    @contextmanager
-    def _on_slots(self, past: Prefix, column: Tensor, rows: Tensor | None) -> Iterator[Tensor | slice | None]:
-        """Attend to the slots of a pass where they lie, where the model takes it; yields where the wanted rows are."""
+    def _stand(self, past: Prefix, layout: Layout) -> tuple[Layout, Layout, Place]:
+        """Where a pass on slots stands, its keys, and where it goes: the last pass's own if those are the same.
+
+        Most forwards of a block stand where the one before did. Their mask is told by the tensors of their layouts.
+        """
+        memory = past.cache.memory
+        if self._stood is not None:
+            told, lengths, stood = self._stood
+            same = told == (past.rows, past.columns, memory.capacity) and torch.equal(lengths, past.lengths)
+            if same and all(map(torch.equal, layout, stood[0])):
+                memory.slots, memory.now = len(lengths), stood[2]
+                return stood
+        column = torch.where(layout.real, layout.position, -1)
         place = past.cache.place(past.rows, column, past.columns, len(past.lengths), self.device)
+        stood = layout, past.keys(layout), place
+        self._stood = (past.rows, past.columns, memory.capacity), past.lengths.clone(), stood
+        return stood
+
+    @contextmanager
+    def _on_slots(self, past: Prefix, place: Place, rows: Tensor | None) -> Iterator[Tensor | slice | None]:
+        """Attend to the slots of a pass where they lie, where the model takes it; yields where the wanted rows are."""
         with self.slot_attention(past.cache.memory), placed(self.config, place):
             yield rows
 
@@ -287,6 +308,6 @@ def replicate(network: HFNetwork) -> HFNetwork:
     memo |= {id(b): b for b in model.buffers()}
     twin = copy.copy(network)
     twin.model = twin.forward = copy.deepcopy(model, memo)
-    twin._masks, twin.compiled = deque(maxlen=2), None
+    twin._masks, twin._stood, twin.compiled = deque(maxlen=2), None, None
     twin.head, twin.config = twin.model.get_output_embeddings(), twin.model.config.get_text_config()
     return twin

@@ -409,6 +409,7 @@ def test_speculation_needs_a_causal_clean_half(converted: Path, tokenizer_and_mo
         (lambda: load_recipe("drafter", distance="l2"), "distance='l2' is unknown"),
         (lambda: load_recipe("tri-mode", mask_per_place=True), "mask_per_place=true needs objective='distill'"),
         (lambda: load_recipe("drafter", gradient_checkpointing=True), "gradient_checkpointing=true does not go"),
+        (lambda: load_recipe("drafter", compile_layers=True), "compile_layers=true does not go"),
         (lambda: load_recipe("drafter", drafter_rank=0), "drafter_rank=0 must be positive"),
         (
             lambda: resolve(load_recipe("tri-mode", block_size=12, first_block_size=5), 10**6, 512),

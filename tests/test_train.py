@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import STORIES, block_config, network, random_tokens
+from torch._dynamo.utils import counters
 
 import unmask
 from unmask.attention import PADDING, Layout
 from unmask.data import Batch
 from unmask.settings import Settings, load_recipe, recipe_names, resolve
+from unmask.shortcuts import layers_of
 from unmask.train import learning_rate_at, step_loss
 
 
@@ -199,6 +201,27 @@ def test_memory_savers_stay_close_to_the_plain_run(
         subprocess.run(command, check=True, capture_output=True)
         losses.append([row["loss"] for row in rows(tmp_path / name) if "loss" in row])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4 if "gradient_checkpointing" in settings else 3e-2)
+
+
+def test_compiled_layers_give_the_same_run(
+    tokenizer_and_model: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced once for all layers, and run by torch's own kernels; what is compiled in earnest is the same trace."""
+    inductor = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: inductor(function, backend="aot_eager"))
+    for chosen in ({"recipe": "efficient-dlm"}, {"recipe": "tri-mode", "complementary": True}):
+        torch._dynamo.reset()
+        counters.clear()
+        losses = []
+        for compiled in (False, True):
+            folder = tmp_path / f"{chosen['recipe']}-{compiled}"
+            options = RUN | chosen | {"eval_every": 1000}
+            lm = unmask.adapt(tokenizer_and_model, stories, output_dir=folder, compile_layers=compiled, **options)
+            losses.append([row["loss"] for row in rows(folder) if "loss" in row])
+            assert all(layer._compiled_call_impl is None for layer in layers_of(lm.model))
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["graph_break"]
 
 
 def test_two_processes_give_the_run_of_one(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def make_model(shape: str, **changes: Any) -> Any:
         return hf.load_pretrained(shape, dtype=dtype)[0]
     torch.manual_seed(0)
     config = Qwen3Config(**(_SHAPES[shape] | {"max_position_embeddings": 4096} | changes))
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
+    with torch.device(device):  # billions of random numbers take long on a CPU
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def measure(ours: Callable[[], Any], baseline: Callable[[], Any], rounds: int) -> tuple[float, float, float]:

@@ -228,7 +228,7 @@ def _replicate(lm: DiffusionLM, settings: Settings) -> Callable[[Any], Any] | No
     """
     small = sum(p.numel() for p in lm.model.parameters()) < 20e6
     hooked = settings.objective == "distill" or settings.lora_rank is not None or settings.teacher is not None
-    plain = not hooked and not settings.gradient_checkpointing
+    plain = not hooked and not settings.gradient_checkpointing and not settings.compile_layers
     split = settings.loss_normaliser == "tokens" and not settings.anneal_redraw
     return hf.replicate if small and plain and split and settings.mixed_precision == "no" else None
 

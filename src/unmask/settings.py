@@ -107,6 +107,7 @@ class Settings:
     max_grad_norm: float = 1.0
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
+    compile_layers: bool = False
     seed: int = 0
     # bookkeeping
     log_every: int = 10
@@ -160,8 +161,9 @@ class Settings:
             )
         if self.mask_per_place and self.objective != "distill":
             raise ValueError(f"mask_per_place=true needs objective='distill', not {self.objective!r}")
-        if self.objective == "distill" and self.gradient_checkpointing:
-            raise ValueError("gradient_checkpointing=true does not go with objective='distill': leave it out")
+        for name in ("gradient_checkpointing", "compile_layers"):  # layers on top of a cache are each another function
+            if self.objective == "distill" and getattr(self, name):
+                raise ValueError(f"{name}=true does not go with objective='distill': leave it out")
         if self.teacher is not None and self.objective != "joint":
             raise ValueError(
                 f"teacher={self.teacher!r} needs objective='joint', not {self.objective!r} "

@@ -119,13 +119,22 @@ def _packed(out: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(out[0], (0, 0, 0, -out.shape[1] % length)).unflatten(0, (-1, length))
 
 
-def last_layer(model: Any) -> torch.nn.Module | None:
-    """The last of the model's layers: of the first list as long as its configuration says."""
+def layers_of(model: Any) -> list[torch.nn.Module]:
+    """The model's layers: the first list as long as its configuration says, none if there is no such list."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return module[-1]
-    return None
+            return list(module)
+    return []
+
+
+def compile_layers(model: Any, *, on: bool = True) -> None:
+    """Let each layer of the model run compiled, or no longer; what is compiled for one of them serves all."""
+    for layer in layers_of(model):
+        if on:
+            layer.compile()
+        else:
+            layer._compiled_call_impl = None  # what a module has that was never compiled
 
 
 # --- the head

@@ -47,6 +47,7 @@ from unmask.objectives import (
     shared_loss,
 )
 from unmask.settings import Settings, at_step
+from unmask.shortcuts import compile_layers
 from unmask.transfer import to_device
 
 Evaluator = Callable[[Any], dict[str, float]]
@@ -169,7 +170,8 @@ def step_loss(
 
     ce = settings.objective == "diffusion" or (settings.objective == "joint" and settings.distance == "ce")
     plain = pattern is None and teacher is None and settings.loss_normaliser == "tokens"
-    if len(drawn) > 1 and ce and plain and not settings.gradient_checkpointing and _shares_clean_stream(config):
+    plain = plain and not settings.gradient_checkpointing and not settings.compile_layers
+    if len(drawn) > 1 and ce and plain and _shares_clean_stream(config):
         alpha = settings.alpha if settings.objective == "joint" else None
         return shared_loss(network, config, batch.x0, batch.layout, drawn, alpha, batch.loss_mask)
     losses = [loss_of(corruption) for corruption in drawn]
@@ -264,6 +266,8 @@ def train(
     model.train()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.compile_layers:
+        compile_layers(model)
     wrapped, optimizer = accelerator.prepare(model, _optimizer(model, settings))
     network = make_network(wrapped)
     on_cpu = accelerator.device.type == "cpu" and accelerator.num_processes == 1
@@ -361,6 +365,8 @@ def train(
     model.eval()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_disable()
+    if settings.compile_layers:
+        compile_layers(model, on=False)
     return state
 
 

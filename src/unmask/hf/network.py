@@ -29,7 +29,7 @@ from unmask.chunked import CHUNK
 from unmask.denoiser import Pass, Past, Prefix, run
 from unmask.hf.compiled import CompiledPasses
 from unmask.readout import RowLoss, whole_sum
-from unmask.shortcuts import CHUNKED, head_rows, head_sum, last_layer, last_layer_rows
+from unmask.shortcuts import CHUNKED, head_rows, head_sum, last_layer_rows, layers_of
 from unmask.slots import SLOTS, Place, SlotCache, SlotMemory, placed
 from unmask.transfer import to_device
 
@@ -171,10 +171,11 @@ class HFNetwork:
     def _shortcuts(self, layout: Layout, rows: Tensor | None) -> Iterator[Tensor | slice | None]:
         """Leave out masked-out pairs, and the unread rows of the last layer; yields where the wanted rows are."""
         batch, length = layout.position.shape
-        layer = last_layer(self.model)
+        layer = next(reversed(layers_of(self.model)), None)
         # Checkpointed layers run again in the backward pass, when the hooks of this pass are gone.
         again = self.model.training and getattr(layer, "gradient_checkpointing", False)
-        if length < 2 * CHUNK or self.device.type != "cpu" or again or not self.routes.chunked:
+        fixed = again or getattr(layer, "_compiled_call_impl", None) is not None
+        if length < 2 * CHUNK or self.device.type != "cpu" or fixed or not self.routes.chunked:
             yield rows
             return
         before = self.config._attn_implementation

@@ -1,9 +1,10 @@
 """The whole set for one GPU: training steps, decoding, and how near they come to what the device can do.
 
-    python benchmarks/gpu.py [results/gpu]                              (H200, bf16: under 8 minutes)
-    python benchmarks/gpu.py /tmp/rows --shape tiny --device cpu        (a rehearsal)
+    python benchmarks/gpu.py [results/gpu]                              (H200, bf16)
+    python benchmarks/gpu.py rows --device cpu --shape tiny --decode-shape tiny --length 256   (a rehearsal)
 
-Writes rows.jsonl and README.md, a table, into the folder, row by row: what is there when time runs out stays.
+Writes rows.jsonl and README.md, a table, into the folder, row by row. After a share of --minutes no new case begins
+(compiling takes most of the time), and the table says what was left out.
 Arithmetic is counted as needed (`bench.needed_flops`) and set against the rate of one large matrix product.
 """
 
@@ -18,31 +19,38 @@ from typing import Any
 import torch
 
 from unmask import bench
-from unmask.bench_decode import throughput, weight_bound
+from unmask.bench_decode import DecodeCase, throughput, weight_bound
+from unmask.shortcuts import compile_layers
 from unmask.version import __version__
 
 LENGTH, BLOCK = 4096, 16
 
 
 def training(shape: str, length: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Steps beside AR's, with the share of the matrix-product rate that the needed arithmetic reaches."""
+    """Steps beside AR's, with the share of the matrix-product rate that the needed arithmetic reaches.
+
+    First with the model's layers as they are, then with compiled ones, on both sides.
+    """
     model = bench.make_model(shape)
     device = model.device.type
     rate = bench.matmul_rate(device, model.dtype, 8192 if device == "cuda" else 1024)
     yield {"case": "matmul", "value": rate / 1e12, "unit": "TFLOP/s"}
-    rows = max(1, 16384 // length) if device == "cuda" else 1
-    for kind in ("two_stream", "bidirectional", "drafter"):
-        steps = bench.train_steps(model, kind, BLOCK, rows, length)
-        ours, baseline, ratio = bench.measure(steps["diffusion"], steps["ar"], rounds)
-        row = {"case": f"{kind}_{length}", "value": ours, "baseline": baseline, "ratio": ratio, "unit": "s per step",
-               "tokens_per_second": rows * length / ours}  # fmt: skip
-        for name, which, seconds in (("share_of_matmul", kind, ours), ("ar_share_of_matmul", "ar", baseline)):
-            if which != "drafter":
-                needed = bench.needed_flops(model.config, which, BLOCK, rows, length)
-                row[name] = needed / seconds / rate
-        if device == "cuda":
-            row["peak_gib"] = {which: _peak(step) for which, step in steps.items()}
-        yield row
+    rows = max(1, 8192 // length) if device == "cuda" else 1
+    for compiled in (False, True):
+        if compiled:
+            compile_layers(model)
+        for kind in ("two_stream", "bidirectional") if compiled else ("two_stream", "bidirectional", "drafter"):
+            steps = bench.train_steps(model, kind, BLOCK, rows, length)
+            ours, baseline, ratio = bench.measure(steps["diffusion"], steps["ar"], rounds)
+            row = {"case": f"{kind}_{length}", "value": ours, "baseline": baseline, "ratio": ratio,
+                   "unit": "s per step", "compiled": compiled, "tokens_per_second": rows * length / ours}  # fmt: skip
+            for name, which, seconds in (("share_of_matmul", kind, ours), ("ar_share_of_matmul", "ar", baseline)):
+                if which != "drafter":
+                    needed = bench.needed_flops(model.config, which, BLOCK, rows, length)
+                    row[name] = needed / seconds / rate
+            if device == "cuda":
+                row["peak_gib"] = {which: _peak(step) for which, step in steps.items()}
+            yield row
 
 
 def _peak(step: Callable[[], None]) -> float:
@@ -52,24 +60,33 @@ def _peak(step: Callable[[], None]) -> float:
 
 
 def decoding(shape: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """One denoising forward beside reading the weights, then batches of 1, 8 and 64 beside `generate()` and our AR."""
+    """One denoising forward beside reading the weights, then batches of 1, 8 and 64 beside `generate()` and our AR.
+
+    Compiled where launching kernels takes longer than running them; a batch of 64 computes long enough.
+    """
     model = bench.make_model(shape)
-    yield asdict(weight_bound(model))
-    for batch in (1, 8, 64):
-        for case in throughput(model, rounds, (batch,)):
-            yield asdict(case)
+    for compiled in (False, True):
+        yield _row(weight_bound(model, compiled))
+    for batch, compiled in ((1, True), (8, True), (64, False), (1, False)):
+        for case in throughput(model, rounds, (batch,), compiled=compiled):
+            yield _row(case)
+
+
+def _row(case: DecodeCase) -> dict[str, Any]:
+    return asdict(case) | {"compiled": case.settings["compiled"]}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    lines = ["| case | ours | AR | ratio | unit | share of matmul rate (AR's) |", "|---|---|---|---|---|---|"]
+    lines = ["| case | compiled | ours | AR | ratio | unit | share of matmul rate (AR's) |", "|---" * 7 + "|"]
     for row in rows:
         if "error" in row:
-            lines.append(f"| {row['case']} | failed: {row['error']} | | | | |")
+            lines.append(f"| {row['case']} | | failed: {row['error']} | | | | |")
             continue
         numbers = [f"{row[key]:.4g}" if row.get(key) is not None else "" for key in ("value", "baseline", "ratio")]
         share = f"{row['share_of_matmul']:.2f} ({row['ar_share_of_matmul']:.2f})" if "share_of_matmul" in row else ""
-        lines.append(f"| {row['case']} | {' | '.join(numbers)} | {row.get('unit', '')} | {share} |")
+        compiled = "yes" if row.get("compiled") else ""
+        lines.append(f"| {row['case']} | {compiled} | {' | '.join(numbers)} | {row.get('unit', '')} | {share} |")
     return "\n".join(lines)
 
 
@@ -81,6 +98,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=("train", "decode"))
+    parser.add_argument("--minutes", type=float, default=7.5, help="after which no case begins; a third for training")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
@@ -95,19 +113,26 @@ def main() -> None:
     }
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        seconds = time.perf_counter() - began
+        (given.folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (given.folder / "README.md").write_text(f"# {name}\n\n{table(rows)}\n\nMeasured in {seconds:.0f} s.\n")
+        print(f"{seconds:6.0f} s  {row}", flush=True)
+
     for part, cases in parts.items():
         if given.only not in (None, part):
             continue
+        until = began + 60 * given.minutes * (1 / 3 if (part, given.only) == ("train", None) else 1)
         try:
             for row in cases():
-                rows.append(row | {"part": part, "device": name, "torch": torch.__version__, "unmask": __version__})
-                (given.folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-                print(f"{time.perf_counter() - began:6.0f} s  {rows[-1]}", flush=True)
+                keep(row | {"part": part, "device": name, "torch": torch.__version__, "unmask": __version__})
+                if time.perf_counter() > until:
+                    keep({"case": part, "error": f"no time for cases after {rows[-1]['case']}"})
+                    break
         except Exception as error:  # the other half is worth having
-            rows.append({"case": part, "error": f"{type(error).__name__}: {error}"})
-            print(rows[-1], flush=True)
-    seconds = time.perf_counter() - began
-    (given.folder / "README.md").write_text(f"# {name}\n\n{table(rows)}\n\nMeasured in {seconds:.0f} s.\n")
+            keep({"case": part, "error": f"{type(error).__name__}: {error}"})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from unmask import bench
 from unmask import bench_decode as decode
@@ -96,6 +96,15 @@ def test_needed_arithmetic_is_counted_as_by_hand() -> None:
     assert bench.needed_flops(config, "ar", 4, 3, 12) == 6 * 3 * 12 * ar
     both = 2 * (keys + rest + 2 * 8 * 8) + 2 * keys + 0.5 * (rest + 2 * 8 * 8 + head)  # blocks of 4 see 4, 8, 12
     assert bench.needed_flops(config, "two_stream", 4, 3, 12) == 6 * 3 * 12 * both
+
+
+@pytest.mark.parametrize(("shape", "parameters"), [
+    ("tiny", 6_819_840), ("0.6b", 596_049_920), ("4b", 4_022_468_096), ("8b", 8_190_735_360),
+])  # fmt: skip
+def test_shapes_are_those_of_the_models(shape: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Qwen3Config(**bench._SHAPES[shape]))
+    assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 def test_an_unknown_shape_is_named() -> None:

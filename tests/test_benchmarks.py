@@ -133,11 +133,11 @@ def test_story_endings_are_last_sentences() -> None:
 def test_gpu_table_shows_shares_and_what_failed() -> None:
     rows = [
         {"case": "two_stream_4096", "value": 0.5, "baseline": 0.25, "ratio": 2.0, "unit": "s per step",
-         "share_of_matmul": 0.45, "ar_share_of_matmul": 0.5},
+         "compiled": True, "share_of_matmul": 0.45, "ar_share_of_matmul": 0.5},
         {"case": "decode", "error": "RuntimeError: no"},
     ]  # fmt: skip
     table = script("gpu").table(rows).splitlines()
     assert table[2:] == [
-        "| two_stream_4096 | 0.5 | 0.25 | 2 | s per step | 0.45 (0.50) |",
-        "| decode | failed: RuntimeError: no | | | | |",
+        "| two_stream_4096 | yes | 0.5 | 0.25 | 2 | s per step | 0.45 (0.50) |",
+        "| decode | | failed: RuntimeError: no | | | | |",
     ]

@@ -34,13 +34,14 @@ PROMPT, NEW = 32, 128
 class DecodeCase(Case):
     """value, baseline: tokens per second of CPU time (of wall clock on GPU). wall_ratio: by the clock on the wall.
 
-    forwards_per_row: ours, after the prefill. peak_growth, baseline_peak_growth: MiB above what stood before a run.
+    forwards_per_row: ours, after the prefill. peak_growth, baseline_peak_growth: MiB above what stood before a run,
+    None where that is not measured.
     """
 
     wall_ratio: float
     forwards_per_row: float
-    peak_growth: float
-    baseline_peak_growth: float
+    peak_growth: float | None
+    baseline_peak_growth: float | None
     settings: dict[str, Any]
 
 
@@ -160,8 +161,8 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _grown(work: Decoder) -> tuple[SampledTokens, float]:
-    """What it returns, and by how many MiB the memory in use grew while it ran; nan where that cannot be read."""
+def _grown(work: Decoder) -> tuple[SampledTokens, float | None]:
+    """What it returns, and by how many MiB the memory in use grew while it ran; None where that cannot be read."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
@@ -172,7 +173,7 @@ def _grown(work: Decoder) -> tuple[SampledTokens, float]:
         before = _status("VmRSS")
         return work(), _status("VmHWM") - before
     except (OSError, StopIteration):
-        return work(), float("nan")
+        return work(), None
 
 
 def _status(field: str) -> float:
@@ -256,7 +257,7 @@ def weight_bound(model: Any, compiled: bool = False, *, prefix: int = 512, block
     bound = weights / (2 * big.numel() / copy)
     settings: dict[str, Any] = {"batch": 1, "block_size": block_size, "prefix": prefix, "compiled": compiled}
     return DecodeCase("b1_denoising_forward", 1e3 * ours, 1e3 * bound, ours / bound, "ms per forward", ours / bound,
-                      1.0, float("nan"), float("nan"), settings)  # fmt: skip
+                      1.0, None, None, settings)  # fmt: skip
 
 
 def _clock(work: Callable[[], Any]) -> float:

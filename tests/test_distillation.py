@@ -115,6 +115,19 @@ def test_top_k_of_the_whole_vocabulary_equals_the_full_distance(distance: str) -
         assert torch.allclose(g, gradient, atol=1e-9)
 
 
+def test_total_variation_and_its_closed_gradient_match_autograd() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 5, 2**17, generator=generator, dtype=torch.float64)  # two rows at a time
+    p[:, 10] = q[:, 10] = -math.inf
+    q.requires_grad_(True)
+    weight = torch.rand(5, generator=generator, dtype=torch.float64)
+    got, expected = draft_distance(p, q, torch.zeros(5), "tv"), 0.5 * (p.softmax(-1) - q.softmax(-1)).abs().sum(-1)
+    torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+    gradients = [torch.autograd.grad((weight * x).sum(), q)[0] for x in (got, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-10 * float(gradients[1].abs().max()), rtol=0)
+    assert len(draft_distance(p[:0], q[:0], torch.zeros(0), "tv")) == 0
+
+
 @pytest.mark.parametrize("distance", ["kl", "tv"])
 def test_top_k_bounds_the_distance_from_below_and_grows_with_k(distance: str) -> None:
     p, q = torch.randn(2, 50, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

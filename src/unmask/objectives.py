@@ -7,9 +7,11 @@ one division of two totals, the same for every split. Knows a network only throu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 from unmask.attention import Layout, Pattern
@@ -251,8 +253,9 @@ def draft_distance(
         return cross_entropy(q_logits, to_device(target, q_logits.device), reduction="none")
     vocabulary = q_logits.shape[-1]
     top_k = min(top_k or vocabulary, vocabulary)
-    if distance == "tv" and top_k == vocabulary:  # what q has above p: as much as it has below, at half the passes
-        return (q_logits.softmax(-1) - p_logits.detach().softmax(-1)).relu().sum(-1)
+    if distance == "tv" and top_k == vocabulary:
+        excess: Tensor = _Excess.apply(q_logits, p_logits.detach())
+        return excess
     log_q, log_p = q_logits.log_softmax(-1), p_logits.detach().log_softmax(-1)
     if top_k < vocabulary:
         likeliest = log_p.topk(top_k).indices
@@ -268,6 +271,35 @@ def draft_distance(
         return 0.01 * kl + tv
     lam = (-0.5 * (1 - tv.detach())).exp()
     return lam * kl + (1 - lam) * tv - log_q.gather(-1, log_p.argmax(-1, keepdim=True))[:, 0]
+
+
+class _Excess(torch.autograd.Function):
+    """sum relu(q - p), (n,) from logits (n, vocab): what q has above p is as much as it has below.
+
+    Its gradient is closed, q * (a - sum(q a)) with a = [q > p], and taken with the value, a few rows at a time
+    on a CPU, so that its passes over the vocabulary find it in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_logits: Tensor, p_logits: Tensor) -> Tensor:
+        slope = torch.empty_like(q_logits) if ctx.needs_input_grad[0] else None
+        total = q_logits.new_empty(len(q_logits))
+        rows = max(1, 2**18 // q_logits.shape[-1]) if q_logits.device.type == "cpu" else len(q_logits)
+        for start in range(0, len(q_logits), rows):
+            part = slice(start, start + rows)
+            q, above = q_logits[part].softmax(-1), p_logits[part].softmax(-1)
+            torch.sum(torch.sub(q, above, out=above).relu_(), -1, out=total[part])
+            if slope is not None:
+                own = above.sign_().mul_(q)
+                torch.addcmul(own, q, own.sum(-1, keepdim=True), value=-1, out=slope[part])
+        ctx.save_for_backward(slope)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return grad[:, None] * slope, None
 
 
 def _with_rest(log_probs: Tensor) -> Tensor:

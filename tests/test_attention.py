@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from unmask import attention
+from unmask import attention, chunked
 from unmask.attention import PADDING, Layout
 from unmask.chunked import chunked_attention
 
@@ -104,10 +104,35 @@ def test_chunked_attention_matches_dense_with_gradients(length: int) -> None:
     dense = scaled_dot_product_attention(
         q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=allowed, scale=0.3
     )
-    chunked = chunked_attention(q, k, v, allowed, 0.3)
-    torch.testing.assert_close(chunked, dense, atol=1e-10, rtol=0)
+    tiled = chunked_attention(q, k, v, allowed, 0.3)
+    torch.testing.assert_close(tiled, dense, atol=1e-10, rtol=0)
     for a, b in zip(
-        torch.autograd.grad((chunked * weight).sum(), (q, k, v)),
+        torch.autograd.grad((tiled * weight).sum(), (q, k, v)),
+        torch.autograd.grad((dense * weight).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("given", [100, 110])  # a multiple of the grain of spans or not
+def test_keys_of_a_cache_without_a_graph_get_no_gradient(given: int) -> None:
+    """The queries' gradient, and that of the keys behind the cache's, are the dense ones."""
+    length, generator = 100, torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+               for heads in (4, 2, 2))  # fmt: skip
+    cached = torch.randn(2, 2, 2, given, 8, generator=generator, dtype=torch.float64)
+    allowed = torch.rand(2, 1, length, given + length, generator=generator) < 0.3
+    allowed[:, :, 64:, given:] = False  # a tile of queries that sees the cache alone
+    allowed[:, :, :, 0] = True
+    weight = torch.randn(q.shape, generator=generator, dtype=torch.float64)
+    keys, values = (torch.cat([old, new], dim=-2) for old, new in zip(cached, (k, v), strict=True))
+    assert chunked._given(keys) == given
+    assert chunked._given(torch.cat([keys, keys], dim=-2)) == chunked._given(torch.cat([k, cached[0]], dim=-2)) == 0
+    dense = scaled_dot_product_attention(
+        q, keys.repeat_interleave(2, 1), values.repeat_interleave(2, 1), attn_mask=allowed
+    )
+    for a, b in zip(
+        torch.autograd.grad((chunked_attention(q, keys, values, allowed) * weight).sum(), (q, k, v)),
         torch.autograd.grad((dense * weight).sum(), (q, k, v)),
         strict=True,
     ):

@@ -4,7 +4,8 @@ A dense mask makes scaled-dot-product attention compute every masked-out pair. H
 and each tile gets only the keys that some query of it sees: for a two-stream pass that is about the
 arithmetic of two causal passes, forward and backward, and less where documents are packed. Tiles run on
 torch's own CPU kernel, in one autograd node: gradients are written in place and keys are saved once,
-whatever the number of tiles and heads that share them. Knows tensors only.
+whatever the number of tiles and heads that share them. Keys that stood in a cache without a graph get no
+gradient. Knows tensors only.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: f
     planned = _tiles.setdefault(allowed, {})
     if q.dtype not in planned:
         planned[q.dtype] = plan(allowed, q.dtype)
-    out: Tensor = _Tiled.apply(q, k, v, planned[q.dtype], scale)
+    out: Tensor = _Tiled.apply(q, k, v, planned[q.dtype], scale, min(_given(k), _given(v)))
     return out
 
 
@@ -62,7 +63,7 @@ def picked_attention(
 ) -> Tensor:
     """The outputs of some queries only: q (1, heads, len(rows), dim), `rows` flat indices into (batch, queries)."""
     q, k, v = _alike(q, k, v)
-    out: Tensor = _Tiled.apply(q, k, v, plan_rows(allowed, rows, q.dtype), scale)
+    out: Tensor = _Tiled.apply(q, k, v, plan_rows(allowed, rows, q.dtype), scale, min(_given(k), _given(v)))
     return out
 
 
@@ -73,9 +74,27 @@ def _alike(*tensors: Tensor) -> list[Tensor]:
     return [x.to(dtype) for x in tensors]
 
 
+def _given(keys: Tensor) -> int:
+    """How many keys stand first that no gradient reaches: a cache's, where `torch.cat` put the pass's own behind them.
+
+    Only the graph knows it. 0 in half precision, where torch's kernel rounds less than the way around it.
+    """
+    joined: Any = keys.grad_fn
+    if keys.dtype not in (torch.float32, torch.float64) or joined is None or joined.name() != "CatBackward0":
+        return 0
+    (first, _), *others = joined.next_functions
+    if first is not None or len(others) != 1:
+        return 0
+    ((node, output),) = others
+    batch, heads, own, dim = node._input_metadata[output].shape
+    return keys.shape[2] - own if keys.shape == (batch, heads, keys.shape[2], dim) else 0
+
+
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile], scale: float | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile], scale: float | None, given: int
+    ) -> Tensor:
         out = _like(q)
         sums = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
         for tile in tiles:
@@ -85,27 +104,65 @@ class _Tiled(torch.autograd.Function):
             _queries(out, tile).copy_(part)
             sums[tile.rows, :, tile.queries] = total
         ctx.save_for_backward(q, k, v, out, sums)
-        ctx.tiles, ctx.scale = tiles, scale
+        ctx.tiles, ctx.scale, ctx.given = tiles, scale, given
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, sums = ctx.saved_tensors
         grad_q, grad_k, grad_v = _like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for tile in ctx.tiles:
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *(_queries(grad, tile), _queries(q, tile), _keys(k, tile), _keys(v, tile), _queries(out, tile)),
-                *(sums[tile.rows, :, tile.queries], 0.0, False),
-                attn_mask=tile.bias,
-                scale=ctx.scale,
-            )
-            _queries(grad_q, tile).copy_(parts[0])
-            for whole, part in ((grad_k, parts[1]), (grad_v, parts[2])):
-                offset = 0
-                for begin, end in tile.spans:
-                    whole[tile.key_rows, :, begin:end] += part[:, :, offset : offset + end - begin]
-                    offset += end - begin
-        return grad_q, grad_k, grad_v, None, None
+        for whole in ctx.tiles:
+            given, tile = _cut(whole, ctx.given)
+            part = _queries(grad_q, whole)
+            if tile.spans:
+                parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    *(_queries(grad, tile), _queries(q, tile), _keys(k, tile), _keys(v, tile), _queries(out, tile)),
+                    *(sums[tile.rows, :, tile.queries], 0.0, False),
+                    attn_mask=tile.bias,
+                    scale=ctx.scale,
+                )
+                part.copy_(parts[0])
+                for full, piece in ((grad_k, parts[1]), (grad_v, parts[2])):
+                    offset = 0
+                    for begin, end in tile.spans:
+                        full[tile.key_rows, :, begin:end] += piece[:, :, offset : offset + end - begin]
+                        offset += end - begin
+            else:
+                part.zero_()
+            if given.spans:
+                part += _query_gradient(grad, q, k, v, out, sums, given, ctx.scale)
+        return grad_q, grad_k, grad_v, None, None, None
+
+
+def _query_gradient(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, tile: Tile, scale: float | None
+) -> Tensor:
+    """What a tile's keys give to the gradient of its queries, where theirs is not wanted: 3 products of 5."""
+    q, grad, keys, values = _queries(q, tile), _queries(grad, tile), _keys(k, tile), _keys(v, tile)
+    shape, pairs = q.shape, len(q) * keys.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    delta = (grad * _queries(out, tile)).sum(-1, keepdim=True)
+
+    def by_key_head(x: Tensor) -> Tensor:  # heads that share keys as more queries
+        return x.reshape(pairs, -1, x.shape[-1])
+
+    keys, values = by_key_head(keys), by_key_head(values)
+    scores = (by_key_head(q * scale) @ keys.mT).view(*shape[:3], -1)
+    if tile.bias is not None:
+        scores += tile.bias
+    p = scores.sub_(sums[tile.rows, :, tile.queries, None]).exp_()
+    slope = (by_key_head(grad) @ values.mT).view_as(p).sub_(delta).mul_(p)
+    return (by_key_head(slope) @ keys).mul_(scale).view(shape)
+
+
+def _cut(tile: Tile, column: int) -> tuple[Tile, Tile]:
+    """A tile's keys before a column, and those from it on."""
+    before = tuple((begin, min(end, column)) for begin, end in tile.spans if begin < column)
+    behind = tuple((max(begin, column), end) for begin, end in tile.spans if end > column)
+    if tile.bias is None:
+        return replace(tile, spans=before), replace(tile, spans=behind)
+    biases = tile.bias.split([sum(end - begin for begin, end in spans) for spans in (before, behind)], dim=-1)
+    return replace(tile, spans=before, bias=biases[0]), replace(tile, spans=behind, bias=biases[1])
 
 
 def _like(q: Tensor) -> Tensor:

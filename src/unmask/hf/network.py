@@ -29,6 +29,7 @@ from unmask.chunked import CHUNK
 from unmask.denoiser import Pass, Past, Prefix, run
 from unmask.hf.compiled import CompiledPasses
 from unmask.readout import RowLoss, whole_sum
+from unmask.rebuild import rebuilding
 from unmask.shortcuts import CHUNKED, head_rows, head_sum, last_layer_rows, layers_of
 from unmask.slots import SLOTS, Place, SlotCache, SlotMemory, placed
 from unmask.transfer import to_device
@@ -151,7 +152,8 @@ class HFNetwork:
             keys = layout if past is None else past.keys(layout)
             shortcuts = self._shortcuts(layout, rows)
         layout, kv = layout.to(self.device), keys.to(self.device)
-        with shortcuts as kept, head(kept), gate:
+        memory = rebuilding() if torch.is_grad_enabled() else nullcontext()
+        with shortcuts as kept, head(kept), gate, memory:
             out: Tensor = self.forward(
                 input_ids=input_ids,
                 attention_mask=self.attention_argument(pattern, layout, kv),

@@ -69,10 +69,12 @@ def test_cases_are_named_as_promised(model, monkeypatch: pytest.MonkeyPatch) -> 
                      "b8_block32_n4_window", "b8_block32_n8_window"}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["two_stream", "bidirectional", "drafter"])
-def test_steps_leave_no_gradient(kind: str, tokenizer_and_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "draws"), [("two_stream", 1), ("two_stream", 2), ("bidirectional", 1), ("drafter", 1)]
+)
+def test_steps_leave_no_gradient(kind: str, draws: int, tokenizer_and_model: Path) -> None:
     model = bench.make_model(str(tokenizer_and_model))
-    steps = bench.train_steps(model, kind, 4, 2, 16)
+    steps = bench.train_steps(model, kind, 4, 2, 16, draws=draws)
     for step in steps.values():
         step()
         assert all(p.grad is None for p in model.parameters())
@@ -85,7 +87,18 @@ def test_measure_is_the_median_ratio() -> None:
 
 
 def test_memory_grows_by_at_least_the_gradients() -> None:
-    assert bench._peak_growth("tiny", "ar") > 6_800_000 * 4 / 2**20
+    assert bench._peak_growth("tiny", "block_step", "ar") > 6_800_000 * 4 / 2**20
+
+
+def test_training_cases_are_measured_as_they_say(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "make_model", lambda _shape, **_: model)
+    monkeypatch.setattr(bench, "measure", lambda _ours, _ar, _rounds: (3.0, 2.0, 1.5))
+    growth = {("block_step", "ar"): 4.0, ("block_step", "diffusion"): 2.0, ("block_step_whole", "diffusion"): 5.0}
+    monkeypatch.setattr(bench, "_peak_growth", lambda _shape, case, which: growth[case, which])
+    assert {case.case: (case.value, case.ratio) for case in bench.bench_train("tiny", 1)} == {
+        "block_step": (3, 1.5), "block_step_whole": (3, 1.5), "block_step_draws2": (1.5, 0.75),
+        "bidirectional_step": (3, 1.5), "drafter_step": (3, 1.5), "two_stream_1024": (3, 1.5),
+        "block_peak_memory": (2, 0.5), "block_peak_memory_whole": (5, 1.25)}  # fmt: skip
 
 
 def test_needed_arithmetic_is_counted_as_by_hand() -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from unmask.attention import Layout
 from unmask.corruption import Corruption, mask_exact, noise_levels, position_noise, segments
 from unmask.denoiser import DiffusionConfig
 from unmask.drafter import Drafter, DrafterConfig, target_modules
-from unmask.objectives import diffusion_loss, distill_loss, predictable
+from unmask.objectives import diffusion_loss, distill_loss, predictable, shared_loss
 from unmask.version import __version__
 
 
@@ -95,11 +95,12 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def train_steps(
-    model: Any, kind: str, block_size: int, rows: int, length: int, micro: int | None = None
+    model: Any, kind: str, block_size: int, rows: int, length: int, micro: int | None = None, draws: int = 1
 ) -> dict[str, Callable[[], None]]:
     """One forward and backward of the AR loss as Hugging Face computes it, and of ours.
 
     micro: of ours, in micro-batches of so many rows, whose gradients add up to the same.
+    draws: more than 1 of "two_stream", so many masks on one clean pass.
 
     kind: "two_stream" or "bidirectional" for a diffusion loss, "drafter" for gated adapters of rank 16 on the
     frozen model's attention outputs, distilled in total variation with every token masked. On a GPU our passes
@@ -130,10 +131,15 @@ def train_steps(
         if kind == "drafter":
             masked = predictable(where)
             return distill_loss(network, config, x0[part], where, Corruption(masked, masked.float()), "tv").sum
+        drawn = [draw(step * draws + i, part, where) for i in range(draws)]
+        if draws > 1:
+            return shared_loss(network, config, x0[part], where, drawn).sum
+        return diffusion_loss(network, config, x0[part], where, drawn[0]).sum
+
+    def draw(number: int, part: Tensor, where: Layout) -> Corruption:
         segment = segments(where, config.segment_size)
-        t, noise = noise_levels(0, step, part, rows, length), position_noise(0, step, part, length)
-        drawn = mask_exact(t, noise, segment, predictable(where))
-        return diffusion_loss(network, config, x0[part], where, drawn).sum
+        t, noise = noise_levels(0, number, part, rows, length), position_noise(0, number, part, length)
+        return mask_exact(t, noise, segment, predictable(where))
 
     def diffusion() -> None:
         nonlocal step
@@ -158,24 +164,49 @@ def train_steps(
 MICRO = 2
 """Rows of our steps at a time: two streams of two rows are as many tokens as AR's four rows."""
 
-TRAIN_CASES: dict[str, tuple[str, int, int, int, dict[str, int]]] = {
-    "block_step": ("two_stream", 32, 4, 512, {}),
-    "bidirectional_step": ("bidirectional", 32, 4, 512, {}),
-    "drafter_step": ("drafter", 32, 4, 512, {}),
-    "two_stream_1024": ("two_stream", 32, 4, 1024, {"num_hidden_layers": 4, "vocab_size": 1024}),
+
+@dataclass(frozen=True)
+class TrainCase:
+    """A kind of step and its sizes; changes: what differs from the shape asked for (named shapes only)."""
+
+    kind: str
+    block_size: int = 32
+    rows: int = 4
+    length: int = 512
+    micro: int | None = MICRO
+    draws: int = 1
+    changes: dict[str, int] = field(default_factory=dict)
+
+    def steps(self, shape: str) -> dict[str, Callable[[], None]]:
+        model = make_model(shape, **self.changes)
+        return train_steps(model, self.kind, self.block_size, self.rows, self.length, self.micro, self.draws)
+
+
+TRAIN_CASES = {
+    "block_step": TrainCase("two_stream"),
+    "block_step_whole": TrainCase("two_stream", micro=None),
+    "block_step_draws2": TrainCase("two_stream", draws=2),
+    "bidirectional_step": TrainCase("bidirectional"),
+    "drafter_step": TrainCase("drafter"),
+    "two_stream_1024": TrainCase("two_stream", length=1024, changes={"num_hidden_layers": 4, "vocab_size": 1024}),
 }
-"""Name: kind of step, block size, rows, length, and what differs from the shape asked for (named shapes only)."""
+"""`whole`: our rows at once too, as AR's. `draws2`: two masks on one clean pass, time per mask."""
+MEMORY_CASES = {"block_peak_memory": "block_step", "block_peak_memory_whole": "block_step_whole"}
+"""Cases of peak memory by the steps that they measure."""
 
 
 def bench_train(shape: str, rounds: int = 5) -> list[Case]:
     """Training steps: `ratio` is ours over AR's (lower is better)."""
     cases = []
-    for case, (kind, block, rows, length, changes) in TRAIN_CASES.items():
-        steps = train_steps(make_model(shape, **changes), kind, block, rows, length, MICRO)
+    for name, case in TRAIN_CASES.items():
+        steps = case.steps(shape)
         ours, baseline, ratio = measure(steps["diffusion"], steps["ar"], rounds)
-        cases.append(Case(case, ours, baseline, ratio, "seconds per step"))
-    ours, baseline = (_peak_growth(shape, which) for which in ("diffusion", "ar"))
-    cases.append(Case("block_peak_memory", ours, baseline, ours / baseline, "MiB of peak growth"))
+        unit = "seconds per step" if case.draws == 1 else "seconds per mask, AR's per step"
+        cases.append(Case(name, ours / case.draws, baseline, ratio / case.draws, unit))
+    baseline = _peak_growth(shape, "block_step", "ar")
+    for name, step in MEMORY_CASES.items():
+        ours = _peak_growth(shape, step, "diffusion")
+        cases.append(Case(name, ours, baseline, ours / baseline, "MiB of peak growth"))
     return cases
 
 
@@ -206,19 +237,19 @@ def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
     return 2.0 * size**3 / min(seconds(lambda: a @ b) for _ in range(8))
 
 
-def _peak_growth(shape: str, which: str) -> float:
+def _peak_growth(shape: str, case: str, which: str) -> float:
     """Growth of peak memory over three steps, MiB, in a process of its own."""
     code = (
         "import torch; from unmask.bench import memory_growth; torch.set_num_threads(1); "
-        f"print(memory_growth({shape!r}, {which!r}))"
+        f"print(memory_growth({shape!r}, {case!r}, {which!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
 
-def memory_growth(shape: str, which: str) -> float:
+def memory_growth(shape: str, case: str, which: str) -> float:
     """Peak memory of three steps above what stood before them, MiB."""
-    step = train_steps(make_model(shape), "two_stream", 32, 4, 512, MICRO)[which]
+    step = TRAIN_CASES[case].steps(shape)[which]
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         for _ in range(3):

@@ -102,6 +102,10 @@ def block_causal(block_size: int) -> Pattern:
     return pattern
 
 
+_NEVER = torch.iinfo(torch.int32).max
+"""A position that nothing reaches."""
+
+
 @functools.cache
 def two_stream(block_size: int, clean: str = "block_causal", noisy: str = "bidirectional") -> Pattern:
     """[noisy | clean] in one pass (Efficient-DLM 2512.14067, Fig. 2d; Nemotron-Labs 2607.05722).
@@ -113,14 +117,18 @@ def two_stream(block_size: int, clean: str = "block_causal", noisy: str = "bidir
     """
     if clean not in ("block_causal", "causal"):
         raise ValueError(f"clean attention {clean!r} is unknown: use 'block_causal' or 'causal'")
-    clean_to_clean = causal if clean == "causal" else block_causal(block_size)
     noisy_to_noisy = _inside_block(noisy)
 
     def pattern(q: Layout, kv: Layout) -> Tensor:
         q_block, kv_block = q.position // block_size, kv.position // block_size
-        to_clean = (q.noisy & (kv_block < q_block)) | (~q.noisy & clean_to_clean(q, kv))
-        in_block = (kv_block == q_block) & noisy_to_noisy(q, kv)
-        return (kv.noisy & q.noisy & in_block) | (~kv.noisy & to_clean)
+        # What is worked out for each token costs nothing beside what is for each pair: two comparisons are left.
+        clean_reach = q.position + 1 if clean == "causal" else (q_block + 1) * block_size
+        reach = torch.where(q.noisy, q_block * block_size, clean_reach)
+        to_clean = torch.where(kv.noisy, _NEVER, kv.position) < reach
+        in_block = torch.where(kv.noisy, kv_block, -1) == torch.where(q.noisy, q_block, -2)
+        if noisy_to_noisy is not bidirectional:
+            in_block = in_block & noisy_to_noisy(q, kv)
+        return to_clean | in_block
 
     return pattern
 

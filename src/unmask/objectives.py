@@ -299,7 +299,7 @@ class _Excess(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (slope,) = ctx.saved_tensors
-        return grad[:, None] * slope, None
+        return slope.mul_(grad[:, None]), None  # in place: saved tensors know if they are asked for twice
 
 
 def _with_rest(log_probs: Tensor) -> Tensor:

@@ -203,6 +203,17 @@ def test_memory_savers_stay_close_to_the_plain_run(
     assert losses[1] == pytest.approx(losses[0], rel=1e-4 if "gradient_checkpointing" in settings else 3e-2)
 
 
+def test_training_learns_where_gradients_are_switched_off(
+    tokenizer_and_model: Path, stories: Path, tmp_path: Path
+) -> None:
+    unmask.adapt(tokenizer_and_model, stories, "ar", tmp_path / "on", **RUN)
+    with torch.no_grad():
+        unmask.adapt(tokenizer_and_model, stories, "ar", tmp_path / "off", **RUN)
+    assert [row["loss"] for row in rows(tmp_path / "off") if "loss" in row] == [
+        row["loss"] for row in rows(tmp_path / "on") if "loss" in row
+    ]
+
+
 def test_compiled_layers_give_the_same_run(
     tokenizer_and_model: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -228,6 +228,7 @@ class TrainState:
     data: PackState = field(default_factory=PackState)
 
 
+@torch.enable_grad()
 def train(
     model: Any,
     make_network: Callable[[Any], Network],

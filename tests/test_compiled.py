@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,12 @@ from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
 from torch._dynamo.utils import counters
 
 from unmask import hf
-from unmask.attention import causal
-from unmask.denoiser import begin
+from unmask.attention import Layout, causal
+from unmask.denoiser import begin, verify
 from unmask.drafter import Drafter, DrafterConfig
 from unmask.hf.compiled import CompiledPasses
 from unmask.sampling import Confidence, Threshold, sample_autoregressive, sample_blocks, sample_speculative
+from unmask.shortcuts import layers_of
 
 EAGER = {"backend": "eager"}
 """Traced like any compiled pass, but run by torch's own kernels; the last test compiles in earnest."""
@@ -100,8 +102,75 @@ def test_memory_is_used_again_and_does_not_move() -> None:
         decode(n)
         assert compiled.compiled._free == [memory]
         assert [layer.keys.data_ptr() for layer in memory.layers] == address
-    decode(5)
-    assert [m.room for m in compiled.compiled._free] == [4, 8]
+    decode(5)  # what is larger serves for what was smaller
+    assert [m.room for m in compiled.compiled._free] == [8]
+
+
+def test_memory_that_would_not_do_is_not_used_again() -> None:
+    """Other weights, another precision, numbers that are not finite, a pass that failed half-way."""
+    _, compiled = pair()
+    assert isinstance(compiled.compiled, CompiledPasses)
+
+    def decode(prompts: list[torch.Tensor]) -> list[list[int]]:
+        got, plain = (sample_autoregressive(net, prompts, max_new_tokens=4).new_tokens
+                      for net in (compiled, hf.HFNetwork(compiled.model, MASK)))  # fmt: skip
+        gc.collect()
+        assert got == plain
+        return got
+
+    weights = {name: value.clone() for name, value in compiled.model.state_dict().items()}
+    before = decode(PROMPTS[1:3])
+    for parameter in compiled.model.parameters():
+        parameter.data.fill_(torch.nan)
+    decode(PROMPTS[1:3])
+    compiled.model.load_state_dict(weights)
+    assert decode(PROMPTS[1:3]) == before
+    for layer, broken in ((0, False), (1, True), (1, False)):
+        attention = compiled.model.model.layers[layer].self_attn
+        attention.forward = (lambda **_: 1 / 0) if broken else type(attention).forward.__get__(attention)
+        if broken:
+            compiled.compiled._free.clear()
+            with pytest.raises(ZeroDivisionError):
+                sample_autoregressive(compiled, PROMPTS[1:3], max_new_tokens=4)
+            gc.collect()
+            assert not compiled.compiled._free
+    decode([PROMPTS[4]])
+    compiled.model.float()
+    decode(PROMPTS[1:3])
+    with torch.no_grad():
+        past = begin(compiled, causal, PROMPTS[1:3])
+        past.reach(12)
+        assert verify(compiled, past, torch.full((2, 1), 5), Layout.of(past.lengths[:, None])).isfinite().any()
+
+
+def test_an_interrupted_pass_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, compiled = pair()
+    assert isinstance(compiled.compiled, CompiledPasses)
+    ids = random_tokens(1, 20)
+    before = compiled.model(ids).logits
+    where, _ = compiled.compiled._compiled
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled.compiled, "_compiled", (where, interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            sample_autoregressive(compiled, PROMPTS[1:3], max_new_tokens=4)
+    assert torch.equal(compiled.model(ids).logits, before)
+    assert torch.equal(pickle.loads(pickle.dumps(compiled.model))(ids).logits, before)
+    assert not hasattr(compiled.config, "unmask_place")
+
+
+def test_layers_compiled_for_training_decode_as_they_are() -> None:
+    plain, trained = pair()
+    trained.compiled = None
+    for layer in layers_of(trained.model):
+        layer.compile(**EAGER)
+    want, got = (sample_blocks(net, block_config(4), PROMPTS[:2], max_new_tokens=6) for net in (plain, trained))
+    assert got.new_tokens == want.new_tokens
+    assert counters["stats"]["unique_graphs"] == 0
+    assert all(layer._compiled_call_impl is not None for layer in layers_of(trained.model))
 
 
 def test_what_takes_no_fixed_shape_runs_as_it_is() -> None:

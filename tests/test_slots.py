@@ -9,7 +9,7 @@ import torch
 from conftest import MASK, SUPPORTED, block_config, network, random_tokens, tiny_model
 
 from unmask import hf, slots
-from unmask.attention import Layout, causal
+from unmask.attention import Layout, bidirectional, block_causal, causal, lookahead, window
 from unmask.denoiser import begin, denoise
 from unmask.sampling import Confidence, sample_autoregressive, sample_blocks
 
@@ -125,8 +125,8 @@ def test_no_mask_is_built_where_everything_is_seen() -> None:
 
 def test_forwards_of_a_block_share_their_mask() -> None:
     net, built = network(), []
-    original = net._new_argument
-    net._new_argument = lambda *given: built.append(1) or original(*given)
+    original = net.form
+    net.form = lambda *given: built.append(1) or original(*given)
     out = sample_blocks(net, block_config(8), [random_tokens(n, seed=n) for n in (3, 9)], max_new_tokens=21,
                         select=Confidence(1))  # fmt: skip
     assert out.num_forwards.tolist() == [21, 21]
@@ -155,3 +155,18 @@ def test_a_pass_elsewhere_gets_a_mask_of_its_own() -> None:
         place = torch.cat([torch.arange(len(texts[slot])), torch.tensor([6, 7])])
         expected = net(whole[None], Layout.of(place[None]), causal)[0, -2:]
         assert (got - expected)[:, :MASK].abs().max() < 1e-10
+
+
+@torch.no_grad()
+def test_a_mask_is_told_by_itself_and_not_by_its_address() -> None:
+    """Many patterns in turn at one place: memory that one mask has left is where another one is made."""
+    net, texts = network(), [random_tokens(6, seed=1), random_tokens(4, seed=2)]
+    layout, more = Layout.of(torch.arange(4, 8).repeat(2, 1)), random_tokens(2, 4, seed=3)
+    past = begin(net, causal, texts)
+    past.columns = 10
+    patterns = [causal, bidirectional, *map(lookahead, (1, 2)), *map(window, (2, 3, 5)), *map(block_causal, (2, 3))]
+    for pattern in patterns * 3:
+        again = begin(fresh := network(net.model), causal, texts)
+        again.columns = 10
+        expected = fresh(more, layout, pattern, past=again)
+        assert torch.equal(net(more, layout, pattern, past=past), expected)

@@ -193,8 +193,8 @@ def test_a_layout_that_comes_again_gets_the_same_mask_on_its_device(implementati
 def test_draws_of_a_step_share_their_masks(name: str, masks: int, device: str) -> None:
     """With the shift each draw is a pass over both streams, else one over the noisy stream after a clean pass."""
     step, made = Step(name, device), []
-    original = step.network._new_argument
-    step.network._new_argument = lambda *given: made.append(given) or original(*given)
+    original = step.network.form
+    step.network.form = lambda *given: made.append(given) or original(*given)
     step.run()
     assert len(made) == masks
 

@@ -137,6 +137,22 @@ def compile_layers(model: Any, *, on: bool = True) -> None:
             layer._compiled_call_impl = None  # what a module has that was never compiled
 
 
+@contextmanager
+def plain_layers(model: Any) -> Iterator[None]:
+    """Within the context layers that are compiled run as they are: a cache makes each of them another function."""
+    layers = layers_of(model)
+    compiled = [layer._compiled_call_impl for layer in layers]
+    if not any(compiled):
+        yield
+        return
+    compile_layers(model, on=False)
+    try:
+        yield
+    finally:
+        for layer, call in zip(layers, compiled, strict=True):
+            layer._compiled_call_impl = call
+
+
 # --- the head
 
 

@@ -40,7 +40,8 @@ class Place:
     target: Tensor
     parts: list[Part]
     columns: int
-    additive: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # masks as they are added
+    additive: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Masks, and as what they are added: kept with them, since it is by their address that they are told."""
 
 
 @dataclass
@@ -49,7 +50,7 @@ class SlotMemory:
 
     room, capacity: slots and columns that have memory, or will have with the first pass; more are added when needed.
     slots: those in use. gathers: hand the model the keys of each row instead of those of each slot, for attention that
-    knows no slots. now: where the present pass stands.
+    knows no slots. now: where the present pass stands. whole: a pass has gone through all layers.
     """
 
     room: int = 0
@@ -57,7 +58,17 @@ class SlotMemory:
     slots: int = 0
     gathers: bool = True
     now: Place | None = None
+    whole: bool = False
     layers: list[Any] = field(default_factory=list)
+
+    def holds(self, slots: int, columns: int) -> bool:
+        """Whether there is memory for so many."""
+        return self.room >= slots and self.capacity >= columns
+
+    def clear(self) -> None:
+        """Forget everything: what is masked out weighs 0, but 0 times what is not finite is not 0."""
+        for layer in self.layers:
+            layer.keys.zero_(), layer.values.zero_()
 
 
 class SlotCache(Cache):
@@ -129,12 +140,17 @@ class _SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         slots, columns = max(self.memory.room, self.memory.slots), self.memory.capacity + 1
-        self.keys, self.values = (
-            x.new_zeros(slots, columns, x.shape[1], x.shape[3]) for x in (key_states, value_states)
-        )
-        for buffer in (self.keys, self.values):  # a CUDA graph writes to it where it stands
-            torch._dynamo.mark_static_address(buffer, guard=False)
+        with torch.inference_mode(False), torch.no_grad():  # it may outlive the mode in which it is made
+            self.keys, self.values = (
+                self._standing(x.new_zeros(slots, columns, x.shape[1], x.shape[3])) for x in (key_states, value_states)
+            )
         self.is_initialized = True
+
+    def _standing(self, buffer: Tensor) -> Tensor:
+        """A buffer that a CUDA graph may write to, where the cache has its memory from the start."""
+        if self.memory.room:
+            torch._dynamo.mark_static_address(buffer, guard=False)
+        return buffer
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the pass's keys and values (rows, heads, length, dim); return those that it sees."""
@@ -143,12 +159,15 @@ class _SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         elif self.keys.shape[1] <= memory.capacity:
             more = (0, 0, 0, 0, 0, memory.capacity + 1 - self.keys.shape[1])
-            self.keys, self.values = (torch.nn.functional.pad(x, more) for x in (self.keys, self.values))
+            with torch.inference_mode(False), torch.no_grad():
+                self.keys, self.values = (
+                    self._standing(torch.nn.functional.pad(x, more)) for x in (self.keys, self.values)
+                )
         assert memory.now is not None
         return self._put(self.keys, key_states, memory.now), self._put(self.values, value_states, memory.now)
 
     def _put(self, buffer: Tensor, new: Tensor, place: Place) -> Tensor:
-        buffer.flatten(0, 1).index_copy_(0, place.target, new.transpose(1, 2).flatten(0, 1))
+        buffer.flatten(0, 1).index_copy_(0, place.target, new.detach().transpose(1, 2).flatten(0, 1))
         seen = buffer[: self.memory.slots, : place.columns].transpose(1, 2)
         if not self.memory.gathers or (len(place.parts) == 1 and place.parts[0][2] is None):
             return seen
@@ -228,16 +247,18 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scaling: flo
 
 def _additive(mask: Tensor, begin: int, q: Tensor, k: Tensor, place: Place) -> Tensor:
     """The mask as it is added to the scores of `_grouped`, made once for the layers of a pass."""
-    compiling = torch.compiler.is_compiling()  # which finds what is the same in all layers by itself
-    key = (begin, 0 if compiling else mask.data_ptr())
-    if compiling or key not in place.additive:
+
+    def added() -> Tensor:
         hidden = torch.finfo(q.dtype).min  # finite: what padding computes must not become NaN
-        added = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, hidden)
-        added = added.repeat(1, 1, q.shape[1] // k.shape[1], 1)
-        if compiling:
-            return added
-        place.additive[key] = added
-    return place.additive[key]
+        zeros = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
+        return zeros.masked_fill_(~mask, hidden).repeat(1, 1, q.shape[1] // k.shape[1], 1)
+
+    if torch.compiler.is_compiling():  # which finds by itself what is the same in all layers
+        return added()
+    key = begin, q.dtype, mask.data_ptr()
+    if key not in place.additive:
+        place.additive[key] = mask, added()
+    return place.additive[key][1]
 
 
 AttentionInterface.register(SLOTS, slot_attention)

@@ -112,23 +112,23 @@ def speed_of_light(
     """`compact` for the continuation of one prompt (length,), block by block or as one bidirectional canvas."""
     if max_checks < 1:
         raise ValueError(f"max_checks {max_checks} must be at least 1: the serial text itself takes forwards")
-    device, given = network.device, len(prompt)
+    prompt, given = prompt.cpu(), len(prompt)  # all but the passes on the host, where each decision is made
     end = given + max_new_tokens
     end = end if context_length is None else min(end, context_length)
     blocks = config.attention != "bidirectional"
     width = config.block_size if blocks and config.block_size is not None else end
     start = given // width * width if blocks else 0
-    past = begin(network, config.pattern, [prompt[:start].to(device)], keep_logits=config.shift)
+    past = begin(network, config.pattern, [prompt[:start]], columns=end + width, keep_logits=config.shift)
     finished: tuple[list[int], Tensor] | None = None
     total = Compacted([], 0, 0, 0)
     while start < end:
         size = width if context_length is None else min(width, context_length - start)
-        layout = Layout.of(_places(start, size, device))
+        layout = Layout.of(start + torch.arange(size)[None])
         past.reach(start + size)
         position = layout.position[0]
         masked = (position >= given) & (position < end)
-        xt = torch.full((size,), config.mask_token_id, device=device)
-        tail = prompt[start : start + size].to(device)
+        xt = torch.full((size,), config.mask_token_id)
+        tail = prompt[start : start + size]
         xt[: len(tail)] = tail
 
         def propose(xt: Tensor, masked: Tensor, layout: Layout = layout) -> tuple[Tensor, Tensor]:
@@ -138,8 +138,8 @@ def speed_of_light(
                 finished = None
             else:
                 logits = score(network, config, xt[None], xt[None], layout, masked[None])
-            tokens = logits.argmax(-1)
-            return xt.masked_scatter(masked, tokens), token_confidence(logits, masked[None])[0]
+            logits = logits.cpu()
+            return xt.masked_scatter(masked, logits.argmax(-1)), token_confidence(logits, masked[None])[0]
 
         open_ = masked.nonzero()[:, 0]
 
@@ -158,10 +158,6 @@ def speed_of_light(
         )
         if first_end(found.tokens, end_token_ids) is not None:
             break
-        finished = [0], xt.masked_scatter(masked, torch.tensor(found.tokens, device=device))[None]
+        finished = [0], xt.masked_scatter(masked, torch.tensor(found.tokens))[None]
         start += width
     return total
-
-
-def _places(start: int, size: int, device: torch.device) -> Tensor:
-    return start + torch.arange(size, device=device)[None]

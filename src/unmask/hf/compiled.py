@@ -8,8 +8,10 @@ slots, run as they are.
 
 from __future__ import annotations
 
+import functools
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn.functional import pad
 
 from unmask.attention import PADDING, Layout, Pattern
 from unmask.denoiser import Prefix, slot_keys
+from unmask.shortcuts import plain_layers
 from unmask.slots import Part, Place, SlotCache, SlotMemory, flat_target, grained, placed
 from unmask.transfer import to_device
 
@@ -34,32 +37,41 @@ class CompiledPasses:
     """
 
     def __init__(self, network: Any, **options: Any) -> None:
-        if not options and network.device.type == "cuda":
-            options = {"mode": "reduce-overhead"}
-        self.network = network
-        self._where = torch.compile(self._place, dynamic=False, **options)
-        self._forward = torch.compile(self._run, dynamic=False, **options)
+        self.network, self._options = network, options
         self._rows: Tensor | None = None
         self._free: list[SlotMemory] = []
+        self._kind: Any = None  # what that memory was made for
         self._patterns: dict[Pattern, Pattern | dict[str, Pattern]] = {}  # the same functions again, so no new shapes
-        self.hook = network.head.register_forward_pre_hook(self._pick)
+        self._shapes = torch._dynamo.config.patch(recompile_limit=_SHAPES, accumulated_recompile_limit=_SHAPES)
+
+    @functools.cached_property
+    def _compiled(self) -> tuple[Any, Any]:
+        on_gpu = self.network.device.type == "cuda"
+        options = self._options or ({"mode": "reduce-overhead"} if on_gpu else {})
+        where = torch.compile(self._place, dynamic=False, **options)
+        return where, torch.compile(self._run, dynamic=False, **options)
 
     def new_slots(self, slots: int, columns: int) -> SlotCache:
         """A cache that never moves, in memory that another one has left where that is large enough."""
-        large = [m for m in self._free if m.room >= slots and m.capacity >= columns]
+        kind = self.network.device, self.network.model.dtype
+        if kind != self._kind:
+            self._kind, self._free = kind, []
+        large = [memory for memory in self._free if memory.holds(slots, columns)]
         memory = min(large, key=lambda m: m.room * m.capacity, default=None)
         if memory is None:
             memory = SlotMemory(_power_of_two(slots), grained(columns))
+            self._free[:] = [m for m in self._free if not memory.holds(m.room, m.capacity)]  # it serves for those
         else:
             self._free.remove(memory)
+            memory.clear()
         cache = SlotCache(memory)
-        weakref.finalize(cache, self._free.append, memory)
+        weakref.finalize(cache, _give_back, memory, self._free)
         return cache
 
     def takes(self, past: Prefix) -> bool:
         """Whether a pass is over all slots in order, and perhaps over some of them once more."""
         slots, rows, memory = len(past.lengths), past.rows, past.cache.memory
-        if not memory.layers or memory.room < slots or memory.capacity < past.columns:
+        if not memory.whole or not memory.holds(slots, past.columns):
             return False
         return rows is None or (len(rows) > slots and list(rows[:slots]) == list(range(slots)))
 
@@ -67,11 +79,10 @@ class CompiledPasses:
         self, input_ids: Tensor, layout: Layout, pattern: Pattern, rows: Tensor | None, past: Prefix
     ) -> Tensor:
         """Logits (len(rows), vocabulary) of a pass that it takes; without rows (batch, length, vocabulary)."""
-        memory, slots, device = past.cache.memory, len(past.lengths), self.network.device
+        network, memory, slots = self.network, past.cache.memory, len(past.lengths)
         (batch, length), again = input_ids.shape, [] if past.rows is None else list(past.rows[slots:])
-        room, more = min(memory.room, _power_of_two(slots)), _power_of_two(len(again))
-        everyone = again == list(range(slots))  # who needs no copy of the keys
-        more = room if everyone else more
+        room, everyone = min(memory.room, _power_of_two(slots)), again == list(range(slots))
+        more = room if everyone else _power_of_two(len(again))  # everyone needs no copy of the keys
         width = length if length == 1 else -(-length // _WIDTH) * _WIDTH
         if (room + more, width) != (batch, length):
             input_ids, layout = _filled_up(input_ids, layout, slots, room, more, width)
@@ -81,28 +92,38 @@ class CompiledPasses:
         scored = None if rows is None else len(rows)
         if rows is not None:
             rows = pad(rows, (0, _scored(len(rows), (room + more) * width) - len(rows)))
-        slot = [*range(room), *(range(room) if everyone else again + [0] * (more - len(again)))]
-        gate = nullcontext() if self.network.gate is None else self.network.gate(layout.noisy)
-        slots_of, lengths = (to_device(x, device) for x in (torch.tensor(slot), pad(past.lengths, (0, room - slots))))
-        input_ids, layout = to_device(input_ids, device), layout.to(device)
-        rows = None if rows is None else to_device(rows, device)
+        slot = torch.tensor([*range(room), *(range(room) if everyone else again + [0] * (more - len(again)))])
+        gate = nullcontext() if network.gate is None else network.gate(layout.noisy)
+        patterns = self._patterns.setdefault(pattern, network.patterns(pattern))
+        where, forward = self._compiled
+        slot, lengths, input_ids = (
+            to_device(x, network.device) for x in (slot, pad(past.lengths, (0, room - slots)), input_ids)
+        )
+        layout, rows = layout.to(network.device), None if rows is None else to_device(rows, network.device)
 
-        patterns = self._patterns.setdefault(pattern, self.network.patterns(pattern))
-        shapes = torch._dynamo.config.patch(recompile_limit=_SHAPES, accumulated_recompile_limit=_SHAPES)
-        with shapes, self.network.slot_attention(memory), gate:
+        with self._shapes, network.slot_attention(memory), plain_layers(network.model), gate, self._reading(rows):
             torch.compiler.cudagraph_mark_step_begin()
-            target, attention_mask = self._where(layout, slots_of, lengths, patterns, memory.capacity)
+            target, attention_mask = where(layout, slot, lengths, patterns, memory.capacity)
             parts: list[Part] = [(0, room, None)]
             if more:
-                parts.append((room, room + more, None if everyone else slots_of[room:]))
-            memory.slots, memory.now, self._rows = room, Place(target, parts, memory.capacity), rows
-            with placed(self.network.config, memory.now):
-                logits = self._forward(input_ids, layout.position, attention_mask, past.cache)
-            self._rows = None
+                parts.append((room, room + more, None if everyone else slot[room:]))
+            memory.slots, memory.now = room, Place(target, parts, memory.capacity)
+            with placed(network.config, memory.now):
+                logits: Tensor = forward(input_ids, layout.position, attention_mask, past.cache)
         if scored is not None:
             return logits[:scored].clone()  # a graph's output is overwritten when it runs again
         kept = torch.tensor([*range(slots), *range(room, room + len(again))])
-        return logits[to_device(kept, device), :length]
+        return logits[to_device(kept, network.device), :length]
+
+    @contextmanager
+    def _reading(self, rows: Tensor | None) -> Iterator[None]:
+        """Within the context the head runs on these rows only; one hook for all, since a compiler looks at it once."""
+        self._rows, hook = rows, self.network.head.register_forward_pre_hook(self._pick)
+        try:
+            yield
+        finally:
+            self._rows = None
+            hook.remove()
 
     def _place(
         self, layout: Layout, slot: Tensor, lengths: Tensor, patterns: Pattern | dict[str, Pattern], capacity: int
@@ -119,6 +140,12 @@ class CompiledPasses:
 
     def _pick(self, _head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return args if self._rows is None else (args[0].flatten(0, 1)[self._rows],)
+
+
+def _give_back(memory: SlotMemory, free: list[SlotMemory]) -> None:
+    """Half-made memory, of a pass that failed, is of no use."""
+    if memory.whole:
+        free.append(memory)
 
 
 def _filled_up(

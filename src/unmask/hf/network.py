@@ -30,7 +30,7 @@ from unmask.denoiser import Pass, Past, Prefix, run
 from unmask.hf.compiled import CompiledPasses
 from unmask.readout import RowLoss, whole_sum
 from unmask.rebuild import rebuilding
-from unmask.shortcuts import CHUNKED, head_rows, head_sum, last_layer_rows, layers_of
+from unmask.shortcuts import CHUNKED, head_rows, head_sum, last_layer_rows, layers_of, plain_layers
 from unmask.slots import SLOTS, Place, SlotCache, SlotMemory, placed
 from unmask.transfer import to_device
 
@@ -95,8 +95,6 @@ class HFNetwork:
 
     def compile(self, **options: Any) -> None:
         """Compile decoding passes from now on; options: of torch.compile, see `CompiledPasses`."""
-        if self.compiled is not None:
-            self.compiled.hook.remove()
         self.compiled = CompiledPasses(self, **options)
 
     def __call__(
@@ -204,7 +202,7 @@ class HFNetwork:
         if self._stood is not None:
             told, lengths, stood = self._stood
             same = told == (past.rows, past.columns, memory.capacity) and torch.equal(lengths, past.lengths)
-            if same and all(map(torch.equal, layout, stood[0])):
+            if same and layout.position.device == stood[0].position.device and all(map(torch.equal, layout, stood[0])):
                 memory.slots, memory.now = len(lengths), stood[2]
                 return stood
         column = torch.where(layout.real, layout.position, -1)
@@ -216,8 +214,10 @@ class HFNetwork:
     @contextmanager
     def _on_slots(self, past: Prefix, place: Place, rows: Tensor | None) -> Iterator[Tensor | slice | None]:
         """Attend to the slots of a pass where they lie, where the model takes it; yields where the wanted rows are."""
-        with self.slot_attention(past.cache.memory), placed(self.config, place):
+        memory = past.cache.memory
+        with self.slot_attention(memory), placed(self.config, place), plain_layers(self.model):
             yield rows
+        memory.whole = True
 
     @contextmanager
     def slot_attention(self, memory: SlotMemory) -> Iterator[None]:
@@ -241,12 +241,9 @@ class HFNetwork:
             if (known, made_for) == (pattern, implementation) and queries.same(q) and keys.same(kv):
                 return argument
         with torch.inference_mode(False):  # a later pass may learn
-            argument = self._new_argument(pattern, q, kv)
+            argument = self.form(self.patterns(pattern), q, kv)
         self._masks.append((pattern, q, kv, implementation, argument))
         return argument
-
-    def _new_argument(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
-        return self.form(self.patterns(pattern), q, kv)
 
     def patterns(self, pattern: Pattern) -> Pattern | dict[str, Pattern]:
         """What the layers of this model see where `pattern` is asked for, of each type if they have types."""

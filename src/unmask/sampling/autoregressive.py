@@ -37,7 +37,8 @@ def sample_autoregressive(
     """
     check_sampling(temperature, top_p, top_k)
     device = network.device
-    seats = Seats(network, len(prompts), batch_size, max(map(len, prompts)) + max_new_tokens)
+    longest = max(map(len, prompts)) + max_new_tokens
+    seats = Seats(network, len(prompts), batch_size, min(longest, context_length or longest))
     past = seats.past
     new_tokens: list[list[int]] = [[] for _ in prompts]
     last = torch.zeros(len(seats.rows), 1, dtype=torch.long, device=device)

@@ -215,7 +215,6 @@ def sample_speculative(
             if len(keep) < len(rows):
                 position, start = position[keep], start[keep]
                 drafts, q, ar_logits = (x[some_rows] for x in (drafts, q, ar_logits))
-                last = last.clone()
             placed = _placed(position[:, :wide], wanted, start)
             after = verify(network, past.at(keep if len(keep) < len(rows) else None), drafts[:, :wide], placed)
             num_forwards[rows[keep]] += 1

@@ -112,15 +112,16 @@ def test_long_prompts_go_through_chunked_attention() -> None:
 def test_no_mask_is_built_where_everything_is_seen() -> None:
     net, config = network(), block_config(4)
     seen: list[int] = []
-    original = net.attention_argument
+    original = net.form
 
     def watch(*arguments):
         seen.append(original(*arguments).numel())
         return original(*arguments)
 
-    net.attention_argument = watch
+    net.form = watch
     sample_blocks(net, config, [random_tokens(4, seed=i) for i in range(3)], max_new_tokens=8, select=Confidence(2))
-    assert seen[1:] == [1, 1, 3 * 2 * 4 * 12, 1]  # after the prefill: two forwards, the one that commits, one more
+    # After the prefill: two forwards that share theirs, the one that commits, one more.
+    assert seen[1:] == [1, 3 * 2 * 4 * 12, 1]
 
 
 def test_forwards_of_a_block_share_their_mask() -> None:

@@ -141,10 +141,10 @@ def compile_layers(model: Any, *, on: bool = True) -> None:
 def plain_layers(model: Any) -> Iterator[None]:
     """Within the context layers that are compiled run as they are: a cache makes each of them another function."""
     layers = layers_of(model)
-    compiled = [layer._compiled_call_impl for layer in layers]
-    if not any(compiled):
+    if not layers or layers[-1]._compiled_call_impl is None:  # a look at each would cost a decoding pass some time
         yield
         return
+    compiled = [layer._compiled_call_impl for layer in layers]
     compile_layers(model, on=False)
     try:
         yield

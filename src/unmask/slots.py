@@ -167,7 +167,8 @@ class _SlotLayer(CacheLayerMixin):
         return self._put(self.keys, key_states, memory.now), self._put(self.values, value_states, memory.now)
 
     def _put(self, buffer: Tensor, new: Tensor, place: Place) -> Tensor:
-        buffer.flatten(0, 1).index_copy_(0, place.target, new.detach().transpose(1, 2).flatten(0, 1))
+        new = new.detach() if new.requires_grad else new
+        buffer.flatten(0, 1).index_copy_(0, place.target, new.transpose(1, 2).flatten(0, 1))
         seen = buffer[: self.memory.slots, : place.columns].transpose(1, 2)
         if not self.memory.gathers or (len(place.parts) == 1 and place.parts[0][2] is None):
             return seen

@@ -7,7 +7,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +48,18 @@ class Routes:
     readout: bool = False
 
 
+@dataclass
+class _Standing:
+    """The place of a pass on slots: what tells it from others, and what is worked out for it."""
+
+    told: Any
+    lengths: Tensor
+    layout: Layout
+    keys: Layout
+    place: Place
+    masks: dict[tuple[Pattern, str], Any] = field(default_factory=dict)
+
+
 class HFNetwork:
     """A stock causal LM as a `denoiser.Network`.
 
@@ -74,7 +86,7 @@ class HFNetwork:
         self.head = model.get_output_embeddings()
         self.config = model.config.get_text_config()
         self._masks: deque[tuple[Pattern, Layout, Layout, str, Any]] = deque(maxlen=2)
-        self._stood: tuple[Any, Tensor, tuple[Layout, Layout, Place]] | None = None
+        self._stood: _Standing | None = None
         self.compiled: CompiledPasses | None = None
 
     @property
@@ -142,19 +154,21 @@ class HFNetwork:
     ) -> Tensor:
         """What the head puts out; `head` says what it does with which of the rows that it gets."""
         gate = nullcontext() if self.gate is None else self.gate(layout.noisy)  # which may read it, so not moved yet
-        input_ids, rows = to_device(input_ids, self.device), None if rows is None else to_device(rows, self.device)
+        device = self.device
+        input_ids, rows = to_device(input_ids, device), None if rows is None else to_device(rows, device)
         if isinstance(past, Prefix):
-            layout, keys, place = self._stand(past, layout)
-            shortcuts = self._on_slots(past, place, rows)
+            standing = self._stand(past, layout, device)
+            shortcuts, layout = self._on_slots(past, standing.place, rows), standing.layout.to(device)
+            see = functools.partial(self._seen, standing, pattern, device)
         else:
             keys = layout if past is None else past.keys(layout)
-            shortcuts = self._shortcuts(layout, rows)
-        layout, kv = layout.to(self.device), keys.to(self.device)
+            shortcuts, layout = self._shortcuts(layout, rows), layout.to(device)
+            see = functools.partial(self.attention_argument, pattern, layout, keys.to(device))
         memory = rebuilding() if torch.is_grad_enabled() else nullcontext()
         with shortcuts as kept, head(kept), gate, memory:
             out: Tensor = self.forward(
                 input_ids=input_ids,
-                attention_mask=self.attention_argument(pattern, layout, kv),
+                attention_mask=see(),
                 position_ids=layout.position,
                 past_key_values=None if past is None else past.cache,
                 use_cache=past is not None,
@@ -193,23 +207,31 @@ class HFNetwork:
         finally:
             self.config._attn_implementation = before
 
-    def _stand(self, past: Prefix, layout: Layout) -> tuple[Layout, Layout, Place]:
-        """Where a pass on slots stands, its keys, and where it goes: the last pass's own if those are the same.
-
-        Most forwards of a block stand where the one before did. Their mask is told by the tensors of their layouts.
-        """
-        memory = past.cache.memory
-        if self._stood is not None:
-            told, lengths, stood = self._stood
-            same = told == (past.rows, past.columns, memory.capacity) and torch.equal(lengths, past.lengths)
-            if same and layout.position.device == stood[0].position.device and all(map(torch.equal, layout, stood[0])):
-                memory.slots, memory.now = len(lengths), stood[2]
-                return stood
+    def _stand(self, past: Prefix, layout: Layout, device: torch.device) -> _Standing:
+        """Where a pass on slots stands, keys and target included: as the last one, where that is the same place."""
+        memory, known = past.cache.memory, self._stood
+        told = past.rows, past.columns, memory.capacity, layout.position.device
+        if (
+            known is not None
+            and known.told == told
+            and torch.equal(known.lengths, past.lengths)
+            and all(map(torch.equal, layout, known.layout))
+        ):
+            memory.slots, memory.now = len(past.lengths), known.place
+            return known
         column = torch.where(layout.real, layout.position, -1)
-        place = past.cache.place(past.rows, column, past.columns, len(past.lengths), self.device)
-        stood = layout, past.keys(layout), place
-        self._stood = (past.rows, past.columns, memory.capacity), past.lengths.clone(), stood
-        return stood
+        place = past.cache.place(past.rows, column, past.columns, len(past.lengths), device)
+        told = past.rows, past.columns, memory.capacity, layout.position.device  # it may have grown
+        self._stood = _Standing(told, past.lengths.clone(), layout, past.keys(layout), place)
+        return self._stood
+
+    def _seen(self, standing: _Standing, pattern: Pattern, device: torch.device) -> Any:
+        """The masks of a pass on slots, made once for all that stand there."""
+        key = pattern, self.config._attn_implementation
+        if key not in standing.masks:
+            q, kv = standing.layout.to(device), standing.keys.to(device)
+            standing.masks[key] = self.form(self.patterns(pattern), q, kv)
+        return standing.masks[key]
 
     @contextmanager
     def _on_slots(self, past: Prefix, place: Place, rows: Tensor | None) -> Iterator[Tensor | slice | None]:

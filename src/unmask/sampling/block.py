@@ -114,13 +114,14 @@ def sample_blocks(
         if max_denoising_steps is not None:
             at_least = -(-remaining // (max_denoising_steps - blocks.steps).clamp_min(1))
             progress = to_device(((blocks.steps + 1) / max_denoising_steps)[:, None], device)
-        reach, seen = width, blocks.position < (context_length or canvas.shape[1])
         masked = blocks.masked
-        if window is not None:
-            near = (masked.cumsum(-1) - masked.long()) < at_least.clamp_min(window)[:, None]
-            reach, masked, seen = int(near.sum(-1).max()), masked & near, seen & near
-        shown = seen[:, :reach]
-        layout = Layout.of(blocks.position[:, :reach].where(shown, 0), torch.where(shown, 0, PADDING))
+        if entered is not None or stay is not None or window is not None:  # else they stand where they stood
+            reach, seen = width, blocks.position < (context_length or canvas.shape[1])
+            if window is not None:
+                near = (masked.cumsum(-1) - masked.long()) < at_least.clamp_min(window)[:, None]
+                reach, masked, seen = int(near.sum(-1).max()), masked & near, seen & near
+            shown = seen[:, :reach]
+            layout = Layout.of(blocks.position[:, :reach].where(shown, 0), torch.where(shown, 0, PADDING))
         past.reach(max(blocks.starts) + reach)
         logits = denoise(network, config, past, blocks.xt[:, :reach], layout, masked[:, :reach], blocks.finished())
         blocks.cached = list(blocks.starts)

@@ -41,7 +41,7 @@ def training(shape: str, length: int, rounds: int) -> Iterator[dict[str, Any]]:
             compile_layers(model)
         for kind in ("two_stream", "bidirectional") if compiled else ("two_stream", "bidirectional", "drafter"):
             steps = bench.train_steps(model, kind, BLOCK, rows, length)
-            ours, baseline, ratio = bench.measure(steps["diffusion"], steps["ar"], rounds)
+            ours, baseline, ratio, _ = bench.measure(steps["diffusion"], steps["ar"], rounds)
             row = {"case": f"{kind}_{length}", "value": ours, "baseline": baseline, "ratio": ratio,
                    "unit": "s per step", "compiled": compiled, "tokens_per_second": rows * length / ours}  # fmt: skip
             for name, which, seconds in (("share_of_matmul", kind, ours), ("ar_share_of_matmul", "ar", baseline)):

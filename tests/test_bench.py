@@ -47,7 +47,7 @@ def test_comparison_counts_real_tokens_over_medians(model) -> None:
     times = iter([(1.0, 2.0), (0.5, 1.0)] * 3)
     fake = SampledTokens([[1] * 6, [1] * 4], torch.tensor([3, 2]), torch.tensor([1, 1]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "_timed", lambda _work: next(times))
+        patch.setattr(decode, "clocks", lambda _work: next(times))
         case = decode.compare("y", lambda: fake, lambda: fake, 3, {})
     assert (case.value, case.baseline, case.ratio, case.wall_ratio, case.forwards_per_row) == (10, 20, 0.5, 0.5, 2.5)
 
@@ -81,9 +81,12 @@ def test_steps_leave_no_gradient(kind: str, draws: int, tokenizer_and_model: Pat
 
 
 def test_measure_is_the_median_ratio() -> None:
-    seconds, baseline, ratio = bench.measure(lambda: sum(range(2_000_000)), lambda: sum(range(1_000_000)), 5)
+    seconds, baseline, ratio, wall_ratio = bench.measure(
+        lambda: sum(range(2_000_000)), lambda: sum(range(1_000_000)), 5
+    )
     assert seconds > baseline > 0
     assert 1.2 < ratio < 3.5
+    assert 0.3 < wall_ratio < 10
 
 
 def test_memory_grows_by_at_least_the_gradients() -> None:
@@ -92,10 +95,14 @@ def test_memory_grows_by_at_least_the_gradients() -> None:
 
 def test_training_cases_are_measured_as_they_say(model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "make_model", lambda _shape, **_: model)
-    monkeypatch.setattr(bench, "measure", lambda _ours, _ar, _rounds: (3.0, 2.0, 1.5))
+    monkeypatch.setattr(bench, "measure", lambda _ours, _ar, _rounds: bench.Measured(3.0, 2.0, 1.5, 1.4))
     growth = {("block_step", "ar"): 4.0, ("block_step", "diffusion"): 2.0, ("block_step_whole", "diffusion"): 5.0}
     monkeypatch.setattr(bench, "_peak_growth", lambda _shape, case, which: growth[case, which])
-    assert {case.case: (case.value, case.ratio) for case in bench.bench_train("tiny", 1)} == {
+    cases = {case.case: case for case in bench.bench_train("tiny", 1)}
+    speeds = {name: case.tokens_per_second for name, case in cases.items() if isinstance(case, bench.TrainCase)}
+    assert speeds["block_step"] == 4 * 512 / 3  # clean tokens, each counted once
+    assert speeds["block_step_draws2"] == 2 * 4 * 512 / 3
+    assert {name: (case.value, case.ratio) for name, case in cases.items()} == {
         "block_step": (3, 1.5), "block_step_whole": (3, 1.5), "block_step_draws2": (1.5, 0.75),
         "bidirectional_step": (3, 1.5), "drafter_step": (3, 1.5), "two_stream_1024": (3, 1.5),
         "block_peak_memory": (2, 0.5), "block_peak_memory_whole": (5, 1.25)}  # fmt: skip

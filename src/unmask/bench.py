@@ -13,9 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,28 +67,39 @@ def make_model(shape: str, **changes: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def measure(ours: Callable[[], Any], baseline: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
-    """Medians of both, interleaved after a warm-up, and the median of the rounds' ratios."""
+class Measured(NamedTuple):
+    """Medians of seconds, ours and the baseline's, and of the rounds' ratios; wall_ratio: by the clock on the wall."""
+
+    ours: float
+    baseline: float
+    ratio: float
+    wall_ratio: float
+
+
+def measure(ours: Callable[[], Any], baseline: Callable[[], Any], rounds: int) -> Measured:
+    """Both in turn, after a warm-up of each; seconds of the process on a CPU, on the wall on a GPU."""
     ours(), baseline()
-    times: list[tuple[float, float]] = []
-    for _ in range(rounds):
-        times.append((seconds(ours), seconds(baseline)))
-    a, b = zip(*times, strict=True)
-    return statistics.median(a), statistics.median(b), statistics.median(x / y for x, y in times)
+    times = [(clocks(ours), clocks(baseline)) for _ in range(rounds)]
+    clock = int(torch.cuda.is_available())
+    mine, theirs = (statistics.median(pair[i][clock] for pair in times) for i in (0, 1))
+    ratios = [statistics.median(a[c] / b[c] for a, b in times) for c in (clock, 1)]
+    return Measured(mine, theirs, *ratios)
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Of the clock on the wall on a GPU, of the process on a CPU."""
+def clocks(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of CPU, and on the wall."""
     gc.collect()
+    synchronize()
+    began = time.process_time(), time.perf_counter()
+    work()
+    synchronize()
+    return time.process_time() - began[0], time.perf_counter() - began[1]
+
+
+def synchronize() -> None:
+    """Wait for a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        return time.perf_counter() - began
-    began = time.process_time()
-    work()
-    return time.process_time() - began
 
 
 # --- training
@@ -166,7 +177,7 @@ MICRO = 2
 
 
 @dataclass(frozen=True)
-class TrainCase:
+class Step:
     """A kind of step and its sizes; changes: what differs from the shape asked for (named shapes only)."""
 
     kind: str
@@ -183,29 +194,39 @@ class TrainCase:
 
 
 TRAIN_CASES = {
-    "block_step": TrainCase("two_stream"),
-    "block_step_whole": TrainCase("two_stream", micro=None),
-    "block_step_draws2": TrainCase("two_stream", draws=2),
-    "bidirectional_step": TrainCase("bidirectional"),
-    "drafter_step": TrainCase("drafter"),
-    "two_stream_1024": TrainCase("two_stream", length=1024, changes={"num_hidden_layers": 4, "vocab_size": 1024}),
+    "block_step": Step("two_stream"),
+    "block_step_whole": Step("two_stream", micro=None),
+    "block_step_draws2": Step("two_stream", draws=2),
+    "bidirectional_step": Step("bidirectional"),
+    "drafter_step": Step("drafter"),
+    "two_stream_1024": Step("two_stream", length=1024, changes={"num_hidden_layers": 4, "vocab_size": 1024}),
 }
 """`whole`: our rows at once too, as AR's. `draws2`: two masks on one clean pass, time per mask."""
 MEMORY_CASES = {"block_peak_memory": "block_step", "block_peak_memory_whole": "block_step_whole"}
 """Cases of peak memory by the steps that they measure."""
 
 
+@dataclass(frozen=True)
+class TrainCase(Case):
+    """value, baseline: seconds of CPU (of wall clock on GPU). tokens_per_second: clean tokens, each counted once."""
+
+    wall_ratio: float
+    tokens_per_second: float
+    settings: dict[str, Any]
+
+
 def bench_train(shape: str, rounds: int = 5) -> list[Case]:
     """Training steps: `ratio` is ours over AR's (lower is better)."""
-    cases = []
-    for name, case in TRAIN_CASES.items():
-        steps = case.steps(shape)
-        ours, baseline, ratio = measure(steps["diffusion"], steps["ar"], rounds)
-        unit = "seconds per step" if case.draws == 1 else "seconds per mask, AR's per step"
-        cases.append(Case(name, ours / case.draws, baseline, ratio / case.draws, unit))
+    cases: list[Case] = []
+    for name, step in TRAIN_CASES.items():
+        steps, n = step.steps(shape), step.draws
+        ours, baseline, ratio, wall_ratio = measure(steps["diffusion"], steps["ar"], rounds)
+        unit = "seconds per step" if n == 1 else "seconds per mask, AR's per step"
+        speed = step.rows * step.length / (ours / n)
+        cases.append(TrainCase(name, ours / n, baseline, ratio / n, unit, wall_ratio / n, speed, asdict(step)))
     baseline = _peak_growth(shape, "block_step", "ar")
-    for name, step in MEMORY_CASES.items():
-        ours = _peak_growth(shape, step, "diffusion")
+    for name, measured in MEMORY_CASES.items():
+        ours = _peak_growth(shape, measured, "diffusion")
         cases.append(Case(name, ours, baseline, ours / baseline, "MiB of peak growth"))
     return cases
 
@@ -234,7 +255,7 @@ def needed_flops(config: Any, kind: str, block_size: int, rows: int, length: int
 def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
     """Floating-point operations a second of one large square matrix product, the best of a few."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2.0 * size**3 / min(seconds(lambda: a @ b) for _ in range(8))
+    return 2.0 * size**3 / min(clocks(lambda: a @ b)[torch.cuda.is_available()] for _ in range(8))
 
 
 def _peak_growth(shape: str, case: str, which: str) -> float:

@@ -8,7 +8,6 @@ that the samplers count: every pass after the prefill, cache writes included.
 from __future__ import annotations
 
 import functools
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from unmask import hf
 from unmask.attention import Layout
-from unmask.bench import Case, make_model
+from unmask.bench import Case, clocks, make_model, synchronize
 from unmask.denoiser import DiffusionConfig, begin, denoise
 from unmask.sampling import Confidence, SampledTokens, sample_autoregressive, sample_blocks, sample_speculative
 from unmask.sampling.speculative import Noise
@@ -136,7 +135,7 @@ def tokens_of(out: SampledTokens) -> int:
 def compare(case: str, ours: Decoder, baseline: Decoder, rounds: int, settings: dict[str, Any]) -> DecodeCase:
     """Both in turn, medians of the rounds; the first run of each warms up, counts tokens and measures memory."""
     (out, peak), (other, other_peak) = _grown(ours), _grown(baseline)
-    times = [(_timed(ours), _timed(baseline)) for _ in range(rounds)]
+    times = [(clocks(ours), clocks(baseline)) for _ in range(rounds)]
     a, b = tokens_of(out), tokens_of(other)
     clock = int(torch.cuda.is_available())  # by the CPU's clock where it computes, else by the wall's
     ratios = [statistics.median((a / x[c]) / (b / y[c]) for x, y in times) for c in (0, 1)]
@@ -144,21 +143,6 @@ def compare(case: str, ours: Decoder, baseline: Decoder, rounds: int, settings: 
     mean_forwards = float(out.num_forwards.double().mean())
     return DecodeCase(case, a / mine, b / theirs, ratios[clock], "tokens per second", ratios[1], mean_forwards, peak,
                       other_peak, settings)  # fmt: skip
-
-
-def _timed(work: Decoder) -> tuple[float, float]:
-    """Seconds of CPU, and on the wall."""
-    gc.collect()
-    _synchronize()
-    began = time.process_time(), time.perf_counter()
-    work()
-    _synchronize()
-    return time.process_time() - began[0], time.perf_counter() - began[1]
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _grown(work: Decoder) -> tuple[SampledTokens, float | None]:
@@ -261,10 +245,10 @@ def weight_bound(model: Any, compiled: bool = False, *, prefix: int = 512, block
 
 
 def _clock(work: Callable[[], Any]) -> float:
-    _synchronize()
+    synchronize()
     began = time.perf_counter()
     work()
-    _synchronize()
+    synchronize()
     return time.perf_counter() - began
 
 

@@ -295,6 +295,7 @@ def bench(
         raise ValueError("--compile is for decoding: leave it out of bench train")
 
     import torch
+    import transformers
 
     from unmask.bench import bench_train
     from unmask.bench_decode import bench_decode
@@ -312,6 +313,7 @@ def bench(
         "threads": 1,
         "unmask": __version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
     if as_json:
         print(json.dumps({"cases": [asdict(case) for case in cases], "settings": settings}))

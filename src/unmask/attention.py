@@ -63,17 +63,21 @@ class Layout(NamedTuple):
         """The layout on `device`; one that comes again, the same tensors, is the same tensors there."""
         if self.position.device == device:
             return self
-        known = _elsewhere.get(self.position)
-        if known is None or known[0] != device or known[1] is not self.document or known[2] is not self.noisy:
+        return self.once(device, lambda: Layout(*(to_device(field, device) for field in self)))
+
+    def once(self, what: Any, make: Callable[[], Layout]) -> Layout:
+        """`make()`, a layout of new tensors, once for a layout that comes again: masks are told by those tensors."""
+        made = _made.setdefault(self.position, {})
+        known = made.get(what)
+        if known is None or known[0] is not self.document or known[1] is not self.noisy:
             with torch.inference_mode(False):  # a later pass may learn
-                moved = Layout(*(to_device(field, device) for field in self))
-            _elsewhere[self.position] = known = device, self.document, self.noisy, moved
-        there: Layout = known[3]
-        return there
+                made[what] = known = self.document, self.noisy, make()
+        layout: Layout = known[2]
+        return layout
 
 
-_elsewhere: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Layouts on another device by the positions they were copied from: masks are told by the tensors of a layout."""
+_made: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""What was made of layouts, by their positions."""
 
 
 Pattern = Callable[[Layout, Layout], Tensor]

@@ -274,17 +274,9 @@ def scoring_pass(
     return Pass(input_ids, passed, pattern or config.pattern, rows)
 
 
-_streams: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""[noisy | clean] layouts by the positions they repeat: the same tensors again, and so the same masks."""
-
-
 def _both_streams(layout: Layout) -> Layout:
-    known = _streams.get(layout.position)
-    if known is None or known[0] is not layout.document:
-        with torch.inference_mode(False):  # a later pass may learn
-            _streams[layout.position] = known = layout.document, _noisy(layout).then(layout)
-    both: Layout = known[1]
-    return both
+    """[noisy | clean], the positions repeated."""
+    return layout.once("both streams", lambda: _noisy(layout).then(layout))
 
 
 _all_noisy: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -293,7 +285,7 @@ _all_noisy: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _noisy(layout: Layout) -> Layout:
     if layout.noisy not in _all_noisy:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # as in `Layout.once`, which is for layouts that share no tensor
             _all_noisy[layout.noisy] = torch.ones_like(layout.noisy)
     return layout._replace(noisy=_all_noisy[layout.noisy])
 

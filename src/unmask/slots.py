@@ -24,7 +24,7 @@ from unmask.chunked import CHUNK, chunked_attention
 from unmask.transfer import to_device
 
 GRAIN = 256
-"""Columns by which the buffers grow; and on GPU the grain of what a pass reads, so that few shapes occur."""
+"""Columns by which the buffers grow."""
 
 SLOTS = "unmask_slots"
 """Name of the attention below in transformers' table."""

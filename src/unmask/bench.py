@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +67,10 @@ def make_model(shape: str, **changes: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
+Clocks = tuple[float, float]
+"""Seconds of CPU, and on the wall."""
+
+
 class Measured(NamedTuple):
     """Medians of seconds, ours and the baseline's, and of the rounds' ratios; wall_ratio: by the clock on the wall."""
 
@@ -79,15 +83,18 @@ class Measured(NamedTuple):
 def measure(ours: Callable[[], Any], baseline: Callable[[], Any], rounds: int) -> Measured:
     """Both in turn, after a warm-up of each; seconds of the process on a CPU, on the wall on a GPU."""
     ours(), baseline()
-    times = [(clocks(ours), clocks(baseline)) for _ in range(rounds)]
+    return medians([(clocks(ours), clocks(baseline)) for _ in range(rounds)])
+
+
+def medians(times: Sequence[tuple[Clocks, Clocks]]) -> Measured:
+    """Of (ours, the baseline's) in each round, by the clock that counts on this machine."""
     clock = int(torch.cuda.is_available())
     mine, theirs = (statistics.median(pair[i][clock] for pair in times) for i in (0, 1))
     ratios = [statistics.median(a[c] / b[c] for a, b in times) for c in (clock, 1)]
     return Measured(mine, theirs, *ratios)
 
 
-def clocks(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of CPU, and on the wall."""
+def clocks(work: Callable[[], Any]) -> Clocks:
     gc.collect()
     synchronize()
     began = time.process_time(), time.perf_counter()

@@ -8,8 +8,6 @@ that the samplers count: every pass after the prefill, cache writes included.
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from unmask import hf
 from unmask.attention import Layout
-from unmask.bench import Case, clocks, make_model, synchronize
+from unmask.bench import Case, clocks, make_model, medians
 from unmask.denoiser import DiffusionConfig, begin, denoise
 from unmask.sampling import Confidence, SampledTokens, sample_autoregressive, sample_blocks, sample_speculative
 from unmask.sampling.speculative import Noise
@@ -137,12 +135,10 @@ def compare(case: str, ours: Decoder, baseline: Decoder, rounds: int, settings: 
     (out, peak), (other, other_peak) = _grown(ours), _grown(baseline)
     times = [(clocks(ours), clocks(baseline)) for _ in range(rounds)]
     a, b = tokens_of(out), tokens_of(other)
-    clock = int(torch.cuda.is_available())  # by the CPU's clock where it computes, else by the wall's
-    ratios = [statistics.median((a / x[c]) / (b / y[c]) for x, y in times) for c in (0, 1)]
-    mine, theirs = (statistics.median(pair[i][clock] for pair in times) for i in (0, 1))
+    theirs, mine, faster, wall = medians([(y, x) for x, y in times])  # the inverse of time is speed
     mean_forwards = float(out.num_forwards.double().mean())
-    return DecodeCase(case, a / mine, b / theirs, ratios[clock], "tokens per second", ratios[1], mean_forwards, peak,
-                      other_peak, settings)  # fmt: skip
+    return DecodeCase(case, a / mine, b / theirs, a / b * faster, "tokens per second", a / b * wall, mean_forwards,
+                      peak, other_peak, settings)  # fmt: skip
 
 
 def _grown(work: Decoder) -> tuple[SampledTokens, float | None]:
@@ -235,21 +231,13 @@ def weight_bound(model: Any, compiled: bool = False, *, prefix: int = 512, block
         layout = Layout.of(prefix + torch.arange(block_size)[None])
         wanted = torch.ones(1, block_size, dtype=torch.bool)
         big = torch.empty(2**28 if ids.device.type == "cuda" else 2**24, dtype=torch.uint8, device=ids.device)
-        copy = min(_clock(lambda: big.clone()) for _ in range(8))
-        ours = min(_clock(lambda: denoise(network, config, past, xt, layout, wanted)) for _ in range(8))
+        copy = min(clocks(lambda: big.clone())[1] for _ in range(8))
+        ours = min(clocks(lambda: denoise(network, config, past, xt, layout, wanted))[1] for _ in range(8))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     bound = weights / (2 * big.numel() / copy)
     settings: dict[str, Any] = {"batch": 1, "block_size": block_size, "prefix": prefix, "compiled": compiled}
     return DecodeCase("b1_denoising_forward", 1e3 * ours, 1e3 * bound, ours / bound, "ms per forward", ours / bound,
                       1.0, None, None, settings)  # fmt: skip
-
-
-def _clock(work: Callable[[], Any]) -> float:
-    synchronize()
-    began = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - began
 
 
 def _lengths(model: Any, rounds: int, compiled: bool) -> DecodeCase:

@@ -100,10 +100,7 @@ def generate(
                 {
                     "text": out.texts[0],
                     "mode": mode or ("ar" if lm.diffusion is None else "diffusion"),
-                    "num_new_tokens": int(out.num_new_tokens[0]),
-                    "num_forwards": int(out.num_forwards[0]),
-                    "num_prefill_forwards": int(out.num_prefill_forwards[0]),
-                    "tokens_per_forward": round(float(out.tokens_per_forward[0]), 4),
+                    **_counts(out),
                     **cycles,
                 }
             )
@@ -172,6 +169,16 @@ def _ask(sign: str) -> str | None:
         return (input(sign) if sys.stdin.isatty() else input()).strip()
     except EOFError:
         return None
+
+
+def _counts(out: Any) -> dict[str, Any]:
+    """What --json tells of the one row of a `SampleOutput`."""
+    return {
+        "num_new_tokens": int(out.num_new_tokens[0]),
+        "num_forwards": int(out.num_forwards[0]),
+        "num_prefill_forwards": int(out.num_prefill_forwards[0]),
+        "tokens_per_forward": round(float(out.tokens_per_forward[0]), 4),
+    }
 
 
 class _Stream:
@@ -246,10 +253,7 @@ def infill(
                     "text": out.texts[0],
                     "prefix": prefix,
                     "suffix": suffix,
-                    "num_new_tokens": int(out.num_new_tokens[0]),
-                    "num_forwards": int(out.num_forwards[0]),
-                    "num_prefill_forwards": int(out.num_prefill_forwards[0]),
-                    "tokens_per_forward": round(float(out.tokens_per_forward[0]), 4),
+                    **_counts(out),
                 }
             )
         )

@@ -2,7 +2,7 @@
 
     python tests/invariant/trajectories.py          rewrites trajectories.json, on purpose
 
-Everything is asked through the public interface (`unmask.adapt`, `generate`, `infill`, `nelbo`), so that the code behind
+Everything is asked through the public interface (`unmask.adapt`, `generate`, `infill`), so that the code behind
 it may be moved freely. A commit that changes a number here says which and why.
 """
 

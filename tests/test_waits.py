@@ -108,7 +108,7 @@ class Step:
         if self.settings.teacher:
             self.teacher = hf.HFNetwork(self._model().requires_grad_(False), MASK)
         if self.settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            hf.checkpoint_layers(model)
         drafter = None
         if self.config is PLACES or self.settings.objective == "distill":
             places = DrafterConfig(4, mask_rows=1 if self.config is None else self.config.mask_rows)

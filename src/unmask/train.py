@@ -24,6 +24,7 @@ import accelerate
 import torch
 from torch import Tensor
 
+from unmask import hf
 from unmask.attention import Layout, Pattern, annealed, lookahead
 from unmask.corruption import (
     Corruption,
@@ -266,7 +267,7 @@ def train(
         accelerator.init_trackers("unmask", config={k: str(v) for k, v in asdict(settings).items()})
     model.train()
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        hf.checkpoint_layers(model)
     if settings.compile_layers:
         compile_layers(model)
     wrapped, optimizer = accelerator.prepare(model, _optimizer(model, settings))

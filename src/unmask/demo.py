@@ -15,8 +15,8 @@ BASE_TOKENS = 1_500_000
 VOCABULARY = 1024
 
 
-def run_demo(model: str | None, data: list[str] | None, output: Path, max_tokens: int) -> None:
-    """Base (made here unless given) -> conversion -> text and likelihood from both."""
+def run_demo(model: str | None, data: list[str] | None, output: Path, max_tokens: int, trust: bool = False) -> None:
+    """Base (made here unless given) -> conversion -> text and likelihood from both; trust: run a model's own code."""
     import unmask
     from unmask.data import find_files, read_documents
     from unmask.evaluation.likelihood import summarise
@@ -27,8 +27,11 @@ def run_demo(model: str | None, data: list[str] | None, output: Path, max_tokens
         model = str(make_base(output / "base", data[0]))
     converted = output / "converted"
     _say(f"convert {model}")
-    lm = unmask.adapt(model, data, "efficient-dlm", converted, resume=True, max_tokens=max_tokens, eval_every=50)
-    base = unmask.load(model)
+    lm = unmask.adapt(
+        model, data, "efficient-dlm", converted, resume=True, trust_remote_code=trust, max_tokens=max_tokens,
+        eval_every=50,
+    )  # fmt: skip
+    base = unmask.load(model, trust_remote_code=trust)
 
     files = find_files(data)
     held_out = [text for file in files[-1:] for text in read_documents(file)][-8:] if files else []

@@ -56,6 +56,10 @@ class DiffusionConfig:
                 f"clean_attention {self.clean_attention!r} does not go with attention {self.attention!r}: "
                 "two_stream needs 'causal' or 'block_causal', the others none"
             )
+        if self.clean_attention not in (None, "causal", "block_causal"):
+            raise ValueError(f"clean_attention {self.clean_attention!r} is unknown: use causal or block_causal")
+        if self.mask_rows < 1:
+            raise ValueError(f"mask_rows {self.mask_rows} must be at least 1")
         if self.noisy_attention not in ("bidirectional", "causal"):
             raise ValueError(f"noisy_attention {self.noisy_attention!r} is unknown: use bidirectional or causal")
         if self.noisy_attention == "causal" and self.attention != "two_stream":

@@ -105,7 +105,16 @@ def save_adapter(folder: str | Path, tuner: Any, base: str) -> None:
 def adapter_base(folder: str | Path) -> str | None:
     """The model that an adapter folder belongs on, None for any other folder or name."""
     path = Path(folder) / ADAPTER_CONFIG
-    return json.loads(path.read_text())["base_model_name_or_path"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        raw = json.loads(path.read_text())
+        base = raw["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"file {str(path)!r} is no adapter configuration that names its base") from error
+    if not isinstance(base, str):
+        raise ValueError(f"file {str(path)!r} names {base!r} as its base, which is no folder or hub id")
+    return base
 
 
 def load_adapter(model: Any, folder: str | Path) -> None:

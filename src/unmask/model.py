@@ -92,6 +92,12 @@ class DiffusionLM:
         self.drafter, self.base = drafter, base
         self.network = self._network(None)
 
+    def _check_finite(self) -> None:
+        name = getattr(self.model.config, "_name_or_path", "") or "in memory"
+        hf.check_finite(self.model, name)
+        if self.drafter is not None:
+            hf.check_finite(self.drafter, name)
+
     def _network(self, forward: Any) -> hf.HFNetwork:
         mask_token_id = None if self.diffusion is None else self.diffusion.mask_token_id
         gate = None if self.drafter is None else self.drafter.rows
@@ -148,6 +154,7 @@ class DiffusionLM:
         """
         mode = mode or ("ar" if self.diffusion is None else "diffusion")
         self._check_mode(mode)
+        self._check_finite()
         _check_draft_length(draft_length, mode)
         rows = self._prompt_ids(prompts, attention_mask)
         if max_new_tokens < 1:
@@ -246,6 +253,7 @@ class DiffusionLM:
         config = self.diffusion
         if config is None:
             raise ValueError("infill needs a converted checkpoint: this is an untouched AR model; adapt it first")
+        self._check_finite()
         if mode not in (None, "diffusion"):
             raise ValueError(f"mode {mode!r} cannot see a suffix: infill works in mode 'diffusion'")
         if attention not in (None, "bidirectional"):
@@ -426,6 +434,7 @@ class DiffusionLM:
 
     def nll(self, texts: str | Sequence[str], *, show_progress: bool = False) -> list[LikelihoodOutput]:
         """Exact negative log-likelihood of each text in AR mode (every checkpoint has it)."""
+        self._check_finite()
         documents = self._documents(texts)
         with progress("nll", self._num_windows(documents), show=show_progress) as advance:
             return likelihood.nll(self.network, documents, context_length=self.network.context_length, progress=advance)
@@ -446,6 +455,7 @@ class DiffusionLM:
         """
         if self.diffusion is None:
             raise ValueError("nelbo needs a converted checkpoint: this is an untouched AR model; use nll")
+        self._check_finite()
         documents = self._documents(texts)
         with progress("nelbo", self._num_windows(documents), show=show_progress) as advance:
             return likelihood.nelbo(
@@ -500,6 +510,7 @@ class DiffusionLM:
         for a converted checkpoint and causal for an AR model. A text longer than the context loses its end, with
         a warning.
         """
+        self._check_finite()
         if isinstance(pattern, str) or pattern is None:
             name = pattern or ("causal" if self.diffusion is None else "bidirectional")
             pattern = named_pattern(name, None if self.diffusion is None else self.diffusion.block_size)
@@ -570,10 +581,13 @@ def load(
     attn_implementation: str | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
+    trust_remote_code: bool = False,
 ) -> DiffusionLM:
     """Load a folder or hub id, converted or not; refuse a model whose attention cannot be controlled.
 
     An adapter's folder is its base with the adapter merged into it; a drafter's is its base with the drafter on it.
+    trust_remote_code: run Python code that the folder brings; without it such a folder is refused. Raises ValueError
+    with the file or the weights that are not what they should be.
     """
     options: dict[str, Any] = {
         "device": device,
@@ -581,12 +595,21 @@ def load(
         "attn_implementation": attn_implementation,
         "device_map": device_map,
         "quantization_config": quantization_config,
+        "trust_remote_code": trust_remote_code,
     }
+    with hf.loading(name):
+        return _load(name, options)
+
+
+def _load(name: str | Path, options: dict[str, Any]) -> DiffusionLM:
     adapted_base = lora.adapter_base(name)
     if adapted_base is not None:
+        hf.check_files(Path(name))
         lm = load(adapted_base, **options)
         lora.load_adapter(lm.model, name)
-        return DiffusionLM(lm.model, hf.load_tokenizer(name), hf.read_diffusion(lm.model))
+        hf.check_finite(lm.model, name)
+        tokenizer = hf.load_tokenizer(name, options["trust_remote_code"])
+        return DiffusionLM(lm.model, tokenizer, hf.read_diffusion(lm.model))
     base = hf.read_base(name)
     if base is not None:
         model, tokenizer, diffusion, drafter = hf.load_drafter(name, base, **options)

@@ -147,6 +147,7 @@ def run_frontier(
     model: str,
     sweep: Sweep,
     *,
+    trust_remote_code: bool = False,
     data: Sequence[str] = (),
     task: str | None = None,
     parent: str | None = None,
@@ -158,7 +159,7 @@ def run_frontier(
     if files is None:
         raise ValueError(f"data {data[0]!r} is no file here: frontier takes .txt, .jsonl and .parquet files")
     asked = [] if task is None else problems([task], "test", sweep.num_prompts, sweep.seed)
-    lm, ar = load_pair(model, parent)
+    lm, ar = load_pair(model, parent, trust_remote_code)
     rests, score = None, None
     if asked:
         prompts = [torch.tensor(ar.tokenizer(problem.prompt)["input_ids"]) for problem in asked]
@@ -184,14 +185,16 @@ def run_frontier(
     return rows, run
 
 
-def load_pair(model: str, parent: str | None = None) -> tuple[DiffusionLM, DiffusionLM]:
+def load_pair(
+    model: str, parent: str | None = None, trust_remote_code: bool = False
+) -> tuple[DiffusionLM, DiffusionLM]:
     """The converted checkpoint and the AR model it was made from: `parent`, or what its folder records."""
-    lm = load(model)
+    lm = load(model, trust_remote_code=trust_remote_code)
     if lm.diffusion is None:
         raise ValueError(f"model {model!r} is an untouched AR model, whose frontier is one point: adapt it first")
     name = parent or _recorded_parent(model)
     try:
-        ar = load(name)
+        ar = load(name, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
         raise ValueError(f"parent {name!r} does not load, give the AR model with --parent: {error}") from error
     if ar.diffusion is not None and not ar.diffusion.serves_ar:

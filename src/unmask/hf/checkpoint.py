@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -22,6 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from unmask.denoiser import DiffusionConfig
 from unmask.drafter import Drafter, DrafterConfig
+from unmask.hf.network import UnsupportedModelError
 from unmask.hf.probes import first_line
 
 MASK_TOKEN = "<|mask|>"
@@ -77,6 +80,72 @@ def _quiet() -> Iterator[None]:
 # --- folders
 
 
+class FolderError(ValueError):
+    """A folder is not what it should be; the message names it, and the file where one is to blame."""
+
+
+@contextmanager
+def loading(name: str | Path) -> Iterator[None]:
+    """Within the context whatever a damaged or foreign folder makes libraries raise is one `FolderError` of a line."""
+    try:
+        yield
+    except (FolderError, UnsupportedModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        line = first_line(error)
+        if "trust_remote_code" in str(error):
+            line = "it brings Python code of its own, which runs only with trust_remote_code=True (--trust-remote-code)"
+        raise FolderError(f"model {str(name)!r} cannot be loaded: {line}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; `FolderError` names a file that holds none."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FolderError(f"file {str(path)!r} is no readable JSON: {first_line(error)}") from error
+    if not isinstance(raw, dict):
+        raise FolderError(f"file {str(path)!r} holds a JSON {type(raw).__name__}, not an object")
+    return raw
+
+
+_JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json",
+               "special_tokens_map.json", "added_tokens.json", "adapter_config.json", "*.index.json")  # fmt: skip
+
+
+def check_files(folder: Path) -> None:
+    """Raise `FolderError` for the first JSON or safetensors file of a folder that cannot be read as one."""
+    for pattern in _JSON_FILES:
+        for path in sorted(folder.glob(pattern)):
+            read_json(path)
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as tensors:
+                tensors.keys()
+        except Exception as error:
+            raise FolderError(f"file {str(path)!r} is no whole safetensors file: {first_line(error)}") from error
+
+
+_FINITE: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def check_finite(model: torch.nn.Module, name: str | Path = "in memory") -> None:
+    """Raise ValueError where a weight is NaN or infinite; looked at again only after weights were written to."""
+    weights = [(n, p) for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
+    version = sum(0 if p.is_inference() else p._version for _, p in weights)
+    if _FINITE.get(model) == version:
+        return
+    for at, parameter in weights:
+        if parameter.element_size() > 1 and parameter.numel() and type(parameter.data) is torch.Tensor:
+            low, high = torch.aminmax(parameter.detach())
+            if not bool(torch.isfinite(low + high) if low.dtype != torch.float16 else low.isfinite() & high.isfinite()):
+                raise FolderError(
+                    f"model {str(name)!r} holds weights that are not finite, in {at}: it was spoilt in training or "
+                    "in saving; use an earlier checkpoint"
+                )
+    _FINITE[model] = version
+
+
 def load_pretrained(
     name: str | Path,
     *,
@@ -85,27 +154,44 @@ def load_pretrained(
     attn_implementation: str | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Model (in eval mode) and tokenizer of a folder or hub id."""
+    """Model (in eval mode) and tokenizer of a folder or hub id.
+
+    trust_remote_code: run Python code that the folder brings. Raises `FolderError` for files that cannot be read, for
+    weights that are missing, of another size or not finite.
+    """
     path = Path(name)
     if not path.exists() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
-        raise ValueError(f"model folder {str(name)!r} does not exist: give an existing folder or a hub id")
+        raise FolderError(f"model folder {str(name)!r} does not exist: give an existing folder or a hub id")
     if path.exists() and not (path / "config.json").is_file():
-        raise ValueError(f"model folder {str(name)!r} holds no config.json: give the folder of an HF checkpoint")
+        raise FolderError(f"model folder {str(name)!r} holds no config.json: give the folder of an HF checkpoint")
     options = {
         "attn_implementation": attn_implementation,
         "device_map": device_map,
         "quantization_config": quantization_config,
         "dtype": dtype,
     }
-    try:
-        config = AutoConfig.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, **{k: v for k, v in options.items() if v is not None}
+    trust = {"trust_remote_code": trust_remote_code}
+    with loading(name):
+        check_files(path)
+        config = AutoConfig.from_pretrained(name, **trust)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            output_loading_info=True,
+            **trust,
+            **{k: v for k, v in options.items() if v is not None},
         )
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {str(name)!r} cannot be loaded: {first_line(error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(name, **trust)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise FolderError(
+            f"model {str(name)!r} lacks weights that its config.json asks for ({', '.join(missing[:3])}{more}): "
+            "they would be random; give the weights and the configuration of one model"
+        )
+    check_finite(model, name)
     if device_map is None and quantization_config is None:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,16 +220,47 @@ def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
 
 
-def read_diffusion(model: Any) -> DiffusionConfig | None:
-    """The `diffusion` object of the model's config; None for an untouched AR model."""
-    raw = getattr(model.config, "diffusion", None)
+Described = TypeVar("Described")
+
+
+def described(cls: type[Described], raw: Any, where: str) -> Described:
+    """A flat dataclass out of a JSON object; `FolderError` names the field that is missing or of another type."""
+    if not isinstance(raw, dict):
+        raise FolderError(f"{where} is {raw!r}, not an object")
+    given: dict[str, Any] = {}
+    for f in fields(cls):  # type: ignore[arg-type]
+        if f.name not in raw:
+            if f.default is MISSING:
+                raise FolderError(f"{where} lacks {f.name!r}: it was written by something else")
+            continue
+        value, kinds = raw[f.name], [kind.strip() for kind in str(f.type).split("|")]
+        kind = "None" if value is None else type(value).__name__
+        if kind not in kinds and not (kind == "int" and "float" in kinds):
+            raise FolderError(f"{where} has {f.name} = {value!r}, which must be {f.type}")
+        given[f.name] = value
+    try:
+        return cls(**given)
+    except ValueError as error:
+        raise FolderError(f"{where}: {error}") from error
+
+
+def read_diffusion(model: Any, raw: Any = None, vocabulary: int | None = None) -> DiffusionConfig | None:
+    """The `diffusion` object of the model's config, or `raw` in its place; None for an untouched AR model.
+
+    vocabulary: ids that a mask token may have, the model's own unless given (a drafter's has no row in its base).
+    """
+    raw = getattr(model.config, "diffusion", None) if raw is None else raw
     if raw is None:
         return None
-    known = {f.name for f in fields(DiffusionConfig)}
-    missing = {f.name for f in fields(DiffusionConfig) if f.default is MISSING} - set(raw)
-    if missing:
-        raise ValueError(f"config.json's diffusion object lacks {sorted(missing)}: it was written by something else")
-    return DiffusionConfig(**{k: v for k, v in raw.items() if k in known})
+    where = "config.json's object 'diffusion'"
+    diffusion = described(DiffusionConfig, raw, where)
+    vocabulary = vocabulary or model.get_input_embeddings().weight.shape[0]
+    if not 0 <= diffusion.mask_token_id < vocabulary:
+        raise FolderError(f"{where} has mask_token_id = {diffusion.mask_token_id}, outside the {vocabulary} tokens")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if diffusion.block_size is not None and context is not None and diffusion.block_size > context:
+        raise FolderError(f"{where} has block_size = {diffusion.block_size}, beyond the context of {context}")
+    return diffusion
 
 
 def write_diffusion(model: Any, diffusion: DiffusionConfig | None) -> None:
@@ -152,9 +269,10 @@ def write_diffusion(model: Any, diffusion: DiffusionConfig | None) -> None:
         model.config.diffusion = asdict(diffusion)
 
 
-def load_tokenizer(name: str | Path) -> Any:
+def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub id."""
-    return AutoTokenizer.from_pretrained(name)
+    with loading(name):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def save_pretrained(folder: str | Path, model: Any, tokenizer: Any, diffusion: DiffusionConfig | None) -> None:
@@ -207,32 +325,45 @@ def save_drafter(folder: str | Path, drafter: Drafter, tokenizer: Any, diffusion
 def read_base(name: str | Path) -> Base | None:
     """The base that a drafter folder names; None for any other folder or hub id."""
     path = Path(name) / "config.json"
-    if not path.is_file():
-        return None
-    base = (json.loads(path.read_text()).get("diffusion") or {}).get("base")
-    return None if base is None else Base(**base)
+    diffusion = read_json(path).get("diffusion") if path.is_file() else None
+    base = diffusion.get("base") if isinstance(diffusion, dict) else None
+    return None if base is None else described(Base, base, f"{str(path)!r}, diffusion.base,")
 
 
 def load_drafter(name: str | Path, base: Base, **options: Any) -> tuple[Any, Any, DiffusionConfig, Drafter]:
     """Base with its drafter hooked on, tokenizer and config of a drafter folder; `options` load the base."""
     folder = Path(name)
-    described = json.loads((folder / "config.json").read_text())["diffusion"]
+    check_files(folder)
+    raw = read_json(folder / "config.json")["diffusion"]
+    shape = described(DrafterConfig, raw.get("lora"), f"{str(folder / 'config.json')!r}, diffusion.lora,")
     try:
         model, _ = load_pretrained(base.name, **options)
     except ValueError as error:
-        raise ValueError(
+        raise FolderError(
             f"drafter {str(name)!r} needs its base {base.name!r}, which does not load: set diffusion.base.name in its "
             f"config.json to where the base is ({error})"
         ) from error
     found = fingerprint(model)
     if found != base.fingerprint:
-        raise ValueError(
+        raise FolderError(
             f"drafter {str(name)!r} was trained on another model than {base.name!r}: its base has fingerprint "
             f"{base.fingerprint}, this one {found}; give the original base"
         )
     with _quiet():  # it would warn that the folder's model type is unknown, which is meant
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    drafter = add_drafter(model, tokenizer, DrafterConfig(**described["lora"]))
-    drafter.load_state_dict(load_file(folder / DRAFTER_WEIGHTS))
-    known = {f.name for f in fields(DiffusionConfig)}
-    return model, tokenizer, DiffusionConfig(**{k: v for k, v in described.items() if k in known}), drafter.eval()
+        tokenizer = load_tokenizer(folder, options.get("trust_remote_code", False))
+    rows = max(model.get_input_embeddings().weight.shape[0], len(tokenizer)) + 1
+    diffusion = read_diffusion(model, raw, rows)
+    assert diffusion is not None
+    weights = folder / DRAFTER_WEIGHTS
+    if not weights.is_file():
+        raise FolderError(f"drafter {str(name)!r} has no file {DRAFTER_WEIGHTS!r}: its weights are missing")
+    drafter = add_drafter(model, tokenizer, shape)
+    try:
+        drafter.load_state_dict(load_file(weights))
+    except RuntimeError as error:  # names or shapes of another drafter
+        reason = str(error).splitlines()[-1].strip()
+        raise FolderError(
+            f"file {str(weights)!r} does not fit the drafter that config.json describes: {reason}"
+        ) from error
+    check_finite(drafter, name)
+    return model, tokenizer, diffusion, drafter.eval()

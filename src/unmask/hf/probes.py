@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    PreTrainedModel,
 )
 
 from unmask.attention import (
@@ -61,9 +62,8 @@ def probe(model: Any) -> None:
             f"{type(model).__name__} runs attention implementation {implementation!r}, which takes no 4-D mask: "
             "load it with attn_implementation='sdpa' or 'eager'"
         )
-    config_class: Any = type(config)
     reason = _probe_class(
-        config_class,
+        _kind(model),
         _tiny_json(config),
         "sdpa" if implementation == "flex_attention" else implementation,
     )
@@ -75,9 +75,9 @@ def probe(model: Any) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _probe_routes(config_class: Hashable, config: str) -> Routes:
+def _probe_routes(kind: Hashable, config: str) -> Routes:
     try:
-        network = HFNetwork(_tiny_model(config_class, config, "sdpa"))
+        network = HFNetwork(_tiny_model(kind, config, "sdpa"))
     except Exception:  # whatever it is, the model goes without
         return Routes()
     length = 2 * CHUNK
@@ -108,8 +108,8 @@ def _probe_routes(config_class: Hashable, config: str) -> Routes:
 
 
 @functools.lru_cache(maxsize=64)
-def _probe_positions(config_class: Hashable, config: str) -> bool:
-    network = HFNetwork(_tiny_model(config_class, config, "sdpa"))
+def _probe_positions(kind: Hashable, config: str) -> bool:
+    network = HFNetwork(_tiny_model(kind, config, "sdpa"))
     tokens, position = torch.arange(20)[None] + 3, torch.arange(20)[None]
     with torch.inference_mode():
         logits = network(tokens, Layout.of(position), causal)
@@ -117,21 +117,29 @@ def _probe_positions(config_class: Hashable, config: str) -> bool:
     return bool(gap <= 1e-4 * logits.abs().max())
 
 
-def _tiny_model(config_class: Any, config: str, implementation: str) -> Any:
+def _tiny_model(kind: Any, config: str, implementation: str) -> Any:
+    """A random instance of a class of models, or of what transformers makes of a class of configurations."""
+    options = {"attn_implementation": implementation, "dtype": torch.float32}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(
-            config_class(**json.loads(config)), attn_implementation=implementation, dtype=torch.float32
-        ).eval()
+        if issubclass(kind, PreTrainedModel):
+            return kind._from_config(kind.config_class(**json.loads(config)), **options).eval()
+        return AutoModelForCausalLM.from_config(kind(**json.loads(config)), **options).eval()
+
+
+def _kind(model: Any) -> Any:
+    """What a tiny instance is made of: the text model's configuration class, or the class that came with a folder."""
+    remote = type(model).__module__.startswith("transformers_modules")
+    return type(model) if remote else type(model.config.get_text_config())
 
 
 @functools.lru_cache(maxsize=64)
-def _probe_class(config_class: Hashable, config: str, implementation: str) -> str | None:
+def _probe_class(kind: Hashable, config: str, implementation: str) -> str | None:
     """Why the class is refused, or None."""
     try:
-        tiny = _tiny_model(config_class, config, implementation)
+        tiny = _tiny_model(kind, config, implementation)
     except Exception as error:
-        return f"no tiny instance of {config_class} could be built to test it ({first_line(error)})"
+        return f"no tiny instance of {kind} could be built to test it ({first_line(error)})"
     try:
         with torch.inference_mode():
             return probe_network(HFNetwork(tiny))
@@ -248,8 +256,7 @@ def first_line(error: BaseException) -> str:
 def find_routes(model: Any) -> Routes:
     """The shortcuts under which a tiny instance of the model's class gives the same logits."""
     config = model.config.get_text_config()
-    config_class: Any = type(config)
-    routes = _probe_routes(config_class, _tiny_json(config))
+    routes = _probe_routes(_kind(model), _tiny_json(config))
     if config._attn_implementation != "sdpa" or getattr(config, "attention_dropout", 0.0):
         return Routes(readout=routes.readout)
     return routes
@@ -258,5 +265,4 @@ def find_routes(model: Any) -> Routes:
 def sees_position_differences(model: Any) -> bool:
     """Whether moving all positions by the same amount changes nothing (rotary models), tried on a tiny instance."""
     config = model.config.get_text_config()
-    config_class: Any = type(config)
-    return _probe_positions(config_class, _tiny_json(config))
+    return _probe_positions(_kind(model), _tiny_json(config))

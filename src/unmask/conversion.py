@@ -17,7 +17,8 @@ import torch
 import transformers
 
 from unmask import hf, lora
-from unmask.data import Corpus, HubStream, find_files, load_corpus
+from unmask.data import Corpus, HubStream, find_files, load_corpus, local_files
+from unmask.denoiser import DiffusionConfig
 from unmask.drafter import Drafter, DrafterConfig
 from unmask.evaluation import likelihood
 from unmask.model import DiffusionLM, load
@@ -53,14 +54,16 @@ def adapt(
 ) -> DiffusionLM:
     """Turn a causal LM into what `recipe` says, by training it on `data`, and save it to `output_dir`.
 
-    recipe: by default the one that a converted model was made with, else efficient-dlm. model: folder, hub id or a
+    recipe: by default efficient-dlm; a converted model goes on as what it is (recipe, attention, shift, block size) but
+    for what is set here, and a recipe sets all of it. model: folder, hub id or a
     loaded model (trained in place). data: .txt, .jsonl or .parquet files, folders
     of them, one hub id, or "self" (with self_prompts): text that the model itself writes. settings: any of the
     recipe's, overriding it. resume: go on from the newest checkpoint of the same run; a finished run is loaded
     and returned. trust_remote_code: run Python code that the model's folder brings. Returns the adapted model, in eval
     mode.
     """
-    chosen = load_recipe(recipe or _own_recipe(model) or "efficient-dlm", **settings)
+    own_settings = {} if recipe is not None else _kept(model)
+    chosen = load_recipe(recipe or own_settings.pop("recipe", "efficient-dlm"), **(own_settings | settings))
     output_dir = Path(output_dir)
     sources = [data] if isinstance(data, str | Path) else list(data)
     if not sources:
@@ -73,8 +76,9 @@ def adapt(
             f"data {[str(source) for source in sources]} with self_prompts={chosen.self_prompts!r}: text of the "
             "model's own needs --data self alone, self_prompts=FILE for its beginnings, and --max-tokens or self_tokens"
         )
-    files = find_files([chosen.self_prompts] if own and chosen.self_prompts else sources)  # before anything slow
-    held_out_files = find_files([chosen.eval_data]) if chosen.eval_data else None
+    # Before anything slow.
+    files = local_files([chosen.self_prompts], "self_prompts") if own and chosen.self_prompts else find_files(sources)
+    held_out_files = local_files([chosen.eval_data], "eval_data") if chosen.eval_data is not None else None
     previous = _read_run(output_dir, resume)
 
     lm = (
@@ -88,6 +92,7 @@ def adapt(
     parent = {"name": name, "class": type(lm.model).__name__, "fingerprint": hf.fingerprint(lm.model)}
     if lm.drafter is not None:
         raise ValueError(f"model {name!r} is a drafter on a frozen base: adapt the base itself")
+    _check_mask_stays(lm, chosen, name)
     if chosen.objective == "distill" and lm.diffusion is not None:
         raise ValueError(f"model {name!r} is converted already: a drafter needs an untouched AR model as its base")
     if chosen.objective == "distill" and chosen.lora_rank is not None:
@@ -117,7 +122,11 @@ def adapt(
     run: dict[str, Any] = {
         "parent": parent,
         "settings": _plain(chosen),
-        "data": {"sources": [str(s) for s in sources], "fingerprint": source.fingerprint},
+        "data": {
+            "sources": [str(s) for s in sources],
+            "fingerprint": source.fingerprint,
+            "held_out": _num_held_out(chosen, held_out_files, source),
+        },
     }
     _check_same_run(output_dir, previous, run)
     if previous is not None and previous.get("finished"):
@@ -146,6 +155,9 @@ def adapt(
             else hf.add_mask_token(lm.model, lm.tokenizer, token=chosen.mask_token, like=chosen.mask_init)
         )
         config = diffusion_config(chosen, mask_token_id, __version__)
+    changed = _changes(lm.diffusion, config)
+    if changed and show_progress:
+        print(f"note: this run changes what {name!r} was converted to: {changed}", file=sys.stderr)
     hf.without_dropout(lm.model)
     tuner = None
     if chosen.lora_rank is not None:
@@ -239,14 +251,43 @@ def _replicate(lm: DiffusionLM, settings: Settings) -> Callable[[Any], Any] | No
     return hf.replicate if small and plain and split and settings.mixed_precision == "no" else None
 
 
-def _own_recipe(model: str | Path | DiffusionLM) -> str | None:
-    """The recipe of a converted model, read from its folder before anything is loaded."""
+_KEPT = ("recipe", "attention", "clean_attention", "noisy_attention", "shift", "block_size")
+"""What a converted model goes on as, unless it is set."""
+
+
+def _kept(model: str | Path | DiffusionLM) -> dict[str, Any]:
+    """The settings of `_KEPT` that a converted model was made with, read before it is loaded; none of an AR model."""
     if isinstance(model, DiffusionLM):
-        return None if model.diffusion is None else model.diffusion.recipe
-    path = Path(model) / "config.json"
-    diffusion = hf.read_json(path).get("diffusion") if path.is_file() else None
-    recipe = diffusion.get("recipe") if isinstance(diffusion, dict) else None
-    return recipe if isinstance(recipe, str) else None
+        raw: Any = None if model.diffusion is None else asdict(model.diffusion)
+    else:
+        raw = hf.read_config(model).get("diffusion")
+    if not isinstance(raw, dict):  # what it is instead, loading will say
+        return {}
+    return {name: raw[name] for name in _KEPT if name in raw and (raw[name] is not None or name == "clean_attention")}
+
+
+def _check_mask_stays(lm: DiffusionLM, settings: Settings, name: str) -> None:
+    """A converted model has its mask token for good."""
+    if lm.diffusion is None:
+        return
+    if settings.mask_token is not None and settings.mask_token != lm.tokenizer.mask_token:
+        raise ValueError(
+            f"mask_token={settings.mask_token!r}: model {name!r} is converted already, with "
+            f"{lm.tokenizer.mask_token!r}, which cannot be changed: leave mask_token out, or adapt its AR parent"
+        )
+    if settings.mask_init is not None:
+        raise ValueError(
+            f"mask_init={settings.mask_init!r}: model {name!r} is converted already, and its mask token has learnt: "
+            "leave mask_init out, or adapt its AR parent"
+        )
+
+
+def _changes(before: DiffusionConfig | None, after: DiffusionConfig | None) -> str:
+    """What a run changes of what a converted model is, as "shift true -> false"; empty where nothing."""
+    if before is None or after is None:
+        return ""
+    pairs = {name: (getattr(before, name), getattr(after, name)) for name in _KEPT if name != "recipe"}
+    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new)
 
 
 def _tokenise(
@@ -336,7 +377,14 @@ def _held_out(
             max_documents=settings.eval_documents,
         )
         return _as_documents(corpus, end_token_id)
-    return 0 if isinstance(source, HubStream) else min(settings.eval_documents, len(source) // 100)
+    return _num_held_out(settings, files, source)
+
+
+def _num_held_out(settings: Settings, files: list[Path] | None, source: Any) -> int:
+    """Documents that are cut off the end of the training data to evaluate on; a part of what the run trains on."""
+    if files is not None or isinstance(source, HubStream):
+        return 0
+    return min(settings.eval_documents, len(source) // 100)
 
 
 def _as_documents(corpus: Corpus, end_token_id: int | None) -> list[likelihood.Document]:
@@ -416,8 +464,10 @@ _FREE = ("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to
 def _check_same_run(output_dir: Path, previous: dict[str, Any] | None, run: dict[str, Any]) -> None:
     if previous is None:
         return
+    cut = "number of documents held out of training (eval_documents, eval_data)"
     before = previous["settings"] | {"model": previous["parent"], "data": previous["data"]["fingerprint"]}
     now = run["settings"] | {"model": run["parent"], "data": run["data"]["fingerprint"]}
+    before[cut], now[cut] = previous["data"].get("held_out"), run["data"]["held_out"]
     for key in now:
         if key not in _FREE and before.get(key) != now[key]:
             raise ValueError(

@@ -151,6 +151,16 @@ def find_files(sources: Sequence[str | Path]) -> list[Path] | None:
     return files
 
 
+def local_files(sources: Sequence[str | Path], what: str) -> list[Path]:
+    """`find_files` where a hub id will not do; what: how the message calls the sources."""
+    files = find_files(sources)
+    if files is None:
+        raise ValueError(
+            f"{what} {str(sources[0])!r} is no file or folder here: give {', '.join(SUFFIXES)} files, or a folder"
+        )
+    return files
+
+
 # --- texts -> token ids
 
 

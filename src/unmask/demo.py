@@ -75,11 +75,11 @@ def make_base(folder: Path, data: str) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     import unmask
-    from unmask.data import find_files, read_documents
+    from unmask.data import local_files, read_documents
 
     _say("make a tiny AR base from Python's standard library")
     bpe = ByteLevelBPETokenizer()
-    texts = [text for file in find_files([data]) or [] for text in read_documents(file)]
+    texts = [text for file in local_files([data], "data") for text in read_documents(file)]
     bpe.train_from_iterator(texts, VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
     torch.manual_seed(0)

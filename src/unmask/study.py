@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from unmask import hf
 from unmask.conversion import adapt
-from unmask.data import find_files, load_corpus
+from unmask.data import find_files, load_corpus, local_files
 from unmask.measures import MEASURES, Budget, HeldOut, Subject, hold_out
 from unmask.model import DiffusionLM, load
 from unmask.progress import progress
@@ -158,9 +158,7 @@ def run_study(
     trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
     """Train what is not trained yet, measure what is not measured yet, write the report; the lines of rows.jsonl."""
-    files = find_files(list(eval_data))
-    if files is None:
-        raise ValueError(f"eval data {str(eval_data[0])!r} is no file here: give .txt, .jsonl or .parquet files")
+    files = local_files(list(eval_data), "eval data")
     find_files(list(data))
     parent = load(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
     if parent.diffusion is not None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from unmask import hf, plots
 from unmask.conversion import IN_MEMORY
-from unmask.data import find_files, read_documents
+from unmask.data import local_files, read_documents
 from unmask.evaluation.frontier import (
     FrontierRow,
     Score,
@@ -155,9 +155,7 @@ def run_frontier(
     show_progress: bool = True,
 ) -> tuple[list[FrontierRow], dict[str, Any]]:
     """Rows and run.json of a model on documents' beginnings, or on the problems of a task."""
-    files = find_files(data) if data else []
-    if files is None:
-        raise ValueError(f"data {data[0]!r} is no file here: frontier takes .txt, .jsonl and .parquet files")
+    files = local_files(data, "data") if data else []
     asked = [] if task is None else problems([task], "test", sweep.num_prompts, sweep.seed)
     lm, ar = load_pair(model, parent, trust_remote_code)
     rests, score = None, None

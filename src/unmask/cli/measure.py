@@ -78,11 +78,9 @@ def evaluate(
             raise ValueError(f"{option} {given} is for --tasks: leave it out, or name tasks")
     if not data:
         raise ValueError("evaluate needs --data FILE, or --tasks NAME of lm-evaluation-harness")
-    from unmask.data import find_files, read_documents
+    from unmask.data import local_files, read_documents
 
-    files = find_files([*data, *(more or [])])
-    if files is None:
-        raise ValueError(f"data {data[0]!r} is no file here: evaluate takes .txt, .jsonl and .parquet files")
+    files = local_files([*data, *(more or [])], "data")
     if max_documents is not None and max_documents < 1:
         raise ValueError(f"--max-documents {max_documents} must be at least 1")
     texts: list[str] = []
@@ -188,13 +186,11 @@ def embed(
     as_json: Json = False,
 ) -> None:
     """Texts as vectors: the mean of the last hidden states, one vector a document, in the file's order."""
-    from unmask.data import find_files, read_documents
+    from unmask.data import local_files, read_documents
     from unmask.embed import check_output, write_embeddings
 
     check_output(output)
-    files = find_files([file])
-    if files is None:
-        raise ValueError(f"file {str(file)!r} does not exist: embed takes .txt, .jsonl and .parquet files")
+    files = local_files([file], "file")
     texts = [text for one in files for text in read_documents(one, text_column=text_column, skip_invalid=skip_invalid)]
     if not texts:
         raise ValueError(f"file {str(file)!r} holds no documents")

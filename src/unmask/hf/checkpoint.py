@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
 )
 from transformers.utils import logging as hf_logging
 
@@ -109,6 +110,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+def read_config(name: str | Path) -> dict[str, Any]:
+    """config.json of a folder or hub id, as it stands there; empty where there is none."""
+    path = Path(name) / "config.json"
+    if path.is_file():
+        return read_json(path)
+    if Path(name).exists() or is_path(name):
+        return {}
+    with loading(name):
+        return dict(PreTrainedConfig.get_config_dict(name)[0])
+
+
+def is_path(name: str | Path) -> bool:
+    """Whether a name can be no hub id."""
+    return str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
+
+
 _JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json",
                "special_tokens_map.json", "added_tokens.json", "adapter_config.json", "*.index.json")  # fmt: skip
 
@@ -162,7 +179,7 @@ def load_pretrained(
     weights that are missing, of another size or not finite.
     """
     path = Path(name)
-    if not path.exists() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
+    if not path.exists() and is_path(name):
         raise FolderError(f"model folder {str(name)!r} does not exist: give an existing folder or a hub id")
     if path.exists() and not (path / "config.json").is_file():
         raise FolderError(f"model folder {str(name)!r} holds no config.json: give the folder of an HF checkpoint")

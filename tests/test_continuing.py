@@ -1,0 +1,95 @@
+"""A converted model that is adapted further stays what it is, and a run that is resumed trains on the same text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import STORIES
+
+import unmask
+
+SHORT: dict[str, Any] = {"max_tokens": 512, "max_length": 32, "batch_size": 2, "eval_documents": 4}
+
+
+@pytest.fixture(scope="module")
+def shifted(tokenizer_and_model: Path, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shifted") / "run"
+    unmask.adapt(
+        tokenizer_and_model, stories, "tri-mode", folder, show_progress=False, shift=True, noisy_attention="causal",
+        block_size=4, **SHORT,
+    )  # fmt: skip
+    return folder
+
+
+def same(one: Any, other: Any) -> bool:
+    names = ("attention", "clean_attention", "noisy_attention", "shift", "block_size", "mask_token_id", "mask_rows")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_without_a_recipe_a_converted_model_stays_what_it_is(
+    shifted: Path, stories: Path, tmp_path: Path, in_memory: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = unmask.load(shifted)
+    after = unmask.adapt(before if in_memory else shifted, stories, output_dir=tmp_path / "on", **SHORT)
+    assert before.diffusion is not None
+    assert same(before.diffusion, after.diffusion)
+    assert after.diffusion is not None
+    assert after.diffusion.recipe == "tri-mode"
+    assert "note: this run changes" not in capsys.readouterr().err
+
+
+def test_what_is_set_changes_and_is_announced(
+    shifted: Path, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = unmask.adapt(
+        shifted, stories, output_dir=tmp_path / "set", block_size=8, noisy_attention="bidirectional", **SHORT
+    )
+    assert lm.diffusion is not None
+    assert (lm.diffusion.block_size, lm.diffusion.noisy_attention, lm.diffusion.shift) == (8, "bidirectional", True)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("note: this run changes"))
+    assert "block_size 4 -> 8" in line
+    assert "noisy_attention causal -> bidirectional" in line
+    assert "shift True" not in line
+
+
+def test_a_recipe_sets_all_of_it(
+    shifted: Path, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = unmask.adapt(shifted, stories, "efficient-dlm", output_dir=tmp_path / "set", **SHORT)
+    assert lm.diffusion is not None
+    assert (lm.diffusion.clean_attention, lm.diffusion.shift) == ("block_causal", False)
+    assert "shift True -> False" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", [{"mask_token": "<other>"}, {"mask_init": "a"}])
+def test_the_mask_token_of_a_converted_model_cannot_change(
+    shifted: Path, stories: Path, tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        unmask.adapt(shifted, stories, output_dir=tmp_path / "x", show_progress=False, **SHORT, **setting)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("setting", ["eval_data", "self_prompts"])
+def test_a_file_of_a_setting_that_is_not_there_is_an_error(
+    tokenizer_and_model: Path, stories: Path, tmp_path: Path, setting: str
+) -> None:
+    data = "self" if setting == "self_prompts" else stories
+    with pytest.raises(ValueError, match=f"{setting} 'typo'"):
+        unmask.adapt(tokenizer_and_model, data, output_dir=tmp_path / "x", **{setting: "typo"}, **SHORT)
+
+
+def test_another_cut_of_the_corpus_is_another_run(tokenizer_and_model: Path, tmp_path: Path) -> None:
+    many, held_out = tmp_path / "many.txt", tmp_path / "held-out.txt"
+    many.write_text("<|endoftext|>".join(f"{i}. {STORIES[i % len(STORIES)]}" for i in range(900)))
+    held_out.write_text(STORIES[0])
+    options: dict[str, Any] = {"show_progress": False, "max_length": 32, "batch_size": 2, "save_every": 2}
+    run = tmp_path / "run"
+    unmask.adapt(tokenizer_and_model, many, output_dir=run, max_tokens=256, eval_documents=4, **options)
+    for changed in ({"eval_documents": 8}, {"eval_documents": 4, "eval_data": str(held_out)}):
+        with pytest.raises(ValueError, match="held out of training"):
+            unmask.adapt(tokenizer_and_model, many, output_dir=run, resume=True, max_tokens=256, **options, **changed)
+    unmask.adapt(tokenizer_and_model, many, output_dir=run, resume=True, max_tokens=256, eval_documents=4, **options)

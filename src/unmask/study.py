@@ -26,6 +26,7 @@ from unmask.conversion import adapt
 from unmask.data import find_files, load_corpus
 from unmask.measures import MEASURES, Budget, HeldOut, Subject, hold_out
 from unmask.model import DiffusionLM, load
+from unmask.plain_json import to_json
 from unmask.progress import progress
 from unmask.report import write_report
 from unmask.settings import Settings, load_recipe, resolve
@@ -283,8 +284,8 @@ def _claim(
         "eval": _digest(eval_files),
         "max_tokens": study.max_tokens,
         "points": study.points,
-        "budget": json.loads(json.dumps(asdict(study.budget))),
-        "arms": {arm: json.loads(json.dumps(study.settings | own)) for arm, own in study.arms.items()},
+        "budget": json.loads(to_json(asdict(study.budget))),
+        "arms": {arm: json.loads(to_json(study.settings | own)) for arm, own in study.arms.items()},
     }
     path = output / "study.json"
     if path.is_file():
@@ -308,7 +309,7 @@ def _claim(
         raise ValueError(f"output folder {str(output)!r} holds something else: choose an empty or new one")
     output.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(now | {"summary": study.summary}, indent=1) + "\n")
+    partial.write_text(to_json(now | {"summary": study.summary}, indent=1) + "\n")
     partial.replace(path)
 
 
@@ -329,10 +330,10 @@ def _read_rows(output: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     if path.is_file():
-        path.write_text("".join(json.dumps(row) + "\n" for row in whole))
+        path.write_text("".join(to_json(row) + "\n" for row in whole))
     return whole
 
 
 def _append(output: Path, line: dict[str, Any]) -> None:
     with (output / "rows.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(to_json(line) + "\n")

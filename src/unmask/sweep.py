@@ -38,6 +38,7 @@ from unmask.evaluation.frontier import (
 )
 from unmask.evaluation.oracle import speed_of_light
 from unmask.model import DiffusionLM, load
+from unmask.plain_json import to_json
 from unmask.progress import Advance, progress
 from unmask.sampling import Confidence, EntropyBound, Factor, Random, Selector, Stability, Threshold
 from unmask.tasks import problems
@@ -235,7 +236,7 @@ def open_folder(output: Path, run: dict[str, Any]) -> list[FrontierRow]:
         raise ValueError(f"output folder {str(output)!r} holds something else: choose another folder")
     else:
         output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run, indent=2) + "\n")
+        path.write_text(to_json(run, indent=2) + "\n")
     text = rows.read_text() if rows.is_file() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:  # a line that was being written when the run was killed
@@ -296,7 +297,7 @@ def run_sweep(
         found.append(row)
         if output is not None:
             with (output / "rows.jsonl").open("a") as file:
-                file.write(json.dumps(asdict(row)) + "\n")
+                file.write(to_json(asdict(row)) + "\n")
 
     plan = list(_plan(lm, parent, sweep))
     sizes = [size or lm.diffusion.block_size for size in sweep.block_sizes] if sweep.oracle else []

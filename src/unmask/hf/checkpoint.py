@@ -22,7 +22,10 @@ from transformers.utils import logging as hf_logging
 
 from unmask.denoiser import DiffusionConfig
 from unmask.drafter import Drafter, DrafterConfig
+from unmask.finite import check_weights
 from unmask.hf.probes import first_line
+from unmask.plain_json import to_json
+from unmask.run_folder import ordinary_permissions
 
 MASK_TOKEN = "<|mask|>"
 SDAR_MASK_TOKEN = "<|MASK|>"
@@ -110,6 +113,7 @@ def load_pretrained(
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device)
+    check_weights(model, f"model {str(name)!r}")
     return model.eval(), tokenizer
 
 
@@ -162,6 +166,7 @@ def save_pretrained(folder: str | Path, model: Any, tokenizer: Any, diffusion: D
     write_diffusion(model, diffusion)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    ordinary_permissions(folder)
 
 
 # --- drafter folders: adapters and a mask row beside a base that stays where it is
@@ -200,8 +205,9 @@ def save_drafter(folder: str | Path, drafter: Drafter, tokenizer: Any, diffusion
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
     save_file(weights, folder / DRAFTER_WEIGHTS, metadata={"format": "pt"})
     described = asdict(diffusion) | {"base": asdict(base), "lora": asdict(drafter.config)}
-    (folder / "config.json").write_text(json.dumps({"model_type": "unmask-drafter", "diffusion": described}, indent=2))
+    (folder / "config.json").write_text(to_json({"model_type": "unmask-drafter", "diffusion": described}, indent=2))
     tokenizer.save_pretrained(folder)
+    ordinary_permissions(folder)
 
 
 def read_base(name: str | Path) -> Base | None:
@@ -234,5 +240,6 @@ def load_drafter(name: str | Path, base: Base, **options: Any) -> tuple[Any, Any
         tokenizer = AutoTokenizer.from_pretrained(folder)
     drafter = add_drafter(model, tokenizer, DrafterConfig(**described["lora"]))
     drafter.load_state_dict(load_file(folder / DRAFTER_WEIGHTS))
+    check_weights(drafter, f"drafter {str(name)!r}")
     known = {f.name for f in fields(DiffusionConfig)}
     return model, tokenizer, DiffusionConfig(**{k: v for k, v in described.items() if k in known}), drafter.eval()

@@ -174,8 +174,11 @@ def test_a_spoilt_run_file_is_named(cut: Path, tokenizer_and_model: Path, storie
 
 
 def test_a_second_writer_is_refused(cut: Path, tokenizer_and_model: Path, stories: Path) -> None:
-    code = "import sys, time, unmask.run_folder as r; from pathlib import Path\n" \
-           "@r.releases_folders\ndef hold():\n r.claim(Path(sys.argv[1])); print('held', flush=True); input()\nhold()"  # fmt: skip
+    code = (
+        "import sys, unmask.run_folder as r; from pathlib import Path\n"
+        "@r.releases_folders\ndef hold():\n r.claim(Path(sys.argv[1])); print('held', flush=True); input()\n"
+        "hold()"
+    )
     holder = subprocess.Popen([sys.executable, "-c", code, str(cut)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert holder.stdout is not None

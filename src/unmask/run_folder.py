@@ -137,8 +137,9 @@ def _is_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     text = str(error)
-    return any(f"os error {number}" in text or os.strerror(number) in text for number in _FULL) or (
-        "PytorchStreamWriter failed" in text or "unexpected pos" in text
+    torchs = ("iostream error", "PytorchStreamWriter failed", "unexpected pos")  # torch's writer keeps no error number
+    return any(f"os error {number})" in text or os.strerror(number) in text for number in _FULL) or any(
+        known in text for known in torchs
     )
 
 

@@ -129,7 +129,7 @@ def writing(path: Path) -> Iterator[None]:
             raise
         raise ValueError(
             f"the disk is full: {str(path)!r} could not be written, and what was there before stays; free some space "
-            "and go on with --resume"
+            "and start again, a training run with --resume"
         ) from error
 
 

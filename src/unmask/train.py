@@ -287,7 +287,12 @@ def train(
     state = TrainState()
     newest = newest_whole(output_dir) if resume else None
     if newest is not None:
-        accelerator.load_state(str(newest))
+        try:
+            accelerator.load_state(str(newest))
+        except (RuntimeError, KeyError, ValueError, OSError, EOFError) as error:
+            what = " ".join(str(error).split())[:300]
+            raise ValueError(f"{str(newest)!r} does not fit this run ({what}): remove it to go on from an earlier one"
+                             ) from error  # fmt: skip
         state = read_state(newest)
     if accelerator.is_main_process:
         _trim_metrics(output_dir / "metrics.jsonl", state)

@@ -81,11 +81,14 @@ def claim(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a file by one with this text, which is on the disk when this returns; never half of it."""
     partial = path.with_name(path.name + ".partial")
-    with writing(path), partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with writing(path), partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     sync(path.parent)
 
 

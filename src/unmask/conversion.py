@@ -21,9 +21,12 @@ from unmask.data import Corpus, HubStream, find_files, load_corpus, local_files
 from unmask.denoiser import DiffusionConfig
 from unmask.drafter import Drafter, DrafterConfig
 from unmask.evaluation import likelihood
+from unmask.finite import check_weights
 from unmask.model import DiffusionLM, load
+from unmask.plain_json import to_json
 from unmask.progress import progress
 from unmask.rollouts import roll_out
+from unmask.run_folder import claim, ordinary_permissions, releases_folders, write_text, writing
 from unmask.settings import RULE_TEXT, Settings, diffusion_config, load_recipe, recipe_names, resolve
 from unmask.teacher import freeze, load_teacher
 from unmask.train import Evaluator, Progress, append_metrics, count_steps, latest_checkpoint, read_state, train
@@ -41,6 +44,7 @@ def _plain(settings: Settings) -> dict[str, Any]:
     return {name: "inf" if value == math.inf else value for name, value in asdict(settings).items()}
 
 
+@releases_folders
 def adapt(
     model: str | Path | DiffusionLM,
     data: str | Path | Sequence[str | Path],
@@ -129,8 +133,11 @@ def adapt(
         },
     }
     _check_same_run(output_dir, previous, run)
-    if previous is not None and previous.get("finished"):
+    longer = previous is not None and _goes_on(previous, chosen.max_tokens)
+    if previous is not None and previous.get("finished") and not longer:
         return load(output_dir, trust_remote_code=trust_remote_code)
+    if longer and latest_checkpoint(output_dir) is None:
+        raise ValueError(f"output folder {str(output_dir)!r} holds no checkpoint from which max_tokens could be raised")
 
     held_out = _held_out(lm, chosen, held_out_files, source, end_token_id)
     if isinstance(held_out, int):
@@ -180,7 +187,14 @@ def adapt(
     show_progress = show_progress and ranks.is_main_process
     if ranks.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
+        claim(output_dir)
+        if _read_run(output_dir, resume) != previous:
+            raise ValueError(f"output folder {str(output_dir)!r} was changed by another run meanwhile: start again")
         _write_run(output_dir, run)
+        if longer:
+            print(f"note: the run goes on to max_tokens={chosen.max_tokens}; its learning rates and other schedules "
+                  "are stretched over the new total, so that it differs from one run of that length",
+                  file=sys.stderr)  # fmt: skip
     if show_progress:
         blocks = ("block_size",) if chosen.attention in ("two_stream", "block_causal") else ()
         shown = (*blocks, "max_length", "batch_size", "learning_rate", "min_learning_rate_ratio", "half_life")
@@ -226,12 +240,15 @@ def adapt(
             lm.tokenizer.save_pretrained(output_dir)
         lora.merge(tuner)
     if ranks.is_main_process:
+        check_weights(adapted.model, f"the model after {state.step} steps at learning rate {chosen.learning_rate}")
         figures = evaluate(lm.model) if evaluate is not None else {}
         if figures:
             append_metrics(output_dir, {"step": state.step, "tokens": state.tokens, **figures})
-        if tuner is None or chosen.lora_merge:
-            adapted.save_pretrained(output_dir)
-        (output_dir / "README.md").write_text(_model_card(name, adapted, chosen, state.tokens, figures))
+        with writing(output_dir):
+            if tuner is None or chosen.lora_merge:
+                adapted.save_pretrained(output_dir)
+            (output_dir / "README.md").write_text(_model_card(name, adapted, chosen, state.tokens, figures))
+            ordinary_permissions(output_dir)
         _write_run(output_dir, run | {"finished": True, "tokens": state.tokens, "evaluation": figures})
     ranks.wait_for_everyone()
     lm.model.config._name_or_path = str(output_dir)
@@ -449,7 +466,10 @@ def _read_run(output_dir: Path, resume: bool) -> dict[str, Any] | None:
             raise ValueError(
                 f"output folder {str(output_dir)!r} already holds a run: continue it with --resume, or choose another"
             )
-        run: dict[str, Any] = json.loads(path.read_text())
+        try:
+            run: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is no JSON ({error}): choose another output folder") from error
         return run
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"output folder {str(output_dir)!r} holds something else: choose an empty or new one")
@@ -457,7 +477,7 @@ def _read_run(output_dir: Path, resume: bool) -> dict[str, Any] | None:
 
 
 _FREE = ("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "micro_batch_size",
-         "eval_data", "eval_documents", "eval_samples")  # fmt: skip
+         "max_nonfinite_steps", "eval_data", "eval_documents", "eval_samples")  # fmt: skip
 """Settings that may change from one part of a run to the next."""
 
 
@@ -469,6 +489,10 @@ def _check_same_run(output_dir: Path, previous: dict[str, Any] | None, run: dict
     now = run["settings"] | {"model": run["parent"], "data": run["data"]["fingerprint"]}
     before[cut], now[cut] = previous["data"].get("held_out"), run["data"]["held_out"]
     for key in now:
+        if key == "max_tokens" and _goes_on(previous, now[key]):
+            continue
+        if key == "model" and before[key].get("fingerprint") == now[key]["fingerprint"]:
+            continue  # the same weights, wherever they lie
         if key not in _FREE and before.get(key) != now[key]:
             raise ValueError(
                 f"output folder {str(output_dir)!r} holds a different run: its {key} is {before.get(key)!r}, "
@@ -476,10 +500,14 @@ def _check_same_run(output_dir: Path, previous: dict[str, Any] | None, run: dict
             )
 
 
+def _goes_on(previous: dict[str, Any], max_tokens: int | None) -> bool:
+    """Whether max_tokens asks for more than the run in this folder, which was to stop at its own or has."""
+    before = previous["settings"].get("max_tokens") or previous.get("tokens")
+    return max_tokens is not None and before is not None and max_tokens > before
+
+
 def _write_run(output_dir: Path, run: dict[str, Any]) -> None:
-    partial = output_dir / "run.json.partial"
-    partial.write_text(json.dumps(run, indent=2) + "\n")
-    partial.replace(output_dir / "run.json")
+    write_text(output_dir / "run.json", to_json(run, indent=2) + "\n")
 
 
 def _model_card(parent: str, lm: DiffusionLM, settings: Settings, tokens: int, figures: dict[str, float]) -> str:

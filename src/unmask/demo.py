@@ -5,11 +5,12 @@ Makes a tokenizer and a tiny LLaMA of 1M parameters, trains it as an AR model, c
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import sysconfig
 from pathlib import Path
+
+from unmask.plain_json import to_json
 
 BASE_TOKENS = 1_500_000
 VOCABULARY = 1024
@@ -61,7 +62,7 @@ def _write_sources(path: Path) -> Path:
     texts = [text for module in modules if len(text := module.read_text(encoding="utf-8", errors="ignore")) > 500]
     random.Random(0).shuffle(texts)
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    partial.write_text("".join(to_json({"text": text}) + "\n" for text in texts), encoding="utf-8")
     partial.replace(path)
     return path
 

@@ -6,7 +6,6 @@ bidirectional pattern, an AR model under its causal one. Nothing is corrupted: e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unmask.attention import PADDING, Layout, Pattern, bidirectional, block_causal, causal
+from unmask.plain_json import to_json
 from unmask.transfer import to_device
 
 
@@ -95,7 +95,7 @@ def write_embeddings(path: Path, texts: Sequence[str], vectors: Tensor) -> None:
     elif path.suffix == ".jsonl":
         with path.open("w") as file:
             for text, vector in zip(texts, vectors.tolist(), strict=True):
-                file.write(json.dumps({"text": text, "embedding": vector}) + "\n")
+                file.write(to_json({"text": text, "embedding": vector}) + "\n")
     else:
         import pyarrow
         import pyarrow.parquet

@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
+from unmask.finite import check_weights
 from unmask.noise import uniform
+from unmask.run_folder import ordinary_permissions
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's, in front of every name of an adapter file
@@ -100,6 +102,7 @@ def save_adapter(folder: str | Path, tuner: Any, base: str) -> None:
     config.save_pretrained(str(folder))
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+    ordinary_permissions(folder)
 
 
 def adapter_base(folder: str | Path) -> str | None:
@@ -139,6 +142,7 @@ def load_adapter(model: Any, folder: str | Path) -> None:
     if odd:
         raise ValueError(f"adapter {str(folder)!r} does not fit the model it names as its base: {odd[0]}")
     merge(tuner)
+    check_weights(model, f"adapter {str(folder)!r} on its base")
     raw = json.loads((Path(folder) / "config.json").read_text())
     if "diffusion" in raw:
         model.config.diffusion = raw["diffusion"]

@@ -23,6 +23,7 @@ from unmask.drafter import Drafter
 from unmask.embed import embed, named_pattern
 from unmask.evaluation import likelihood
 from unmask.evaluation.likelihood import LikelihoodOutput
+from unmask.finite import check_weights, versions
 from unmask.progress import progress
 from unmask.sampling import (
     Acceptance,
@@ -36,6 +37,7 @@ from unmask.sampling import (
     sample_canvases,
     sample_speculative,
 )
+from unmask.sampling.guidance import check_guidance
 from unmask.sampling.output import Callback
 from unmask.supervised import apply_template
 
@@ -91,12 +93,16 @@ class DiffusionLM:
         self.model, self.tokenizer, self.diffusion = model, tokenizer, diffusion
         self.drafter, self.base = drafter, base
         self.network = self._network(None)
+        self._checked: Any = None
 
-    def _check_finite(self) -> None:
-        name = getattr(self.model.config, "_name_or_path", "") or "in memory"
-        hf.check_finite(self.model, name)
-        if self.drafter is not None:
-            hf.check_finite(self.drafter, name)
+    def _check_weights(self) -> None:
+        """Raise ValueError for weights that are not finite; looked at once for as long as nobody changes them."""
+        now = versions(self.model)
+        if now is None or now != self._checked:
+            check_weights(self.model, "the model")
+            if self.drafter is not None:
+                check_weights(self.drafter, "the drafter")
+            self._checked = now
 
     def _network(self, forward: Any) -> hf.HFNetwork:
         mask_token_id = None if self.diffusion is None else self.diffusion.mask_token_id
@@ -154,7 +160,8 @@ class DiffusionLM:
         """
         mode = mode or ("ar" if self.diffusion is None else "diffusion")
         self._check_mode(mode)
-        self._check_finite()
+        self._check_weights()
+        check_guidance(guidance_scale)
         _check_draft_length(draft_length, mode)
         rows = self._prompt_ids(prompts, attention_mask)
         if max_new_tokens < 1:
@@ -253,7 +260,6 @@ class DiffusionLM:
         config = self.diffusion
         if config is None:
             raise ValueError("infill needs a converted checkpoint: this is an untouched AR model; adapt it first")
-        self._check_finite()
         if mode not in (None, "diffusion"):
             raise ValueError(f"mode {mode!r} cannot see a suffix: infill works in mode 'diffusion'")
         if attention not in (None, "bidirectional"):
@@ -261,6 +267,8 @@ class DiffusionLM:
         if attention == "bidirectional":
             config = replace(config, attention="bidirectional", clean_attention=None, block_size=None)
         self._check_remask(remask, config)
+        self._check_weights()
+        check_guidance(guidance_scale)
         if block_size is not None and config.attention == "bidirectional":
             raise ValueError(f"block_size {block_size} has no meaning here: a bidirectional span is filled as one")
         prefixes, suffixes = ([text] if isinstance(text, str) else list(text) for text in (prefix, suffix))
@@ -434,7 +442,6 @@ class DiffusionLM:
 
     def nll(self, texts: str | Sequence[str], *, show_progress: bool = False) -> list[LikelihoodOutput]:
         """Exact negative log-likelihood of each text in AR mode (every checkpoint has it)."""
-        self._check_finite()
         documents = self._documents(texts)
         with progress("nll", self._num_windows(documents), show=show_progress) as advance:
             return likelihood.nll(self.network, documents, context_length=self.network.context_length, progress=advance)
@@ -455,7 +462,6 @@ class DiffusionLM:
         """
         if self.diffusion is None:
             raise ValueError("nelbo needs a converted checkpoint: this is an untouched AR model; use nll")
-        self._check_finite()
         documents = self._documents(texts)
         with progress("nelbo", self._num_windows(documents), show=show_progress) as advance:
             return likelihood.nelbo(
@@ -471,6 +477,7 @@ class DiffusionLM:
 
     def _documents(self, texts: str | Sequence[str]) -> list[likelihood.Document]:
         """Exactly tokenizer(text), with the UTF-8 bytes that each token spells."""
+        self._check_weights()
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("texts is empty: give at least one document")
@@ -510,10 +517,10 @@ class DiffusionLM:
         for a converted checkpoint and causal for an AR model. A text longer than the context loses its end, with
         a warning.
         """
-        self._check_finite()
         if isinstance(pattern, str) or pattern is None:
             name = pattern or ("causal" if self.diffusion is None else "bidirectional")
             pattern = named_pattern(name, None if self.diffusion is None else self.diffusion.block_size)
+        self._check_weights()
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("texts is empty: give at least one")
@@ -607,7 +614,7 @@ def _load(name: str | Path, options: dict[str, Any]) -> DiffusionLM:
         hf.check_files(Path(name))
         lm = load(adapted_base, **options)
         lora.load_adapter(lm.model, name)
-        hf.check_finite(lm.model, name)
+        check_weights(lm.model, f"model {str(name)!r}")
         tokenizer = hf.load_tokenizer(name, options["trust_remote_code"])
         return DiffusionLM(lm.model, tokenizer, hf.read_diffusion(lm.model))
     base = hf.read_base(name)

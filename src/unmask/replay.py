@@ -6,7 +6,6 @@ reaches it as JSON in which no character can end the script, and is only ever sh
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from unmask.plain_json import to_json
 from unmask.sampling import Guess, Step
 
 _FRAME_SECONDS = 0.04
@@ -95,7 +95,7 @@ _PLACE = f"{_OPEN}{{}}{_CLOSE}"
 
 def _safe_json(data: Any) -> str:
     """JSON in which no string can end the script element that holds it."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = to_json(data, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

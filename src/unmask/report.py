@@ -15,6 +15,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from unmask import plots
+from unmask.plain_json import to_json
 
 LOWER, HIGHER = "lower is better", "higher is better"
 HEADLINES = {
@@ -248,4 +249,4 @@ def apart(a: Estimate, b: Estimate) -> bool:
 
 
 def _described(own: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={json.dumps(value)}" for key, value in own.items())
+    return ", ".join(f"{key}={to_json(value)}" for key, value in own.items())

@@ -41,7 +41,8 @@ class Settings:
     trained beside them; lora_merge=false saves a PEFT adapter, not a model. batch_size counts rows of max_length in
     one optimiser step, micro_batch_size those that run at once on one device. eval_every: steps, by default a tenth of
     the run. draws: that many masks of the same rows in every step (pairs of masks with complementary); two streams
-    without shift run over the clean tokens once for all of them.
+    without shift run over the clean tokens once for all of them. max_nonfinite_steps: so many steps whose loss or
+    gradient is not finite are skipped, one more ends the run.
     """
 
     recipe: str
@@ -105,6 +106,7 @@ class Settings:
     beta1: float = 0.9
     beta2: float = 0.95
     max_grad_norm: float = 1.0
+    max_nonfinite_steps: int = 0
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     compile_layers: bool = False
@@ -139,6 +141,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive")
+        _check_floats(self)
         for name in self.trainable:
             if name not in LORA_TRAINABLE:
                 raise ValueError(
@@ -197,6 +200,24 @@ class Settings:
     def trainable(self) -> tuple[str, ...]:
         """The parts named in lora_trainable."""
         return tuple(name.strip() for name in self.lora_trainable.split(",") if name.strip())
+
+
+def _check_floats(settings: Settings) -> None:
+    """Every float finite (but half_life, where infinity is uniform masking) and in its range."""
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        if isinstance(value, float) and not math.isfinite(value) and (entry.name, value) != ("half_life", math.inf):
+            raise ValueError(f"{entry.name}={value} must be finite")
+    for name, high in (("beta1", 1.0), ("beta2", 1.0)):
+        if not 0 <= getattr(settings, name) < high:
+            raise ValueError(f"{name}={getattr(settings, name)} must lie in [0, 1)")
+    for name in ("warmup_ratio", "min_learning_rate_ratio"):
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} must lie in [0, 1]")
+    for name in ("weight_decay", "alpha", "self_temperature", "eval_documents", "max_nonfinite_steps"):
+        if not getattr(settings, name) >= 0:
+            raise ValueError(f"{name}={getattr(settings, name)} must not be negative")
 
 
 def recipe_names() -> list[str]:

@@ -24,10 +24,13 @@ from safetensors.torch import load_file
 from unmask import hf
 from unmask.conversion import adapt
 from unmask.data import find_files, load_corpus, local_files
+from unmask.finite import check_weights
 from unmask.measures import MEASURES, Budget, HeldOut, Subject, hold_out
 from unmask.model import DiffusionLM, load
+from unmask.plain_json import to_json
 from unmask.progress import progress
 from unmask.report import write_report
+from unmask.run_folder import checkpoints, claim, damage, releases_folders, write_text, writing
 from unmask.settings import Settings, load_recipe, resolve
 from unmask.tasks import check
 
@@ -147,6 +150,7 @@ def choose(
     )
 
 
+@releases_folders
 def run_study(
     study: Study,
     model: str | Path,
@@ -238,9 +242,10 @@ def _finished(folder: Path) -> int | None:
 
 def _points(folder: Path) -> Iterator[tuple[int, Path]]:
     """(tokens, weights) of the checkpoints that a finished run left on its way."""
-    for path in sorted(folder.glob("checkpoint-*/model.safetensors"), key=lambda p: int(p.parent.name.split("-")[1])):
-        state = json.loads((path.parent / "state.json").read_text())
-        yield state["tokens"], path
+    for checkpoint in checkpoints(folder):
+        if (checkpoint / "model.safetensors").is_file() and damage(checkpoint) is None:
+            state = json.loads((checkpoint / "state.json").read_text())
+            yield state["tokens"], checkpoint / "model.safetensors"
 
 
 def _put_in(lm: DiffusionLM, weights: Path) -> bool:
@@ -249,6 +254,7 @@ def _put_in(lm: DiffusionLM, weights: Path) -> bool:
     if not state.keys() <= lm.model.state_dict().keys():
         return False
     lm.model.load_state_dict(state, strict=False)  # tied weights are stored once
+    check_weights(lm.model, f"checkpoint {str(weights)!r}")
     return True
 
 
@@ -286,8 +292,8 @@ def _claim(
         "eval": _digest(eval_files),
         "max_tokens": study.max_tokens,
         "points": study.points,
-        "budget": json.loads(json.dumps(asdict(study.budget))),
-        "arms": {arm: json.loads(json.dumps(study.settings | own)) for arm, own in study.arms.items()},
+        "budget": json.loads(to_json(asdict(study.budget))),
+        "arms": {arm: json.loads(to_json(study.settings | own)) for arm, own in study.arms.items()},
     }
     path = output / "study.json"
     if path.is_file():
@@ -310,9 +316,8 @@ def _claim(
     elif output.exists() and (not output.is_dir() or any(p.name != "runs" for p in output.iterdir())):
         raise ValueError(f"output folder {str(output)!r} holds something else: choose an empty or new one")
     output.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(now | {"summary": study.summary}, indent=1) + "\n")
-    partial.replace(path)
+    claim(output)
+    write_text(path, to_json(now | {"summary": study.summary}, indent=1) + "\n")
 
 
 def _digest(files: Sequence[Path]) -> str:
@@ -332,10 +337,10 @@ def _read_rows(output: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     if path.is_file():
-        path.write_text("".join(json.dumps(row) + "\n" for row in whole))
+        write_text(path, "".join(to_json(row) + "\n" for row in whole))
     return whole
 
 
 def _append(output: Path, line: dict[str, Any]) -> None:
-    with (output / "rows.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with writing(output / "rows.jsonl"), (output / "rows.jsonl").open("a") as file:
+        file.write(to_json(line) + "\n")

@@ -38,7 +38,9 @@ from unmask.evaluation.frontier import (
 )
 from unmask.evaluation.oracle import speed_of_light
 from unmask.model import DiffusionLM, load
+from unmask.plain_json import to_json
 from unmask.progress import Advance, progress
+from unmask.run_folder import claim, releases_folders, write_text, writing
 from unmask.sampling import Confidence, EntropyBound, Factor, Random, Selector, Stability, Threshold
 from unmask.tasks import problems
 from unmask.version import __version__
@@ -143,6 +145,7 @@ def beginnings(tokenizer: Any, texts: Iterable[str], sweep: Sweep) -> tuple[list
     return prompts, rests
 
 
+@releases_folders
 def run_frontier(
     model: str,
     sweep: Sweep,
@@ -171,7 +174,12 @@ def run_frontier(
     if context is not None and longest > context:
         raise ValueError(f"prompt and max_new_tokens make {longest} tokens, more than the model's context of {context}")
     run = describe(model, lm, ar, prompts, sweep, [f"task {task}"] if task else [Path(file).name for file in files])
+    known = output is not None and output.is_dir()
+    if output is not None and known:  # before rows are read, as a cut one is taken out of the file
+        claim(output)
     done = [] if output is None else open_folder(output, run)
+    if output is not None and not known:
+        claim(output)
     rows = run_sweep(lm, ar, prompts, sweep, rests=rests, score=score, done=done, output=output,
                      show_progress=show_progress)  # fmt: skip
     if output is not None:
@@ -236,11 +244,11 @@ def open_folder(output: Path, run: dict[str, Any]) -> list[FrontierRow]:
         raise ValueError(f"output folder {str(output)!r} holds something else: choose another folder")
     else:
         output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run, indent=2) + "\n")
+        write_text(path, to_json(run, indent=2) + "\n")
     text = rows.read_text() if rows.is_file() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:  # a line that was being written when the run was killed
-        rows.write_text(whole)
+        write_text(rows, whole)
     return [FrontierRow(**json.loads(line)) for line in whole.splitlines()]
 
 
@@ -296,8 +304,8 @@ def run_sweep(
     def add(row: FrontierRow) -> None:
         found.append(row)
         if output is not None:
-            with (output / "rows.jsonl").open("a") as file:
-                file.write(json.dumps(asdict(row)) + "\n")
+            with writing(output / "rows.jsonl"), (output / "rows.jsonl").open("a") as file:
+                file.write(to_json(asdict(row)) + "\n")
 
     plan = list(_plan(lm, parent, sweep))
     sizes = [size or lm.diffusion.block_size for size in sweep.block_sizes] if sweep.oracle else []

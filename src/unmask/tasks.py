@@ -13,13 +13,14 @@ Notation: an item is one of 16 letters. Results of `chain` are taken modulo 10. 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+
+from unmask.plain_json import to_json
 
 SPLITS = ("train", "valid", "test")
 ITEMS = "abcdefghijklmnop"
@@ -190,7 +191,7 @@ def write_problems(path: Path, found: Sequence[Problem]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(
-        "".join(json.dumps({"prompt": p.prompt, "completion": p.answer}) + "\n" for p in found), encoding="utf-8"
+        "".join(to_json({"prompt": p.prompt, "completion": p.answer}) + "\n" for p in found), encoding="utf-8"
     )
     partial.replace(path)
     return path

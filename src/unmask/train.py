@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from unmask.corruption import (
 )
 from unmask.data import Batch, Corpus, HubStream, Packer, PackState
 from unmask.denoiser import DiffusionConfig, Network
+from unmask.finite import StepWatch, check_weights
 from unmask.noise import uniform
 from unmask.objectives import (
     LossOutput,
@@ -47,6 +47,8 @@ from unmask.objectives import (
     predictable,
     shared_loss,
 )
+from unmask.plain_json import to_json
+from unmask.run_folder import newest_whole, put_in_place, seal, sync, write_text, writing
 from unmask.settings import Settings, at_step
 from unmask.shortcuts import compile_layers
 from unmask.transfer import to_device
@@ -222,11 +224,19 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint holds besides weights and optimiser."""
+    """What a checkpoint holds besides weights and optimiser.
+
+    loss, counted: sums of the steps since the last row of metrics.jsonl. rows: how many rows that file has, None in
+    checkpoints that do not say. skipped: steps without an update, as their loss or gradient was not finite.
+    """
 
     step: int = 0
     tokens: int = 0
     data: PackState = field(default_factory=PackState)
+    loss: float = 0.0
+    counted: float = 0.0
+    rows: int | None = None
+    skipped: int = 0
 
 
 @torch.enable_grad()
@@ -276,12 +286,17 @@ def train(
     crew = _Crew(network, replicate) if replicate is not None and on_cpu and torch.get_num_threads() > 1 else None
 
     state = TrainState()
-    newest = latest_checkpoint(output_dir) if resume else None
+    newest = newest_whole(output_dir) if resume else None
     if newest is not None:
-        accelerator.load_state(str(newest))
+        try:
+            accelerator.load_state(str(newest))
+        except (RuntimeError, KeyError, ValueError, OSError, EOFError) as error:
+            what = " ".join(str(error).split())[:300]
+            raise ValueError(f"{str(newest)!r} does not fit this run ({what}): remove it to go on from an earlier one"
+                             ) from error  # fmt: skip
         state = read_state(newest)
     if accelerator.is_main_process:
-        _trim_metrics(output_dir / "metrics.jsonl", state.step)
+        _trim_metrics(output_dir / "metrics.jsonl", state)
 
     goal = token_goal(settings, source)
     total_steps = count_steps(settings, source)
@@ -292,8 +307,10 @@ def train(
     rank, ranks = accelerator.process_index, accelerator.num_processes
     share = settings.batch_size // ranks
     # Kept on the device, the batch on the host: a step waits for nothing, a log line for its figures.
-    summed = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    counted, since, tokens_since = 0, time.perf_counter(), 0
+    zero = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    summed = zero + (state.loss if accelerator.is_main_process else 0.0)
+    counted, since, tokens_since = zero + state.counted, time.perf_counter(), 0
+    watch = StepWatch(settings.max_nonfinite_steps, state.skipped)
     while state.tokens < goal:
         if renew is not None and begun != state.step - state.step % every:
             begun = state.step - state.step % every
@@ -311,28 +328,40 @@ def train(
         mine = full.rows(rank * share, (rank + 1) * share)
         # Every rank sees the whole step's rows, so the count to divide by needs no communication.
         count = int(predictable(full.layout, full.loss_mask).sum())
+        step_sum = zero.clone()
         for start, micro in _micro_batches(mine, settings.micro_batch_size):
             rows = torch.arange(len(micro.x0)) + rank * share + start
             last = start + settings.micro_batch_size >= len(mine.x0)
             if crew is not None:
                 micro_step = functools.partial(step_loss, settings=now, config=config, step=state.step)
-                summed += crew.run(micro_step, micro, rows, 1 / max(1, count))
+                step_sum += crew.run(micro_step, micro, rows, 1 / max(1, count))
                 continue
             with accelerator.autocast(), _sync(accelerator, wrapped, last):
                 loss = step_loss(network, now, config, micro, state.step, rows, teacher)
                 # Gradients are averaged over ranks, hence the factor.
                 accelerator.backward(loss.sum * (ranks / max(1, count)))
-            summed += loss.sum.detach()
-        accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm)
+            step_sum += loss.sum.detach()
+        norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm)
+        everywhere = accelerator.reduce(step_sum.clone()) if ranks > 1 else step_sum
+        scaled = accelerator.scaler is not None
+        finite = watch.look(state.step + 1, rate, everywhere, norm, scaled=scaled)
+        if not scaled:  # skipped on the device, where the optimiser's own kernel heeds this
+            optimizer.optimizer.found_inf = (~finite).float()
         optimizer.step()
         optimizer.zero_grad()
-        state = TrainState(state.step + 1, state.tokens + full.num_tokens, packer.state)
+        state = replace(state, step=state.step + 1, tokens=state.tokens + full.num_tokens, data=packer.state)
 
-        counted += count
+        summed += torch.where(finite, step_sum, zero)
+        counted += finite.double() * count
+        watch.settle(but_last=accelerator.device.type == "cuda")
         tokens_since += full.num_tokens
         ended = state.tokens >= goal
         evaluating = evaluate is not None and state.step % eval_every == 0 and not ended
         evaluation: dict[str, float] = {}
+        saving = state.step % settings.save_every == 0 or ended
+        if evaluating or saving:
+            watch.settle()
+            check_weights(model, f"step {state.step} at learning rate {rate:.3g}")
         if evaluate is not None and evaluating and accelerator.is_main_process:
             before = time.perf_counter()
             wrapped.eval()
@@ -340,7 +369,8 @@ def train(
             wrapped.train()
             since += time.perf_counter() - before
         if state.step % settings.log_every == 0 or evaluating or ended:
-            loss_now = float(accelerator.reduce(summed)) / max(1, counted)
+            watch.settle()
+            loss_now = float(accelerator.reduce(summed)) / max(1.0, float(counted))
             speed = tokens_since / max(1e-9, time.perf_counter() - since)
             if accelerator.is_main_process:
                 row = {
@@ -357,9 +387,16 @@ def train(
                     steps = max(total_steps, state.step)
                     report(Progress(state.step, steps, state.tokens, loss_now, rate, speed, evaluation))
             summed.zero_()
-            counted, since, tokens_since = 0, time.perf_counter(), 0
-        if state.step % settings.save_every == 0:
+            counted.zero_()
+            since, tokens_since = time.perf_counter(), 0
+        if saving:
+            # The main process takes the sum of all over, as it will after a resume.
+            total = float(accelerator.reduce(summed.clone()))
+            summed.fill_(total if accelerator.is_main_process else 0.0)
+            logged = _count_rows(output_dir / "metrics.jsonl") if accelerator.is_main_process else None
+            state = replace(state, loss=total, counted=float(counted), rows=logged, skipped=watch.skipped)
             save_checkpoint(accelerator, output_dir, state, settings.keep_checkpoints)
+    watch.settle()
     if crew is not None:
         crew.pool.shutdown()
     accelerator.end_training()
@@ -445,21 +482,26 @@ def _sync(accelerator: accelerate.Accelerator, model: Any, last: bool) -> Any:
 
 
 def append_metrics(output_dir: Path, row: dict[str, Any]) -> None:
-    with (output_dir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    path = output_dir / "metrics.jsonl"
+    with writing(path), path.open("a") as file:
+        file.write(to_json(row) + "\n")
 
 
-def _trim_metrics(path: Path, step: int) -> None:
-    """Drop rows after `step`: they will be written again."""
+def _count_rows(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def _trim_metrics(path: Path, state: TrainState) -> None:
+    """Drop rows that were written after `state`: they will be written again."""
     rows = path.read_text().splitlines() if path.exists() else []
     kept = []
-    for row in rows:
+    for row in rows[: state.rows]:
         try:
-            if json.loads(row)["step"] <= step:
+            if json.loads(row)["step"] <= state.step:
                 kept.append(row)
         except json.JSONDecodeError:  # a line cut by the interruption
             continue
-    path.write_text("".join(row + "\n" for row in kept))
+    write_text(path, "".join(row + "\n" for row in kept))
 
 
 def save_checkpoint(accelerator: accelerate.Accelerator, output_dir: Path, state: TrainState, keep: int) -> None:
@@ -469,26 +511,32 @@ def save_checkpoint(accelerator: accelerate.Accelerator, output_dir: Path, state
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    try:
+        with writing(final):
+            accelerator.save_state(str(partial))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # its space may be what is lacking
+        raise
+    accelerator.wait_for_everyone()  # each wrote a file of its own into the folder
     if accelerator.is_main_process:
-        (partial / "state.json").write_text(json.dumps(asdict(state)))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for old in _checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(old)
+        try:
+            with writing(final):
+                if (output_dir / "metrics.jsonl").exists():
+                    sync(output_dir / "metrics.jsonl")
+                write_text(partial / "state.json", to_json(asdict(state)))
+                seal(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        put_in_place(partial, final, state.step, keep)
     accelerator.wait_for_everyone()
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    found = [p for p in output_dir.glob("checkpoint-*") if p.suffix != ".partial" and (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run."""
-    return next(reversed(_checkpoints(output_dir)), None)
+    return newest_whole(output_dir, quiet=True)
 
 
 def read_state(checkpoint: Path) -> TrainState:
     raw = json.loads((checkpoint / "state.json").read_text())
-    return TrainState(raw["step"], raw["tokens"], PackState(**raw["data"]))
+    return TrainState(**(raw | {"data": PackState(**raw["data"])}))

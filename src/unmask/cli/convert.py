@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from unmask.cli.app import Data, Json, TrustRemoteCode, app
+from unmask.plain_json import to_json
 
 
 @app.command(
@@ -48,9 +49,7 @@ def adapt(
     run = json.loads((output / "run.json").read_text())
     if as_json:
         print(
-            json.dumps(
-                {"output": str(output), "tokens": run["tokens"], **run["evaluation"], "settings": run["settings"]}
-            )
+            to_json({"output": str(output), "tokens": run["tokens"], **run["evaluation"], "settings": run["settings"]})
         )
         return
     for name, value in run["evaluation"].items():
@@ -85,14 +84,14 @@ def recipes(
     if name is not None and name not in found:
         raise ValueError(f"recipe {name!r} is unknown: use one of {', '.join(found)}")
     if as_json:
-        print(json.dumps(found if name is None else {name: found[name]}))
+        print(to_json(found if name is None else {name: found[name]}))
     elif name is None:
         for recipe in found:
             print(f"{recipe:16} {recipe_summary(recipe)}")
     else:
         print(f"# {recipe_summary(name)}")
         for key, value in found[name].items():
-            print(f"{key} = {'(from the parent)' if value is None else json.dumps(value)}")
+            print(f"{key} = {'(from the parent)' if value is None else to_json(value)}")
 
 
 @app.command(epilog="Example: unmask demo; unmask demo Qwen/Qwen3-0.6B-Base --data corpus.txt --output runs/q")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from unmask.cli.app import GuidanceScale, Json, Temperature, TopK, TopP, TrustRemoteCode, app
+from unmask.plain_json import to_json
 
 
 @app.command(epilog='Example: unmask generate runs/q "Once upon a time" --max-new-tokens 64 --confidence-threshold 0.8')
@@ -97,7 +97,7 @@ def generate(
     if as_json:
         cycles = {} if out.tokens_per_cycle is None else {"tokens_per_cycle": round(float(out.tokens_per_cycle[0]), 4)}
         print(
-            json.dumps(
+            to_json(
                 {
                     "text": out.texts[0],
                     "mode": mode or ("ar" if lm.diffusion is None else "diffusion"),
@@ -251,7 +251,7 @@ def infill(
     )
     if as_json:
         print(
-            json.dumps(
+            to_json(
                 {
                     "text": out.texts[0],
                     "prefix": prefix,

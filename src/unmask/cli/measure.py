@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from unmask.cli.app import Json, Temperature, TrustRemoteCode, app
+from unmask.plain_json import to_json
 from unmask.version import __version__
 
 
@@ -107,7 +107,7 @@ def evaluate(
         )
     if as_json:
         print(
-            json.dumps(
+            to_json(
                 {
                     "nll": exact_nll.nats_per_token,
                     "nelbo": bound and bound.nats_per_token,
@@ -166,7 +166,7 @@ def _evaluate_tasks(
         write_results(results, output)
     if as_json:
         shown = {name: value for name, value in results.items() if name not in ("samples", "configs")}
-        print(json.dumps(shown, default=str))
+        print(to_json(shown, default=str))
         return
     print(table(results))
 
@@ -202,7 +202,7 @@ def embed(
     write_embeddings(output, texts, vectors)
     used = pattern or ("causal" if lm.diffusion is None else "bidirectional")
     if as_json:
-        print(json.dumps({"output": str(output), "num_texts": len(texts), "size": vectors.shape[1], "pattern": used}))
+        print(to_json({"output": str(output), "num_texts": len(texts), "size": vectors.shape[1], "pattern": used}))
         return
     print(f"{len(texts)} vectors of {vectors.shape[1]} ({used}) in {output}")
 
@@ -270,7 +270,7 @@ def frontier(
     )
     areas = sweep.areas(rows)
     if as_json:
-        print(json.dumps({"rows": [asdict(row) for row in rows], "aup": areas, "settings": run}))
+        print(to_json({"rows": [asdict(row) for row in rows], "aup": areas, "settings": run}))
         return
     print(sweep.table(rows))
     for name, area in areas.items():
@@ -318,7 +318,7 @@ def bench(
         "transformers": transformers.__version__,
     }
     if as_json:
-        print(json.dumps({"cases": [asdict(case) for case in cases], "settings": settings}))
+        print(to_json({"cases": [asdict(case) for case in cases], "settings": settings}))
         return
     print("  ".join(f"{name} {value}" for name, value in settings.items()))
     for case in cases:
@@ -352,7 +352,7 @@ def study(
 
     if name is None:
         found = {known: load_study(known).summary for known in study_names()}
-        print(json.dumps(found) if as_json else "\n".join(f"{known:16} {text}" for known, text in found.items()))
+        print(to_json(found) if as_json else "\n".join(f"{known:16} {text}" for known, text in found.items()))
         return
     chosen = choose(
         load_study(name), max_tokens=max_tokens, seeds=None if seeds is None else _numbers("--seeds", seeds),
@@ -362,7 +362,7 @@ def study(
         raise ValueError(f"study {name!r} needs a MODEL, --data, --eval and --output")
     rows = run_study(chosen, model, data, evaluation, output, trust_remote_code=trust_remote_code)
     if as_json:
-        print(json.dumps({"study": chosen.name, "output": str(output), "rows": rows}))
+        print(to_json({"study": chosen.name, "output": str(output), "rows": rows}))
     else:
         print((output / "report.md").read_text(), end="")
 

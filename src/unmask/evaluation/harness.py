@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import os
 import random
 import sys
@@ -17,6 +16,7 @@ from lm_eval import evaluator, utils
 from lm_eval.tasks import TaskManager
 
 from unmask.evaluation.lm_eval import HarnessLM
+from unmask.plain_json import to_json
 
 
 def load_tasks(names: Sequence[str], folder: str | None = None) -> dict[str, Any]:
@@ -96,10 +96,10 @@ def write_results(results: dict[str, Any], folder: Path) -> None:
     """results.json, and every document with the model's answers in samples_TASK.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(
-        json.dumps({k: v for k, v in results.items() if k != "samples"}, indent=2, default=str) + "\n"
+        to_json({k: v for k, v in results.items() if k != "samples"}, indent=2, default=str) + "\n"
     )
     for task, samples in results["samples"].items():
-        lines = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
+        lines = "".join(to_json(sample, default=str) + "\n" for sample in samples)
         (folder / f"samples_{utils.sanitize_task_name(task)}.jsonl").write_text(lines)
 
 

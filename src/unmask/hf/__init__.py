@@ -10,7 +10,6 @@ from unmask.hf.checkpoint import (
     add_drafter,
     add_mask_token,
     check_files,
-    check_finite,
     end_token_ids,
     fingerprint,
     load_drafter,
@@ -31,7 +30,7 @@ from unmask.hf.probes import find_routes, probe, probe_network, sees_position_di
 
 __all__ = [
     "Base", "FolderError", "HFNetwork", "Routes", "UnsupportedModelError", "add_drafter", "add_mask_token",
-    "check_files", "check_finite", "checkpoint_layers", "end_token_ids", "find_routes", "fingerprint", "load_drafter",
+    "check_files", "checkpoint_layers", "end_token_ids", "find_routes", "fingerprint", "load_drafter",
     "load_pretrained", "load_tokenizer", "loading", "probe", "probe_network", "read_base", "read_config",
     "read_diffusion", "read_json", "replicate", "save_drafter", "save_pretrained", "sees_position_differences", "without_dropout",
     "write_diffusion",

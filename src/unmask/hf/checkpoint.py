@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -25,8 +24,11 @@ from transformers.utils import logging as hf_logging
 
 from unmask.denoiser import DiffusionConfig
 from unmask.drafter import Drafter, DrafterConfig
+from unmask.finite import check_weights
 from unmask.hf.network import UnsupportedModelError
 from unmask.hf.probes import first_line
+from unmask.plain_json import to_json
+from unmask.run_folder import ordinary_permissions
 
 MASK_TOKEN = "<|mask|>"
 SDAR_MASK_TOKEN = "<|MASK|>"
@@ -143,26 +145,6 @@ def check_files(folder: Path) -> None:
             raise FolderError(f"file {str(path)!r} is no whole safetensors file: {first_line(error)}") from error
 
 
-_FINITE: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
-
-
-def check_finite(model: torch.nn.Module, name: str | Path = "in memory") -> None:
-    """Raise ValueError where a weight is NaN or infinite; looked at again only after weights were written to."""
-    weights = [(n, p) for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
-    version = sum(0 if p.is_inference() else p._version for _, p in weights)
-    if _FINITE.get(model) == version:
-        return
-    for at, parameter in weights:
-        if parameter.element_size() > 1 and parameter.numel() and type(parameter.data) is torch.Tensor:
-            low, high = torch.aminmax(parameter.detach())
-            if not bool(torch.isfinite(low + high) if low.dtype != torch.float16 else low.isfinite() & high.isfinite()):
-                raise FolderError(
-                    f"model {str(name)!r} holds weights that are not finite, in {at}: it was spoilt in training or "
-                    "in saving; use an earlier checkpoint"
-                )
-    _FINITE[model] = version
-
-
 def load_pretrained(
     name: str | Path,
     *,
@@ -208,11 +190,11 @@ def load_pretrained(
             f"model {str(name)!r} lacks weights that its config.json asks for ({', '.join(missing[:3])}{more}): "
             "they would be random; give the weights and the configuration of one model"
         )
-    check_finite(model, name)
     if device_map is None and quantization_config is None:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device)
+    check_weights(model, f"model {str(name)!r}")
     return model.eval(), tokenizer
 
 
@@ -297,6 +279,7 @@ def save_pretrained(folder: str | Path, model: Any, tokenizer: Any, diffusion: D
     write_diffusion(model, diffusion)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    ordinary_permissions(folder)
 
 
 # --- drafter folders: adapters and a mask row beside a base that stays where it is
@@ -335,8 +318,9 @@ def save_drafter(folder: str | Path, drafter: Drafter, tokenizer: Any, diffusion
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
     save_file(weights, folder / DRAFTER_WEIGHTS, metadata={"format": "pt"})
     described = asdict(diffusion) | {"base": asdict(base), "lora": asdict(drafter.config)}
-    (folder / "config.json").write_text(json.dumps({"model_type": "unmask-drafter", "diffusion": described}, indent=2))
+    (folder / "config.json").write_text(to_json({"model_type": "unmask-drafter", "diffusion": described}, indent=2))
     tokenizer.save_pretrained(folder)
+    ordinary_permissions(folder)
 
 
 def read_base(name: str | Path) -> Base | None:
@@ -382,5 +366,5 @@ def load_drafter(name: str | Path, base: Base, **options: Any) -> tuple[Any, Any
         raise FolderError(
             f"file {str(weights)!r} does not fit the drafter that config.json describes: {reason}"
         ) from error
-    check_finite(drafter, name)
+    check_weights(drafter, f"drafter {str(name)!r}")
     return model, tokenizer, diffusion, drafter.eval()

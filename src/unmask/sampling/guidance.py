@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,12 @@ from torch import Tensor
 from unmask.attention import Layout, Pattern
 from unmask.denoiser import Network, Past, Prefix
 from unmask.transfer import to_device
+
+
+def check_guidance(scale: float) -> None:
+    """Raise ValueError for a scale of guidance that is no number, infinite or negative."""
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"guidance_scale {scale} must be finite and not negative: 1 is none")
 
 
 def guide(logits: Tensor, unconditional: Tensor, scale: float) -> Tensor:

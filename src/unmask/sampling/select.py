@@ -8,6 +8,7 @@ forwards says in `looks_back` how many earlier ones of the same block it wants t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -158,8 +159,8 @@ class Factor:
     factor: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.factor > 0:
-            raise ValueError(f"factor {self.factor} must be positive")
+        if not 0 < self.factor < math.inf:
+            raise ValueError(f"factor {self.factor} must be positive and finite")
 
     def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
         ranked = candidates.confidence.masked_fill(~candidates.masked, 0.0).sort(-1, descending=True).values
@@ -178,8 +179,8 @@ class EntropyBound:
     entropy_bound: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.entropy_bound >= 0:
-            raise ValueError(f"entropy_bound {self.entropy_bound} must not be negative")
+        if not 0 <= self.entropy_bound < math.inf:
+            raise ValueError(f"entropy_bound {self.entropy_bound} must be finite and not negative")
 
     def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
         entropy = candidates.entropy
@@ -204,8 +205,8 @@ class Stability:
     def __post_init__(self) -> None:
         if not 0 <= self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold {self.confidence_threshold} must lie in [0, 1]")
-        if not self.max_divergence > 0:
-            raise ValueError(f"max_divergence {self.max_divergence} must be positive: no law would ever count as still")
+        if not 0 < self.max_divergence < math.inf:
+            raise ValueError(f"max_divergence {self.max_divergence} must be positive and finite: at 0 nothing is still")
         if self.num_steps < 1:
             raise ValueError(f"num_steps {self.num_steps} must be at least 1; without stability, use Threshold")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -56,8 +58,8 @@ def truncate(logits: Tensor, temperature: float, top_p: float, top_k: int | None
 
 def check_sampling(temperature: float, top_p: float, top_k: int | None = None) -> None:
     """Raise ValueError for a temperature, top_p or top_k out of range."""
-    if not temperature >= 0:
-        raise ValueError(f"temperature {temperature} must be 0 (greedy) or positive")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature {temperature} must be 0 (greedy) or positive and finite")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} must lie in (0, 1]")
     if top_k is not None and top_k < 1:

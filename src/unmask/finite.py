@@ -1,0 +1,92 @@
+"""Figures that must be finite: a training step's loss and gradient, and a model's weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class StepWatch:
+    """Tells on the device whether a step may change the weights, and the host a step later.
+
+    The step that is not finite is skipped where it runs, so that the host need not wait for the device before each
+    step: it reads the figures of a step when the next one is under way, and all of them in `settle`. allowed: how
+    many steps may be skipped before a ValueError ends the run. skipped: how many were.
+    """
+
+    def __init__(self, allowed: int = 0, skipped: int = 0) -> None:
+        self.allowed, self.skipped = allowed, skipped
+        self._pending: list[tuple[int, float, Tensor, Any]] = []
+
+    def look(
+        self, step: int, learning_rate: float, loss: Tensor, norm: Tensor | None, *, scaled: bool = False
+    ) -> Tensor:
+        """0-dimensional bool on the device of `loss`: whether the step's loss and gradient norm are finite.
+
+        norm: None where it is not known. scaled: a gradient scaler skips steps whose gradient overflows by itself.
+        """
+        figures = torch.stack([loss.double(), (loss if norm is None or scaled else norm).double()])
+        host, event = figures, None
+        if loss.device.type == "cuda":
+            host = figures.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((step, learning_rate, host, event))
+        return figures.isfinite().all()
+
+    def settle(self, *, but_last: bool = False) -> None:
+        """Read what was looked at, with `but_last` up to the last step; raises ValueError past `allowed`."""
+        while len(self._pending) > int(but_last):
+            step, learning_rate, host, event = self._pending.pop(0)
+            if event is not None:
+                event.synchronize()
+            loss, norm = host.tolist()
+            if math.isfinite(loss) and math.isfinite(norm):
+                continue
+            self.skipped += 1
+            if self.skipped > self.allowed:
+                what = f"a loss of {loss}" if not math.isfinite(loss) else f"a gradient norm of {norm}"
+                raise ValueError(
+                    f"step {step} has {what} at learning rate {learning_rate:.3g}: the run stopped before it changed "
+                    "the weights, and checkpoints before it are kept; lower learning_rate, or let max_nonfinite_steps "
+                    f"(now {self.allowed}) be skipped"
+                )
+
+
+def bad_weight(model: Any) -> str | None:
+    """Name of the first parameter or buffer of a torch module that holds NaN or infinity, None if there is none."""
+    for name, tensor in [*model.named_parameters(), *_saved_buffers(model)]:
+        if tensor.dtype in _CHECKED and tensor.device.type != "meta" and tensor.numel():
+            low, high = torch.aminmax(tensor.detach())  # keeps NaN, and makes no copy of the weights
+            if not math.isfinite(float(low)) or not math.isfinite(float(high)):
+                return str(name)
+    return None
+
+
+def _saved_buffers(model: Any) -> list[tuple[str, Tensor]]:
+    """A mask that is made of infinities is a buffer too, but none that is saved."""
+    kept = set(model.state_dict(keep_vars=True))
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+
+
+def check_weights(model: Any, what: str) -> None:
+    """Raise ValueError naming a parameter of `model` that is not finite; what: how to call the model."""
+    name = bad_weight(model)
+    if name is not None:
+        raise ValueError(
+            f"{what} holds weights that are not finite (NaN or infinity), first in {name!r}: use a checkpoint from "
+            "before its training failed"
+        )
+
+
+def versions(model: Any) -> tuple[tuple[int, int], ...] | None:
+    """What changes whenever a parameter does; None where torch does not count changes."""
+    try:
+        return tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
+    except RuntimeError:  # made in inference mode
+        return None

@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy as np
 import torch
 import transformers
@@ -22,10 +21,20 @@ from unmask.drafter import Drafter, DrafterConfig
 from unmask.evaluation import likelihood
 from unmask.model import DiffusionLM, load
 from unmask.progress import progress
+from unmask.ranks import join
 from unmask.rollouts import roll_out
 from unmask.settings import RULE_TEXT, Settings, diffusion_config, load_recipe, recipe_names, resolve
 from unmask.teacher import freeze, load_teacher
-from unmask.train import Evaluator, Progress, append_metrics, count_steps, latest_checkpoint, read_state, train
+from unmask.train import (
+    Evaluator,
+    Progress,
+    append_metrics,
+    check_ranks,
+    count_steps,
+    latest_checkpoint,
+    read_state,
+    train,
+)
 from unmask.version import __version__
 
 IN_MEMORY = "a model in memory"
@@ -75,7 +84,12 @@ def adapt(
     held_out_files = find_files([chosen.eval_data]) if chosen.eval_data else None
     previous = _read_run(output_dir, resume)
 
-    lm = model if isinstance(model, DiffusionLM) else load(model, dtype=torch.float32)
+    ranks = join()
+    show_progress = show_progress and ranks.is_main_process
+    device = ranks.device if ranks.num_processes > 1 else None
+    lm = model if isinstance(model, DiffusionLM) else load(model, dtype=torch.float32, device=device)
+    if device is not None:
+        lm.model.to(device)
     name = str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
     if chosen.lora_rank is not None and not chosen.lora_merge and name == IN_MEMORY:
         raise ValueError("lora_merge=false: an adapter needs the name of its base, and this model is in memory only")
@@ -96,6 +110,7 @@ def adapt(
         chosen = replace(chosen, block_size=lm.diffusion.block_size)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     chosen = resolve(chosen, sum(p.numel() for p in lm.model.parameters()), lm.network.context_length, vocabulary)
+    check_ranks(chosen, ranks.num_processes)
     end_token_id = _end_token_id(lm, chosen)
 
     source: Any
@@ -155,11 +170,9 @@ def adapt(
         author = f"{parent['fingerprint']} after {step} steps"
         return _roll_out(adapted, chosen, source, output_dir / "rollouts", author, end_token_id, False, step)
 
-    ranks = accelerate.PartialState()
     ranks.wait_for_everyone()  # all have read the folder before one writes to it
     versions = {"unmask": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     run |= {"versions": versions, "rule": RULE_TEXT, "trained_parameters": trained, "finished": False}
-    show_progress = show_progress and ranks.is_main_process
     if ranks.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         _write_run(output_dir, run)
@@ -275,7 +288,8 @@ def _roll_out(
     assert settings.batch_size is not None
     if settings.self_every is not None:
         asked = min(asked, settings.self_every * settings.batch_size * settings.max_length)
-    with progress("roll out", asked, show=show_progress) as advance:
+    # The main process writes the file, the others read it.
+    with join().main_process_first(), progress("roll out", asked, show=show_progress) as advance:
         return roll_out(
             lm.network, prompts, folder, author=author, num_tokens=asked,
             max_length=settings.max_length, temperature=settings.self_temperature,

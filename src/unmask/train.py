@@ -22,6 +22,8 @@ from typing import Any
 
 import accelerate
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from unmask.attention import Layout, Pattern, annealed, lookahead
@@ -46,6 +48,7 @@ from unmask.objectives import (
     predictable,
     shared_loss,
 )
+from unmask.ranks import add_gradients, join, share_weights
 from unmask.settings import Settings, at_step
 from unmask.shortcuts import compile_layers
 from unmask.transfer import to_device
@@ -255,13 +258,11 @@ def train(
     assert settings.max_length is not None
     assert settings.batch_size is not None
     assert settings.micro_batch_size is not None
+    check_ranks(settings, join().num_processes)
+    AcceleratorState._reset_state()  # else the precision of the first run in a process would bind all others
     accelerator = accelerate.Accelerator(
         mixed_precision=settings.mixed_precision, log_with=settings.report_to, project_dir=str(output_dir)
     )
-    if settings.batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"batch_size={settings.batch_size} is no multiple of the {accelerator.num_processes} processes"
-        )
     if settings.report_to:
         accelerator.init_trackers("unmask", config={k: str(v) for k, v in asdict(settings).items()})
     model.train()
@@ -269,7 +270,7 @@ def train(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.compile_layers:
         compile_layers(model)
-    wrapped, optimizer = accelerator.prepare(model, _optimizer(model, settings))
+    wrapped, optimizer = _prepare(accelerator, model, _optimizer(model, settings))
     network = make_network(wrapped)
     on_cpu = accelerator.device.type == "cpu" and accelerator.num_processes == 1
     crew = _Crew(network, replicate) if replicate is not None and on_cpu and torch.get_num_threads() > 1 else None
@@ -290,6 +291,7 @@ def train(
     every, begun = settings.self_every or max(1, total_steps) * 10**6, None  # begun: where the present data did
     rank, ranks = accelerator.process_index, accelerator.num_processes
     share = settings.batch_size // ranks
+    averaged = ranks if accelerator.distributed_type in _SHARDED else 1
     # Kept on the device, the batch on the host: a step waits for nothing, a log line for its figures.
     summed = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     counted, since, tokens_since = 0, time.perf_counter(), 0
@@ -313,15 +315,18 @@ def train(
         for start, micro in _micro_batches(mine, settings.micro_batch_size):
             rows = torch.arange(len(micro.x0)) + rank * share + start
             last = start + settings.micro_batch_size >= len(mine.x0)
+            if count and not bool(predictable(micro.layout, micro.loss_mask).any()):
+                continue  # the end of the data may leave a rank nothing but padding
             if crew is not None:
                 micro_step = functools.partial(step_loss, settings=now, config=config, step=state.step)
                 summed += crew.run(micro_step, micro, rows, 1 / max(1, count))
                 continue
             with accelerator.autocast(), _sync(accelerator, wrapped, last):
                 loss = step_loss(network, now, config, micro, state.step, rows, teacher)
-                # Gradients are averaged over ranks, hence the factor.
-                accelerator.backward(loss.sum * (ranks / max(1, count)))
+                accelerator.backward(loss.sum * (averaged / max(1, count)))
             summed += loss.sum.detach()
+        if averaged == 1:
+            add_gradients(wrapped.parameters())
         accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -361,8 +366,8 @@ def train(
             save_checkpoint(accelerator, output_dir, state, settings.keep_checkpoints)
     if crew is not None:
         crew.pool.shutdown()
-    accelerator.end_training()
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # undoes the mixed-precision wrapper of forward
+    for tracker in accelerator.trackers:  # not `end_training`, which takes the process group away from the caller
+        tracker.finish()
     model.eval()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_disable()
@@ -435,6 +440,39 @@ def _micro_batches(batch: Batch, size: int) -> Iterator[tuple[int, Batch]]:
         yield start, batch.rows(start, start + size)
 
 
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Where a wrapper of Accelerate's averages the gradients of ranks itself."""
+
+
+def _prepare(
+    accelerator: accelerate.Accelerator, model: Any, optimizer: torch.optim.Optimizer
+) -> tuple[Any, torch.optim.Optimizer]:
+    """Model and optimiser on the device and known to the accelerator, the model's forward left as it was."""
+    forward = model.__dict__.get("forward")
+    if accelerator.distributed_type in _SHARDED:
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+    else:
+        wrapped, optimizer = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(optimizer)
+        share_weights(model)
+    # Steps enter autocast themselves. Accelerate's own wrapper would stay on the model, and its way to take it off
+    # takes the model's decorators along, without which the cache is not returned.
+    for name in ("forward", "_original_forward"):
+        model.__dict__.pop(name, None)
+    if forward is not None:  # a hook's, of a model spread over devices
+        model.forward = forward
+    return wrapped, optimizer
+
+
+def check_ranks(settings: Settings, ranks: int) -> None:
+    """Raise ValueError where a step's rows cannot be shared out evenly."""
+    assert settings.batch_size is not None
+    if settings.batch_size % ranks:
+        raise ValueError(
+            f"batch_size={settings.batch_size} is no multiple of the {ranks} processes: give one that is, such as "
+            f"batch_size={ranks * max(1, round(settings.batch_size / ranks))}"
+        )
+
+
 def _sync(accelerator: accelerate.Accelerator, model: Any, last: bool) -> Any:
     """Gradients travel between ranks with the last micro-batch only."""
     return nullcontext() if last else accelerator.no_sync(model)
@@ -469,6 +507,7 @@ def save_checkpoint(accelerator: accelerate.Accelerator, output_dir: Path, state
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()  # each rank writes a file of its own into the folder that is renamed
     if accelerator.is_main_process:
         (partial / "state.json").write_text(json.dumps(asdict(state)))
         shutil.rmtree(final, ignore_errors=True)

@@ -43,7 +43,13 @@ def adapt(
 
     import unmask
 
+    from unmask.ranks import join, leave
+
     unmask.adapt(model, [*data, *more], recipe, output, resume=resume, **chosen)
+    is_main = join().is_main_process
+    leave()
+    if not is_main:
+        return
     run = json.loads((output / "run.json").read_text())
     if as_json:
         print(

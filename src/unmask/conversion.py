@@ -29,8 +29,9 @@ from unmask.train import (
     Evaluator,
     Progress,
     append_metrics,
-    check_ranks,
+    check_machine,
     count_steps,
+    in_training,
     latest_checkpoint,
     read_state,
     train,
@@ -110,7 +111,7 @@ def adapt(
         chosen = replace(chosen, block_size=lm.diffusion.block_size)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     chosen = resolve(chosen, sum(p.numel() for p in lm.model.parameters()), lm.network.context_length, vocabulary)
-    check_ranks(chosen, ranks.num_processes)
+    check_machine(chosen, ranks.num_processes, ranks.device)
     end_token_id = _end_token_id(lm, chosen)
 
     source: Any
@@ -199,7 +200,7 @@ def adapt(
             done = p.step
 
         evaluate = _evaluator(adapted, chosen, held_out) if held_out else None
-        with _trained_alone(lm.model, drafter):
+        with _trained_alone(lm.model, drafter), in_training(lm.model, chosen):
             state = train(
                 lm.model,
                 adapted._network,

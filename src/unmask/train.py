@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from unmask.objectives import (
     predictable,
     shared_loss,
 )
-from unmask.ranks import add_gradients, join, share_weights
+from unmask.ranks import add_gradients, share_weights
 from unmask.settings import Settings, at_step
 from unmask.shortcuts import compile_layers
 from unmask.transfer import to_device
@@ -247,7 +247,7 @@ def train(
     teacher: Network | None = None,
     renew: Callable[[int], Corpus] | None = None,
 ) -> TrainState:
-    """Train `model` in place and return where it ended. `settings` are resolved ones.
+    """Train `model`, which is `in_training`, in place and return where it ended. `settings` are resolved ones.
 
     Checkpoints go to output_dir/checkpoint-<step>, metrics to output_dir/metrics.jsonl. With `resume` the
     newest whole checkpoint is continued, bit for bit as if never interrupted on the same hardware. replicate:
@@ -258,18 +258,12 @@ def train(
     assert settings.max_length is not None
     assert settings.batch_size is not None
     assert settings.micro_batch_size is not None
-    check_ranks(settings, join().num_processes)
     AcceleratorState._reset_state()  # else the precision of the first run in a process would bind all others
     accelerator = accelerate.Accelerator(
         mixed_precision=settings.mixed_precision, log_with=settings.report_to, project_dir=str(output_dir)
     )
     if settings.report_to:
         accelerator.init_trackers("unmask", config={k: str(v) for k, v in asdict(settings).items()})
-    model.train()
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if settings.compile_layers:
-        compile_layers(model)
     wrapped, optimizer = _prepare(accelerator, model, _optimizer(model, settings))
     network = make_network(wrapped)
     on_cpu = accelerator.device.type == "cpu" and accelerator.num_processes == 1
@@ -368,12 +362,26 @@ def train(
         crew.pool.shutdown()
     for tracker in accelerator.trackers:  # not `end_training`, which takes the process group away from the caller
         tracker.finish()
-    model.eval()
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
-    if settings.compile_layers:
-        compile_layers(model, on=False)
     return state
+
+
+@contextmanager
+def in_training(model: Any, settings: Settings) -> Iterator[None]:
+    """Within the context the model trains as the settings say; after it, however it ends, it is a stock one again."""
+    model.train()
+    try:
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if settings.compile_layers:
+            compile_layers(model)
+        yield
+    finally:
+        model.eval()
+        model.zero_grad()
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        if settings.compile_layers:
+            compile_layers(model, on=False)
 
 
 def token_goal(settings: Settings, source: Corpus | HubStream) -> int:
@@ -463,9 +471,11 @@ def _prepare(
     return wrapped, optimizer
 
 
-def check_ranks(settings: Settings, ranks: int) -> None:
-    """Raise ValueError where a step's rows cannot be shared out evenly."""
+def check_machine(settings: Settings, ranks: int, device: torch.device) -> None:
+    """Raise ValueError where a step's rows cannot be shared out evenly, or a device lacks the precision."""
     assert settings.batch_size is not None
+    if settings.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError("mixed_precision='fp16' needs a GPU: use 'bf16' or 'no' on a CPU")
     if settings.batch_size % ranks:
         raise ValueError(
             f"batch_size={settings.batch_size} is no multiple of the {ranks} processes: give one that is, such as "

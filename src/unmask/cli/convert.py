@@ -42,7 +42,6 @@ def adapt(
         chosen["max_tokens"] = max_tokens
 
     import unmask
-
     from unmask.ranks import join, leave
 
     unmask.adapt(model, [*data, *more], recipe, output, resume=resume, **chosen)

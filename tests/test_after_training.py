@@ -26,6 +26,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16 lora": {"mixed_precision": "bf16", "lora_rank": 2},
     "bf16 checkpointing": {"mixed_precision": "bf16", "gradient_checkpointing": True},
     "checkpointing": {"gradient_checkpointing": True},
+    "fp16": {"mixed_precision": "fp16"},
+    "fp16 drafter": {"mixed_precision": "fp16", "recipe": "drafter"},
     "lora": {"lora_rank": 2},
     "drafter": {"recipe": "drafter"},
 }
@@ -51,6 +53,8 @@ def _layout(start: int, stop: int) -> Layout:
 def test_a_trained_model_decodes_as_a_loaded_one(
     way: str, tokenizer_and_model: Path, stories: Path, tmp_path: Path
 ) -> None:
+    if WAYS[way].get("mixed_precision") == "fp16" and not torch.cuda.is_available():
+        pytest.skip("fp16 needs a GPU")
     lm = unmask.adapt(tokenizer_and_model, stories, output_dir=tmp_path / "run", **(
         {"recipe": "efficient-dlm", "eval_data": str(stories)} | RUN | WAYS[way]))  # fmt: skip
     fresh = unmask.load(tmp_path / "run")
@@ -64,7 +68,7 @@ def test_a_trained_model_decodes_as_a_loaded_one(
     for mode in modes:
         outputs = [each.generate(STORIES[0][:30], mode=mode, max_new_tokens=12) for each in (lm, fresh)]
         assert torch.equal(outputs[0].sequences, outputs[1].sequences)
-    stock = [each.model(torch.arange(3, 9)[None]) for each in (lm, fresh)]
+    stock = [each.model(torch.arange(3, 9, device=each.network.device)[None]) for each in (lm, fresh)]
     assert stock[0].past_key_values is not None
     assert stock[0].past_key_values.get_seq_length() == stock[1].past_key_values.get_seq_length() == 6
     run = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -104,7 +108,7 @@ def test_a_training_that_fails_leaves_the_model_stock(
     assert not any(module.training for module in lm.model.modules())
     assert not lm.model.is_gradient_checkpointing
     assert all(p.requires_grad and p.grad is None for p in lm.model.parameters())
-    assert lm.model(torch.arange(3, 9)[None]).past_key_values.get_seq_length() == 6
+    assert lm.model(torch.arange(3, 9, device=lm.network.device)[None]).past_key_values.get_seq_length() == 6
 
 
 def test_a_precision_that_the_machine_lacks_is_refused_before_anything_is_written(

@@ -134,7 +134,7 @@ def test_checkpointed_layers_give_the_same_gradients() -> None:
     network = hf.HFNetwork(tiny_model(config, torch.float64).train(), MASK)
     loss_of = objectives(False)["two_stream"]
     loss, grads = measured(network, loss_of)
-    network.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    hf.checkpoint_layers(network.model)
     again, recomputed = measured(network, loss_of)
     torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
     for a, b in zip(recomputed, grads, strict=True):

@@ -108,14 +108,15 @@ class Step:
         if self.settings.teacher:
             self.teacher = hf.HFNetwork(self._model().requires_grad_(False), MASK)
         if self.settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            hf.checkpoint_layers(model)
         drafter = None
         if self.config is PLACES or self.settings.objective == "distill":
             places = DrafterConfig(4, mask_rows=1 if self.config is None else self.config.mask_rows)
-            drafter = Drafter(model.requires_grad_(False), MASK, places)
-            for up in drafter.up.values():
-                torch.nn.init.normal_(up, std=0.3)
-            drafter.to(self.device)
+            drafter = Drafter(model.requires_grad_(False), MASK, places).to(self.device)
+            # Drawn on the CPU and copied, since each device's generator draws numbers of its own.
+            generator = torch.Generator().manual_seed(0)
+            for matrix in (*drafter.down.values(), *drafter.up.values()):
+                matrix.data.copy_(torch.randn(matrix.shape, generator=generator) * 0.3)
         self.network = hf.HFNetwork(model, MASK, gate=None if drafter is None else drafter.rows)
         self.trained = list((drafter or model).parameters())
 

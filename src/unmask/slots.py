@@ -42,6 +42,8 @@ class Place:
     columns: int
     additive: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Masks, and as what they are added: kept with them, since it is by their address that they are told."""
+    written: bool = False
+    """Whether a layer has put keys and values there; not kept by compiled passes, which follow one that does."""
 
 
 @dataclass
@@ -164,6 +166,8 @@ class _SlotLayer(CacheLayerMixin):
                     self._standing(torch.nn.functional.pad(x, more)) for x in (self.keys, self.values)
                 )
         assert memory.now is not None
+        if not torch.compiler.is_compiling():
+            memory.now.written = True
         return self._put(self.keys, key_states, memory.now), self._put(self.values, value_states, memory.now)
 
     def _put(self, buffer: Tensor, new: Tensor, place: Place) -> Tensor:

@@ -26,6 +26,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor
 
+from unmask import hf
 from unmask.attention import Layout, Pattern, annealed, lookahead
 from unmask.corruption import (
     Corruption,
@@ -371,7 +372,7 @@ def in_training(model: Any, settings: Settings) -> Iterator[None]:
     model.train()
     try:
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            hf.checkpoint_layers(model)
         if settings.compile_layers:
             compile_layers(model)
         yield

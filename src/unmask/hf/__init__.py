@@ -20,11 +20,12 @@ from unmask.hf.checkpoint import (
     without_dropout,
     write_diffusion,
 )
-from unmask.hf.network import HFNetwork, Routes, UnsupportedModelError, replicate
+from unmask.hf.network import HFNetwork, Routes, UnsupportedModelError, checkpoint_layers, replicate
 from unmask.hf.probes import find_routes, probe, probe_network, sees_position_differences
 
 __all__ = [
-    "Base", "HFNetwork", "Routes", "UnsupportedModelError", "add_drafter", "add_mask_token", "end_token_ids",
+    "Base", "HFNetwork", "Routes", "UnsupportedModelError", "add_drafter", "add_mask_token", "checkpoint_layers",
+    "end_token_ids",
     "find_routes", "fingerprint", "load_drafter", "load_pretrained", "load_tokenizer", "probe", "probe_network",
     "read_base", "read_diffusion", "replicate", "save_drafter", "save_pretrained", "sees_position_differences",
     "without_dropout", "write_diffusion",

@@ -134,7 +134,7 @@ class CompiledPasses:
 
     def _run(self, input_ids: Tensor, position: Tensor, attention_mask: Any, cache: SlotCache) -> Tensor:
         out = self.network.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position,
-                                 past_key_values=cache, use_cache=True)  # fmt: skip
+                                 use_cache=True, **{self.network.cache_keyword: cache})  # fmt: skip
         logits: Tensor = out.logits
         return logits
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -37,6 +40,17 @@ from unmask.transfer import to_device
 
 class UnsupportedModelError(ValueError):
     """The model's attention cannot be controlled from outside; the message says which part and why."""
+
+
+_LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
+"""One lock for each model: kept beside the models, which are copied and pickled, as a lock cannot be."""
+_LOCKS_LOCK = threading.Lock()
+
+
+def lock_of(model: torch.nn.Module) -> Any:
+    """The reentrant lock under which passes run: a pass leaves hooks, masks and places on the model while it runs."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,8 @@ class HFNetwork:
         self.gate = gate
         self.head = model.get_output_embeddings()
         self.config = model.config.get_text_config()
+        self.cache_keyword = cache_keyword(model)
+        self.lock = lock_of(model)
         self._masks: deque[tuple[Pattern, Layout, Layout, str, Any]] = deque(maxlen=2)
         self._stood: _Standing | None = None
         self.compiled: CompiledPasses | None = None
@@ -103,7 +119,8 @@ class HFNetwork:
         return DynamicCache()
 
     def new_slots(self, slots: int, columns: int) -> SlotCache:
-        return SlotCache() if self.compiled is None else self.compiled.new_slots(slots, columns)
+        with self.lock:
+            return SlotCache() if self.compiled is None else self.compiled.new_slots(slots, columns)
 
     def compile(self, **options: Any) -> None:
         """Compile decoding passes from now on; options: of torch.compile, see `CompiledPasses`."""
@@ -119,7 +136,8 @@ class HFNetwork:
         past: Past | Prefix | None = None,
     ) -> Tensor:
         if isinstance(past, Prefix) and self.compiled is not None and self.compiled.takes(past):
-            logits = self.compiled(input_ids, layout, pattern, rows, past)
+            with self.lock:
+                logits = self.compiled(input_ids, layout, pattern, rows, past)
         else:
             logits = self._run(input_ids, layout, pattern, rows, past, lambda kept: head_rows(self.head, kept))
         if logits.dtype != torch.float64:
@@ -153,6 +171,18 @@ class HFNetwork:
         head: Callable[[Tensor | slice | None], AbstractContextManager[None]],
     ) -> Tensor:
         """What the head puts out; `head` says what it does with which of the rows that it gets."""
+        with self.lock:
+            return self._run_alone(input_ids, layout, pattern, rows, past, head)
+
+    def _run_alone(
+        self,
+        input_ids: Tensor,
+        layout: Layout,
+        pattern: Pattern,
+        rows: Tensor | None,
+        past: Past | Prefix | None,
+        head: Callable[[Tensor | slice | None], AbstractContextManager[None]],
+    ) -> Tensor:
         gate = nullcontext() if self.gate is None else self.gate(layout.noisy)  # which may read it, so not moved yet
         device = self.device
         input_ids, rows = to_device(input_ids, device), None if rows is None else to_device(rows, device)
@@ -165,14 +195,25 @@ class HFNetwork:
             shortcuts, layout = self._shortcuts(layout, rows), layout.to(device)
             see = functools.partial(self.attention_argument, pattern, layout, keys.to(device))
         memory = rebuilding() if torch.is_grad_enabled() else nullcontext()
+        cached = {} if past is None else {self.cache_keyword: past.cache}
+        before = past.cache.get_seq_length() if isinstance(past, Past) else 0
         with shortcuts as kept, head(kept), gate, memory:
             out: Tensor = self.forward(
                 input_ids=input_ids,
                 attention_mask=see(),
                 position_ids=layout.position,
-                past_key_values=None if past is None else past.cache,
                 use_cache=past is not None,
+                **cached,
             ).logits
+        if isinstance(past, Prefix):
+            written = standing.place.written
+        else:
+            written = past is None or past.cache.get_seq_length() == before + input_ids.shape[1]
+        if not written:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}.forward left its key-value cache as it was (given as "
+                f"{self.cache_keyword!r}), so its cached passes would be wrong: this model cannot be decoded"
+            )
         return out
 
     @functools.cached_property
@@ -236,7 +277,7 @@ class HFNetwork:
     @contextmanager
     def _on_slots(self, past: Prefix, place: Place, rows: Tensor | None) -> Iterator[Tensor | slice | None]:
         """Attend to the slots of a pass where they lie, where the model takes it; yields where the wanted rows are."""
-        memory = past.cache.memory
+        memory, place.written = past.cache.memory, False
         with self.slot_attention(memory), placed(self.config, place), plain_layers(self.model):
             yield rows
         memory.whole = True
@@ -305,6 +346,22 @@ class HFNetwork:
         )
 
 
+def checkpoint_layers(model: Any) -> None:
+    """Let the layers of a model be computed again in the backward pass instead of keeping what they computed."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.24 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def cache_keyword(model: Any) -> str:
+    """How the forward of this model calls its key-value cache: "cache" from transformers 5.24 on, before that
+    "past_key_values", which newer models swallow without a word."""
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
 @contextmanager
 def head_input(head: torch.nn.Module, read: list[Tensor]) -> Iterator[None]:
     """Within the context the list takes up what the head `head` is given; the head runs on one row only."""
@@ -330,6 +387,6 @@ def replicate(network: HFNetwork) -> HFNetwork:
     memo |= {id(b): b for b in model.buffers()}
     twin = copy.copy(network)
     twin.model = twin.forward = copy.deepcopy(model, memo)
-    twin._masks, twin._stood, twin.compiled = deque(maxlen=2), None, None
+    twin._masks, twin._stood, twin.compiled, twin.lock = deque(maxlen=2), None, None, lock_of(twin.model)
     twin.head, twin.config = twin.model.get_output_embeddings(), twin.model.config.get_text_config()
     return twin

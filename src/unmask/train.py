@@ -380,7 +380,7 @@ def in_training(model: Any, settings: Settings) -> Iterator[None]:
         model.eval()
         model.zero_grad()
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            hf.checkpoint_layers(model, on=False)
         if settings.compile_layers:
             compile_layers(model, on=False)
 

@@ -235,26 +235,6 @@ def test_compiled_layers_give_the_same_run(
         assert not counters["graph_break"]
 
 
-def test_two_processes_give_the_run_of_one(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:
-    options = {k: v for k, v in RUN.items() if k != "show_progress"}
-    for name, launch in (
-        ("one", []),
-        ("two", ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                 "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29611"]),
-    ):  # fmt: skip
-        command = [sys.executable, *launch, "-m", "unmask.cli"] if not launch else [
-            sys.executable, *launch, "--module", "unmask.cli"]  # fmt: skip
-        command += ["adapt", str(tokenizer_and_model), "--data", str(stories), "--output", str(tmp_path / name),
-                    *(f"{k}={v}" for k, v in options.items())]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert len(one) == len(two)
-    for a, b in zip(one, two, strict=True):
-        if "loss" in a:
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-
-
 # --- settings
 
 

@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy as np
 import torch
 import transformers
@@ -25,11 +24,22 @@ from unmask.finite import check_weights
 from unmask.model import DiffusionLM, load
 from unmask.plain_json import to_json
 from unmask.progress import progress
+from unmask.ranks import join
 from unmask.rollouts import roll_out
 from unmask.run_folder import claim, ordinary_permissions, releases_folders, write_text, writing
 from unmask.settings import RULE_TEXT, Settings, diffusion_config, load_recipe, recipe_names, resolve
 from unmask.teacher import freeze, load_teacher
-from unmask.train import Evaluator, Progress, append_metrics, count_steps, latest_checkpoint, read_state, train
+from unmask.train import (
+    Evaluator,
+    Progress,
+    append_metrics,
+    check_machine,
+    count_steps,
+    in_training,
+    latest_checkpoint,
+    read_state,
+    train,
+)
 from unmask.version import __version__
 
 IN_MEMORY = "a model in memory"
@@ -85,11 +95,15 @@ def adapt(
     held_out_files = local_files([chosen.eval_data], "eval_data") if chosen.eval_data is not None else None
     previous = _read_run(output_dir, resume)
 
-    lm = (
-        model
-        if isinstance(model, DiffusionLM)
-        else load(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    )
+    ranks = join()
+    show_progress = show_progress and ranks.is_main_process
+    device = ranks.device if ranks.num_processes > 1 else None
+    if isinstance(model, DiffusionLM):
+        lm = model
+    else:
+        lm = load(model, dtype=torch.float32, device=device, trust_remote_code=trust_remote_code)
+    if device is not None:
+        lm.model.to(device)
     name = str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
     if chosen.lora_rank is not None and not chosen.lora_merge and name == IN_MEMORY:
         raise ValueError("lora_merge=false: an adapter needs the name of its base, and this model is in memory only")
@@ -111,6 +125,7 @@ def adapt(
         chosen = replace(chosen, block_size=lm.diffusion.block_size)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     chosen = resolve(chosen, sum(p.numel() for p in lm.model.parameters()), lm.network.context_length, vocabulary)
+    check_machine(chosen, ranks.num_processes, ranks.device)
     end_token_id = _end_token_id(lm, chosen)
 
     source: Any
@@ -180,11 +195,9 @@ def adapt(
         author = f"{parent['fingerprint']} after {step} steps"
         return _roll_out(adapted, chosen, source, output_dir / "rollouts", author, end_token_id, False, step)
 
-    ranks = accelerate.PartialState()
     ranks.wait_for_everyone()  # all have read the folder before one writes to it
     versions = {"unmask": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     run |= {"versions": versions, "rule": RULE_TEXT, "trained_parameters": trained, "finished": False}
-    show_progress = show_progress and ranks.is_main_process
     if ranks.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         claim(output_dir)
@@ -218,7 +231,7 @@ def adapt(
             done = p.step
 
         evaluate = _evaluator(adapted, chosen, held_out) if held_out else None
-        with _trained_alone(lm.model, drafter):
+        with _trained_alone(lm.model, drafter), in_training(lm.model, chosen):
             state = train(
                 lm.model,
                 adapted._network,
@@ -339,7 +352,8 @@ def _roll_out(
     assert settings.batch_size is not None
     if settings.self_every is not None:
         asked = min(asked, settings.self_every * settings.batch_size * settings.max_length)
-    with progress("roll out", asked, show=show_progress) as advance:
+    # The main process writes the file, the others read it.
+    with join().main_process_first(), progress("roll out", asked, show=show_progress) as advance:
         return roll_out(
             lm.network, prompts, folder, author=author, num_tokens=asked,
             max_length=settings.max_length, temperature=settings.self_temperature,

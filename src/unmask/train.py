@@ -14,13 +14,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from unmask import hf
@@ -48,6 +50,7 @@ from unmask.objectives import (
     shared_loss,
 )
 from unmask.plain_json import to_json
+from unmask.ranks import add_gradients, share_weights
 from unmask.run_folder import newest_whole, put_in_place, seal, sync, write_text, writing
 from unmask.settings import Settings, at_step
 from unmask.shortcuts import compile_layers
@@ -255,7 +258,7 @@ def train(
     teacher: Network | None = None,
     renew: Callable[[int], Corpus] | None = None,
 ) -> TrainState:
-    """Train `model` in place and return where it ended. `settings` are resolved ones.
+    """Train `model`, which is `in_training`, in place and return where it ended. `settings` are resolved ones.
 
     Checkpoints go to output_dir/checkpoint-<step>, metrics to output_dir/metrics.jsonl. With `resume` the
     newest whole checkpoint is continued, bit for bit as if never interrupted on the same hardware. replicate:
@@ -266,21 +269,13 @@ def train(
     assert settings.max_length is not None
     assert settings.batch_size is not None
     assert settings.micro_batch_size is not None
+    AcceleratorState._reset_state()  # else the precision of the first run in a process would bind all others
     accelerator = accelerate.Accelerator(
         mixed_precision=settings.mixed_precision, log_with=settings.report_to, project_dir=str(output_dir)
     )
-    if settings.batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"batch_size={settings.batch_size} is no multiple of the {accelerator.num_processes} processes"
-        )
     if settings.report_to:
         accelerator.init_trackers("unmask", config={k: str(v) for k, v in asdict(settings).items()})
-    model.train()
-    if settings.gradient_checkpointing:
-        hf.checkpoint_layers(model)
-    if settings.compile_layers:
-        compile_layers(model)
-    wrapped, optimizer = accelerator.prepare(model, _optimizer(model, settings))
+    wrapped, optimizer = _prepare(accelerator, model, _optimizer(model, settings))
     network = make_network(wrapped)
     on_cpu = accelerator.device.type == "cpu" and accelerator.num_processes == 1
     crew = _Crew(network, replicate) if replicate is not None and on_cpu and torch.get_num_threads() > 1 else None
@@ -306,6 +301,7 @@ def train(
     every, begun = settings.self_every or max(1, total_steps) * 10**6, None  # begun: where the present data did
     rank, ranks = accelerator.process_index, accelerator.num_processes
     share = settings.batch_size // ranks
+    averaged = ranks if accelerator.distributed_type in _SHARDED else 1
     # Kept on the device, the batch on the host: a step waits for nothing, a log line for its figures.
     zero = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     summed = zero + (state.loss if accelerator.is_main_process else 0.0)
@@ -332,15 +328,18 @@ def train(
         for start, micro in _micro_batches(mine, settings.micro_batch_size):
             rows = torch.arange(len(micro.x0)) + rank * share + start
             last = start + settings.micro_batch_size >= len(mine.x0)
+            if count and not bool(predictable(micro.layout, micro.loss_mask).any()):
+                continue  # the end of the data may leave a rank nothing but padding
             if crew is not None:
                 micro_step = functools.partial(step_loss, settings=now, config=config, step=state.step)
                 step_sum += crew.run(micro_step, micro, rows, 1 / max(1, count))
                 continue
             with accelerator.autocast(), _sync(accelerator, wrapped, last):
                 loss = step_loss(network, now, config, micro, state.step, rows, teacher)
-                # Gradients are averaged over ranks, hence the factor.
-                accelerator.backward(loss.sum * (ranks / max(1, count)))
+                accelerator.backward(loss.sum * (averaged / max(1, count)))
             step_sum += loss.sum.detach()
+        if averaged == 1:
+            add_gradients(wrapped.parameters())
         norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm)
         everywhere = accelerator.reduce(step_sum.clone()) if ranks > 1 else step_sum
         scaled = accelerator.scaler is not None
@@ -399,14 +398,28 @@ def train(
     watch.settle()
     if crew is not None:
         crew.pool.shutdown()
-    accelerator.end_training()
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # undoes the mixed-precision wrapper of forward
-    model.eval()
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
-    if settings.compile_layers:
-        compile_layers(model, on=False)
+    for tracker in accelerator.trackers:  # not `end_training`, which takes the process group away from the caller
+        tracker.finish()
     return state
+
+
+@contextmanager
+def in_training(model: Any, settings: Settings) -> Iterator[None]:
+    """Within the context the model trains as the settings say; after it, however it ends, it is a stock one again."""
+    model.train()
+    try:
+        if settings.gradient_checkpointing:
+            hf.checkpoint_layers(model)
+        if settings.compile_layers:
+            compile_layers(model)
+        yield
+    finally:
+        model.eval()
+        model.zero_grad()
+        if settings.gradient_checkpointing:
+            hf.checkpoint_layers(model, on=False)
+        if settings.compile_layers:
+            compile_layers(model, on=False)
 
 
 def token_goal(settings: Settings, source: Corpus | HubStream) -> int:
@@ -471,6 +484,41 @@ class _Crew:
 def _micro_batches(batch: Batch, size: int) -> Iterator[tuple[int, Batch]]:
     for start in range(0, len(batch.x0), size):
         yield start, batch.rows(start, start + size)
+
+
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Where a wrapper of Accelerate's averages the gradients of ranks itself."""
+
+
+def _prepare(
+    accelerator: accelerate.Accelerator, model: Any, optimizer: torch.optim.Optimizer
+) -> tuple[Any, Any]:
+    """Model and optimiser on the device and known to the accelerator, the model's forward left as it was."""
+    forward = model.__dict__.get("forward")
+    if accelerator.distributed_type in _SHARDED:
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+    else:
+        wrapped, optimizer = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(optimizer)
+        share_weights(model)
+    # Steps enter autocast themselves. Accelerate's own wrapper would stay on the model, and its way to take it off
+    # takes the model's decorators along, without which the cache is not returned.
+    for name in ("forward", "_original_forward"):
+        model.__dict__.pop(name, None)
+    if forward is not None:  # a hook's, of a model spread over devices
+        model.forward = forward
+    return wrapped, optimizer
+
+
+def check_machine(settings: Settings, ranks: int, device: torch.device) -> None:
+    """Raise ValueError where a step's rows cannot be shared out evenly, or a device lacks the precision."""
+    assert settings.batch_size is not None
+    if settings.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError("mixed_precision='fp16' needs a GPU: use 'bf16' or 'no' on a CPU")
+    if settings.batch_size % ranks:
+        raise ValueError(
+            f"batch_size={settings.batch_size} is no multiple of the {ranks} processes: give one that is, such as "
+            f"batch_size={ranks * max(1, round(settings.batch_size / ranks))}"
+        )
 
 
 def _sync(accelerator: accelerate.Accelerator, model: Any, last: bool) -> Any:

@@ -44,8 +44,13 @@ def adapt(
         chosen["max_tokens"] = max_tokens
 
     import unmask
+    from unmask.ranks import join, leave
 
     unmask.adapt(model, [*data, *more], recipe, output, resume=resume, trust_remote_code=trust_remote_code, **chosen)
+    is_main = join().is_main_process
+    leave()
+    if not is_main:
+        return
     run = json.loads((output / "run.json").read_text())
     if as_json:
         print(

@@ -32,6 +32,6 @@ __all__ = [
     "Base", "FolderError", "HFNetwork", "Routes", "UnsupportedModelError", "add_drafter", "add_mask_token",
     "check_files", "checkpoint_layers", "end_token_ids", "find_routes", "fingerprint", "load_drafter",
     "load_pretrained", "load_tokenizer", "loading", "probe", "probe_network", "read_base", "read_config",
-    "read_diffusion", "read_json", "replicate", "save_drafter", "save_pretrained", "sees_position_differences", "without_dropout",
-    "write_diffusion",
+    "read_diffusion", "read_json", "replicate", "save_drafter", "save_pretrained", "sees_position_differences",
+    "without_dropout", "write_diffusion",
 ]  # fmt: skip

@@ -346,13 +346,13 @@ class HFNetwork:
         )
 
 
-def checkpoint_layers(model: Any) -> None:
+def checkpoint_layers(model: Any, *, on: bool = True) -> None:
     """Let the layers of a model be computed again in the backward pass instead of keeping what they computed."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.24 on
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # from and before 5.24
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def cache_keyword(model: Any) -> str:

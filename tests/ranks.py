@@ -1,0 +1,64 @@
+"""Runs cases on one of several processes: `torchrun ... ranks.py CASES RESULTS`; `test_ranks` launches it.
+
+CASES: JSON, name -> arguments of `unmask.adapt`. Each rank writes RESULTS/rank-<n>.json: how many there are, and for
+each case a hash of the weights it ended with, or the error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from transformers.utils import logging as hf_logging
+
+import unmask
+from unmask.ranks import join, leave
+
+hf_logging.set_verbosity_error()
+hf_logging.disable_progress_bar()
+
+
+def run_case(case: dict[str, Any]) -> unmask.DiffusionLM:
+    """Adapt a model held in float64, so that what is left of a difference is one."""
+    case = dict(case)
+    lm = unmask.load(case.pop("model"), dtype=torch.float64)
+    return unmask.adapt(lm, show_progress=False, **case)
+
+
+def weights_of(lm: unmask.DiffusionLM) -> dict[str, torch.Tensor]:
+    """All that a run may have changed."""
+    drafter = {} if lm.drafter is None else lm.drafter.state_dict(prefix="drafter.")
+    return lm.model.state_dict() | drafter
+
+
+def digest(lm: unmask.DiffusionLM) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(weights_of(lm).items()):
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def main(cases: Path, results: Path) -> None:
+    torch.set_num_threads(1)
+    ranks = join()
+    told: dict[str, Any] = {"ranks": ranks.num_processes, "main": ranks.is_main_process}
+    for name, case in json.loads(cases.read_text()).items():
+        try:
+            told[name] = digest(run_case(case))
+        except ValueError as error:  # any other ends the launch
+            told[name] = f"ValueError: {error}"
+    results.mkdir(exist_ok=True)
+    (results / f"rank-{ranks.process_index}.json").write_text(json.dumps(told))
+    ranks.wait_for_everyone()
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

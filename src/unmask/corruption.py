@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from unmask.attention import Layout
-from unmask.noise import uniform
+from unmask.noise import uniform, uniforms
 
 
 class Schedule(Protocol):
@@ -68,22 +68,22 @@ def segments(layout: Layout, block_size: int | None) -> Tensor:
     return torch.nn.functional.pad(new.long().cumsum(-1), (1, 0))
 
 
-def noise_levels(seed: int, step: int, rows: Tensor, global_rows: int, length: int) -> Tensor:
+def noise_levels(seed: int, step: int, rows: Tensor, global_rows: int, length: int, draw: int = 0) -> Tensor:
     """t in (0, 1] for every (row, segment number), (len(rows), length) float64.
 
     Stratified over the global batch: for each segment number the `global_rows` rows fall into as many equal
     strata, one each, under a random rotation. `rows` are numbers in the global batch, so that the levels do
-    not depend on how the batch is split.
+    not depend on how the batch is split. draw: of several masks of the same rows.
     """
-    rotation = uniform(length, key=("rotation", seed, step)) * global_rows
-    within = torch.stack([uniform(length, key=("level", seed, step, int(row))) for row in rows])
+    rotation = uniform(length, key=("rotation", seed, step, draw)) * global_rows
+    within = uniforms([("level", seed, step, row, draw) for row in rows.tolist()], length)
     stratum = (rows[:, None] + rotation.long()) % global_rows
     return (stratum + 1 - within) / global_rows
 
 
-def position_noise(seed: int, step: int, rows: Tensor, length: int) -> Tensor:
+def position_noise(seed: int, step: int, rows: Tensor, length: int, draw: int = 0) -> Tensor:
     """Uniforms (len(rows), length) float64 that decide which positions are masked."""
-    return torch.stack([uniform(length, key=("mask", seed, step, int(row))) for row in rows])
+    return uniforms([("mask", seed, step, row, draw) for row in rows.tolist()], length)
 
 
 def mask_bernoulli(

@@ -39,7 +39,7 @@ from unmask.corruption import (
 from unmask.data import Batch, Corpus, HubStream, Packer, PackState
 from unmask.denoiser import DiffusionConfig, Network
 from unmask.finite import StepWatch, check_weights
-from unmask.noise import uniform
+from unmask.noise import Key, uniform, uniforms
 from unmask.objectives import (
     LossOutput,
     ar_loss,
@@ -69,13 +69,12 @@ def corruptions(
     """The masks of these rows of the global batch at an optimiser step: `draws` of them, or pairs of them."""
     drawn = []
     for draw in range(settings.draws):
-        reseeded = replace(settings, seed=settings.seed + 1_000_003 * draw)
-        drawn += _corruptions(reseeded, layout, step, rows, loss_mask)
+        drawn += _corruptions(settings, layout, step, rows, loss_mask, draw)
     return drawn
 
 
 def _corruptions(
-    settings: Settings, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None
+    settings: Settings, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None, draw: int
 ) -> list[Corruption]:
     assert settings.batch_size is not None
     assert settings.block_size is not None
@@ -84,9 +83,9 @@ def _corruptions(
     segment = segments(layout, settings.block_size) if by_block else torch.zeros_like(layout.position)
     # Stratified levels of neighbouring rows are alike, which a loss divided within micro-batches would feel.
     strata = settings.batch_size if settings.loss_normaliser == "tokens" else 1
-    t = noise_levels(settings.seed, step, rows, strata, length).to(device)
+    t = noise_levels(settings.seed, step, rows, strata, length, draw).to(device)
     t = settings.min_noise_level + (1 - settings.min_noise_level) * t
-    noise = position_noise(settings.seed, step, rows, length).to(device)
+    noise = position_noise(settings.seed, step, rows, length, draw).to(device)
     maskable = predictable(layout, loss_mask)
     if settings.masking == "all":
         return [Corruption(maskable, maskable.float())]
@@ -108,15 +107,15 @@ def offset_blocks(batch: Batch, settings: Settings, step: int, rows: Tensor) -> 
     """
     assert settings.block_size is not None
     position, document, noisy = batch.layout
-    draws = torch.stack([uniform(position.shape[1], key=("offset", settings.seed, step, int(row))) for row in rows])
+    draws = uniforms([("offset", settings.seed, step, row) for row in rows.tolist()], position.shape[1])
     offset = (draws.to(document.device).gather(-1, document.clamp_min(0)) * settings.block_size).long()
     return Batch(batch.x0, Layout(position + offset, document, noisy), predictable(batch.layout, batch.loss_mask))
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(length: int, ratio: float, key: tuple[int | str, ...]) -> Tensor:
-    """Each entry True with probability `ratio`; kept, since all micro-batches of a step share it."""
-    return uniform(length, length, key=key) < ratio
+def _opened(length: int, ratio: float, key: Key, device: torch.device) -> Tensor:
+    """Each entry True with probability `ratio`, drawn on `device`; kept, since a step's micro-batches share it."""
+    return uniform(length, length, key=key, device=device) < ratio
 
 
 def annealing(settings: Settings, step: int, rows: Tensor, device: torch.device) -> Pattern | None:
@@ -134,10 +133,10 @@ def annealing(settings: Settings, step: int, rows: Tensor, device: torch.device)
         return None
     if settings.anneal_form == "window":
         return lookahead(math.ceil(ratio * settings.max_length))
-    key: tuple[int | str, ...] = ("anneal", settings.seed, step)
+    key: Key = ("anneal", settings.seed, step)
     if settings.anneal_redraw:
         key += (int(rows[0]),)
-    return annealed(to_device(_opened(settings.max_length, ratio, key), device))
+    return annealed(_opened(settings.max_length, ratio, key, device))
 
 
 def step_loss(

@@ -15,7 +15,7 @@ import torch
 from unmask.corruption import mask_bernoulli, segments
 from unmask.denoiser import DiffusionConfig, Network
 from unmask.evaluation.likelihood import Document, batches, row_sums
-from unmask.noise import uniform
+from unmask.noise import uniforms
 from unmask.objectives import predictable, token_nll
 from unmask.supervised import continue_ids
 
@@ -63,7 +63,7 @@ def mean_over_levels(
     for windows, x0, layout, loss_mask in batches(documents, context_length, batch_tokens, network.device):
         maskable, segment = predictable(layout, loss_mask), segments(layout, None)
         for level in range(1, levels + 1):
-            noise = torch.stack([uniform(x0.shape[1], key=("choice", seed, *w, level)) for w in windows])
+            noise = uniforms([("choice", seed, *w, level) for w in windows], x0.shape[1])
             t = torch.full(x0.shape, level / levels, dtype=torch.float64, device=x0.device)
             drawn = mask_bernoulli(t, noise.to(x0.device), segment, maskable)
             sums = row_sums(token_nll(network, config, x0, layout, drawn), drawn.masked)

@@ -22,7 +22,7 @@ from unmask.attention import PADDING, Layout
 from unmask.corruption import Corruption, mask_exact, segments
 from unmask.denoiser import DiffusionConfig, Network, score_ar
 from unmask.evaluation.clean import read_clean, score_noisy
-from unmask.noise import uniform
+from unmask.noise import uniforms
 from unmask.objectives import predictable, token_nll
 
 Progress = Callable[[int], None]
@@ -200,7 +200,7 @@ def _drawn_masks(
     length = segment.shape[-1]
 
     def draws(name: str, *key: int) -> Tensor:
-        return torch.stack([uniform(length, key=(name, seed, *window, *key)) for window in windows])
+        return uniforms([(name, seed, *window, *key) for window in windows], length)
 
     rotation = draws("nelbo rotation") * num_samples
     for draw in range(num_samples):

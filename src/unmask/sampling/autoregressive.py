@@ -59,7 +59,8 @@ def sample_autoregressive(
         past.lengths += 1
         noise = None
         if temperature > 0:
-            noise = token_noise(logits.shape[-1], seed, torch.tensor(seats.rows), position + 1)[:, 0]
+            where = torch.tensor(seats.rows), position + 1
+            noise = token_noise(logits.shape[-1], seed, *where, device=logits.device)[:, 0]
         tokens = choose_tokens(logits, temperature, top_p, noise, top_k)
         last = tokens[:, None]
         for slot, (row, token) in enumerate(zip(seats.rows, tokens.cpu().tolist(), strict=True)):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unmask.attention import PADDING, Layout, causal
 from unmask.denoiser import DiffusionConfig, Network, draft, prefill, verify
-from unmask.noise import uniform
+from unmask.noise import uniforms
 from unmask.sampling.output import Callback, SampledTokens, Stop
 from unmask.sampling.seats import Seats
 from unmask.sampling.tokens import check_sampling, choose_tokens, token_noise, truncate
@@ -42,15 +42,14 @@ class Noise:
     rows: Tensor
     position: Tensor
 
-    def gumbel(self, vocabulary: int, width: int, purpose: str = "token") -> Tensor:
-        return token_noise(vocabulary, self.seed, self.rows, self.position[:, :width], purpose)
+    def gumbel(self, vocabulary: int, width: int, purpose: str = "token", device: torch.device | None = None) -> Tensor:
+        return token_noise(vocabulary, self.seed, self.rows, self.position[:, :width], purpose, device)
 
     def accept(self, width: int) -> Tensor:
         """float64 uniforms (batch, width)."""
-        return torch.stack([
-            torch.cat([uniform(1, key=("accept", self.seed, row, p)) for p in places])
-            for row, places in zip(self.rows.tolist(), self.position[:, :width].tolist(), strict=True)
-        ])  # fmt: skip
+        places = self.position[:, :width].tolist()
+        keys = [("accept", self.seed, row, p) for row, of in zip(self.rows.tolist(), places, strict=True) for p in of]
+        return uniforms(keys, 1).view(len(places), -1)
 
 
 class Acceptance(Protocol):
@@ -81,7 +80,7 @@ class Coupled:
         del q  # the drafts were drawn with this noise, which is all that matters
         if noise is None:
             return accept_matching(drafts, p.argmax(-1), drafted)
-        g = noise.gumbel(p.shape[-1], p.shape[1]).to(p.device)
+        g = noise.gumbel(p.shape[-1], p.shape[1], device=p.device)
         return accept_matching(drafts, (p.double() + g).argmax(-1), drafted)
 
 
@@ -107,7 +106,7 @@ class Rejection:
         tried = torch.nn.functional.pad(drafted, (0, 1)).gather(1, accepted[:, None])  # a draft stood there, refused
         refused = torch.nn.functional.pad(q_probs, (0, 0, 0, 1)).gather(1, index)[:, 0]
         residual = torch.where(tried, (residual - refused).clamp_min(0), residual)
-        g = noise.gumbel(p.shape[-1], p.shape[1], "residual").to(p.device).gather(1, index)[:, 0]
+        g = noise.gumbel(p.shape[-1], p.shape[1], "residual", p.device).gather(1, index)[:, 0]
         return accepted, (residual.log() + g).argmax(-1)
 
 
@@ -257,7 +256,7 @@ def _propose(q: Tensor, temperature: float, top_p: float, top_k: int | None, noi
     if temperature == 0:
         return choose_tokens(q), q
     q = truncate(q.flatten(0, 1), temperature, top_p, top_k).view(q.shape)
-    return (q + noise.gumbel(q.shape[-1], q.shape[1]).to(q.device)).argmax(-1), q
+    return (q + noise.gumbel(q.shape[-1], q.shape[1], device=q.device)).argmax(-1), q
 
 
 def _accept(

@@ -7,21 +7,25 @@ import math
 import torch
 from torch import Tensor
 
-from unmask.noise import gumbel
+from unmask.noise import gumbels
 
 
-def token_noise(vocabulary: int, seed: int, rows: Tensor, positions: Tensor, purpose: str = "token") -> Tensor:
-    """Gumbel noise (*positions.shape, vocabulary) float64 for `rows` (batch,) and `positions` (batch, n).
+def token_noise(
+    vocabulary: int,
+    seed: int,
+    rows: Tensor,
+    positions: Tensor,
+    purpose: str = "token",
+    device: torch.device | None = None,
+) -> Tensor:
+    """Gumbel noise (*positions.shape, vocabulary) float64 for `rows` (batch,) and `positions` (batch, n), on `device`.
 
     Column j of row i is a function of (seed, rows[i], positions[i, j]) alone, so AR and diffusion sampling
     meet the same noise at the same place and batch-mates do not matter. Another purpose, other noise.
     """
-    batch, n = positions.shape
-    noise = torch.empty(batch, n, vocabulary, dtype=torch.float64)
-    for i, row in enumerate(rows.tolist()):
-        for j, position in enumerate(positions[i].tolist()):
-            noise[i, j] = gumbel(vocabulary, seed, row, position, purpose=purpose)
-    return noise
+    keys = [(purpose, seed, row, p, 0) for row, places in zip(rows.tolist(), positions.tolist(), strict=True)
+            for p in places]  # fmt: skip
+    return gumbels(keys, vocabulary, device).view(*positions.shape, vocabulary)
 
 
 def choose_tokens(

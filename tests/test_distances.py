@@ -85,7 +85,7 @@ class Largest(TorchDispatchMode):
     def __init__(self, size: int) -> None:
         self.size, self.count = size, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, given = func(*args, **(kwargs or {})), {x.untyped_storage().data_ptr() for x in tree_leaves(args)
                                                      if isinstance(x, Tensor)}  # fmt: skip
         for x in tree_leaves(out):

@@ -1,7 +1,7 @@
 """True remasking: generated tokens may be taken back (ReMDM 2503.00307), for whole-canvas sampling.
 
-The reverse process keeps its marginals, so a masked diffusion model needs no training for it. It pays when
-there are at least as many steps as tokens; with few it costs quality.
+The reverse process keeps its marginals (all variants but "confidence"), so a masked diffusion model needs no training
+for it. It pays when there are at least as many steps as tokens; with few it costs quality.
 
 Notation: alpha is the share of clean tokens, 0 at the start and 1 at the end; a step goes from alpha_t to
 alpha_s > alpha_t (or equal to it, while the loop variant holds still).
@@ -24,8 +24,9 @@ class Remask:
     """How likely a generated token is masked again in a step: sigma, at most min(1, (1 - alpha_s) / alpha_t).
 
     variant "cap": min(eta, that limit). "rescale": eta times it. "confidence": the limit shared out over the
-    generated tokens by softmax(-probability of the token when it was revealed); eta is not used. "loop": plain
-    until 0.9 of the tokens stand, then held there with sigma = min(eta, limit), then plain to the end.
+    generated tokens by softmax(-probability of the token when it was revealed); eta is not used, and what is taken back
+    is not made up for by revealing faster, so fewer tokens stand in between than alpha says: a step takes back `limit`
+    tokens of a row on average, and the last one fills everything. "loop": plain until 0.9 of the tokens stand, then held there with sigma = min(eta, limit), then plain to the end.
     """
 
     variant: str = "cap"

@@ -38,17 +38,15 @@ def test_a_canvas_looks_at_the_device_once_a_forward_and_samples_the_same(option
     expected = run(hf.HFNetwork(tiny_model(SUPPORTED["llama"]()), MASK), **options)
     with emu.Device() as device:
         net = hf.HFNetwork(tiny_model(SUPPORTED["llama"]()).to("emu"), MASK)
-        forwards, made, original, form = [], [], type(net).__call__, net.form
+        made, form = [], net.form
         net.form = lambda *given: made.append(given) or form(*given)
         device.waits.clear()
         got = run(net, **options)
-        waits = {place: n for place, n in device.waits.items()}
+        waits = dict(device.waits)
     assert got.new_tokens == expected.new_tokens
     assert torch.equal(got.num_forwards, expected.num_forwards)
     steps = options.get("max_denoising_steps", int(got.num_forwards.max()) // (2 if "guidance_scale" in options else 1))
     assert sum(waits.values()) <= steps, waits
-    assert forwards == []
-    assert original is not None
     assert len(made) <= 3  # a row that ends makes the layout anew
 
 

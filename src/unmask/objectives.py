@@ -320,8 +320,14 @@ def _by_buckets(q_logits: Tensor, p_logits: Tensor, distance: str, k: int | None
     tv = 0.5 * (p - q).abs().sum(-1)
     kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
     lam = (-0.5 * (1 - tv)).exp()
-    of_kl, of_tv = {"kl": (1.0, 0.0), "tv": (0.0, 1.0), "kl+tv": (0.01, 1.0), "lk": (lam, 1 - lam)}[distance]
-    total = tv if distance == "tv" else of_kl * kl + of_tv * tv  # KL may be infinite
+    shares: dict[str, tuple[Any, Any]] = {
+        "kl": (1.0, 0.0),
+        "tv": (0.0, 1.0),
+        "kl+tv": (0.01, 1.0),
+        "lk": (lam, 1 - lam),
+    }
+    of_kl, of_tv = shares[distance]
+    total: Tensor = tv if distance == "tv" else of_kl * kl + of_tv * tv  # KL may be infinite
     if distance == "lk":
         total = total - log_q.gather(-1, best)[:, 0]
     if slope is None:

@@ -149,13 +149,13 @@ class Settings:
             raise ValueError(f"min_noise_level={self.min_noise_level} must lie in [0, 1)")
         if self.min_noise_level > 0 and self.masking == "exact":
             raise ValueError(
-                f"min_noise_level={self.min_noise_level} makes the weights n / k of masking='exact' wrong, for few masks "
-                "are drawn too seldom: use masking='bernoulli', or min_noise_level=0"
+                f"min_noise_level={self.min_noise_level} makes the weights n / k of masking='exact' wrong, for few "
+                "masks are drawn too seldom: use masking='bernoulli', or min_noise_level=0"
             )
         if self.loss_normaliser == "masked" and self.objective == "joint":
             raise ValueError(
-                "loss_normaliser='masked' would divide the AR term of objective='joint' by masked tokens, which it does "
-                "not speak of: use loss_normaliser='tokens'"
+                "loss_normaliser='masked' would divide the AR term of objective='joint' by masked tokens, which it "
+                "does not speak of: use loss_normaliser='tokens'"
             )
         if self.anneal_steps > 1 and self.attention != "bidirectional":
             raise ValueError(

@@ -66,9 +66,10 @@ def sample_bidirectional(
 ) -> SampledTokens:
     """Fill the open places of ragged canvases; new_tokens are those of the open places, in order.
 
-    T = max_denoising_steps is the number of forwards, of all rows or (without remask) of each: at step s at least ceil(remaining / (T - s)) tokens are
-    committed, so that at most floor(N (T - s) / T) of N stay masked after s steps (DiffuLLaMA 2410.17891,
-    section 4.2 of its code); `Ancestral` reveals by chance instead. Without it the rule sets the pace.
+    T = max_denoising_steps is the number of forwards, of all rows or (without remask) of each: at step s at least
+    ceil(remaining / (T - s)) tokens are committed, so that at most floor(N (T - s) / T) of N stay masked after s
+    steps (DiffuLLaMA 2410.17891, section 4.2 of its code); `Ancestral` reveals by chance instead. Without it the
+    rule sets the pace.
     A row ends early at an end token, or where `stop` says so, once everything before it is committed. Given
     tokens never change. A forward counts 2 with guidance, whose other branch has the given tokens masked,
     all but the first. remask: with it tokens are revealed as `Ancestral` does, corrected for what is masked

@@ -24,9 +24,10 @@ class Remask:
     """How likely a generated token is masked again in a step: sigma, at most min(1, (1 - alpha_s) / alpha_t).
 
     variant "cap": min(eta, that limit). "rescale": eta times it. "confidence": the limit shared out over the
-    generated tokens by softmax(-probability of the token when it was revealed); eta is not used, and what is taken back
-    is not made up for by revealing faster, so fewer tokens stand in between than alpha says: a step takes back `limit`
-    tokens of a row on average, and the last one fills everything. "loop": plain until 0.9 of the tokens stand, then held there with sigma = min(eta, limit), then plain to the end.
+    generated tokens by softmax(-probability of the token when it was revealed); eta is not used. It takes `limit`
+    tokens of a row back on average and reveals no faster for it, so fewer stand in between than alpha says, and the
+    last step fills them in. "loop": plain until 0.9 of the tokens stand, then held there with
+    sigma = min(eta, limit), then plain to the end.
     """
 
     variant: str = "cap"

@@ -513,12 +513,13 @@ class DiffusionLM:
     ) -> Tensor:
         """(n, hidden) float32: mean over tokenizer(text) of the last hidden states; an empty text is its begin token.
 
-        pattern: "causal", "bidirectional", "block_causal" or any of `unmask.attention`; by default bidirectional
-        for a converted checkpoint and causal for an AR model. A text longer than the context loses its end, with
-        a warning.
+        pattern: "causal", "bidirectional", "block_causal" or any of `unmask.attention`; by default causal where the
+        clean rows are an AR model's (untouched, drafter, tri-mode), bidirectional for other converted checkpoints.
+        A text longer than the context loses its end, with a warning.
         """
         if isinstance(pattern, str) or pattern is None:
-            name = pattern or ("causal" if self.diffusion is None else "bidirectional")
+            serves_ar = self.diffusion is None or self.diffusion.serves_ar
+            name = pattern or ("causal" if serves_ar else "bidirectional")
             pattern = named_pattern(name, None if self.diffusion is None else self.diffusion.block_size)
         self._check_weights()
         texts = [texts] if isinstance(texts, str) else list(texts)

@@ -150,6 +150,16 @@ class Settings:
                 )
         if not 0 <= self.min_noise_level < 1:
             raise ValueError(f"min_noise_level={self.min_noise_level} must lie in [0, 1)")
+        if self.min_noise_level > 0 and self.masking == "exact":
+            raise ValueError(
+                f"min_noise_level={self.min_noise_level} makes the weights n / k of masking='exact' wrong, for few "
+                "masks are drawn too seldom: use masking='bernoulli', or min_noise_level=0"
+            )
+        if self.loss_normaliser == "masked" and self.objective == "joint":
+            raise ValueError(
+                "loss_normaliser='masked' would divide the AR term of objective='joint' by masked tokens, which it "
+                "does not speak of: use loss_normaliser='tokens'"
+            )
         if self.anneal_steps > 1 and self.attention != "bidirectional":
             raise ValueError(
                 f"anneal_steps={self.anneal_steps} opens a causal mask towards attention='bidirectional', "

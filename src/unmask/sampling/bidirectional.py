@@ -23,6 +23,10 @@ from unmask.sampling.remask import Remask
 from unmask.sampling.seats import check_batch_size
 from unmask.sampling.select import Ancestral, Candidates, Selector, Threshold, remember, token_confidence
 from unmask.sampling.tokens import check_sampling, choose_tokens
+from unmask.transfer import to_device
+
+_LEFT, _BACK = -1, -2
+"""In place of a token: the place stays as it is, or its token is taken back."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def sample_bidirectional(
     config: DiffusionConfig,
     canvases: Sequence[Canvas],
     *,
-    max_denoising_steps: int | None = None,
+    max_denoising_steps: int | Sequence[int] | None = None,
     select: Selector | None = None,
     remask: Remask | None = None,
     guidance_scale: float = 1.0,
@@ -62,9 +66,10 @@ def sample_bidirectional(
 ) -> SampledTokens:
     """Fill the open places of ragged canvases; new_tokens are those of the open places, in order.
 
-    T = max_denoising_steps is the number of forwards: at step s at least ceil(remaining / (T - s)) tokens are
-    committed, so that at most floor(N (T - s) / T) of N stay masked after s steps (DiffuLLaMA 2410.17891,
-    section 4.2 of its code); `Ancestral` reveals by chance instead. Without it the rule sets the pace.
+    T = max_denoising_steps is the number of forwards, of all rows or (without remask) of each: at step s at least
+    ceil(remaining / (T - s)) tokens are committed, so that at most floor(N (T - s) / T) of N stay masked after s
+    steps (DiffuLLaMA 2410.17891, section 4.2 of its code); `Ancestral` reveals by chance instead. Without it the
+    rule sets the pace.
     A row ends early at an end token, or where `stop` says so, once everything before it is committed. Given
     tokens never change. A forward counts 2 with guidance, whose other branch has the given tokens masked,
     all but the first. remask: with it tokens are revealed as `Ancestral` does, corrected for what is masked
@@ -75,20 +80,20 @@ def sample_bidirectional(
     check_sampling(temperature, top_p, top_k)
     device, batch = network.device, len(canvases)
     sizes = [len(canvas.tokens) for canvas in canvases]
-    xt = torch.full((batch, max(sizes)), config.mask_token_id, device=device)
+    # What stands where is on the host, where it can be read; the device has what follows from logits.
+    xt = torch.full((batch, max(sizes)), config.mask_token_id)
     masked = torch.zeros_like(xt, dtype=torch.bool)
     priority = torch.zeros(xt.shape, dtype=torch.float64)
     numbers = list(range(batch)) if row_numbers is None else list(row_numbers)
     for i, (canvas, n) in enumerate(zip(canvases, sizes, strict=True)):
-        masked[i, :n] = ~canvas.given.to(device)
-        xt[i, :n] = torch.where(masked[i, :n], config.mask_token_id, canvas.tokens.to(device))
+        masked[i, :n] = ~canvas.given.cpu()
+        xt[i, :n] = torch.where(masked[i, :n], config.mask_token_id, canvas.tokens.cpu())
         priority[i, :n] = uniform(n, key=("order", seed, numbers[i], 0))
-    priority = priority.to(device)
-    _check(masked, max_denoising_steps, select, remask)
+    budgets = _budgets(masked, max_denoising_steps, select, remask)
     select = select or Threshold()
 
-    index = torch.arange(xt.shape[1], device=device)
-    inside = index < torch.tensor(sizes, device=device)[:, None]
+    index = torch.arange(xt.shape[1])
+    inside = index < torch.tensor(sizes)[:, None]
     layout = Layout.of(torch.where(inside, index, 0), torch.where(inside, 0, PADDING))
     hidden = inside & ~masked & (index > 0)
     open_ = masked.clone()
@@ -98,50 +103,57 @@ def sample_bidirectional(
     noise: Tensor | None = None
     slot = open_.flatten().cumsum(0).view_as(xt) - 1  # where a place's noise stands
     draws = torch.zeros_like(xt)
-    confidence = torch.zeros_like(priority)
 
     previous: Candidates | None = None
     rows, step = masked.any(-1).nonzero()[:, 0], 0
+    where, order = layout.at(rows), to_device(priority[rows], device)
+    confidence = torch.zeros_like(order)
     while len(rows):
         here, before = masked[rows], xt[rows]
-        progress = None if max_denoising_steps is None else (step + 1) / max_denoising_steps
-        commit, back = torch.zeros_like(here), torch.zeros_like(here)
+        there = to_device(here, device)
+        progress = None if budgets is None else _progress(budgets[rows], step + 1, device)
+        # Of each place: the token it gets, _LEFT, or _BACK where a token is taken back.
+        news = torch.full(here.shape, _LEFT, device=device)
         if bool(here.any()):
-            where = layout.at(rows)
             logits = score(network, config, before, before, where, here)
             if guidance_scale != 1:
                 bare = before.masked_fill(hidden[rows], config.mask_token_id)
                 logits = guide(logits, score(network, config, bare, bare, where, here), guidance_scale)
-            num_forwards[rows[here.any(-1)].cpu()] += 1 if guidance_scale == 1 else 2
+            num_forwards[rows[here.any(-1)]] += 1 if guidance_scale == 1 else 2
             if temperature > 0 and noise is None:
                 noise = torch.stack(
                     [gumbel(logits.shape[-1], seed, numbers[i], p) for i, p in open_.nonzero().tolist()]
                 )
             chosen_noise = None if noise is None else noise[slot[rows][here].cpu()]
             tokens = choose_tokens(logits, temperature, top_p, chosen_noise, top_k)
-            found = token_confidence(logits, here, tokens)
+            found = token_confidence(logits, there, tokens)
             if remask is None:
                 at_least = torch.zeros_like(rows)
-                if max_denoising_steps is not None:
-                    at_least = -(-here.sum(-1) // max(1, max_denoising_steps - step))
-                candidates = Candidates(here, found, logits, priority[rows], progress, previous)
-                commit = select(candidates, at_least)
+                if budgets is not None:
+                    at_least = -(-here.sum(-1) // (budgets[rows] - step).clamp_min(1))
+                candidates = Candidates(there, found, logits, order, progress, previous)
+                commit = select(candidates, to_device(at_least, device))
                 previous = remember(candidates, select)
+                news = torch.where(commit, news.masked_scatter(there, tokens), news)
         if remask is not None:
-            assert max_denoising_steps is not None
-            assert progress is not None
-            generated = open_[rows] & ~here
-            reveal, again = remask.rates(step / max_denoising_steps, progress, generated, confidence[rows])
-            chance = torch.ones_like(reveal)
+            assert budgets is not None
+            assert isinstance(progress, float)
+            generated = to_device(open_[rows] & ~here, device)
+            reveal, again = remask.rates(step / int(budgets[0]), progress, generated, confidence)
+            drawn = torch.ones(here.shape, dtype=torch.float64)
             for k, i in enumerate(rows.tolist()):
-                chance[k, : sizes[i]] = uniform(sizes[i], key=("remask", seed, numbers[i], step)).to(device)
-            commit, back = here & (chance < reveal), generated & (chance < again)
-        if bool(commit.any()):
-            confidence[rows] = torch.where(commit, found, confidence[rows])
-            xt[rows] = torch.where(commit, before.masked_scatter(here, tokens), before)
-        masked[rows] = (here & ~commit) | back
+                drawn[k, : sizes[i]] = uniform(sizes[i], key=("remask", seed, numbers[i], step))
+            chance = to_device(drawn, device)
+            if bool(here.any()):
+                commit = there & (chance < reveal)
+                confidence = torch.where(commit, found, confidence)
+                news = torch.where(commit, news.masked_scatter(there, tokens), news)
+            news = news.masked_fill(generated & (chance < again), _BACK)
+        read = news.cpu()  # the one wait for the device
+        committed, back = read >= 0, read == _BACK
+        xt[rows] = torch.where(committed, read, before).masked_fill(back, config.mask_token_id)
+        masked[rows] = (here & ~committed) | back
         if bool(back.any()):
-            xt[rows] = xt[rows].masked_fill(back, config.mask_token_id)
             draws[rows] += back
             if noise is not None:
                 for i, j in zip(rows[back.nonzero()[:, 0]].tolist(), back.nonzero()[:, 1].tolist(), strict=True):
@@ -150,9 +162,9 @@ def sample_bidirectional(
         last = step == max_denoising_steps
 
         for i, row in enumerate(rows.tolist()):
-            if callback is not None and bool(commit[i].any()):
-                callback(numbers[row], index[commit[i]].tolist(), xt[row][commit[i]].tolist())
-            if (remask is None or last) and bool(commit[i].any() | last):
+            if callback is not None and bool(committed[i].any()):
+                callback(numbers[row], index[committed[i]].tolist(), xt[row][committed[i]].tolist())
+            if (remask is None or last) and bool(committed[i].any() | last):
                 # Only what everything before it is committed for can end a row.
                 waiting = masked[row][places[row]].nonzero()[:, 0]
                 known = int(waiting[0]) if len(waiting) else len(places[row])
@@ -162,12 +174,15 @@ def sample_bidirectional(
                     kept = stopped
                 if kept is not None:
                     num_new[row], masked[row] = kept, False
-        if remask is None:
-            going = masked[rows].any(-1)
+        if remask is not None:
+            if last:
+                break
+            continue
+        going = masked[rows].any(-1)
+        if not bool(going.all()):  # else all that says where rows stand, masks included, stands too
             rows = rows[going]
-            previous = None if previous is None else previous.at(going)
-        elif last:
-            break
+            where, order = layout.at(rows), to_device(priority[rows], device)
+            previous = None if previous is None else previous.at(to_device(going, device))
 
     new_tokens = [xt[i][place[:n]].tolist() for i, (place, n) in enumerate(zip(places, num_new, strict=True))]
     return SampledTokens(new_tokens, num_forwards, torch.zeros(batch, dtype=torch.long))
@@ -214,9 +229,9 @@ def sample_canvases(
                 Canvas.around(torch.cat([prompts[i].cpu(), torch.tensor(new_tokens[i], dtype=torch.long)]), n)
                 for i, n in zip(rows, wanted, strict=True)
             ]
-            steps = max_denoising_steps
-            if steps is not None and options.get("remask") is None:
-                steps = min(steps, max(wanted))
+            steps: int | list[int] | None = max_denoising_steps
+            if max_denoising_steps is not None and options.get("remask") is None:
+                steps = [min(max_denoising_steps, n) for n in wanted]  # of each: batch-mates have more room, or less
             filled = sample_bidirectional(
                 network, config, canvases, max_denoising_steps=steps, seed=seed, row_numbers=rows,
                 end_token_ids=end_token_ids, stop=_after(new_tokens, rows, stop), **options,
@@ -246,24 +261,39 @@ def _after(done: list[list[int]], rows: list[int], stop: Stop | None) -> Stop | 
     return here
 
 
-def _check(masked: Tensor, steps: int | None, select: Selector | None, remask: Remask | None) -> None:
+def _progress(budgets: Tensor, step: int, device: torch.device) -> float | Tensor:
+    """Share of the budgets (rows,) that `step` forwards are: a number where it is the same for all, else (rows, 1)."""
+    same = budgets.unique().tolist()
+    return step / same[0] if len(same) == 1 else to_device((step / budgets.double())[:, None], device)
+
+
+def _budgets(
+    masked: Tensor, steps: int | Sequence[int] | None, select: Selector | None, remask: Remask | None
+) -> Tensor | None:
+    """Forwards of each row, (rows,), None without a limit; raises ValueError for what does not go together."""
     if bool(masked[:, 0].any()):
         raise ValueError("a canvas begins with an open place: position 0 is never predicted, give a begin token there")
-    if steps is not None and steps < 1:
-        raise ValueError(f"max_denoising_steps {steps} must be at least 1")
     largest = int(masked.sum(-1).max())
+    budgets = None
+    if steps is not None:
+        budgets = torch.tensor([steps] * len(masked) if isinstance(steps, int) else list(steps))
+        if int(budgets.min()) < 1:
+            raise ValueError(f"max_denoising_steps {int(budgets.min())} must be at least 1")
     if largest == 0:
         raise ValueError("num_tokens 0 leaves nothing to fill in: ask for at least one token")
     if remask is None:
-        if steps is not None and steps > largest:
-            raise ValueError(_too_many(steps, largest))
-        return
-    if steps is None:
+        if budgets is not None and int(budgets.max()) > largest:
+            raise ValueError(_too_many(int(budgets.max()), largest))
+        return budgets
+    if budgets is None:
         raise ValueError("remask needs max_denoising_steps: remasking would never end without a number of steps")
+    if not isinstance(steps, int):
+        raise ValueError(f"max_denoising_steps {steps} must be one number with remask")
     if select is not None and not isinstance(select, Ancestral):
         raise ValueError(
             f"select {select} does not go with remask, which reveals by chance: leave it or use Ancestral()"
         )
+    return budgets
 
 
 def _too_many(steps: int, tokens: int) -> str:

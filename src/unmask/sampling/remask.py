@@ -1,7 +1,7 @@
 """True remasking: generated tokens may be taken back (ReMDM 2503.00307), for whole-canvas sampling.
 
-The reverse process keeps its marginals, so a masked diffusion model needs no training for it. It pays when
-there are at least as many steps as tokens; with few it costs quality.
+The reverse process keeps its marginals (all variants but "confidence"), so a masked diffusion model needs no training
+for it. It pays when there are at least as many steps as tokens; with few it costs quality.
 
 Notation: alpha is the share of clean tokens, 0 at the start and 1 at the end; a step goes from alpha_t to
 alpha_s > alpha_t (or equal to it, while the loop variant holds still).
@@ -24,8 +24,10 @@ class Remask:
     """How likely a generated token is masked again in a step: sigma, at most min(1, (1 - alpha_s) / alpha_t).
 
     variant "cap": min(eta, that limit). "rescale": eta times it. "confidence": the limit shared out over the
-    generated tokens by softmax(-probability of the token when it was revealed); eta is not used. "loop": plain
-    until 0.9 of the tokens stand, then held there with sigma = min(eta, limit), then plain to the end.
+    generated tokens by softmax(-probability of the token when it was revealed); eta is not used. It takes `limit`
+    tokens of a row back on average and reveals no faster for it, so fewer stand in between than alpha says, and the
+    last step fills them in. "loop": plain until 0.9 of the tokens stand, then held there with
+    sigma = min(eta, limit), then plain to the end.
     """
 
     variant: str = "cap"

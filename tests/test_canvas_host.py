@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from unmask.sampling import Ancestral, Canvas, Confidence, Remask, sample_bidire
 from unmask.settings import load_recipe
 
 CONFIG = DiffusionConfig(MASK, "bidirectional", None, None, True, "test", "0")
-TOOLS = Path(__file__).resolve().parents[2] / "shared" / "tools"
 
 
 def run(net: Any, **options: Any) -> Any:
@@ -25,18 +23,15 @@ def run(net: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"select": Confidence(1)}, {"select": Ancestral(), "max_denoising_steps": 5}, {"guidance_scale": 2.0},
+    {}, {"temperature": 1.0}, {"select": Confidence(1)}, {"select": Ancestral(), "max_denoising_steps": 5}, {"guidance_scale": 2.0},
     {"remask": Remask("cap", 0.3), "max_denoising_steps": 9},
     {"remask": Remask("confidence"), "max_denoising_steps": 9},
 ])  # fmt: skip
-def test_a_canvas_looks_at_the_device_once_a_forward_and_samples_the_same(options: dict[str, Any]) -> None:
-    if not (TOOLS / "emulated_device.py").is_file():
-        pytest.skip("needs the emulated device of the folder shared/ beside the checkout")
-    sys.path.insert(0, str(TOOLS))
-    import emulated_device as emu
-
+def test_a_canvas_looks_at_the_device_once_a_forward_and_samples_the_same(
+    options: dict[str, Any], emulated: Any
+) -> None:
     expected = run(hf.HFNetwork(tiny_model(SUPPORTED["llama"]()), MASK), **options)
-    with emu.Device() as device:
+    with emulated.Device() as device:
         net = hf.HFNetwork(tiny_model(SUPPORTED["llama"]()).to("emu"), MASK)
         made, form = [], net.form
         net.form = lambda *given: made.append(given) or form(*given)

@@ -64,24 +64,35 @@ def philox(keys: Tensor, size: int) -> Tensor:
 def bits(keys: Sequence[Key], size: int, device: torch.device | None = None) -> Tensor:
     """The first `size` numbers of each key, 64 random bits each, (keys, size) int64; by default on the CPU."""
     words = [_words(key) for key in keys]
-    if device is not None and device.type not in ("cpu", "mps"):
+    if device is not None and device.type != "cpu":
         signed = torch.tensor([[_signed(a), _signed(b)] for a, b in words], dtype=torch.int64).view(-1, 2)
         return philox(to_device(signed, device), size)
-    drawn = np.empty((len(words), size), dtype=np.uint64)
-    for row, (a, b) in zip(drawn, words, strict=True):
-        row[:] = np.random.Philox(key=a | b << 64).random_raw(size)
-    return torch.from_numpy(drawn.view(np.int64))
+    drawn = [np.random.Philox(key=a | b << 64).random_raw(size) for a, b in words]
+    whole = drawn[0][None] if len(drawn) == 1 else np.array(drawn, dtype=np.uint64).reshape(len(drawn), size)
+    return torch.from_numpy(whole.view(np.int64))
 
 
 def uniforms(keys: Sequence[Key], size: int, device: torch.device | None = None) -> Tensor:
     """(keys, size) float64 uniforms in (0, 1): (k + 1/2) / 2^52, so neither end is ever met."""
-    k = (bits(keys, size, device) >> 12) & ((1 << 52) - 1)
+    k = bits(keys, size, device).bitwise_right_shift_(12).bitwise_and_((1 << 52) - 1)
     return k.double().add_(0.5).mul_(2.0**-52)
 
 
 def uniform(*shape: int, key: Key, device: torch.device | None = None) -> Tensor:
     """float64 uniforms in (0, 1)."""
     return uniforms([key], math.prod(shape), device).view(shape)
+
+
+def bernoulli(*shape: int, probability: float, key: Key, device: torch.device | None = None) -> Tensor:
+    """bool, True with `probability` up to 2^-33: two of them for each number drawn, and no floats are made."""
+    count = math.prod(shape)
+    halves = bits([key], -(-count // 2), device).flatten().view(torch.int32)[:count]
+    return (halves < min(round(probability * 2**32) - 2**31, 2**31 - 1)).view(shape)
+
+
+def integer(bound: int, key: Key) -> int:
+    """An integer drawn from 0 .. bound - 1; bound up to 2^31, so that none is favoured by more than 1 in 2^32."""
+    return int((bits([key], 1) >> 1 & ((1 << 62) - 1)).item() % bound)
 
 
 def gumbel(size: int, seed: int, row: int, position: int, draw: int = 0, purpose: str = "token") -> Tensor:

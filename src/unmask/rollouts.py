@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unmask.data import Corpus
 from unmask.denoiser import DiffusionConfig, Network
-from unmask.noise import generator
+from unmask.noise import Key, integer
 from unmask.sampling import sample_autoregressive, sample_blocks
 
 LONGEST_PROMPT = 32
@@ -56,18 +56,18 @@ def roll_out(
     if file.is_file():
         saved = np.load(file)
         return _corpus(saved["tokens"], saved["offsets"], saved.get("given"))
-    draw = generator("rollout", seed, first) if first else generator("rollout", seed)
+    key_of: Key = ("rollout", seed, first)
     documents: list[np.ndarray] = []
     given: list[np.ndarray] = []
     made = 0
     while made < num_tokens:
         few = []
         for i in range(len(documents), len(documents) + _BATCH):
-            length = int(torch.randint(1, min(LONGEST_PROMPT, max_length - 1) + 1, (), generator=draw))
+            length = 1 + integer(min(LONGEST_PROMPT, max_length - 1), (*key_of, "length", i))
             few.append(torch.from_numpy(prompts[(first + i) % len(prompts)][:length].astype("int64")))
         options: dict[str, Any] = {
             "max_new_tokens": max_length, "context_length": max_length, "temperature": temperature,
-            "seed": int(torch.randint(2**31, (), generator=draw)), "end_token_ids": end_token_ids,
+            "seed": integer(2**31, (*key_of, "text", len(documents))), "end_token_ids": end_token_ids,
         }  # fmt: skip
         if student is None:
             written = sample_autoregressive(network, few, **options).new_tokens
@@ -75,7 +75,7 @@ def roll_out(
             clock = _Clock(len(few), max_length)
             written = sample_blocks(network, student, few, callback=clock, **options).new_tokens
             assert student.block_size is not None
-            given += clock.committed(few, written, student.block_size, draw)
+            given += clock.committed(few, written, student.block_size, (*key_of, "step", len(documents)))
         new = [np.concatenate([p.numpy(), n]).astype(np.int32) for p, n in zip(few, written, strict=True)]
         documents += new
         made += sum(map(len, new))
@@ -104,7 +104,7 @@ class _Clock:
         self.at[row, positions] = self.steps[row]
 
     def committed(
-        self, prompts: Sequence[Tensor], new: Sequence[Sequence[int]], block_size: int, draw: torch.Generator
+        self, prompts: Sequence[Tensor], new: Sequence[Sequence[int]], block_size: int, key: Key
     ) -> list[np.ndarray]:
         """For each document, True on what stood at a random step of its block; prompts stood from the beginning."""
         documents = []
@@ -115,7 +115,7 @@ class _Clock:
                 block = slice(start, start + block_size)
                 steps = np.unique(at[block][at[block] > 0])
                 if len(steps):
-                    step = steps[int(torch.randint(len(steps), (), generator=draw))]
+                    step = steps[integer(len(steps), (*key, row, start))]
                     given[block] = at[block] < step
             documents.append(given)
         return documents

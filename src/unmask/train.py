@@ -39,7 +39,7 @@ from unmask.corruption import (
 from unmask.data import Batch, Corpus, HubStream, Packer, PackState
 from unmask.denoiser import DiffusionConfig, Network
 from unmask.finite import StepWatch, check_weights
-from unmask.noise import Key, uniform, uniforms
+from unmask.noise import Key, bernoulli, uniforms
 from unmask.objectives import (
     LossOutput,
     ar_loss,
@@ -54,7 +54,6 @@ from unmask.ranks import add_gradients, share_weights
 from unmask.run_folder import newest_whole, put_in_place, seal, sync, write_text, writing
 from unmask.settings import Settings, at_step
 from unmask.shortcuts import compile_layers
-from unmask.transfer import to_device
 
 Evaluator = Callable[[Any], dict[str, float]]
 """Called with the unwrapped model; returns named figures for metrics.jsonl."""
@@ -115,7 +114,7 @@ def offset_blocks(batch: Batch, settings: Settings, step: int, rows: Tensor) -> 
 @functools.lru_cache(maxsize=1)
 def _opened(length: int, ratio: float, key: Key, device: torch.device) -> Tensor:
     """Each entry True with probability `ratio`, drawn on `device`; kept, since a step's micro-batches share it."""
-    return uniform(length, length, key=key, device=device) < ratio
+    return bernoulli(length, length, probability=ratio, key=key, device=device)
 
 
 def annealing(settings: Settings, step: int, rows: Tensor, device: torch.device) -> Pattern | None:
@@ -489,9 +488,7 @@ _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEG
 """Where a wrapper of Accelerate's averages the gradients of ranks itself."""
 
 
-def _prepare(
-    accelerator: accelerate.Accelerator, model: Any, optimizer: torch.optim.Optimizer
-) -> tuple[Any, Any]:
+def _prepare(accelerator: accelerate.Accelerator, model: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
     """Model and optimiser on the device and known to the accelerator, the model's forward left as it was."""
     forward = model.__dict__.get("forward")
     if accelerator.distributed_type in _SHARDED:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unmask.attention import PADDING, Layout
 from unmask.denoiser import DiffusionConfig, Network, score
-from unmask.noise import gumbel, uniform
+from unmask.noise import gumbels, uniform
 from unmask.sampling.guidance import guide
 from unmask.sampling.output import Callback, SampledTokens, Stop, first_end
 from unmask.sampling.remask import Remask
@@ -121,10 +121,9 @@ def sample_bidirectional(
                 logits = guide(logits, score(network, config, bare, bare, where, here), guidance_scale)
             num_forwards[rows[here.any(-1)]] += 1 if guidance_scale == 1 else 2
             if temperature > 0 and noise is None:
-                noise = torch.stack(
-                    [gumbel(logits.shape[-1], seed, numbers[i], p) for i, p in open_.nonzero().tolist()]
-                )
-            chosen_noise = None if noise is None else noise[slot[rows][here].cpu()]
+                keys = [("token", seed, numbers[i], p, 0) for i, p in open_.nonzero().tolist()]
+                noise = gumbels(keys, logits.shape[-1], device)
+            chosen_noise = None if noise is None else noise[to_device(slot[rows][here], device)]
             tokens = choose_tokens(logits, temperature, top_p, chosen_noise, top_k)
             found = token_confidence(logits, there, tokens)
             if remask is None:
@@ -157,7 +156,8 @@ def sample_bidirectional(
             draws[rows] += back
             if noise is not None:
                 for i, j in zip(rows[back.nonzero()[:, 0]].tolist(), back.nonzero()[:, 1].tolist(), strict=True):
-                    noise[slot[i, j]] = gumbel(noise.shape[-1], seed, numbers[i], j, draw=int(draws[i, j]))
+                    key = ("token", seed, numbers[i], j, int(draws[i, j]))
+                    noise[int(slot[i, j])] = gumbels([key], noise.shape[-1], device)[0]
         step += 1
         last = step == max_denoising_steps
 

@@ -130,7 +130,8 @@ def sample_blocks(
         here, must = to_device(masked, device), to_device(at_least, device)
         tokens = None
         if temperature > 0:
-            noise = blocks.noise_of(logits.shape[-1], seats.rows)[masked]
+            noise = blocks.noise_of(logits.shape[-1], seats.rows)
+            noise = noise.flatten(0, 1)[to_device(masked.flatten().nonzero()[:, 0], network.device)]
             tokens = choose_tokens(logits, temperature, top_p, noise, top_k)
         elif device.type != "cpu":
             tokens = choose_tokens(logits)
@@ -258,10 +259,12 @@ class _Blocks:
     def noise_of(self, vocabulary: int, rows: list[int]) -> Tensor:
         """Gumbel noise (slots, width, vocabulary) of the blocks, drawn once for each."""
         if self.noise is None:
-            self.noise = torch.zeros(len(rows), self.width, vocabulary, dtype=torch.float64)
+            size = len(rows), self.width, vocabulary
+            self.noise = torch.zeros(size, dtype=torch.float64, device=self.device)
         if self.silent:
             drawn = torch.tensor([rows[slot] for slot in self.silent]), self.position[self.silent]
-            self.noise[self.silent] = token_noise(vocabulary, self.seed, *drawn)
+            noise = token_noise(vocabulary, self.seed, *drawn, device=self.device)
+            self.noise.index_copy_(0, to_device(torch.tensor(self.silent), self.noise.device), noise)
             self.silent = []
         return self.noise
 
@@ -272,6 +275,7 @@ class _Blocks:
         self.entered, self.silent = ([number[s] for s in marked if s in number]
                                      for marked in (self.entered, self.silent))  # fmt: skip
         self.text, self.masked, self.drawn = self.text[slots], self.masked[slots], self.drawn[slots]
-        self.steps, self.noise = self.steps[slots], None if self.noise is None else self.noise[slots]
-        self.position, there = self.position[slots], to_device(slots, self.device)
+        self.steps, self.position = self.steps[slots], self.position[slots]
+        there = to_device(slots, self.device)
+        self.noise = None if self.noise is None else self.noise[there]
         self.xt, self.before, self.priority = self.xt[there], self.before[there], self.priority[there]

@@ -53,14 +53,14 @@ _SHAPES: dict[str, dict[str, int | bool]] = {
 }  # fmt: skip
 
 
-def make_model(shape: str, **changes: Any) -> Any:
+def make_model(shape: str, *, trust_remote_code: bool = False, **changes: Any) -> Any:
     """A random Qwen3 of a named shape, or the model in a folder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if shape not in _SHAPES:
         if len(shape) <= 4:
             raise ValueError(f"shape {shape!r} is unknown: use one of {', '.join(_SHAPES)}, or give a model")
-        return hf.load_pretrained(shape, dtype=dtype)[0]
+        return hf.load_pretrained(shape, dtype=dtype, trust_remote_code=trust_remote_code)[0]
     torch.manual_seed(0)
     config = Qwen3Config(**(_SHAPES[shape] | {"max_position_embeddings": 4096} | changes))
     with torch.device(device):  # billions of random numbers take long on a CPU
@@ -222,7 +222,7 @@ class TrainCase(Case):
     settings: dict[str, Any]
 
 
-def bench_train(shape: str, rounds: int = 5) -> list[Case]:
+def bench_train(shape: str, rounds: int = 5, *, trust_remote_code: bool = False) -> list[Case]:
     """Training steps: `ratio` is ours over AR's (lower is better)."""
     cases: list[Case] = []
     for name, step in TRAIN_CASES.items():

@@ -20,6 +20,7 @@ from unmask import hf, lora
 from unmask.data import Corpus, HubStream, find_files, load_corpus
 from unmask.drafter import Drafter, DrafterConfig
 from unmask.evaluation import likelihood
+from unmask.folders import read_object
 from unmask.model import DiffusionLM, load
 from unmask.progress import progress
 from unmask.rollouts import roll_out
@@ -48,6 +49,7 @@ def adapt(
     *,
     resume: bool = False,
     show_progress: bool = True,
+    trust_remote_code: bool = False,
     **settings: Any,
 ) -> DiffusionLM:
     """Turn a causal LM into what `recipe` says, by training it on `data`, and save it to `output_dir`.
@@ -56,7 +58,7 @@ def adapt(
     loaded model (trained in place). data: .txt, .jsonl or .parquet files, folders
     of them, one hub id, or "self" (with self_prompts): text that the model itself writes. settings: any of the
     recipe's, overriding it. resume: go on from the newest checkpoint of the same run; a finished run is loaded
-    and returned. Returns the adapted model, in eval mode.
+    and returned. trust_remote_code: as in `load`. Returns the adapted model, in eval mode.
     """
     chosen = load_recipe(recipe or _own_recipe(model) or "efficient-dlm", **settings)
     output_dir = Path(output_dir)
@@ -75,7 +77,11 @@ def adapt(
     held_out_files = find_files([chosen.eval_data]) if chosen.eval_data else None
     previous = _read_run(output_dir, resume)
 
-    lm = model if isinstance(model, DiffusionLM) else load(model, dtype=torch.float32)
+    lm = (
+        model
+        if isinstance(model, DiffusionLM)
+        else load(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    )
     name = str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
     if chosen.lora_rank is not None and not chosen.lora_merge and name == IN_MEMORY:
         raise ValueError("lora_merge=false: an adapter needs the name of its base, and this model is in memory only")
@@ -91,7 +97,7 @@ def adapt(
             f"random_offset=true moves a document's positions, which {type(lm.model).__name__} sees as such: it needs "
             "a model with rotary positions"
         )
-    teacher = load_teacher(lm, chosen.teacher)
+    teacher = load_teacher(lm, chosen.teacher, trust_remote_code=trust_remote_code)
     if chosen.block_size is None and lm.diffusion is not None:
         chosen = replace(chosen, block_size=lm.diffusion.block_size)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
@@ -115,7 +121,7 @@ def adapt(
     }
     _check_same_run(output_dir, previous, run)
     if previous is not None and previous.get("finished"):
-        return load(output_dir)
+        return load(output_dir, trust_remote_code=trust_remote_code)
 
     held_out = _held_out(lm, chosen, held_out_files, source, end_token_id)
     if isinstance(held_out, int):
@@ -238,9 +244,9 @@ def _own_recipe(model: str | Path | DiffusionLM) -> str | None:
     if isinstance(model, DiffusionLM):
         return None if model.diffusion is None else model.diffusion.recipe
     path = Path(model) / "config.json"
-    raw = json.loads(path.read_text()) if path.is_file() else {}
-    recipe: str | None = raw.get("diffusion", {}).get("recipe")
-    return recipe
+    raw = read_object(path).get("diffusion") if path.is_file() else None
+    recipe = raw.get("recipe") if isinstance(raw, dict) else None
+    return recipe if isinstance(recipe, str) else None
 
 
 def _tokenise(

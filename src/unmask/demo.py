@@ -15,7 +15,9 @@ BASE_TOKENS = 1_500_000
 VOCABULARY = 1024
 
 
-def run_demo(model: str | None, data: list[str] | None, output: Path, max_tokens: int) -> None:
+def run_demo(
+    model: str | None, data: list[str] | None, output: Path, max_tokens: int, *, trust_remote_code: bool = False
+) -> None:
     """Base (made here unless given) -> conversion -> text and likelihood from both."""
     import unmask
     from unmask.data import find_files, read_documents
@@ -27,8 +29,11 @@ def run_demo(model: str | None, data: list[str] | None, output: Path, max_tokens
         model = str(make_base(output / "base", data[0]))
     converted = output / "converted"
     _say(f"convert {model}")
-    lm = unmask.adapt(model, data, "efficient-dlm", converted, resume=True, max_tokens=max_tokens, eval_every=50)
-    base = unmask.load(model)
+    lm = unmask.adapt(
+        model, data, "efficient-dlm", converted, resume=True, trust_remote_code=trust_remote_code, max_tokens=max_tokens,
+        eval_every=50,
+    )  # fmt: skip
+    base = unmask.load(model, trust_remote_code=trust_remote_code)
 
     files = find_files(data)
     held_out = [text for file in files[-1:] for text in read_documents(file)][-8:] if files else []

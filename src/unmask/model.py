@@ -570,10 +570,13 @@ def load(
     attn_implementation: str | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
+    trust_remote_code: bool = False,
 ) -> DiffusionLM:
     """Load a folder or hub id, converted or not; refuse a model whose attention cannot be controlled.
 
     An adapter's folder is its base with the adapter merged into it; a drafter's is its base with the drafter on it.
+    trust_remote_code: run Python code that the folder (or its base's) brings along. ValueError names a file that is
+    not what it should be.
     """
     options: dict[str, Any] = {
         "device": device,
@@ -581,12 +584,16 @@ def load(
         "attn_implementation": attn_implementation,
         "device_map": device_map,
         "quantization_config": quantization_config,
+        "trust_remote_code": trust_remote_code,
     }
     adapted_base = lora.adapter_base(name)
     if adapted_base is not None:
+        if lora.adapter_base(adapted_base) is not None:
+            raise ValueError(f"adapter {str(name)!r} names another adapter as its base, {adapted_base!r}: merge that")
         lm = load(adapted_base, **options)
         lora.load_adapter(lm.model, name)
-        return DiffusionLM(lm.model, hf.load_tokenizer(name), hf.read_diffusion(lm.model))
+        tokenizer = hf.load_tokenizer(name, trust_remote_code=trust_remote_code)
+        return DiffusionLM(lm.model, tokenizer, hf.read_diffusion(lm.model))
     base = hf.read_base(name)
     if base is not None:
         model, tokenizer, diffusion, drafter = hf.load_drafter(name, base, **options)

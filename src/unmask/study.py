@@ -155,13 +155,14 @@ def run_study(
     output: Path,
     *,
     show_progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
     """Train what is not trained yet, measure what is not measured yet, write the report; the lines of rows.jsonl."""
     files = find_files(list(eval_data))
     if files is None:
         raise ValueError(f"eval data {str(eval_data[0])!r} is no file here: give .txt, .jsonl or .parquet files")
     find_files(list(data))
-    parent = load(model, dtype=torch.float32)
+    parent = load(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
     if parent.diffusion is not None:
         raise ValueError(f"model {str(model)!r} is converted already: a study compares conversions of one AR parent")
     _claim(output, study, parent, model, [*data], [*files])
@@ -186,12 +187,12 @@ def run_study(
             folder = output / "runs" / f"{arm}-{seed}"
             tokens = _finished(folder)
             if tokens is None:
-                _train(study, arm, seed, parent, model, data, folder, show_progress)
+                _train(study, arm, seed, parent, model, data, folder, show_progress, trust_remote_code)
                 tokens = _finished(folder) or 0
             missing = [m for m in (*study.measures, *study.along) if (arm, seed, tokens, m) not in done]
             waiting = [p for p in _points(folder) if any((arm, seed, p[0], m) not in done for m in study.along)]
             if missing or waiting:
-                lm = load(folder)
+                lm = load(folder, trust_remote_code=trust_remote_code)
                 measure(lm, arm, seed, tokens, list(dict.fromkeys([*study.measures, *study.along])))
                 for at, weights in waiting:
                     if _put_in(lm, weights):
@@ -210,6 +211,7 @@ def _train(
     data: Sequence[str | Path],
     folder: Path,
     show_progress: bool,
+    trust_remote_code: bool,
 ) -> None:
     settings = study.run_settings(arm, seed)
     sized = resolve(settings, sum(p.numel() for p in parent.model.parameters()), parent.network.context_length)
@@ -223,7 +225,8 @@ def _train(
     given |= {"save_every": every, "keep_checkpoints": study.points + 1, "eval_every": 10**9, "eval_documents": 4}
     if show_progress:
         print(f"study {study.name}: train {arm} with seed {seed}", file=sys.stderr)
-    adapt(model, list(data), settings.recipe, folder, resume=True, show_progress=show_progress, **given)
+    adapt(model, list(data), settings.recipe, folder, resume=True, show_progress=show_progress,
+          trust_remote_code=trust_remote_code, **given)  # fmt: skip
 
 
 def _finished(folder: Path) -> int | None:

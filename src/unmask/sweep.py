@@ -37,6 +37,7 @@ from unmask.evaluation.frontier import (
     judge,
 )
 from unmask.evaluation.oracle import speed_of_light
+from unmask.folders import read_object
 from unmask.model import DiffusionLM, load
 from unmask.progress import Advance, progress
 from unmask.sampling import Confidence, EntropyBound, Factor, Random, Selector, Stability, Threshold
@@ -152,13 +153,14 @@ def run_frontier(
     parent: str | None = None,
     output: Path | None = None,
     show_progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> tuple[list[FrontierRow], dict[str, Any]]:
     """Rows and run.json of a model on documents' beginnings, or on the problems of a task."""
     files = find_files(data) if data else []
     if files is None:
         raise ValueError(f"data {data[0]!r} is no file here: frontier takes .txt, .jsonl and .parquet files")
     asked = [] if task is None else problems([task], "test", sweep.num_prompts, sweep.seed)
-    lm, ar = load_pair(model, parent)
+    lm, ar = load_pair(model, parent, trust_remote_code=trust_remote_code)
     rests, score = None, None
     if asked:
         prompts = [torch.tensor(ar.tokenizer(problem.prompt)["input_ids"]) for problem in asked]
@@ -184,14 +186,16 @@ def run_frontier(
     return rows, run
 
 
-def load_pair(model: str, parent: str | None = None) -> tuple[DiffusionLM, DiffusionLM]:
+def load_pair(
+    model: str, parent: str | None = None, *, trust_remote_code: bool = False
+) -> tuple[DiffusionLM, DiffusionLM]:
     """The converted checkpoint and the AR model it was made from: `parent`, or what its folder records."""
-    lm = load(model)
+    lm = load(model, trust_remote_code=trust_remote_code)
     if lm.diffusion is None:
         raise ValueError(f"model {model!r} is an untouched AR model, whose frontier is one point: adapt it first")
     name = parent or _recorded_parent(model)
     try:
-        ar = load(name)
+        ar = load(name, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
         raise ValueError(f"parent {name!r} does not load, give the AR model with --parent: {error}") from error
     if ar.diffusion is not None and not ar.diffusion.serves_ar:
@@ -207,7 +211,7 @@ def _recorded_parent(model: str) -> str:
     base, run = hf.read_base(model), Path(model) / "run.json"
     name = base.name if base is not None else None
     if name is None and run.is_file():
-        name = json.loads(run.read_text()).get("parent", {}).get("name")
+        name = (read_object(run).get("parent") or {}).get("name")
     if name is None or name == IN_MEMORY:
         raise ValueError(f"model {model!r} records no AR parent to compare with: give it with --parent")
     return str(name)

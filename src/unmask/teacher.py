@@ -9,14 +9,14 @@ from unmask.denoiser import Network
 from unmask.model import DiffusionLM, load
 
 
-def load_teacher(lm: DiffusionLM, name: str | None) -> DiffusionLM | None:
+def load_teacher(lm: DiffusionLM, name: str | None, *, trust_remote_code: bool = False) -> DiffusionLM | None:
     """The AR model in a folder, with the vocabulary of `lm`; None for "parent", which is `lm` itself, or no teacher.
 
     Raises ValueError for a checkpoint that is no AR model any more, or one of other tokens.
     """
     if name is None or name == "parent":
         return None
-    other = load(name, dtype=lm.model.dtype, device=lm.network.device)
+    other = load(name, dtype=lm.model.dtype, device=lm.network.device, trust_remote_code=trust_remote_code)
     if other.diffusion is not None and not other.diffusion.serves_ar:
         raise ValueError(f"teacher={name!r} is no AR model any more: give the one it was made from")
     known, masks = other.tokenizer.get_vocab(), (other.tokenizer.mask_token, lm.tokenizer.mask_token)

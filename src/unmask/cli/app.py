@@ -27,6 +27,10 @@ Data = Annotated[
     typer.Option("--data", help="A .txt, .jsonl or .parquet file, a folder of them, or a hub id; can be repeated."),
 ]
 
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model's folder brings along.")
+]
+
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this mass.")]
 TopK = Annotated[int | None, typer.Option(help="Sample from so many tokens at most.")]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unmask.cli.app import Data, Json, app
+from unmask.cli.app import Data, Json, TrustRemoteCode, app
 
 
 @app.command(
@@ -34,6 +34,7 @@ def adapt(
         int | None, typer.Option(help="Clean, unpadded training tokens; without it, one pass over the data.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue the run in the output folder.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Convert a model by training it on text."""
@@ -43,7 +44,7 @@ def adapt(
 
     import unmask
 
-    unmask.adapt(model, [*data, *more], recipe, output, resume=resume, **chosen)
+    unmask.adapt(model, [*data, *more], recipe, output, resume=resume, trust_remote_code=trust_remote_code, **chosen)
     run = json.loads((output / "run.json").read_text())
     if as_json:
         print(
@@ -102,8 +103,9 @@ def demo(
     ] = None,
     output: Annotated[Path, typer.Option(help="Where base and converted model go.")] = Path("runs/demo"),
     max_tokens: Annotated[int, typer.Option(help="Training tokens of the conversion.")] = 400_000,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """The whole job on a default: make a tiny AR base, convert it, generate with it and measure it."""
     from unmask.demo import run_demo
 
-    run_demo(model, data, output, max_tokens)
+    run_demo(model, data, output, max_tokens, trust_remote_code=trust_remote_code)

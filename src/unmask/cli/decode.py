@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unmask.cli.app import GuidanceScale, Json, Temperature, TopK, TopP, app
+from unmask.cli.app import GuidanceScale, Json, Temperature, TopK, TopP, TrustRemoteCode, app
 
 
 @app.command(epilog='Example: unmask generate runs/q "Once upon a time" --max-new-tokens 64 --confidence-threshold 0.8')
@@ -43,6 +43,7 @@ def generate(
     watch: Annotated[
         bool, typer.Option("--watch", help="Show on the terminal how the text is denoised, coloured by confidence.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt."""
@@ -60,7 +61,7 @@ def generate(
     from unmask.sampling import Threshold, Trace
 
     select = None if confidence_threshold is None else Threshold(confidence_threshold)
-    lm = unmask.load(model)
+    lm = unmask.load(model, trust_remote_code=trust_remote_code)
     given = lm._prompt_ids(text, None)[0].tolist()
     live = _Stream(lm, text) if sys.stdout.isatty() and not (as_json or stop or watch) else None
     with watching(lm.tokenizer, given, text, show=watch and sys.stdout.isatty()) as watcher:
@@ -124,6 +125,7 @@ def chat(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile decoding: a slow first answer, faster ones on a GPU.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a fine-tuned model; /reset forgets the conversation, /exit ends it."""
     import unmask
@@ -131,7 +133,7 @@ def chat(
     from unmask.supervised import check_template
 
     select = None if confidence_threshold is None else Threshold(confidence_threshold)
-    lm = unmask.load(model)
+    lm = unmask.load(model, trust_remote_code=trust_remote_code)
     check_template(lm.tokenizer)
     if compiled:
         lm.compile()
@@ -225,13 +227,14 @@ def infill(
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the gap where this text appears.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Fill the gap between a prefix and a suffix."""
     import unmask
     from unmask.sampling import Threshold
 
-    lm = unmask.load(model)
+    lm = unmask.load(model, trust_remote_code=trust_remote_code)
     out = lm.infill(
         prefix,
         suffix,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unmask.cli.app import Json, Temperature, app
+from unmask.cli.app import Json, Temperature, TrustRemoteCode, app
 from unmask.version import __version__
 
 
@@ -49,6 +49,7 @@ def evaluate(
     apply_chat_template: Annotated[bool, typer.Option(help="Tasks: as messages in the chat template.")] = False,
     confirm_run_unsafe_code: Annotated[bool, typer.Option(help="Tasks: run code that the model wrote.")] = False,
     output: Annotated[Path | None, typer.Option(help="Tasks: folder for results.json and every sample.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Likelihood of text (exact NLL in AR mode, NELBO in diffusion mode), or tasks of lm-evaluation-harness."""
@@ -63,7 +64,9 @@ def evaluate(
             "limit": limit, "num_fewshot": num_fewshot, "gen_kwargs": gen_kwargs,
             "apply_chat_template": apply_chat_template, "confirm_run_unsafe_code": confirm_run_unsafe_code,
         }  # fmt: skip
-        _evaluate_tasks(model, tasks, tasks_folder, scoring, confidence_threshold, asked, output, as_json)
+        _evaluate_tasks(
+            model, tasks, tasks_folder, scoring, confidence_threshold, asked, output, as_json, trust_remote_code
+        )
         return
     for option, given in {
         "--tasks-folder": tasks_folder, "--mode": mode, "--limit": limit, "--num-fewshot": num_fewshot,
@@ -96,7 +99,7 @@ def evaluate(
     import unmask
     from unmask.evaluation.likelihood import summarise
 
-    lm = unmask.load(model)
+    lm = unmask.load(model, trust_remote_code=trust_remote_code)
     if lm.diffusion is None and (exact or block_size is not None):
         raise ValueError(f"model {model!r} is an untouched AR model and has no blocks: leave --block-size and --exact")
     exact_nll = summarise(lm.nll(texts, show_progress=True))
@@ -146,6 +149,7 @@ def _evaluate_tasks(
     asked: dict[str, Any],
     output: Path | None,
     as_json: bool,
+    trust_remote_code: bool,
 ) -> None:
     """`evaluate --tasks`: `scoring` is for the harness's model, `asked` for its tasks."""
     try:
@@ -160,7 +164,9 @@ def _evaluate_tasks(
 
     import unmask
 
-    lm = HarnessLM(unmask.load(model), select=select, show_progress=True, **scoring)
+    lm = HarnessLM(
+        unmask.load(model, trust_remote_code=trust_remote_code), select=select, show_progress=True, **scoring
+    )
     results = run_tasks(lm, loaded, **asked)
     if output is not None:
         write_results(results, output)
@@ -182,6 +188,7 @@ def embed(
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files.")] = "text",
     skip_invalid: Annotated[bool, typer.Option(help="Leave broken documents out instead of stopping.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Texts as vectors: the mean of the last hidden states, one vector a document, in the file's order."""
@@ -198,7 +205,7 @@ def embed(
 
     import unmask
 
-    lm = unmask.load(model)
+    lm = unmask.load(model, trust_remote_code=trust_remote_code)
     vectors = lm.embed(texts, pattern, show_progress=True)
     write_embeddings(output, texts, vectors)
     used = pattern or ("causal" if lm.diffusion is None else "bidirectional")
@@ -241,6 +248,7 @@ def frontier(
     output: Annotated[
         Path | None, typer.Option(help="Folder for run.json, rows.jsonl and the figure; continued where it stopped.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Quality against tokens per forward and speed, always beside the AR parent in the same run."""
@@ -265,7 +273,8 @@ def frontier(
         temperature=temperature,
         seed=seed,
     )
-    rows, run = sweep.run_frontier(model, asked, data=files, task=task, parent=parent, output=output)
+    rows, run = sweep.run_frontier(model, asked, data=files, task=task, parent=parent, output=output,
+                                    trust_remote_code=trust_remote_code)  # fmt: skip
     areas = sweep.areas(rows)
     if as_json:
         print(json.dumps({"rows": [asdict(row) for row in rows], "aup": areas, "settings": run}))
@@ -284,6 +293,7 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile our decoding passes (a GPU replays them as CUDA graphs).")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Speed and memory beside the plain AR baseline of the same model, as ratios from one run."""
@@ -302,9 +312,9 @@ def bench(
 
     torch.set_num_threads(1)
     cases: Any = (
-        bench_train(model or shape, rounds)
+        bench_train(model or shape, rounds, trust_remote_code=trust_remote_code)
         if what == "train"
-        else bench_decode(model or shape, rounds, compiled=compiled)
+        else bench_decode(model or shape, rounds, compiled=compiled, trust_remote_code=trust_remote_code)
     )
     settings = {
         "shape": model or shape,
@@ -342,6 +352,7 @@ def study(
     max_tokens: Annotated[int | None, typer.Option(help="Training tokens of every arm.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds with commas between, as 0,1,2.")] = None,
     arms: Annotated[str | None, typer.Option(help="Only these arms, with commas between.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Compare recipes and settings on one parent at equal tokens; an interrupted study goes on when run again."""
@@ -357,7 +368,7 @@ def study(
     )  # fmt: skip
     if model is None or not data or not evaluation or output is None:
         raise ValueError(f"study {name!r} needs a MODEL, --data, --eval and --output")
-    rows = run_study(chosen, model, data, evaluation, output)
+    rows = run_study(chosen, model, data, evaluation, output, trust_remote_code=trust_remote_code)
     if as_json:
         print(json.dumps({"study": chosen.name, "output": str(output), "rows": rows}))
     else:

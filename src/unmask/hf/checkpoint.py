@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +23,7 @@ from transformers.utils import logging as hf_logging
 
 from unmask.denoiser import DiffusionConfig
 from unmask.drafter import Drafter, DrafterConfig
-from unmask.hf.probes import first_line
+from unmask.folders import check_folder, first_line, parse, read_object, read_tensors
 
 MASK_TOKEN = "<|mask|>"
 SDAR_MASK_TOKEN = "<|MASK|>"
@@ -85,32 +86,104 @@ def load_pretrained(
     attn_implementation: str | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Model (in eval mode) and tokenizer of a folder or hub id."""
+    """Model (in eval mode) and tokenizer of a folder or hub id, whose weights are all there and of the right sizes.
+
+    trust_remote_code: run Python that the folder brings along; without it, what needs it is refused.
+    """
     path = Path(name)
     if not path.exists() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
         raise ValueError(f"model folder {str(name)!r} does not exist: give an existing folder or a hub id")
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(f"model folder {str(name)!r} holds no config.json: give the folder of an HF checkpoint")
+    if path.exists():
+        check_folder(path)
     options = {
         "attn_implementation": attn_implementation,
         "device_map": device_map,
         "quantization_config": quantization_config,
         "dtype": dtype,
     }
-    try:
-        config = AutoConfig.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, **{k: v for k, v in options.items() if v is not None}
+    with _loading(name, "config.json"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with _loading(name, "weights"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **{k: v for k, v in options.items() if v is not None},
         )
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {str(name)!r} cannot be loaded: {first_line(error)}") from error
+    _check_weights(name, model, info)
+    _check_ids(name, model)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"model {str(name)!r}: its tokenizer has {tokenizer.vocab_size} tokens and its embedding {rows} rows, so "
+            "tokenizer.json is of another model"
+        )
     if device_map is None and quantization_config is None:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _loading(name: str | Path, part: str) -> Iterator[None]:
+    """Any error inside becomes a ValueError that names the model, and the part of it that was being read."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # transformers fails on damaged files in all the ways there are
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model {str(name)!r} brings Python code of its own ({part}), which is not run unless asked: read it, "
+                "then allow it with --trust-remote-code (trust_remote_code=True)"
+            ) from error
+        raise ValueError(f"model {str(name)!r} cannot be loaded: {part}: {first_line(error)}") from error
+
+
+def _check_weights(name: str | Path, model: Any, info: dict[str, Any]) -> None:
+    """Refuse weights of another model: transformers fills what is missing at random and drops what is too much."""
+    missing, mismatched = sorted(info["missing_keys"]), sorted(str(m) for m in info["mismatched_keys"])
+    if missing:
+        raise ValueError(f"model {str(name)!r}: its weights lack {_some(missing)}, so they are of another model than "
+                         "config.json says")  # fmt: skip
+    if mismatched or info.get("error_msgs"):
+        raise ValueError(f"model {str(name)!r}: its weights do not fit config.json: "
+                         f"{_some(mismatched or info['error_msgs'])}")  # fmt: skip
+    # Towers and heads that a causal model has no use for may be dropped; a part of its own layers may not.
+    lists = [n for n, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
+    layer = re.compile("(" + "|".join(re.escape(n.split(".", 1)[-1]) for n in lists) + r")\.\d+\.") if lists else None
+    harmless = ("inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # buffers that old versions saved
+    odd = [k for k in sorted(info["unexpected_keys"])
+           if layer is not None and re.match(rf"(\w+\.)?{layer.pattern}", k) and not k.endswith(harmless)]  # fmt: skip
+    if odd and getattr(model.config, "quantization_config", None) is None:
+        raise ValueError(f"model {str(name)!r}: its weights have {_some(odd)}, which the model of config.json has not")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _check_ids(name: str | Path, model: Any) -> None:
+    """End tokens that are whole numbers within the vocabulary, and a context of some length."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    config = model.config.get_text_config()
+    generation = getattr(model, "generation_config", None)
+    for file, holder in (("generation_config.json", generation), ("config.json", config)):
+        ids = getattr(holder, "eos_token_id", None)
+        for token in ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]:
+            if type(token) is not int or not 0 <= token < rows:
+                raise ValueError(f"model {str(name)!r}: {file}: eos_token_id {ids!r} must be ids below {rows}")
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and (type(context) is not int or context < 2):
+        raise ValueError(f"model {str(name)!r}: config.json: max_position_embeddings {context!r} must be at least 2")
 
 
 def without_dropout(model: Any) -> None:
@@ -135,15 +208,38 @@ def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def read_diffusion(model: Any) -> DiffusionConfig | None:
-    """The `diffusion` object of the model's config; None for an untouched AR model."""
+    """The `diffusion` object of the model's config, checked; None for an untouched AR model."""
     raw = getattr(model.config, "diffusion", None)
-    if raw is None:
-        return None
-    known = {f.name for f in fields(DiffusionConfig)}
-    missing = {f.name for f in fields(DiffusionConfig) if f.default is MISSING} - set(raw)
-    if missing:
-        raise ValueError(f"config.json's diffusion object lacks {sorted(missing)}: it was written by something else")
-    return DiffusionConfig(**{k: v for k, v in raw.items() if k in known})
+    return None if raw is None else parse_diffusion(raw, model)
+
+
+def parse_diffusion(raw: Any, model: Any, *, drafter: Drafter | None = None) -> DiffusionConfig:
+    """The `diffusion` object as what it says, if `model` can be that: ids in its vocabulary, blocks in its context.
+
+    drafter: has the embeddings of the masks, which are then no rows of the model's.
+    """
+    where = "the diffusion object of config.json"
+    diffusion = parse(DiffusionConfig, raw, where, more=True)
+    first, number = diffusion.mask_token_id, diffusion.mask_rows
+    rows = model.get_input_embeddings().weight.shape[0]
+    if number < 1:
+        raise ValueError(f"mask_rows {number} of {where} must be at least 1")
+    if drafter is None and not 0 <= first <= rows - number:
+        raise ValueError(f"mask_token_id {first} of {where} is outside the vocabulary of {rows} tokens")
+    if drafter is not None and (first, number) != (drafter.mask_token_id, drafter.config.mask_rows):
+        raise ValueError(
+            f"mask_token_id {first} and mask_rows {number} of {where} are not the tokenizer's "
+            f"{drafter.mask_token_id} and the drafter's {drafter.config.mask_rows}"
+        )
+    if diffusion.clean_attention not in (None, "causal", "block_causal"):
+        raise ValueError(
+            f"clean_attention {diffusion.clean_attention!r} of {where} is unknown: use causal or block_causal"
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    block = diffusion.block_size
+    if block is not None and (block < 1 or (context is not None and block > context)):
+        raise ValueError(f"block_size {block} of {where} must be from 1 to the context of {context} tokens")
+    return diffusion
 
 
 def write_diffusion(model: Any, diffusion: DiffusionConfig | None) -> None:
@@ -152,9 +248,16 @@ def write_diffusion(model: Any, diffusion: DiffusionConfig | None) -> None:
         model.config.diffusion = asdict(diffusion)
 
 
-def load_tokenizer(name: str | Path) -> Any:
+def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub id."""
-    return AutoTokenizer.from_pretrained(name)
+    if Path(name).exists():
+        check_folder(Path(name))
+    with _loading(name, "tokenizer.json, tokenizer_config.json or another file of the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if not tokenizer.get_vocab():
+            raise ValueError("the vocabulary is empty")
+        tokenizer("a")
+    return tokenizer
 
 
 def save_pretrained(folder: str | Path, model: Any, tokenizer: Any, diffusion: DiffusionConfig | None) -> None:
@@ -209,16 +312,22 @@ def read_base(name: str | Path) -> Base | None:
     path = Path(name) / "config.json"
     if not path.is_file():
         return None
-    base = (json.loads(path.read_text()).get("diffusion") or {}).get("base")
-    return None if base is None else Base(**base)
+    diffusion = read_object(path).get("diffusion")
+    if not isinstance(diffusion, dict) or diffusion.get("base") is None:
+        return None
+    return parse(Base, diffusion["base"], f"diffusion.base of {str(path)!r}")
 
 
-def load_drafter(name: str | Path, base: Base, **options: Any) -> tuple[Any, Any, DiffusionConfig, Drafter]:
+def load_drafter(
+    name: str | Path, base: Base, *, trust_remote_code: bool = False, **options: Any
+) -> tuple[Any, Any, DiffusionConfig, Drafter]:
     """Base with its drafter hooked on, tokenizer and config of a drafter folder; `options` load the base."""
     folder = Path(name)
-    described = json.loads((folder / "config.json").read_text())["diffusion"]
+    described = read_object(folder / "config.json")["diffusion"]
+    shape = parse(DrafterConfig, described.get("lora"), f"diffusion.lora of {str(folder / 'config.json')!r}")
+    weights = read_tensors(folder / DRAFTER_WEIGHTS)
     try:
-        model, _ = load_pretrained(base.name, **options)
+        model, _ = load_pretrained(base.name, trust_remote_code=trust_remote_code, **options)
     except ValueError as error:
         raise ValueError(
             f"drafter {str(name)!r} needs its base {base.name!r}, which does not load: set diffusion.base.name in its "
@@ -231,8 +340,13 @@ def load_drafter(name: str | Path, base: Base, **options: Any) -> tuple[Any, Any
             f"{base.fingerprint}, this one {found}; give the original base"
         )
     with _quiet():  # it would warn that the folder's model type is unknown, which is meant
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    drafter = add_drafter(model, tokenizer, DrafterConfig(**described["lora"]))
-    drafter.load_state_dict(load_file(folder / DRAFTER_WEIGHTS))
-    known = {f.name for f in fields(DiffusionConfig)}
-    return model, tokenizer, DiffusionConfig(**{k: v for k, v in described.items() if k in known}), drafter.eval()
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    drafter = add_drafter(model, tokenizer, shape)
+    try:
+        drafter.load_state_dict(weights)
+    except RuntimeError as error:
+        reasons = [line.strip() for line in str(error).splitlines()[1:]]
+        raise ValueError(
+            f"weights {str(folder / DRAFTER_WEIGHTS)!r} do not fit diffusion.lora of its config.json: {reasons[0]}"
+        ) from error
+    return model, tokenizer, parse_diffusion(described, model, drafter=drafter), drafter.eval()

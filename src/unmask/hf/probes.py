@@ -28,6 +28,7 @@ from unmask.attention import (
 )
 from unmask.chunked import CHUNK
 from unmask.denoiser import Pass, run
+from unmask.folders import first_line
 from unmask.hf.network import HFNetwork, Routes, UnsupportedModelError
 
 _PROBE_WINDOW = 5
@@ -121,7 +122,10 @@ def _tiny_model(config_class: Any, config: str, implementation: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(
-            config_class(**json.loads(config)), attn_implementation=implementation, dtype=torch.float32
+            config_class(**json.loads(config)),
+            attn_implementation=implementation,
+            dtype=torch.float32,
+            trust_remote_code=False,
         ).eval()
 
 
@@ -239,10 +243,6 @@ def _layers(config: Any) -> str:
     if config.model_type in ("bloom", "mpt"):
         odd.append("layer type 'alibi' attention takes distances from indices, not from position ids")
     return "".join(f"Its {text}. " for text in odd)
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def find_routes(model: Any) -> Routes:

@@ -30,8 +30,8 @@ def run_demo(
     converted = output / "converted"
     _say(f"convert {model}")
     lm = unmask.adapt(
-        model, data, "efficient-dlm", converted, resume=True, trust_remote_code=trust_remote_code, max_tokens=max_tokens,
-        eval_every=50,
+        model, data, "efficient-dlm", converted, resume=True, max_tokens=max_tokens, eval_every=50,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     base = unmask.load(model, trust_remote_code=trust_remote_code)
 

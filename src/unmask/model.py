@@ -563,6 +563,16 @@ class _StopStrings:
         return next(n for n in range(1, len(new) + 1) if stopped(n))
 
 
+def _check_chain(name: str | Path) -> None:
+    """Adapters may stand on adapters, but not in a circle."""
+    seen, at = {Path(name).resolve()}, lora.adapter_base(name)
+    while at is not None:
+        if Path(at).resolve() in seen:
+            raise ValueError(f"adapter {str(name)!r} ends at no model: its bases go round in a circle by {at!r}")
+        seen.add(Path(at).resolve())
+        at = lora.adapter_base(at)
+
+
 def load(
     name: str | Path,
     device: str | torch.device | None = None,
@@ -588,8 +598,7 @@ def load(
     }
     adapted_base = lora.adapter_base(name)
     if adapted_base is not None:
-        if lora.adapter_base(adapted_base) is not None:
-            raise ValueError(f"adapter {str(name)!r} names another adapter as its base, {adapted_base!r}: merge that")
+        _check_chain(name)
         lm = load(adapted_base, **options)
         lora.load_adapter(lm.model, name)
         tokenizer = hf.load_tokenizer(name, trust_remote_code=trust_remote_code)

@@ -8,6 +8,7 @@ from unmask.hf.checkpoint import (
     Base,
     add_drafter,
     add_mask_token,
+    check_tokenizer,
     end_token_ids,
     fingerprint,
     load_drafter,
@@ -24,7 +25,8 @@ from unmask.hf.network import HFNetwork, Routes, UnsupportedModelError, replicat
 from unmask.hf.probes import find_routes, probe, probe_network, sees_position_differences
 
 __all__ = [
-    "Base", "HFNetwork", "Routes", "UnsupportedModelError", "add_drafter", "add_mask_token", "end_token_ids",
+    "Base", "HFNetwork", "Routes", "UnsupportedModelError", "add_drafter", "add_mask_token", "check_tokenizer",
+    "end_token_ids",
     "find_routes", "fingerprint", "load_drafter", "load_pretrained", "load_tokenizer", "probe", "probe_network",
     "read_base", "read_diffusion", "replicate", "save_drafter", "save_pretrained", "sees_position_differences",
     "without_dropout", "write_diffusion",

@@ -118,17 +118,21 @@ def load_pretrained(
     _check_weights(name, model, info)
     _check_ids(name, model)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    if device_map is None and quantization_config is None:
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model.to(device)
+    return model.eval(), tokenizer
+
+
+def check_tokenizer(name: str | Path, model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer that gives ids past the model's embedding (tokens added to it later may lie there)."""
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:
         raise ValueError(
             f"model {str(name)!r}: its tokenizer has {tokenizer.vocab_size} tokens and its embedding {rows} rows, so "
             "tokenizer.json is of another model"
         )
-    if device_map is None and quantization_config is None:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model.to(device)
-    return model.eval(), tokenizer
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def test_gpu_cases_run_on_a_cpu(model, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cases_are_named_as_promised(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "make_model", lambda _shape: model)
+    monkeypatch.setattr(decode, "make_model", lambda _shape, **_: model)
     monkeypatch.setattr(decode, "compare", lambda case, _a, _b, _rounds, settings: decode.DecodeCase(
         case, 1, 1, 1, "", 1, 1, 1, 1, settings))  # fmt: skip
     names = {case.case for case in decode.bench_decode("tiny", 1)}
@@ -97,7 +97,7 @@ def test_training_cases_are_measured_as_they_say(model, monkeypatch: pytest.Monk
     monkeypatch.setattr(bench, "make_model", lambda _shape, **_: model)
     monkeypatch.setattr(bench, "measure", lambda _ours, _ar, _rounds: bench.Measured(3.0, 2.0, 1.5, 1.4))
     growth = {("block_step", "ar"): 4.0, ("block_step", "diffusion"): 2.0, ("block_step_whole", "diffusion"): 5.0}
-    monkeypatch.setattr(bench, "_peak_growth", lambda _shape, case, which: growth[case, which])
+    monkeypatch.setattr(bench, "_peak_growth", lambda _shape, case, which, *_: growth[case, which])
     cases = {case.case: case for case in bench.bench_train("tiny", 1)}
     speeds = {name: case.tokens_per_second for name, case in cases.items() if isinstance(case, bench.TrainCase)}
     assert speeds["block_step"] == 4 * 512 / 3  # clean tokens, each counted once

@@ -23,7 +23,8 @@ def run(net: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"temperature": 1.0}, {"select": Confidence(1)}, {"select": Ancestral(), "max_denoising_steps": 5}, {"guidance_scale": 2.0},
+    {}, {"temperature": 1.0},
+    {"select": Confidence(1)}, {"select": Ancestral(), "max_denoising_steps": 5}, {"guidance_scale": 2.0},
     {"remask": Remask("cap", 0.3), "max_denoising_steps": 9},
     {"remask": Remask("confidence"), "max_denoising_steps": 9},
 ])  # fmt: skip

@@ -53,14 +53,14 @@ _SHAPES: dict[str, dict[str, int | bool]] = {
 }  # fmt: skip
 
 
-def make_model(shape: str, **changes: Any) -> Any:
+def make_model(shape: str, *, trust_remote_code: bool = False, **changes: Any) -> Any:
     """A random Qwen3 of a named shape, or the model in a folder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if shape not in _SHAPES:
         if len(shape) <= 4:
             raise ValueError(f"shape {shape!r} is unknown: use one of {', '.join(_SHAPES)}, or give a model")
-        return hf.load_pretrained(shape, dtype=dtype)[0]
+        return hf.load_pretrained(shape, dtype=dtype, trust_remote_code=trust_remote_code)[0]
     torch.manual_seed(0)
     config = Qwen3Config(**(_SHAPES[shape] | {"max_position_embeddings": 4096} | changes))
     with torch.device(device):  # billions of random numbers take long on a CPU
@@ -193,10 +193,10 @@ class Step:
     length: int = 512
     micro: int | None = MICRO
     draws: int = 1
-    changes: dict[str, int] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
 
-    def steps(self, shape: str) -> dict[str, Callable[[], None]]:
-        model = make_model(shape, **self.changes)
+    def steps(self, shape: str, *, trust_remote_code: bool = False) -> dict[str, Callable[[], None]]:
+        model = make_model(shape, trust_remote_code=trust_remote_code, **self.changes)
         return train_steps(model, self.kind, self.block_size, self.rows, self.length, self.micro, self.draws)
 
 
@@ -222,18 +222,18 @@ class TrainCase(Case):
     settings: dict[str, Any]
 
 
-def bench_train(shape: str, rounds: int = 5) -> list[Case]:
+def bench_train(shape: str, rounds: int = 5, *, trust_remote_code: bool = False) -> list[Case]:
     """Training steps: `ratio` is ours over AR's (lower is better)."""
     cases: list[Case] = []
     for name, step in TRAIN_CASES.items():
-        steps, n = step.steps(shape), step.draws
+        steps, n = step.steps(shape, trust_remote_code=trust_remote_code), step.draws
         ours, baseline, ratio, wall_ratio = measure(steps["diffusion"], steps["ar"], rounds)
         unit = "seconds per step" if n == 1 else "seconds per mask, AR's per step"
         speed = step.rows * step.length / (ours / n)
         cases.append(TrainCase(name, ours / n, baseline, ratio / n, unit, wall_ratio / n, speed, asdict(step)))
-    baseline = _peak_growth(shape, "block_step", "ar")
+    baseline = _peak_growth(shape, "block_step", "ar", trust_remote_code)
     for name, measured in MEMORY_CASES.items():
-        ours = _peak_growth(shape, measured, "diffusion")
+        ours = _peak_growth(shape, measured, "diffusion", trust_remote_code)
         cases.append(Case(name, ours, baseline, ours / baseline, "MiB of peak growth"))
     return cases
 
@@ -265,19 +265,19 @@ def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
     return 2.0 * size**3 / min(clocks(lambda: a @ b)[torch.cuda.is_available()] for _ in range(8))
 
 
-def _peak_growth(shape: str, case: str, which: str) -> float:
+def _peak_growth(shape: str, case: str, which: str, trust_remote_code: bool = False) -> float:
     """Growth of peak memory over three steps, MiB, in a process of its own."""
     code = (
         "import torch; from unmask.bench import memory_growth; torch.set_num_threads(1); "
-        f"print(memory_growth({shape!r}, {case!r}, {which!r}))"
+        f"print(memory_growth({shape!r}, {case!r}, {which!r}, {trust_remote_code!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
 
-def memory_growth(shape: str, case: str, which: str) -> float:
+def memory_growth(shape: str, case: str, which: str, trust_remote_code: bool = False) -> float:
     """Peak memory of three steps above what stood before them, MiB."""
-    step = TRAIN_CASES[case].steps(shape)[which]
+    step = TRAIN_CASES[case].steps(shape, trust_remote_code=trust_remote_code)[which]
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         for _ in range(3):

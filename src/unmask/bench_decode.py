@@ -178,12 +178,14 @@ _SPECULATION: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def bench_decode(shape: str, rounds: int = 3, *, compiled: bool = False) -> list[DecodeCase]:
+def bench_decode(
+    shape: str, rounds: int = 3, *, compiled: bool = False, trust_remote_code: bool = False
+) -> list[DecodeCase]:
     """Decoding: `ratio` is our tokens per second over those of AR `generate()` (higher is better).
 
     compiled: our passes, those of our own AR too.
     """
-    model = make_model(shape)
+    model = make_model(shape, trust_remote_code=trust_remote_code)
     baseline = {batch: generate_decoder(model, batch=batch) for batch in (1, 8)}
     cases = []
     for case, settings in _CASES:

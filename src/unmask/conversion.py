@@ -120,7 +120,7 @@ def adapt(
             f"random_offset=true moves a document's positions, which {type(lm.model).__name__} sees as such: it needs "
             "a model with rotary positions"
         )
-    teacher = load_teacher(lm, chosen.teacher, trust_remote_code)
+    teacher = load_teacher(lm, chosen.teacher, trust_remote_code=trust_remote_code)
     if chosen.block_size is None and lm.diffusion is not None:
         chosen = replace(chosen, block_size=lm.diffusion.block_size)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]

@@ -8,17 +8,16 @@ The adapters are put into the model in place, so that it stays the object it was
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from unmask.finite import check_weights
+from unmask.folders import read_object, read_tensors, reading
 from unmask.noise import uniform
 from unmask.run_folder import ordinary_permissions
 
@@ -110,28 +109,29 @@ def adapter_base(folder: str | Path) -> str | None:
     path = Path(folder) / ADAPTER_CONFIG
     if not path.is_file():
         return None
-    try:
-        raw = json.loads(path.read_text())
-        base = raw["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"file {str(path)!r} is no adapter configuration that names its base") from error
-    if not isinstance(base, str):
-        raise ValueError(f"file {str(path)!r} names {base!r} as its base, which is no folder or hub id")
+    base = read_object(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"file {str(path)!r}: base_model_name_or_path {base!r} must be a folder or hub id")
     return base
 
 
 def load_adapter(model: Any, folder: str | Path) -> None:
     """Put a folder of `save_adapter` on its base and merge it; config and generation config are the folder's."""
     peft = require_peft()
-    config = peft.LoraConfig.from_pretrained(str(folder))
+    raw = read_object(Path(folder) / "config.json")
+    with reading(f"file {str(Path(folder) / ADAPTER_CONFIG)!r}"):
+        config = peft.LoraConfig.from_pretrained(str(folder))
     config.modules_to_save = None  # loaded below, into the model itself
-    state = {k.removeprefix(_PREFIX): v for k, v in load_file(Path(folder) / ADAPTER_WEIGHTS).items()}
+    state = {k.removeprefix(_PREFIX): v for k, v in read_tensors(Path(folder) / ADAPTER_WEIGHTS).items()}
     embedding = model.get_input_embeddings()
     name = next(n for n, module in model.named_modules() if module is embedding)
+    if f"{name}.weight" not in state:
+        raise ValueError(f"adapter {str(folder)!r} does not fit the model it names as its base: it lacks {name}.weight")
     rows = state[f"{name}.weight"].shape[0]
     if rows != embedding.weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
-    tuner = peft.tuners.lora.LoraModel(model, config, "default")
+    with reading(f"file {str(Path(folder) / ADAPTER_CONFIG)!r}"):
+        tuner = peft.tuners.lora.LoraModel(model, config, "default")
     state = {k.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): v
              for k, v in state.items()}  # fmt: skip
     odd = [n for n, _ in model.named_parameters() if "lora_" in n and n not in state]
@@ -142,10 +142,9 @@ def load_adapter(model: Any, folder: str | Path) -> None:
     if odd:
         raise ValueError(f"adapter {str(folder)!r} does not fit the model it names as its base: {odd[0]}")
     merge(tuner)
-    check_weights(model, f"adapter {str(folder)!r} on its base")
-    raw = json.loads((Path(folder) / "config.json").read_text())
     if "diffusion" in raw:
         model.config.diffusion = raw["diffusion"]
     model.config._name_or_path = str(folder)
-    model.generation_config = GenerationConfig.from_pretrained(folder)
+    with reading(f"file {str(Path(folder) / 'generation_config.json')!r}"):
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()

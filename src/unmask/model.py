@@ -582,6 +582,16 @@ class _StopStrings:
         return next(n for n in range(1, len(new) + 1) if stopped(n))
 
 
+def _check_chain(name: str | Path) -> None:
+    """Adapters may stand on adapters, but not in a circle."""
+    seen, at = {Path(name).resolve()}, lora.adapter_base(name)
+    while at is not None:
+        if Path(at).resolve() in seen:
+            raise ValueError(f"adapter {str(name)!r} ends at no model: its bases go round in a circle by {at!r}")
+        seen.add(Path(at).resolve())
+        at = lora.adapter_base(at)
+
+
 def load(
     name: str | Path,
     device: str | torch.device | None = None,
@@ -605,24 +615,22 @@ def load(
         "quantization_config": quantization_config,
         "trust_remote_code": trust_remote_code,
     }
-    with hf.loading(name):
-        return _load(name, options)
-
-
-def _load(name: str | Path, options: dict[str, Any]) -> DiffusionLM:
     adapted_base = lora.adapter_base(name)
     if adapted_base is not None:
-        hf.check_files(Path(name))
+        _check_chain(name)
         lm = load(adapted_base, **options)
         lora.load_adapter(lm.model, name)
         check_weights(lm.model, f"model {str(name)!r}")
-        tokenizer = hf.load_tokenizer(name, options["trust_remote_code"])
+        tokenizer = hf.load_tokenizer(name, trust_remote_code=trust_remote_code)
+        hf.check_tokenizer(name, lm.model, tokenizer)
         return DiffusionLM(lm.model, tokenizer, hf.read_diffusion(lm.model))
     base = hf.read_base(name)
     if base is not None:
         model, tokenizer, diffusion, drafter = hf.load_drafter(name, base, **options)
         hf.probe(model)
+        hf.check_tokenizer(name, model, tokenizer)
         return DiffusionLM(model, tokenizer, diffusion, drafter=drafter, base=base)
     model, tokenizer = hf.load_pretrained(name, **options)
     hf.probe(model)
+    hf.check_tokenizer(name, model, tokenizer)
     return DiffusionLM(model, tokenizer, hf.read_diffusion(model))

@@ -9,7 +9,7 @@ from unmask.denoiser import Network
 from unmask.model import DiffusionLM, load
 
 
-def load_teacher(lm: DiffusionLM, name: str | None, trust_remote_code: bool = False) -> DiffusionLM | None:
+def load_teacher(lm: DiffusionLM, name: str | None, *, trust_remote_code: bool = False) -> DiffusionLM | None:
     """The AR model in a folder, with the vocabulary of `lm`; None for "parent", which is `lm` itself, or no teacher.
 
     Raises ValueError for a checkpoint that is no AR model any more, or one of other tokens.

@@ -286,6 +286,7 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile our decoding passes (a GPU replays them as CUDA graphs).")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Speed and memory beside the plain AR baseline of the same model, as ratios from one run."""
@@ -304,9 +305,9 @@ def bench(
 
     torch.set_num_threads(1)
     cases: Any = (
-        bench_train(model or shape, rounds)
+        bench_train(model or shape, rounds, trust_remote_code=trust_remote_code)
         if what == "train"
-        else bench_decode(model or shape, rounds, compiled=compiled)
+        else bench_decode(model or shape, rounds, compiled=compiled, trust_remote_code=trust_remote_code)
     )
     settings = {
         "shape": model or shape,

@@ -6,20 +6,17 @@ model does with them is not taken on trust (`probes`). What its folder holds is 
 
 from unmask.hf.checkpoint import (
     Base,
-    FolderError,
     add_drafter,
     add_mask_token,
-    check_files,
+    check_tokenizer,
     end_token_ids,
     fingerprint,
     load_drafter,
     load_pretrained,
     load_tokenizer,
-    loading,
     read_base,
     read_config,
     read_diffusion,
-    read_json,
     save_drafter,
     save_pretrained,
     without_dropout,
@@ -29,9 +26,9 @@ from unmask.hf.network import HFNetwork, Routes, UnsupportedModelError, checkpoi
 from unmask.hf.probes import find_routes, probe, probe_network, sees_position_differences
 
 __all__ = [
-    "Base", "FolderError", "HFNetwork", "Routes", "UnsupportedModelError", "add_drafter", "add_mask_token",
-    "check_files", "checkpoint_layers", "end_token_ids", "find_routes", "fingerprint", "load_drafter",
-    "load_pretrained", "load_tokenizer", "loading", "probe", "probe_network", "read_base", "read_config",
-    "read_diffusion", "read_json", "replicate", "save_drafter", "save_pretrained", "sees_position_differences",
+    "Base", "HFNetwork", "Routes", "UnsupportedModelError", "add_drafter", "add_mask_token",
+    "check_tokenizer", "checkpoint_layers", "end_token_ids", "find_routes", "fingerprint", "load_drafter",
+    "load_pretrained", "load_tokenizer", "probe", "probe_network", "read_base", "read_config",
+    "read_diffusion", "replicate", "save_drafter", "save_pretrained", "sees_position_differences",
     "without_dropout", "write_diffusion",
 ]  # fmt: skip

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,8 +24,7 @@ from transformers.utils import logging as hf_logging
 from unmask.denoiser import DiffusionConfig
 from unmask.drafter import Drafter, DrafterConfig
 from unmask.finite import check_weights
-from unmask.hf.network import UnsupportedModelError
-from unmask.hf.probes import first_line
+from unmask.folders import check_folder, first_line, parse, read_object, read_tensors
 from unmask.plain_json import to_json
 from unmask.run_folder import ordinary_permissions
 
@@ -83,66 +81,20 @@ def _quiet() -> Iterator[None]:
 # --- folders
 
 
-class FolderError(ValueError):
-    """A folder is not what it should be; the message names it, and the file where one is to blame."""
-
-
-@contextmanager
-def loading(name: str | Path) -> Iterator[None]:
-    """Within the context whatever a damaged or foreign folder makes libraries raise is one `FolderError` of a line."""
-    try:
-        yield
-    except (FolderError, UnsupportedModelError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        line = first_line(error)
-        if "trust_remote_code" in str(error):
-            line = "it brings Python code of its own, which runs only with trust_remote_code=True (--trust-remote-code)"
-        raise FolderError(f"model {str(name)!r} cannot be loaded: {line}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; `FolderError` names a file that holds none."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FolderError(f"file {str(path)!r} is no readable JSON: {first_line(error)}") from error
-    if not isinstance(raw, dict):
-        raise FolderError(f"file {str(path)!r} holds a JSON {type(raw).__name__}, not an object")
-    return raw
-
-
 def read_config(name: str | Path) -> dict[str, Any]:
     """config.json of a folder or hub id, as it stands there; empty where there is none."""
     path = Path(name) / "config.json"
     if path.is_file():
-        return read_json(path)
+        return read_object(path)
     if Path(name).exists() or is_path(name):
         return {}
-    with loading(name):
+    with _loading(name, "config.json"):
         return dict(PreTrainedConfig.get_config_dict(name)[0])
 
 
 def is_path(name: str | Path) -> bool:
     """Whether a name can be no hub id."""
     return str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
-
-
-_JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json",
-               "special_tokens_map.json", "added_tokens.json", "adapter_config.json", "*.index.json")  # fmt: skip
-
-
-def check_files(folder: Path) -> None:
-    """Raise `FolderError` for the first JSON or safetensors file of a folder that cannot be read as one."""
-    for pattern in _JSON_FILES:
-        for path in sorted(folder.glob(pattern)):
-            read_json(path)
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as tensors:
-                tensors.keys()
-        except Exception as error:
-            raise FolderError(f"file {str(path)!r} is no whole safetensors file: {first_line(error)}") from error
 
 
 def load_pretrained(
@@ -155,47 +107,107 @@ def load_pretrained(
     quantization_config: Any = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Model (in eval mode) and tokenizer of a folder or hub id.
+    """Model (in eval mode) and tokenizer of a folder or hub id, whose weights are all there and of the right sizes.
 
-    trust_remote_code: run Python code that the folder brings. Raises `FolderError` for files that cannot be read, for
-    weights that are missing, of another size or not finite.
+    trust_remote_code: run Python that the folder brings along; without it, what needs it is refused.
     """
     path = Path(name)
     if not path.exists() and is_path(name):
-        raise FolderError(f"model folder {str(name)!r} does not exist: give an existing folder or a hub id")
+        raise ValueError(f"model folder {str(name)!r} does not exist: give an existing folder or a hub id")
     if path.exists() and not (path / "config.json").is_file():
-        raise FolderError(f"model folder {str(name)!r} holds no config.json: give the folder of an HF checkpoint")
+        raise ValueError(f"model folder {str(name)!r} holds no config.json: give the folder of an HF checkpoint")
+    if path.exists():
+        check_folder(path)
     options = {
         "attn_implementation": attn_implementation,
         "device_map": device_map,
         "quantization_config": quantization_config,
         "dtype": dtype,
     }
-    trust = {"trust_remote_code": trust_remote_code}
-    with loading(name):
-        check_files(path)
-        config = AutoConfig.from_pretrained(name, **trust)
+    with _loading(name, "config.json"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with _loading(name, "weights"):
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            **trust,
             **{k: v for k, v in options.items() if v is not None},
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, **trust)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise FolderError(
-            f"model {str(name)!r} lacks weights that its config.json asks for ({', '.join(missing[:3])}{more}): "
-            "they would be random; give the weights and the configuration of one model"
-        )
+    _check_weights(name, model, info)
+    _check_ids(name, model)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if device_map is None and quantization_config is None:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device)
     check_weights(model, f"model {str(name)!r}")
     return model.eval(), tokenizer
+
+
+def check_tokenizer(name: str | Path, model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer that gives ids past the model's embedding (tokens added to it later may lie there)."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"model {str(name)!r}: its tokenizer has {tokenizer.vocab_size} tokens and its embedding {rows} rows, so "
+            "tokenizer.json is of another model"
+        )
+
+
+@contextmanager
+def _loading(name: str | Path, part: str) -> Iterator[None]:
+    """Any error inside becomes a ValueError that names the model, and the part of it that was being read."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # transformers fails on damaged files in all the ways there are
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model {str(name)!r} brings Python code of its own ({part}), which is not run unless asked: read it, "
+                "then allow it with --trust-remote-code (trust_remote_code=True)"
+            ) from error
+        raise ValueError(f"model {str(name)!r} cannot be loaded: {part}: {first_line(error)}") from error
+
+
+def _check_weights(name: str | Path, model: Any, info: dict[str, Any]) -> None:
+    """Refuse weights of another model: transformers fills what is missing at random and drops what is too much."""
+    missing, mismatched = sorted(info["missing_keys"]), sorted(str(m) for m in info["mismatched_keys"])
+    if missing:
+        raise ValueError(f"model {str(name)!r}: its weights lack {_some(missing)}, so they are of another model than "
+                         "config.json says")  # fmt: skip
+    if mismatched or info.get("error_msgs"):
+        raise ValueError(f"model {str(name)!r}: its weights do not fit config.json: "
+                         f"{_some(mismatched or info['error_msgs'])}")  # fmt: skip
+    # Towers and heads that a causal model has no use for may be dropped; a part of its own layers may not.
+    lists = [n for n, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
+    layer = re.compile("(" + "|".join(re.escape(n.split(".", 1)[-1]) for n in lists) + r")\.\d+\.") if lists else None
+    harmless = ("inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # buffers that old versions saved
+    odd = [k for k in sorted(info["unexpected_keys"])
+           if layer is not None and re.match(rf"(\w+\.)?{layer.pattern}", k) and not k.endswith(harmless)]  # fmt: skip
+    if odd and getattr(model.config, "quantization_config", None) is None:
+        raise ValueError(f"model {str(name)!r}: its weights have {_some(odd)}, which the model of config.json has not")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _check_ids(name: str | Path, model: Any) -> None:
+    """End tokens that are whole numbers within the vocabulary, and a context of some length."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    config = model.config.get_text_config()
+    generation = getattr(model, "generation_config", None)
+    for file, holder in (("generation_config.json", generation), ("config.json", config)):
+        ids = getattr(holder, "eos_token_id", None)
+        for token in ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]:
+            if type(token) is not int or not 0 <= token < rows:
+                raise ValueError(f"model {str(name)!r}: {file}: eos_token_id {ids!r} must be ids below {rows}")
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and (type(context) is not int or context < 2):
+        raise ValueError(f"model {str(name)!r}: config.json: max_position_embeddings {context!r} must be at least 2")
 
 
 def without_dropout(model: Any) -> None:
@@ -219,46 +231,38 @@ def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
 
 
-Described = TypeVar("Described")
+def read_diffusion(model: Any) -> DiffusionConfig | None:
+    """The `diffusion` object of the model's config, checked; None for an untouched AR model."""
+    raw = getattr(model.config, "diffusion", None)
+    return None if raw is None else parse_diffusion(raw, model)
 
 
-def described(cls: type[Described], raw: Any, where: str) -> Described:
-    """A flat dataclass out of a JSON object; `FolderError` names the field that is missing or of another type."""
-    if not isinstance(raw, dict):
-        raise FolderError(f"{where} is {raw!r}, not an object")
-    given: dict[str, Any] = {}
-    for f in fields(cls):  # type: ignore[arg-type]
-        if f.name not in raw:
-            if f.default is MISSING:
-                raise FolderError(f"{where} lacks {f.name!r}: it was written by something else")
-            continue
-        value, kinds = raw[f.name], [kind.strip() for kind in str(f.type).split("|")]
-        kind = "None" if value is None else type(value).__name__
-        if kind not in kinds and not (kind == "int" and "float" in kinds):
-            raise FolderError(f"{where} has {f.name} = {value!r}, which must be {f.type}")
-        given[f.name] = value
-    try:
-        return cls(**given)
-    except ValueError as error:
-        raise FolderError(f"{where}: {error}") from error
+def parse_diffusion(raw: Any, model: Any, *, drafter: Drafter | None = None) -> DiffusionConfig:
+    """The `diffusion` object as what it says, if `model` can be that: ids in its vocabulary, blocks in its context.
 
-
-def read_diffusion(model: Any, raw: Any = None, vocabulary: int | None = None) -> DiffusionConfig | None:
-    """The `diffusion` object of the model's config, or `raw` in its place; None for an untouched AR model.
-
-    vocabulary: ids that a mask token may have, the model's own unless given (a drafter's has no row in its base).
+    drafter: has the embeddings of the masks, which are then no rows of the model's.
     """
-    raw = getattr(model.config, "diffusion", None) if raw is None else raw
-    if raw is None:
-        return None
-    where = "config.json's object 'diffusion'"
-    diffusion = described(DiffusionConfig, raw, where)
-    vocabulary = vocabulary or model.get_input_embeddings().weight.shape[0]
-    if not 0 <= diffusion.mask_token_id < vocabulary:
-        raise FolderError(f"{where} has mask_token_id = {diffusion.mask_token_id}, outside the {vocabulary} tokens")
+    where = "the diffusion object of config.json"
+    diffusion = parse(DiffusionConfig, raw, where, more=True)
+    first, number = diffusion.mask_token_id, diffusion.mask_rows
+    rows = model.get_input_embeddings().weight.shape[0]
+    if number < 1:
+        raise ValueError(f"mask_rows {number} of {where} must be at least 1")
+    if drafter is None and not 0 <= first <= rows - number:
+        raise ValueError(f"mask_token_id {first} of {where} is outside the vocabulary of {rows} tokens")
+    if drafter is not None and (first, number) != (drafter.mask_token_id, drafter.config.mask_rows):
+        raise ValueError(
+            f"mask_token_id {first} and mask_rows {number} of {where} are not the tokenizer's "
+            f"{drafter.mask_token_id} and the drafter's {drafter.config.mask_rows}"
+        )
+    if diffusion.clean_attention not in (None, "causal", "block_causal"):
+        raise ValueError(
+            f"clean_attention {diffusion.clean_attention!r} of {where} is unknown: use causal or block_causal"
+        )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if diffusion.block_size is not None and context is not None and diffusion.block_size > context:
-        raise FolderError(f"{where} has block_size = {diffusion.block_size}, beyond the context of {context}")
+    block = diffusion.block_size
+    if block is not None and (block < 1 or (context is not None and block > context)):
+        raise ValueError(f"block_size {block} of {where} must be from 1 to the context of {context} tokens")
     return diffusion
 
 
@@ -268,10 +272,16 @@ def write_diffusion(model: Any, diffusion: DiffusionConfig | None) -> None:
         model.config.diffusion = asdict(diffusion)
 
 
-def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub id."""
-    with loading(name):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if Path(name).exists():
+        check_folder(Path(name))
+    with _loading(name, "tokenizer.json, tokenizer_config.json or another file of the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if not tokenizer.get_vocab():
+            raise ValueError("the vocabulary is empty")
+        tokenizer("a")
+    return tokenizer
 
 
 def save_pretrained(folder: str | Path, model: Any, tokenizer: Any, diffusion: DiffusionConfig | None) -> None:
@@ -326,45 +336,44 @@ def save_drafter(folder: str | Path, drafter: Drafter, tokenizer: Any, diffusion
 def read_base(name: str | Path) -> Base | None:
     """The base that a drafter folder names; None for any other folder or hub id."""
     path = Path(name) / "config.json"
-    diffusion = read_json(path).get("diffusion") if path.is_file() else None
-    base = diffusion.get("base") if isinstance(diffusion, dict) else None
-    return None if base is None else described(Base, base, f"{str(path)!r}, diffusion.base,")
+    if not path.is_file():
+        return None
+    diffusion = read_object(path).get("diffusion")
+    if not isinstance(diffusion, dict) or diffusion.get("base") is None:
+        return None
+    return parse(Base, diffusion["base"], f"diffusion.base of {str(path)!r}")
 
 
-def load_drafter(name: str | Path, base: Base, **options: Any) -> tuple[Any, Any, DiffusionConfig, Drafter]:
+def load_drafter(
+    name: str | Path, base: Base, *, trust_remote_code: bool = False, **options: Any
+) -> tuple[Any, Any, DiffusionConfig, Drafter]:
     """Base with its drafter hooked on, tokenizer and config of a drafter folder; `options` load the base."""
     folder = Path(name)
-    check_files(folder)
-    raw = read_json(folder / "config.json")["diffusion"]
-    shape = described(DrafterConfig, raw.get("lora"), f"{str(folder / 'config.json')!r}, diffusion.lora,")
+    described = read_object(folder / "config.json")["diffusion"]
+    shape = parse(DrafterConfig, described.get("lora"), f"diffusion.lora of {str(folder / 'config.json')!r}")
+    weights = read_tensors(folder / DRAFTER_WEIGHTS)
     try:
-        model, _ = load_pretrained(base.name, **options)
+        model, _ = load_pretrained(base.name, trust_remote_code=trust_remote_code, **options)
     except ValueError as error:
-        raise FolderError(
+        raise ValueError(
             f"drafter {str(name)!r} needs its base {base.name!r}, which does not load: set diffusion.base.name in its "
             f"config.json to where the base is ({error})"
         ) from error
     found = fingerprint(model)
     if found != base.fingerprint:
-        raise FolderError(
+        raise ValueError(
             f"drafter {str(name)!r} was trained on another model than {base.name!r}: its base has fingerprint "
             f"{base.fingerprint}, this one {found}; give the original base"
         )
     with _quiet():  # it would warn that the folder's model type is unknown, which is meant
-        tokenizer = load_tokenizer(folder, options.get("trust_remote_code", False))
-    rows = max(model.get_input_embeddings().weight.shape[0], len(tokenizer)) + 1
-    diffusion = read_diffusion(model, raw, rows)
-    assert diffusion is not None
-    weights = folder / DRAFTER_WEIGHTS
-    if not weights.is_file():
-        raise FolderError(f"drafter {str(name)!r} has no file {DRAFTER_WEIGHTS!r}: its weights are missing")
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     drafter = add_drafter(model, tokenizer, shape)
     try:
-        drafter.load_state_dict(load_file(weights))
-    except RuntimeError as error:  # names or shapes of another drafter
-        reason = str(error).splitlines()[-1].strip()
-        raise FolderError(
-            f"file {str(weights)!r} does not fit the drafter that config.json describes: {reason}"
+        drafter.load_state_dict(weights)
+    except RuntimeError as error:
+        reasons = [line.strip() for line in str(error).splitlines()[1:]]
+        raise ValueError(
+            f"weights {str(folder / DRAFTER_WEIGHTS)!r} do not fit diffusion.lora of its config.json: {reasons[0]}"
         ) from error
     check_weights(drafter, f"drafter {str(name)!r}")
-    return model, tokenizer, diffusion, drafter.eval()
+    return model, tokenizer, parse_diffusion(described, model, drafter=drafter), drafter.eval()

@@ -29,6 +29,7 @@ from unmask.attention import (
 )
 from unmask.chunked import CHUNK
 from unmask.denoiser import Pass, run
+from unmask.folders import first_line
 from unmask.hf.network import HFNetwork, Routes, UnsupportedModelError
 
 _PROBE_WINDOW = 5
@@ -247,10 +248,6 @@ def _layers(config: Any) -> str:
     if config.model_type in ("bloom", "mpt"):
         odd.append("layer type 'alibi' attention takes distances from indices, not from position ids")
     return "".join(f"Its {text}. " for text in odd)
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def find_routes(model: Any) -> Routes:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from unmask.attention import PADDING, Layout
+from unmask.plain_text import encode
 from unmask.supervised import (
     COMPLETION,
     MESSAGES,
@@ -168,7 +169,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], end_token_id: int | None = No
     """Token ids of each text, exactly `tokenizer(text)`, with the end token appended if one is given."""
     if not texts:
         return []
-    encoded = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+    encoded = encode(tokenizer, list(texts))["input_ids"]
     tail = [] if end_token_id is None else [end_token_id]
     return [np.asarray(ids + tail, dtype=np.int32) for ids in encoded]
 

@@ -24,6 +24,7 @@ from unmask.embed import embed, named_pattern
 from unmask.evaluation import likelihood
 from unmask.evaluation.likelihood import LikelihoodOutput
 from unmask.finite import check_weights, versions
+from unmask.plain_text import encode, ids_of, rendered_ids
 from unmask.progress import progress
 from unmask.sampling import (
     Acceptance,
@@ -162,6 +163,11 @@ class DiffusionLM:
         self._check_mode(mode)
         self._check_weights()
         check_guidance(guidance_scale)
+        if guidance_scale != 1 and self.drafter is not None:
+            raise ValueError(
+                f"guidance_scale {guidance_scale} hides the prompt behind masks, for which a drafter's base has no "
+                "embedding: leave it at 1, or convert the model whole"
+            )
         _check_draft_length(draft_length, mode)
         rows = self._prompt_ids(prompts, attention_mask)
         if max_new_tokens < 1:
@@ -264,6 +270,11 @@ class DiffusionLM:
             raise ValueError(f"mode {mode!r} cannot see a suffix: infill works in mode 'diffusion'")
         if attention not in (None, "bidirectional"):
             raise ValueError(f"attention {attention!r} is unknown: leave it out, or use 'bidirectional'")
+        if attention == "bidirectional" and self.drafter is not None:
+            raise ValueError(
+                "attention 'bidirectional' needs a model that was converted whole: a drafter reads noise beside its "
+                "base's clean context alone"
+            )
         if attention == "bidirectional":
             config = replace(config, attention="bidirectional", clean_attention=None, block_size=None)
         self._check_remask(remask, config)
@@ -279,8 +290,7 @@ class DiffusionLM:
             raise ValueError(f"num_tokens {num_tokens} must be at least 1: there is nothing to fill in")
         before = self._prompt_ids(prefixes, None)
         after = [
-            torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
-            for text in suffixes
+            torch.tensor(ids_of(self.tokenizer, text, add_special_tokens=False), dtype=torch.long) for text in suffixes
         ]
         context = self.network.context_length
         longest = max(len(p) + len(s) for p, s in zip(before, after, strict=True)) + max(lengths)
@@ -390,13 +400,18 @@ class DiffusionLM:
             rows = [torch.tensor(self._encode(item), dtype=torch.long) for item in items]
         if not rows:
             raise ValueError("prompts is empty: give at least one")
+        tokens = self.model.get_input_embeddings().weight.shape[0]
+        for row in rows:
+            if len(row) and not 0 <= int(row.min()) <= int(row.max()) < tokens:
+                odd = next(int(i) for i in row if not 0 <= i < tokens)
+                raise ValueError(f"prompt token id {odd} is outside the model's vocabulary of {tokens} tokens")
         return [row if len(row) else self._begin() for row in rows]
 
     def _encode(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        encoded = apply_template(self.tokenizer, prompt, add_generation_prompt=True, return_dict=True)
-        return list(encoded["input_ids"])
+            return ids_of(self.tokenizer, prompt)
+        text = apply_template(self.tokenizer, prompt, tokenize=False, add_generation_prompt=True)
+        return rendered_ids(self.tokenizer, text)
 
     def _begin(self) -> Tensor:
         """Where an unconditional text starts: the begin token, else the end token."""
@@ -482,7 +497,7 @@ class DiffusionLM:
         if not texts:
             raise ValueError("texts is empty: give at least one document")
         offsets = bool(self.tokenizer.is_fast)
-        encoded = self.tokenizer(texts, return_offsets_mapping=offsets, return_attention_mask=False, verbose=False)
+        encoded = encode(self.tokenizer, texts, return_offsets_mapping=offsets)
         documents = []
         for i, text in enumerate(texts):
             ids = encoded["input_ids"][i]
@@ -492,6 +507,11 @@ class DiffusionLM:
                 spelt = [len(self.tokenizer.decode([token], skip_special_tokens=True).encode()) for token in ids]
             if spelt:  # white space that the tokenizer drops belongs to the text all the same
                 spelt[-1] += len(text.encode()) - sum(spelt)
+            if self.diffusion is not None and self.diffusion.mask_token_id in ids:
+                raise ValueError(
+                    f"document {i + 1} holds the mask token {self.tokenizer.mask_token!r} as a word of its own, "
+                    "which has probability 0: take it out, or convert with a mask token of its own"
+                )
             documents.append(
                 likelihood.Document(torch.tensor(ids, dtype=torch.long), torch.tensor(spelt, dtype=torch.long))
             )
@@ -525,7 +545,7 @@ class DiffusionLM:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("texts is empty: give at least one")
-        rows = self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+        rows = encode(self.tokenizer, texts)["input_ids"]
         ids = [torch.tensor(row, dtype=torch.long) if row else self._begin() for row in rows]
         context = self.network.context_length
         long = [i for i, row in enumerate(ids) if context is not None and len(row) > context]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from unmask.plain_text import hide_special, ids_of, rendered_ids
+
 PROMPT, COMPLETION, MESSAGES = "prompt", "completion", "messages"
 
 
@@ -103,7 +105,7 @@ def encode_example(
     for each answer, given exactly what `generate` would be given before it.
     """
     if isinstance(example, Completion):
-        prompt = list(tokenizer(example.prompt)["input_ids"])
+        prompt = ids_of(tokenizer, example.prompt)
         spans = [(prompt, continue_ids(tokenizer, prompt, example.prompt, example.completion))]
         return [_joined(spans, end_token_id)]
     documents = []
@@ -111,24 +113,24 @@ def encode_example(
         ids: list[int] = []
         text, spans = "", []
         for before, after in turns:
-            given = continue_ids(tokenizer, ids, text, before[len(text) :], special=False)
-            learnt = continue_ids(tokenizer, ids + given, before, after[len(before) :], special=False)
+            given = continue_ids(tokenizer, ids, text, before[len(text) :], rendered=True)
+            learnt = continue_ids(tokenizer, ids + given, before, after[len(before) :], rendered=True)
             spans.append((given, learnt))
             ids, text = ids + given + learnt, after
         documents.append(_joined(spans, end_token_id))
     return documents
 
 
-def continue_ids(tokenizer: Any, ids: Sequence[int], before: str, text: str, *, special: bool = True) -> list[int]:
+def continue_ids(tokenizer: Any, ids: Sequence[int], before: str, text: str, *, rendered: bool = False) -> list[int]:
     """Tokens of `text` where it follows `before`, whose tokens `ids` stay as they are.
 
     Those of both tokenised together where that begins with `ids`, so that a space in front of a word joins
-    the word as it does in running text; else those of `text` alone.
+    the word as it does in running text; else those of `text` alone. rendered: a chat template wrote them.
     """
-    whole = list(tokenizer(before + text, add_special_tokens=special)["input_ids"])
+    whole = rendered_ids(tokenizer, before + text) if rendered else ids_of(tokenizer, before + text)
     if whole[: len(ids)] == list(ids):
         return whole[len(ids) :]
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return rendered_ids(tokenizer, text) if rendered else ids_of(tokenizer, text, add_special_tokens=False)
 
 
 def _joined(spans: list[tuple[list[int], list[int]]], end_token_id: int | None) -> tuple[list[int], list[bool]]:
@@ -162,10 +164,14 @@ def _turns(tokenizer: Any, messages: list[dict[str, str]]) -> list[list[tuple[st
 
 
 def apply_template(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> Any:
-    """The tokenizer's chat template on messages; what the template raises is a ValueError."""
+    """The tokenizer's chat template on messages; what the template raises is a ValueError.
+
+    Special tokens that a message spells are hidden from it: `rendered_ids` reads them as the text that they are.
+    """
     check_template(tokenizer)
+    hidden = [message | {"content": hide_special(tokenizer, message["content"])} for message in messages]
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return tokenizer.apply_chat_template(hidden, **options)
     except Exception as error:  # a template is a program: it raises what it likes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InvalidRecordError(f"holds messages that the chat template refuses ({reason})") from error

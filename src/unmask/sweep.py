@@ -39,6 +39,7 @@ from unmask.evaluation.frontier import (
 from unmask.evaluation.oracle import speed_of_light
 from unmask.model import DiffusionLM, load
 from unmask.plain_json import to_json
+from unmask.plain_text import ids_of
 from unmask.progress import Advance, progress
 from unmask.run_folder import claim, releases_folders, write_text, writing
 from unmask.sampling import Confidence, EntropyBound, Factor, Random, Selector, Stability, Threshold
@@ -134,7 +135,7 @@ def beginnings(tokenizer: Any, texts: Iterable[str], sweep: Sweep) -> tuple[list
     prompts, rests = [], []
     wanted = sweep.prompt_tokens + sweep.max_new_tokens
     for text in texts:
-        ids = tokenizer(text)["input_ids"]
+        ids = ids_of(tokenizer, text)
         if len(ids) >= wanted:
             prompts.append(torch.tensor(ids[: sweep.prompt_tokens]))
             rests.append(ids[sweep.prompt_tokens : wanted])
@@ -163,7 +164,7 @@ def run_frontier(
     lm, ar = load_pair(model, parent, trust_remote_code)
     rests, score = None, None
     if asked:
-        prompts = [torch.tensor(ar.tokenizer(problem.prompt)["input_ids"]) for problem in asked]
+        prompts = [torch.tensor(ids_of(ar.tokenizer, problem.prompt)) for problem in asked]
 
         def score(texts: list[str]) -> list[bool]:
             return [problem.check(text) for problem, text in zip(asked, texts, strict=False)]

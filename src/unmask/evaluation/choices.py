@@ -17,6 +17,7 @@ from unmask.denoiser import DiffusionConfig, Network
 from unmask.evaluation.likelihood import Document, batches, row_sums
 from unmask.noise import uniforms
 from unmask.objectives import predictable, token_nll
+from unmask.plain_text import ids_of
 from unmask.supervised import continue_ids
 
 
@@ -27,7 +28,7 @@ def choice_document(tokenizer: Any, context: str, choice: str, context_length: i
     """
     if not choice.strip():
         raise ValueError(f"choice {choice!r} is empty: there is nothing to score")
-    given = list(tokenizer(context)["input_ids"])
+    given = ids_of(tokenizer, context)
     scored = continue_ids(tokenizer, given, context, choice)
     if not given:
         raise ValueError(f"context {context!r} makes no tokens, so the first token of the choice could not be scored")

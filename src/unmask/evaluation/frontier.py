@@ -22,6 +22,7 @@ from torch import Tensor
 
 from unmask import hf
 from unmask.evaluation.likelihood import Document, nll, summarise
+from unmask.plain_text import ids_of
 from unmask.sampling import Selector, Threshold
 
 Score = Callable[[list[str]], list[bool]]
@@ -353,7 +354,7 @@ def _ids(lm: TextModel, prompt: str | Tensor) -> Tensor:
     if isinstance(prompt, Tensor):
         ids = prompt.cpu().long()
     else:
-        ids = torch.tensor(lm.tokenizer(prompt)["input_ids"], dtype=torch.long)
+        ids = torch.tensor(ids_of(lm.tokenizer, prompt), dtype=torch.long)
     if not len(ids):
         raise ValueError(f"prompt {prompt!r} has no tokens: a text is judged given at least one")
     return ids

@@ -26,7 +26,9 @@ from unmask.attention import causal
 from unmask.denoiser import Network
 from unmask.evaluation.likelihood import Document, Progress, batches, check_estimator, nelbo, row_sums
 from unmask.objectives import predictable
+from unmask.plain_text import ids_of, rendered_ids
 from unmask.progress import progress
+from unmask.supervised import apply_template
 
 SCORED_ROW = 512
 """Tokens that a row of the batch size stands for when scoring."""
@@ -91,6 +93,7 @@ class HarnessLM(TemplateLM):
         if max_length is not None and not 2 <= max_length <= context:
             raise ValueError(f"max_length {max_length} must be from 2 up to the model's context of {context}")
         self.lm, self.tokenizer = lm, lm.tokenizer
+        self._templated = False
         self.num_samples, self.exact, self.seed = num_samples, exact, seed
         self.batch_size, self.max_length = batch_size, max_length or context
         self.show_progress = show_progress
@@ -119,11 +122,15 @@ class HarnessLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         if add_special_tokens is None:  # the tokenizer's own habit, but never a second begin token
             begun = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
-            return self.tokenizer.encode(string, **({"add_special_tokens": False} if begun else {}))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+            add_special_tokens = not begun
+        if self._templated:  # what a template wrote as special tokens are some
+            return rendered_ids(self.tokenizer, string, add_special_tokens=add_special_tokens)
+        return ids_of(self.tokenizer, string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
+        self._templated = True
+        return apply_template(
+            self.tokenizer,
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,

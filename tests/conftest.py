@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import pty
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -145,26 +143,6 @@ def shared() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip("needs the folder shared/ with real models beside the checkout")
     return folder
-
-
-@pytest.fixture(scope="session")
-def emulator(shared: Path) -> tuple[Any, Any]:
-    """The module of an emulated device, and the `torch.inference_mode` that it wants in place of torch's own."""
-    if not (shared / "tools" / "emulated_device.py").is_file():
-        pytest.skip("needs shared/tools/emulated_device.py beside the checkout")
-    plain = torch.inference_mode
-    sys.path.insert(0, str(shared / "tools"))
-    import emulated_device
-
-    wanted, torch.inference_mode = torch.inference_mode, plain
-    return emulated_device, wanted
-
-
-@pytest.fixture
-def emulated(emulator: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A device of real values that counts waits: see `emulated.Device`."""
-    monkeypatch.setattr(torch, "inference_mode", emulator[1])
-    return emulator[0]
 
 
 @pytest.fixture(autouse=True)

@@ -7,43 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MASK, SUPPORTED, block_config, network, random_tokens, tiny_model
+from conftest import block_config, network, random_tokens
 
-from unmask import hf
-from unmask.denoiser import DiffusionConfig
-from unmask.sampling import Ancestral, Canvas, Confidence, Remask, sample_bidirectional, sample_canvases
+from unmask.sampling import Ancestral, Remask, sample_canvases
 from unmask.settings import load_recipe
 
 CONFIG = DiffusionConfig(MASK, "bidirectional", None, None, True, "test", "0")
-
-
-def run(net: Any, **options: Any) -> Any:
-    canvases = [Canvas.around(random_tokens(n, seed=n), k, random_tokens(2)) for n, k in ((3, 6), (5, 4), (2, 5))]
-    return sample_bidirectional(net, CONFIG, canvases, seed=3, **options)
-
-
-@pytest.mark.parametrize("options", [
-    {}, {"temperature": 1.0},
-    {"select": Confidence(1)}, {"select": Ancestral(), "max_denoising_steps": 5}, {"guidance_scale": 2.0},
-    {"remask": Remask("cap", 0.3), "max_denoising_steps": 9},
-    {"remask": Remask("confidence"), "max_denoising_steps": 9},
-])  # fmt: skip
-def test_a_canvas_looks_at_the_device_once_a_forward_and_samples_the_same(
-    options: dict[str, Any], emulated: Any
-) -> None:
-    expected = run(hf.HFNetwork(tiny_model(SUPPORTED["llama"]()), MASK), **options)
-    with emulated.Device() as device:
-        net = hf.HFNetwork(tiny_model(SUPPORTED["llama"]()).to("emu"), MASK)
-        made, form = [], net.form
-        net.form = lambda *given: made.append(given) or form(*given)
-        device.waits.clear()
-        got = run(net, **options)
-        waits = dict(device.waits)
-    assert got.new_tokens == expected.new_tokens
-    assert torch.equal(got.num_forwards, expected.num_forwards)
-    steps = options.get("max_denoising_steps", int(got.num_forwards.max()) // (2 if "guidance_scale" in options else 1))
-    assert sum(waits.values()) <= steps, waits
-    assert len(made) <= 3  # a row that ends makes the layout anew
 
 
 def test_ancestral_near_the_context_does_not_depend_on_its_batch_mates() -> None:

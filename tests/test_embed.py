@@ -89,7 +89,7 @@ def test_files_hold_one_vector_a_document(run, converted: Path, stories: Path, t
         (["{parent}", "{stories}", "--output", "{out}/v.pt"], "v.pt' has an unknown type"),
         (["{parent}", "{stories}", "--output", "{out}/d.npy"], "d.npy' is a folder"),
         (["{parent}", "./nothing.txt", "--output", "{out}/v.npy"], "nothing.txt"),
-        (["{parent}", "nothing", "--output", "{out}/v.npy"], "'nothing' does not exist"),
+        (["{parent}", "nothing", "--output", "{out}/v.npy"], "'nothing' is no file here"),
         (["{parent}", "{empty}", "--output", "{out}/v.npy"], "holds no documents"),
         (["{parent}", "{stories}", "--output", "{out}/v.npy", "--pattern", "diagonal"], "'diagonal' is unknown"),
         (["{parent}", "{stories}", "--output", "{out}/v.npy", "--pattern", "block_causal"], "needs a block size"),

@@ -239,7 +239,7 @@ def test_evaluate_tasks_from_the_command_line(run, converted: Path, ending: Path
                                "block_size": 4, "max_length": 128, "seed": 0}  # fmt: skip
     assert result["n-shot"] == {"mood": 1, "end": 1, "story": 1}
     assert result["costs"]["mood"]["num_forwards"] == 4 * 2 * 2
-    assert result["costs"]["end"]["tokens_per_forward"] >= 1
+    assert result["costs"]["end"]["tokens_per_forward"] > 0.5  # what is committed behind an end token is no text
     assert json.loads((out_folder / "results.json").read_text())["results"] == result["results"]
     samples = [json.loads(line) for line in (out_folder / "samples_mood.jsonl").read_text().splitlines()]
     assert len(samples) == 4

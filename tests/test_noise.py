@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -41,12 +40,6 @@ def test_numpys_generator_is_the_published_one(
 @pytest.mark.parametrize("size", [1, 4, 13, 1000])
 def test_torch_and_numpy_draw_the_same_bits(size: int) -> None:
     assert torch.equal(torch_bits(KEYS, size), bits(KEYS, size))
-
-
-def test_an_emulated_device_draws_the_same_bits_and_floats(emulated: Any) -> None:
-    with emulated.Device():
-        found = uniforms(KEYS, 37, torch.device("emu")).cpu()
-    assert torch.equal(found, uniforms(KEYS, 37))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -157,7 +157,7 @@ def local_files(sources: Sequence[str | Path], what: str) -> list[Path]:
     files = find_files(sources)
     if files is None:
         raise ValueError(
-            f"{what} {str(sources[0])!r} is no file or folder here: give {', '.join(SUFFIXES)} files, or a folder"
+            f"{what} {str(sources[0])!r} is no file here: give {', '.join(SUFFIXES)} files, or a folder"
         )
     return files
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from unmask.attention import PADDING, Layout
+from unmask.noise import seed_for
 from unmask.plain_text import encode
 from unmask.supervised import (
     COMPLETION,
@@ -225,7 +226,9 @@ class Corpus:
 
     def stream(self, seed: int, epoch: int, start: int) -> Iterator[Document]:
         """Documents of an epoch in its own random order, from the `start`-th on."""
-        order = np.random.default_rng([seed, epoch]).permutation(len(self))
+        # numpy reads a list as words of 32 bits, so that [2^32, 0] would be [0, 1], and takes no negative number.
+        key = [seed, epoch] if 0 <= seed < 2**32 else seed_for(("documents", seed, epoch))
+        order = np.random.default_rng(key).permutation(len(self))
         for index in order[start:]:
             yield self.document(index)
 
@@ -352,7 +355,7 @@ class HubStream:
 
     def stream(self, seed: int, epoch: int, start: int) -> Iterator[Document]:
         """Documents of an epoch in the order of a shuffling buffer, from the `start`-th on."""
-        data = self.data.shuffle(seed=seed + epoch, buffer_size=10_000)
+        data = self.data.shuffle(seed=seed_for(("documents", seed, epoch)), buffer_size=10_000)
         texts: list[str] = []
         for record in data.skip(start) if start else data:
             texts.append(record[self.text_column].strip())

@@ -20,6 +20,7 @@ from unmask.data import Corpus
 from unmask.evaluation import likelihood
 from unmask.evaluation.frontier import Score, Setting, measure, padded
 from unmask.model import DiffusionLM
+from unmask.noise import seed_for
 from unmask.sampling import Candidates, Confidence, Selector, Threshold
 
 Row = dict[str, Any]
@@ -162,7 +163,7 @@ def measure_votes(s: Subject) -> list[Row]:
             ids, real = padded(s.held_out.prompts[start : start + _BATCH])
             out = s.lm.generate(
                 ids, max_new_tokens=s.budget.new_tokens, attention_mask=real, select=select,
-                temperature=s.budget.vote_temperature, seed=1000 * k + start,
+                temperature=s.budget.vote_temperature, seed=seed_for(("vote", k, start)),
             )  # fmt: skip
             texts += out.texts
         right.append(s.held_out.score(texts))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,12 +26,21 @@ Key = tuple[int | str, ...]
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 _BUMPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _LOW = 0xFFFFFFFF
+_IN_CACHE, _ON_DEVICE = 2**17, 2**24
+"""Numbers made at once: so many stay in a core's cache; on a device their intermediate ones take 1 GB or so."""
 
 
 def _words(key: Key) -> tuple[int, int]:
     """128 bits of `key`, as two numbers below 2^64; integers of any size and sign have keys of their own."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    plain = tuple(part if isinstance(part, str) else operator.index(part) for part in key)  # numpy's 3 is 3
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+def seed_for(key: Key) -> int:
+    """A seed of 128 bits hashed from `key`, for numbers that are not drawn here: sums of seeds would meet."""
+    first, second = _words(key)
+    return first | second << 64
 
 
 def _signed(word: int) -> int:
@@ -109,4 +119,11 @@ def gumbels(keys: Sequence[Key], size: int, device: torch.device | None = None) 
     AR and diffusion sampling read the same noise at the same place, so that they can be compared token for
     token. float64 because float32 uniforms cut the tail at 16.6, which lowers the temperature (2409.02908).
     """
-    return uniforms(keys, size, device).log_().neg_().log_().neg_()
+    on_cpu = device is None or device.type == "cpu"
+    few = max(1, (_IN_CACHE if on_cpu else _ON_DEVICE) // max(1, size))
+    if len(keys) <= few:
+        return uniforms(keys, size, device).log_().neg_().log_().neg_()
+    noise = torch.empty(len(keys), size, dtype=torch.float64, device=device)
+    for start in range(0, len(keys), few):
+        noise[start : start + few] = gumbels(keys[start : start + few], size, device)
+    return noise

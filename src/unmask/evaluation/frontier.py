@@ -22,6 +22,7 @@ from torch import Tensor
 
 from unmask import hf
 from unmask.evaluation.likelihood import Document, nll, summarise
+from unmask.noise import seed_for
 from unmask.plain_text import ids_of
 from unmask.sampling import Selector, Threshold
 
@@ -183,7 +184,8 @@ def decode(
     for start in range(0, len(rows), setting.batch_size):
         some = rows[start : start + setting.batch_size]
         if setting.mode == "prompt_lookup":
-            new, calls = prompt_lookup(lm, some[0], max_new_tokens, temperature=temperature, seed=seed + start)
+            new, calls = prompt_lookup(lm, some[0], max_new_tokens, temperature=temperature,
+                                       seed=seed_for(("batch", seed, start)))  # fmt: skip
             texts.append(new)
             strings.append(lm.tokenizer.decode(new, skip_special_tokens=True))
             num_forwards += calls
@@ -195,7 +197,8 @@ def decode(
         elif setting.mode == "speculative":
             options = {"block_size": setting.block_size}
         out = lm.generate(ids, setting.mode, max_new_tokens, attention_mask=real, temperature=temperature,
-                          stop_strings=list(stop_strings) or None, seed=seed + start, **options)  # fmt: skip
+                          stop_strings=list(stop_strings) or None, seed=seed_for(("batch", seed, start)),
+                          **options)  # fmt: skip
         for row, whole, n in zip(some, out.sequences.tolist(), out.num_new_tokens.tolist(), strict=True):
             texts.append(whole[len(row) : len(row) + n])
         strings += out.texts
@@ -319,7 +322,7 @@ def prompt_lookup(
     hook = lm.model.register_forward_hook(count)
     try:
         with torch.inference_mode(), torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(seed_for(("prompt lookup", seed)) >> 65)  # torch takes 63 bits
             out = lm.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, prompt_lookup_num_tokens=num_tokens,
                 eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0, **drawn,

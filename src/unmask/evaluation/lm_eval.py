@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from unmask.attention import causal
 from unmask.denoiser import Network
 from unmask.evaluation.likelihood import Document, Progress, batches, check_estimator, nelbo, row_sums
+from unmask.noise import seed_for
 from unmask.objectives import predictable
 from unmask.plain_text import ids_of, rendered_ids
 from unmask.progress import progress
@@ -328,7 +329,7 @@ class HarnessLM(TemplateLM):
                 self.mode,
                 length,
                 stop_strings=until,
-                seed=self.seed + start,
+                seed=seed_for(("batch", self.seed, start)),
                 attention_mask=real,
                 **self.decoding,
                 **options,

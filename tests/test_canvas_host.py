@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import block_config, network, random_tokens
+from conftest import MASK, block_config, network, random_tokens
 
+from unmask.denoiser import DiffusionConfig
 from unmask.sampling import Ancestral, Remask, sample_canvases
 from unmask.settings import load_recipe
 

@@ -11,17 +11,18 @@ import torch
 from conftest import MASK, block_config, random_tokens, tiny_llama
 
 from unmask import hf
+from unmask.hf.network import cache_keyword
 from unmask.sampling import sample_autoregressive, sample_blocks, sample_speculative
 
 
 def under_names(model: Any, takes: set[str], shown: set[str] | None = None) -> Any:
     """The model with a forward that takes its cache under these names, shows others perhaps, and swallows the rest."""
-    plain = model.forward
+    plain, own = model.forward, cache_keyword(model)
 
     def forward(**given: Any) -> Any:
         caches = {name: given.pop(name, None) for name in ("cache", "past_key_values")}
         cache = next((caches[name] for name in takes if caches[name] is not None), None)
-        return plain(**given) if cache is None else plain(**given, cache=cache)
+        return plain(**given) if cache is None else plain(**given, **{own: cache})
 
     kinds = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
              for name in ("input_ids", "attention_mask", *(takes if shown is None else shown))]  # fmt: skip

@@ -157,9 +157,7 @@ def local_files(sources: Sequence[str | Path], what: str) -> list[Path]:
     """`find_files` where a hub id will not do; what: how the message calls the sources."""
     files = find_files(sources)
     if files is None:
-        raise ValueError(
-            f"{what} {str(sources[0])!r} is no file here: give {', '.join(SUFFIXES)} files, or a folder"
-        )
+        raise ValueError(f"{what} {str(sources[0])!r} is no file here: give {', '.join(SUFFIXES)} files, or a folder")
     return files
 
 

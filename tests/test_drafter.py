@@ -313,6 +313,15 @@ def test_drafter_folder_holds_no_base_and_loads_to_the_same_logits(
     assert any(float(up.detach().abs().max()) > 0 for up in again.drafter.up.values())
 
 
+def test_without_a_tokenizer_of_its_own_a_drafter_uses_its_bases(drafter: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "lean"
+    shutil.copytree(drafter, folder, ignore=shutil.ignore_patterns("checkpoint-*", "token*", "special*", "added*"))
+    one, other = unmask.load(drafter), unmask.load(folder)
+    assert other.tokenizer.mask_token_id == one.tokenizer.mask_token_id
+    texts = [lm.generate("Once there was", mode="speculative", max_new_tokens=9).texts for lm in (one, other)]
+    assert texts[0] == texts[1]
+
+
 def test_drafter_training_leaves_the_base_alone_and_resumes_exactly(
     drafter: Path, tokenizer_and_model: Path, stories: Path, tmp_path: Path
 ) -> None:

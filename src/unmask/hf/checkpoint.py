@@ -353,7 +353,7 @@ def load_drafter(
     shape = parse(DrafterConfig, described.get("lora"), f"diffusion.lora of {str(folder / 'config.json')!r}")
     weights = read_tensors(folder / DRAFTER_WEIGHTS)
     try:
-        model, _ = load_pretrained(base.name, trust_remote_code=trust_remote_code, **options)
+        model, tokenizer = load_pretrained(base.name, trust_remote_code=trust_remote_code, **options)
     except ValueError as error:
         raise ValueError(
             f"drafter {str(name)!r} needs its base {base.name!r}, which does not load: set diffusion.base.name in its "
@@ -365,8 +365,9 @@ def load_drafter(
             f"drafter {str(name)!r} was trained on another model than {base.name!r}: its base has fingerprint "
             f"{base.fingerprint}, this one {found}; give the original base"
         )
-    with _quiet():  # it would warn that the folder's model type is unknown, which is meant
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if (folder / "tokenizer_config.json").is_file():  # else it is the base's, with a mask token more
+        with _quiet():  # it would warn that the folder's model type is unknown, which is meant
+            tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     drafter = add_drafter(model, tokenizer, shape)
     try:
         drafter.load_state_dict(weights)

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from unmask import bench
-from unmask.bench_decode import DecodeCase, throughput, weight_bound
-from unmask.shortcuts import compile_layers
+from unmask.hf.fast.shortcuts import compile_layers
+from unmask.lab import bench_train as bench
+from unmask.lab.bench_decode import DecodeCase, throughput, weight_bound
 from unmask.version import __version__
 
 LENGTH, BLOCK = 4096, 16

@@ -59,7 +59,7 @@ def answer(lm: Any, examples: list[dict[str, str]], batch_size: int = 16) -> lis
 
 
 def encode(lm: Any, example: dict[str, str]) -> tuple[list[int], list[bool]]:
-    from unmask.supervised import Completion, encode_example
+    from unmask.data.supervised import Completion, encode_example
 
     ((ids, loss_mask),) = encode_example(lm.tokenizer, Completion(**example), lm.tokenizer.eos_token_id)
     return ids, loss_mask
@@ -101,7 +101,7 @@ def main() -> None:
     import torch
 
     import unmask
-    from unmask.cli.convert import split_settings
+    from unmask.cli.adapt import split_settings
     from unmask.settings import load_recipe, resolve
 
     torch.set_num_threads(1)

@@ -43,7 +43,7 @@ def main() -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
     import unmask
-    from unmask.data import read_documents
+    from unmask.data.documents import read_documents
     from unmask.sampling import Confidence, sample_autoregressive
 
     torch.set_num_threads(1)

@@ -30,7 +30,7 @@ def is_hit(text: str, word: str) -> bool:
 
 def word_tokens(tokenizer: Any, before: str, word: str) -> int:
     """How many tokens the word has where it stands."""
-    from unmask.supervised import continue_ids
+    from unmask.data.supervised import continue_ids
 
     return len(continue_ids(tokenizer, tokenizer(before)["input_ids"], before, " " + word))
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import unmask
-from unmask.data import read_documents
+from unmask.data.documents import read_documents
 from unmask.sampling import Coupled, Rejection, sample_autoregressive, sample_speculative
 
 

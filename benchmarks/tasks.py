@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import unmask
-from unmask.study import choose, load_study, run_study
-from unmask.tasks import WORDS, Problem, problems, write_problems
+from unmask.lab.study import choose, load_study, run_study
+from unmask.lab.tasks import WORDS, Problem, problems, write_problems
 
 MIX = ("copy", "reverse", "replace", "chain", "shuffle", "shuffle")
 MORE_SUMS = ("copy", "reverse", "replace", "shuffle", "chain", "chain", "chain", "chain")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
 from unmask import hf
-from unmask.denoiser import DiffusionConfig
+from unmask.core.denoiser import DiffusionConfig
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()

@@ -14,8 +14,8 @@ import torch
 from conftest import MASK, SUPPORTED, random_tokens, tiny_model
 
 from unmask import hf
-from unmask.denoiser import DiffusionConfig
-from unmask.noise import Key, uniforms
+from unmask.core.denoiser import DiffusionConfig
+from unmask.core.noise import Key, uniforms
 from unmask.sampling import Ancestral, Canvas, Confidence, Remask, sample_bidirectional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "shared" / "tools"))

@@ -19,7 +19,7 @@ import torch
 from transformers.utils import logging as hf_logging
 
 import unmask
-from unmask.ranks import join, leave
+from unmask.training.ranks import join, leave
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()

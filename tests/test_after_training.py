@@ -11,8 +11,8 @@ import torch
 from conftest import STORIES, VOCABULARY
 
 import unmask
-from unmask.attention import Layout, causal
-from unmask.denoiser import Past
+from unmask.core.attention import Layout, causal
+from unmask.core.denoiser import Past
 
 RUN = {"max_tokens": 500, "max_length": 32, "block_size": 4, "batch_size": 4, "log_every": 1, "eval_every": 1,
        "eval_documents": 2, "save_every": 2, "show_progress": False}  # fmt: skip
@@ -101,7 +101,7 @@ def test_a_training_that_fails_leaves_the_model_stock(
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("unmask.train.save_checkpoint", fail)
+    monkeypatch.setattr("unmask.training.loop.save_checkpoint", fail)
     with pytest.raises(KeyboardInterrupt):
         unmask.adapt(lm, stories, output_dir=tmp_path / "run", **({"recipe": "ar"} | RUN | WAYS[way]))
     assert "forward" not in vars(lm.model)

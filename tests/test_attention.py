@@ -5,9 +5,10 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from unmask import attention, chunked
-from unmask.attention import PADDING, Layout
-from unmask.chunked import chunked_attention
+from unmask.core import attention
+from unmask.core.attention import PADDING, Layout
+from unmask.hf.fast import chunked
+from unmask.hf.fast.chunked import chunked_attention
 
 B = 4
 

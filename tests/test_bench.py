@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from unmask import bench
-from unmask import bench_decode as decode
+from unmask.lab import bench_decode as decode
+from unmask.lab import bench_train as bench
 from unmask.sampling import SampledTokens
 
 

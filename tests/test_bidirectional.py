@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask import hf
-from unmask.attention import Layout, bidirectional
-from unmask.denoiser import DiffusionConfig
-from unmask.noise import gumbel, uniform
+from unmask.core.attention import Layout, bidirectional
+from unmask.core.denoiser import DiffusionConfig
+from unmask.core.noise import gumbel, uniform
 from unmask.sampling import (
     Ancestral,
     Canvas,

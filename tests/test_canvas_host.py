@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import MASK, block_config, network, random_tokens
 
-from unmask.denoiser import DiffusionConfig
+from unmask.core.denoiser import DiffusionConfig
 from unmask.sampling import Ancestral, Remask, sample_canvases
 from unmask.settings import load_recipe
 

@@ -12,12 +12,12 @@ from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
 from torch._dynamo.utils import counters
 
 from unmask import hf
-from unmask.attention import Layout, causal
-from unmask.denoiser import begin, verify
-from unmask.drafter import Drafter, DrafterConfig
-from unmask.hf.compiled import CompiledPasses
+from unmask.core.attention import Layout, causal
+from unmask.core.denoiser import begin, verify
+from unmask.core.drafter import Drafter, DrafterConfig
+from unmask.hf.fast.graphs import CompiledPasses
+from unmask.hf.fast.shortcuts import layers_of
 from unmask.sampling import Confidence, Threshold, sample_autoregressive, sample_blocks, sample_speculative
-from unmask.shortcuts import layers_of
 
 EAGER = {"backend": "eager"}
 """Traced like any compiled pass, but run by torch's own kernels; the last test compiles in earnest."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from unmask.attention import PADDING, Layout
-from unmask.corruption import (
+from unmask.core.attention import PADDING, Layout
+from unmask.core.corruption import (
     Linear,
     mask_bernoulli,
     mask_complementary,

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from unmask.attention import PADDING
-from unmask.data import Corpus, Packer, PackState, find_files, load_corpus, read_documents
+from unmask.core.attention import PADDING
+from unmask.data.documents import Corpus, Packer, PackState, find_files, load_corpus, read_documents
 
 
 def corpus(*lengths: int) -> Corpus:
@@ -168,7 +168,7 @@ def test_a_packer_goes_on_where_another_stopped(steps: int) -> None:
 
 def test_hub_data_is_streamed_and_resumes(tmp_path: Path, tokenizer_and_model: Path) -> None:
     """The hub's own loader, on a data set that lies on this disk."""
-    from unmask.data import HubStream
+    from unmask.data.documents import HubStream
 
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in STORIES))

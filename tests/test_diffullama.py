@@ -16,13 +16,13 @@ from transformers import AutoTokenizer
 
 import unmask
 from unmask import hf
-from unmask.attention import Layout, bidirectional, causal, dense
-from unmask.corruption import Corruption
-from unmask.data import Batch
-from unmask.denoiser import DiffusionConfig, score
-from unmask.objectives import diffusion_loss, predictable, token_nll
+from unmask.core.attention import Layout, bidirectional, causal, dense
+from unmask.core.corruption import Corruption
+from unmask.core.denoiser import DiffusionConfig, score
+from unmask.core.objectives import diffusion_loss, predictable, token_nll
+from unmask.data.documents import Batch
 from unmask.settings import Settings, load_recipe, resolve
-from unmask.train import annealing, corruptions, step_loss
+from unmask.training.loop import annealing, corruptions, step_loss
 
 SHIFTED = DiffusionConfig(MASK, "bidirectional", None, None, True, "test", "0")
 CPU = torch.device("cpu")

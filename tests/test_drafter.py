@@ -24,12 +24,11 @@ from transformers import AutoModelForCausalLM
 
 import unmask
 from unmask import hf
-from unmask.attention import Layout
-from unmask.corruption import Corruption
-from unmask.data import Batch
-from unmask.denoiser import begin, denoise, draft, score, score_ar, score_distilled, score_joint
-from unmask.drafter import Drafter, DrafterConfig
-from unmask.objectives import (
+from unmask.core.attention import Layout
+from unmask.core.corruption import Corruption
+from unmask.core.denoiser import begin, denoise, draft, score, score_ar, score_distilled, score_joint
+from unmask.core.drafter import Drafter, DrafterConfig
+from unmask.core.objectives import (
     DISTANCES,
     ar_loss,
     diffusion_loss,
@@ -39,8 +38,9 @@ from unmask.objectives import (
     joint_loss,
     predictable,
 )
+from unmask.data.documents import Batch
 from unmask.settings import Settings, at_step, load_recipe, resolve
-from unmask.train import step_loss
+from unmask.training.loop import step_loss
 
 RUN = {"show_progress": False, "max_tokens": 3000, "max_length": 64, "block_size": 4, "batch_size": 4}
 
@@ -466,7 +466,7 @@ def _batch() -> tuple[torch.Tensor, Layout, Corruption]:
 @pytest.mark.parametrize("name", ["stories260k", "babyllama-1m"])
 @pytest.mark.parametrize("trained", [False, True])
 def test_speculative_equals_ar_greedy_on_real_prompts(name: str, trained: bool, shared: Path, tmp_path: Path) -> None:
-    from unmask.data import read_documents
+    from unmask.data.documents import read_documents
 
     test = shared / "corpora" / "tinystories" / "test.txt"
     prompts = [text[: 20 + 7 * i % 40] for i, text in zip(range(200), read_documents(test), strict=False)]

@@ -14,8 +14,8 @@ from scipy.stats import spearmanr
 from test_cli import run  # noqa: F401 - a fixture
 
 import unmask
-from unmask.attention import Layout, bidirectional, block_causal, causal
-from unmask.embed import embed
+from unmask.core.attention import Layout, bidirectional, block_causal, causal
+from unmask.evaluation.embed import embed
 from unmask.evaluation.sts import Pair, read_pairs, spearman, sts_spearman
 from unmask.hf import HFNetwork
 
@@ -140,7 +140,7 @@ def test_mteb_takes_the_encoder(converted: Path, tmp_path: Path, monkeypatch: py
     from mteb.abstasks.sts import AbsTaskSTS
     from mteb.tasks import STSBenchmarkSTS
 
-    from unmask.evaluation.mteb import MTEBEncoder
+    from unmask.lab.mteb import MTEBEncoder
 
     pairs = [Pair(STORIES[i], STORIES[(7 * i) % len(STORIES)], float(i % 5)) for i in range(12)]
 

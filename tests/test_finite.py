@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from test_waits import NoWaits
 
 import unmask
-from unmask import train as training
-from unmask.finite import StepWatch, bad_weight
-from unmask.objectives import LossOutput
+from unmask.core.finite import StepWatch, bad_weight
+from unmask.core.objectives import LossOutput
 from unmask.plain_json import to_json
 from unmask.sampling import EntropyBound
 from unmask.settings import Settings
+from unmask.training import loop as training
 
 RUN = {"max_tokens": 1500, "max_length": 64, "block_size": 4, "batch_size": 4, "log_every": 1, "save_every": 2,
        "show_progress": False, "eval_documents": 0}  # fmt: skip

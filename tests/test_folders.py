@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import unmask
 from unmask import cli, hf
-from unmask.denoiser import DiffusionConfig
-from unmask.drafter import DrafterConfig
+from unmask.core.denoiser import DiffusionConfig
+from unmask.core.drafter import DrafterConfig
 
 Damage = Callable[[Path], None]
 

@@ -10,7 +10,7 @@ import torch
 from conftest import STORIES
 
 import unmask
-from unmask.evaluation.frontier import (
+from unmask.lab.frontier import (
     Setting,
     accuracy_under_parallelism,
     check_vocabulary,

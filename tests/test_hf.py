@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import unmask
 from unmask import hf
-from unmask.attention import PADDING, Layout, block_causal, causal
-from unmask.denoiser import begin, denoise, score
+from unmask.core.attention import PADDING, Layout, block_causal, causal
+from unmask.core.denoiser import begin, denoise, score
 
 
 def exact(name: str):

@@ -10,14 +10,14 @@ import torch
 from conftest import MASK, STORIES, block_config, network, random_tokens
 
 import unmask
-from unmask.attention import PADDING, Layout
-from unmask.corruption import mask_exact, segments
-from unmask.denoiser import score
+from unmask.core.attention import PADDING, Layout
+from unmask.core.corruption import mask_exact, segments
+from unmask.core.denoiser import score
+from unmask.core.objectives import ar_loss, diffusion_loss, predictable
 from unmask.evaluation.clean import read_clean, score_noisy
 from unmask.evaluation.likelihood import Document, nelbo, nll
-from unmask.objectives import ar_loss, diffusion_loss, predictable
 from unmask.settings import Settings, resolve
-from unmask.train import corruptions
+from unmask.training.loop import corruptions
 
 
 def document(length: int, seed: int = 0) -> Document:

@@ -13,7 +13,7 @@ from conftest import STORIES, SUPPORTED, random_tokens, tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import unmask
-from unmask import lora
+from unmask.hf import lora
 from unmask.settings import load_recipe
 
 ALL = ("embeddings", "norms", "head")

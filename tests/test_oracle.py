@@ -9,7 +9,7 @@ import torch
 from conftest import block_config, network, random_tokens
 from torch import Tensor
 
-from unmask.evaluation.oracle import compact, speed_of_light
+from unmask.lab.oracle import compact, speed_of_light
 from unmask.sampling import Canvas, Confidence, sample_bidirectional, sample_blocks
 
 MASK = 9

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoTokenizer
 
 import unmask
-from unmask.data import load_corpus
+from unmask.data.documents import load_corpus
+from unmask.data.plain_text import encode, ids_of, rendered_ids
+from unmask.data.supervised import Completion, Conversation, apply_template, encode_example
 from unmask.evaluation.choices import choice_document
-from unmask.plain_text import encode, ids_of, rendered_ids
-from unmask.supervised import Completion, Conversation, apply_template, encode_example
 
 CHAT = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content | trim }}</s>{% endfor %}"

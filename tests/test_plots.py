@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
 
-from unmask import plots
+from unmask.lab import plots
 
 
 def text_of(svg: Path) -> str:
@@ -83,7 +83,8 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
 
 def test_plots_need_no_torch_and_say_what_is_missing() -> None:
     code = (
-        "import sys; from unmask import plots; assert 'torch' not in sys.modules; sys.modules['matplotlib'] = None\n"
+        "import sys; from unmask.lab import plots\nassert 'torch' not in sys.modules\n"
+        "sys.modules['matplotlib'] = None\n"
         "try: plots.require_matplotlib()\nexcept ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ VARIANTS = re.findall(r"^\| (.+?) \| `--recipe ([\w-]+)((?: \w+=\S+)*)`", DOCS.r
 
 
 def settings_of(line: str) -> dict[str, object]:
-    from unmask.cli.convert import split_settings
+    from unmask.cli.adapt import split_settings
 
     return split_settings(line.split())[1]
 

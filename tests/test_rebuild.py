@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 
 from unmask import hf
-from unmask.attention import Layout
-from unmask.corruption import mask_exact, segments
-from unmask.objectives import diffusion_loss, predictable
-from unmask.rebuild import _Kept, _Made, _pack, rebuilding
+from unmask.core.attention import Layout
+from unmask.core.corruption import mask_exact, segments
+from unmask.core.objectives import diffusion_loss, predictable
+from unmask.hf.fast.recompute import _Kept, _Made, _pack, rebuilding
 
 
 @pytest.mark.parametrize("name", SUPPORTED)

@@ -17,7 +17,7 @@ from rich.live import Live
 from test_cli import run  # noqa: F401
 
 import unmask
-from unmask.replay import Watch, token_pieces, write_replay
+from unmask.cli.replay import Watch, token_pieces, write_replay
 from unmask.sampling import (
     Canvas,
     Confidence,

@@ -9,9 +9,9 @@ import torch
 from conftest import STORIES
 
 import unmask
-from unmask.data import load_corpus
-from unmask.rollouts import LONGEST_PROMPT, roll_out
+from unmask.data.documents import load_corpus
 from unmask.sampling import sample_autoregressive
+from unmask.training.rollouts import LONGEST_PROMPT, roll_out
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask import hf
-from unmask.attention import Layout, causal
-from unmask.noise import gumbel
+from unmask.core.attention import Layout, causal
+from unmask.core.noise import gumbel
 from unmask.sampling import (
     Candidates,
     Confidence,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from unmask import noise
-from unmask.data import Corpus, HubStream
-from unmask.evaluation import frontier
-from unmask.noise import gumbels, uniform
+from unmask.core import noise
+from unmask.core.noise import gumbels, uniform
+from unmask.data.documents import Corpus, HubStream
+from unmask.lab import frontier
 
 SEEDS = (0, 1, -1, 2**32, 2**32 + 1, -(2**32), 2**64, 2**64 + 1, 2**200)
 

@@ -8,11 +8,11 @@ import transformers as tf
 from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
 
 from unmask import hf
-from unmask.attention import PADDING, Layout, annealed, block_causal
-from unmask.corruption import Corruption, mask_complementary, mask_exact, segments
-from unmask.denoiser import DiffusionConfig
-from unmask.drafter import DrafterConfig
-from unmask.objectives import (
+from unmask.core.attention import PADDING, Layout, annealed, block_causal
+from unmask.core.corruption import Corruption, mask_complementary, mask_exact, segments
+from unmask.core.denoiser import DiffusionConfig
+from unmask.core.drafter import DrafterConfig
+from unmask.core.objectives import (
     LossOutput,
     ar_loss,
     diffusion_loss,

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import MASK, SUPPORTED, block_config, network, random_tokens, tiny_model
 
-from unmask import hf, slots
-from unmask.attention import Layout, bidirectional, block_causal, causal, lookahead, window
-from unmask.denoiser import begin, denoise
+from unmask import hf
+from unmask.core.attention import Layout, bidirectional, block_causal, causal, lookahead, window
+from unmask.core.denoiser import begin, denoise
+from unmask.hf.fast import kv_cache as slots
 from unmask.sampling import Confidence, sample_autoregressive, sample_blocks
 
 LENGTHS = (9, 3, 14)

@@ -8,8 +8,8 @@ from conftest import MASK, SUPPORTED, block_config, network, random_tokens, tiny
 from torch import Tensor
 
 from unmask import hf
-from unmask.attention import Layout, causal, dense, drafting, two_stream
-from unmask.denoiser import begin, draft, verify
+from unmask.core.attention import Layout, causal, dense, drafting, two_stream
+from unmask.core.denoiser import begin, draft, verify
 from unmask.sampling import Coupled, Rejection, sample_autoregressive, sample_speculative
 from unmask.sampling.speculative import Noise, adapted_length
 
@@ -195,7 +195,7 @@ def test_draft_after_ragged_acceptance_equals_a_fresh_prefix(name: str) -> None:
 @pytest.mark.parametrize("shift", [False, True])
 @torch.no_grad()
 def test_draft_equals_the_training_pass_on_an_aligned_block(shift: bool) -> None:
-    from unmask.denoiser import begin, score, score_ar
+    from unmask.core.denoiser import begin, score, score_ar
 
     net, config, x0 = network(), causal_config(shift=shift), random_tokens(1, 12)
     layout, wanted = Layout.of(torch.arange(12)[None]), torch.arange(12)[None] >= 8

@@ -11,7 +11,7 @@ from conftest import block_config, network, random_tokens
 from torch import Tensor
 
 from unmask.sampling import Candidates, Canvas, Stability, sample_bidirectional, sample_blocks
-from unmask.sampling.select import commit_best
+from unmask.sampling.commit import commit_best
 
 
 def candidates(p: list[float], masked: list[bool], previous: Candidates | None = None) -> Candidates:

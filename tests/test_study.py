@@ -18,10 +18,10 @@ from conftest import tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 import unmask
-from unmask import report, tasks
-from unmask.measures import MEASURES, Budget, count_votes
-from unmask.study import choose, load_study, run_study, study_names
-from unmask.tasks import write_problems
+from unmask.lab import report, tasks
+from unmask.lab.measures import MEASURES, Budget, count_votes
+from unmask.lab.study import choose, load_study, run_study, study_names
+from unmask.lab.tasks import write_problems
 
 TINY = """# A comparison of nothing much.
 max_tokens = 1500

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import unmask
-from unmask.attention import PADDING, Layout
-from unmask.data import Batch, Corpus, Packer, PackState, load_corpus, read_examples
+from unmask.core.attention import PADDING, Layout
+from unmask.core.objectives import diffusion_loss
+from unmask.data.documents import Batch, Corpus, Packer, PackState, load_corpus, read_examples
+from unmask.data.supervised import Completion, Conversation, continue_ids, encode_example
 from unmask.evaluation.likelihood import Document, nelbo, nll
-from unmask.objectives import diffusion_loss
 from unmask.settings import Settings
-from unmask.supervised import Completion, Conversation, continue_ids, encode_example
-from unmask.train import corruptions, count_steps, step_loss
+from unmask.training.loop import corruptions, count_steps, step_loss
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -468,7 +468,7 @@ def test_padding_is_predicted_only_in_the_padded_variant(tokenizer, pairs: Path)
 
 
 def test_supervised_files_are_no_text_for_evaluation(pairs: Path) -> None:
-    from unmask.data import read_documents
+    from unmask.data.documents import read_documents
 
     with pytest.raises(ValueError, match=r"pairs.jsonl' holds supervised examples"):
         list(read_documents(pairs))

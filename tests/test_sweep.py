@@ -13,8 +13,8 @@ from conftest import STORIES
 from test_cli import run  # noqa: F401
 
 import unmask
-from unmask import sweep
-from unmask.evaluation.frontier import Setting, measure
+from unmask.lab import sweep
+from unmask.lab.frontier import Setting, measure
 from unmask.sampling import Confidence, EntropyBound, Factor, Random, Stability, Threshold
 
 SMALL = ("--prompts", 3, "--prompt-tokens", 5, "--max-new-tokens", 6, "--rounds", 1, "--batch-sizes", "1,2")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask.tasks import (
+from unmask.lab.tasks import (
     ITEMS,
     SPLITS,
     TASKS,

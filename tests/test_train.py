@@ -18,11 +18,11 @@ from conftest import STORIES, block_config, network, random_tokens
 from torch._dynamo.utils import counters
 
 import unmask
-from unmask.attention import PADDING, Layout
-from unmask.data import Batch
+from unmask.core.attention import PADDING, Layout
+from unmask.data.documents import Batch
+from unmask.hf.fast.shortcuts import layers_of
 from unmask.settings import Settings, load_recipe, recipe_names, resolve
-from unmask.shortcuts import layers_of
-from unmask.train import learning_rate_at, step_loss
+from unmask.training.loop import learning_rate_at, step_loss
 
 
 def ragged_batch(rows: int = 8, length: int = 16) -> Batch:

@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unmask import hf
-from unmask.attention import PADDING, Layout, causal
-from unmask.data import Batch
-from unmask.drafter import Drafter, DrafterConfig
-from unmask.objectives import LossOutput
+from unmask.core.attention import PADDING, Layout, causal
+from unmask.core.drafter import Drafter, DrafterConfig
+from unmask.core.objectives import LossOutput
+from unmask.data.documents import Batch
 from unmask.sampling import Candidates, Threshold, sample_autoregressive, sample_blocks, sample_speculative
 from unmask.settings import Settings
-from unmask.train import step_loss
+from unmask.training.loop import step_loss
 
 CAUSAL = block_config(clean="causal")
 SHIFTED = block_config(clean="causal", shift=True)

@@ -15,21 +15,19 @@ import numpy as np
 import torch
 import transformers
 
-from unmask import hf, lora
-from unmask.data import Corpus, HubStream, find_files, load_corpus, local_files
-from unmask.denoiser import DiffusionConfig
-from unmask.drafter import Drafter, DrafterConfig
+from unmask import hf
+from unmask.core.denoiser import DiffusionConfig
+from unmask.core.drafter import Drafter, DrafterConfig
+from unmask.core.finite import check_weights
+from unmask.data.documents import Corpus, HubStream, find_files, load_corpus, local_files
 from unmask.evaluation import likelihood
-from unmask.finite import check_weights
+from unmask.hf import lora
 from unmask.model import DiffusionLM, load
 from unmask.plain_json import to_json
 from unmask.progress import progress
-from unmask.ranks import join
-from unmask.rollouts import roll_out
 from unmask.run_folder import claim, ordinary_permissions, releases_folders, write_text, writing
 from unmask.settings import RULE_TEXT, Settings, diffusion_config, load_recipe, recipe_names, resolve
-from unmask.teacher import freeze, load_teacher
-from unmask.train import (
+from unmask.training.loop import (
     Evaluator,
     Progress,
     append_metrics,
@@ -40,6 +38,9 @@ from unmask.train import (
     read_state,
     train,
 )
+from unmask.training.ranks import join
+from unmask.training.rollouts import roll_out
+from unmask.training.teacher import freeze, load_teacher
 from unmask.version import __version__
 
 IN_MEMORY = "a model in memory"

@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask import hf, lora
-from unmask.attention import Pattern
-from unmask.denoiser import DiffusionConfig
-from unmask.drafter import Drafter
-from unmask.embed import embed, named_pattern
+from unmask import hf
+from unmask.core.attention import Pattern
+from unmask.core.denoiser import DiffusionConfig
+from unmask.core.drafter import Drafter
+from unmask.core.finite import check_weights, versions
+from unmask.data.plain_text import encode, ids_of, rendered_ids
+from unmask.data.supervised import apply_template
 from unmask.evaluation import likelihood
+from unmask.evaluation.embed import embed, named_pattern
 from unmask.evaluation.likelihood import LikelihoodOutput
-from unmask.finite import check_weights, versions
-from unmask.plain_text import encode, ids_of, rendered_ids
+from unmask.hf import lora
 from unmask.progress import progress
 from unmask.sampling import (
     Acceptance,
@@ -40,7 +42,6 @@ from unmask.sampling import (
 )
 from unmask.sampling.guidance import check_guidance
 from unmask.sampling.output import Callback
-from unmask.supervised import apply_template
 
 Prompts = str | Sequence[str] | Sequence[dict[str, str]] | Sequence[Sequence[dict[str, str]]] | Tensor
 
@@ -533,8 +534,8 @@ class DiffusionLM:
     ) -> Tensor:
         """(n, hidden) float32: mean over tokenizer(text) of the last hidden states; an empty text is its begin token.
 
-        pattern: "causal", "bidirectional", "block_causal" or any of `unmask.attention`; by default causal where the
-        clean rows are an AR model's (untouched, drafter, tri-mode), bidirectional for other converted checkpoints.
+        pattern: "causal", "bidirectional", "block_causal" or any of `unmask.core.attention`; by default causal where
+        the clean rows are an AR model's (untouched, drafter, tri-mode), bidirectional for other converted checkpoints.
         A text longer than the context loses its end, with a warning.
         """
         if isinstance(pattern, str) or pattern is None:

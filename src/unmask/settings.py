@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
 
-from unmask.denoiser import DiffusionConfig
-from unmask.objectives import DISTANCES
+from unmask.core.denoiser import DiffusionConfig
+from unmask.core.objectives import DISTANCES
 
 LORA_TRAINABLE = ("embeddings", "norms", "head")
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from unmask.corruption import mask_bernoulli, segments
-from unmask.denoiser import DiffusionConfig, Network
+from unmask.core.corruption import mask_bernoulli, segments
+from unmask.core.denoiser import DiffusionConfig, Network
+from unmask.core.noise import uniforms
+from unmask.core.objectives import predictable, token_nll
+from unmask.data.plain_text import ids_of
+from unmask.data.supervised import continue_ids
 from unmask.evaluation.likelihood import Document, batches, row_sums
-from unmask.noise import uniforms
-from unmask.objectives import predictable, token_nll
-from unmask.plain_text import ids_of
-from unmask.supervised import continue_ids
 
 
 def choice_document(tokenizer: Any, context: str, choice: str, context_length: int | None = None) -> Document:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unmask.attention import PADDING, Layout
-from unmask.denoiser import DiffusionConfig, Network, Past, noisy_pass, run
+from unmask.core.attention import PADDING, Layout
+from unmask.core.denoiser import DiffusionConfig, Network, Past, noisy_pass, run
 
 
 @dataclass

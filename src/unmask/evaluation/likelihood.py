@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from unmask.attention import PADDING, Layout
-from unmask.corruption import Corruption, mask_exact, segments
-from unmask.denoiser import DiffusionConfig, Network, score_ar
+from unmask.core.attention import PADDING, Layout
+from unmask.core.corruption import Corruption, mask_exact, segments
+from unmask.core.denoiser import DiffusionConfig, Network, score_ar
+from unmask.core.noise import uniforms
+from unmask.core.objectives import predictable, token_nll
 from unmask.evaluation.clean import read_clean, score_noisy
-from unmask.noise import uniforms
-from unmask.objectives import predictable, token_nll
 
 Progress = Callable[[int], None]
 """Told how many windows were just scored."""

@@ -22,14 +22,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from torch.nn.functional import cross_entropy
 
-from unmask.attention import causal
-from unmask.denoiser import Network
+from unmask.core.attention import causal
+from unmask.core.denoiser import Network
+from unmask.core.noise import seed_for
+from unmask.core.objectives import predictable
+from unmask.data.plain_text import ids_of, rendered_ids
+from unmask.data.supervised import apply_template
 from unmask.evaluation.likelihood import Document, Progress, batches, check_estimator, nelbo, row_sums
-from unmask.noise import seed_for
-from unmask.objectives import predictable
-from unmask.plain_text import ids_of, rendered_ids
 from unmask.progress import progress
-from unmask.supervised import apply_template
 
 SCORED_ROW = 512
 """Tokens that a row of the batch size stands for when scoring."""

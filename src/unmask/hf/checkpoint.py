@@ -21,10 +21,10 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from unmask.denoiser import DiffusionConfig
-from unmask.drafter import Drafter, DrafterConfig
-from unmask.finite import check_weights
-from unmask.folders import check_folder, first_line, parse, read_object, read_tensors
+from unmask.core.denoiser import DiffusionConfig
+from unmask.core.drafter import Drafter, DrafterConfig
+from unmask.core.finite import check_weights
+from unmask.hf.folders import check_folder, first_line, parse, read_object, read_tensors
 from unmask.plain_json import to_json
 from unmask.run_folder import ordinary_permissions
 

@@ -19,7 +19,7 @@ from transformers import (
     DynamicCache,
 )
 
-from unmask.attention import (
+from unmask.core.attention import (
     Layout,
     Pattern,
     block_mask,
@@ -28,14 +28,14 @@ from unmask.attention import (
     same_document,
     window,
 )
-from unmask.chunked import CHUNK
-from unmask.denoiser import Pass, Past, Prefix, run
-from unmask.hf.compiled import CompiledPasses
-from unmask.readout import RowLoss, whole_sum
-from unmask.rebuild import rebuilding
-from unmask.shortcuts import CHUNKED, head_rows, head_sum, last_layer_rows, layers_of, plain_layers
-from unmask.slots import SLOTS, Place, SlotCache, SlotMemory, placed
-from unmask.transfer import to_device
+from unmask.core.denoiser import Pass, Past, Prefix, run
+from unmask.core.head_loss import RowLoss, whole_sum
+from unmask.core.transfer import to_device
+from unmask.hf.fast.chunked import CHUNK
+from unmask.hf.fast.graphs import CompiledPasses
+from unmask.hf.fast.kv_cache import SLOTS, Place, SlotCache, SlotMemory, placed
+from unmask.hf.fast.recompute import rebuilding
+from unmask.hf.fast.shortcuts import CHUNKED, head_rows, head_sum, last_layer_rows, layers_of, plain_layers
 
 
 class UnsupportedModelError(ValueError):

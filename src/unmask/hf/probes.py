@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from unmask.attention import (
+from unmask.core.attention import (
     Layout,
     block_causal,
     causal,
@@ -27,9 +27,9 @@ from unmask.attention import (
     two_stream,
     window,
 )
-from unmask.chunked import CHUNK
-from unmask.denoiser import Pass, run
-from unmask.folders import first_line
+from unmask.core.denoiser import Pass, run
+from unmask.hf.fast.chunked import CHUNK
+from unmask.hf.folders import first_line
 from unmask.hf.network import HFNetwork, Routes, UnsupportedModelError
 
 _PROBE_WINDOW = 5

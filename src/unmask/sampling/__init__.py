@@ -1,11 +1,9 @@
 """Samplers and the commit rules they take."""
 
 from unmask.sampling.autoregressive import sample_autoregressive
-from unmask.sampling.bidirectional import Canvas, sample_bidirectional, sample_canvases
 from unmask.sampling.block import sample_blocks
-from unmask.sampling.output import SampledTokens
-from unmask.sampling.remask import Remask
-from unmask.sampling.select import (
+from unmask.sampling.canvas import Canvas, sample_bidirectional, sample_canvases
+from unmask.sampling.commit import (
     Ancestral,
     Candidates,
     Confidence,
@@ -18,6 +16,8 @@ from unmask.sampling.select import (
     Stability,
     Threshold,
 )
+from unmask.sampling.output import SampledTokens
+from unmask.sampling.remask import Remask
 from unmask.sampling.speculative import Acceptance, Coupled, Rejection, sample_speculative
 from unmask.sampling.trace import Guess, Step, Trace
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unmask.attention import Layout, causal
-from unmask.denoiser import Network, prefill
+from unmask.core.attention import Layout, causal
+from unmask.core.denoiser import Network, prefill
+from unmask.core.transfer import to_device
 from unmask.sampling.output import Callback, SampledTokens, Stop
-from unmask.sampling.seats import Seats
+from unmask.sampling.scheduler import Seats
 from unmask.sampling.tokens import check_sampling, choose_tokens, token_noise
-from unmask.transfer import to_device
 
 
 @torch.inference_mode()

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unmask.attention import PADDING, Layout
-from unmask.denoiser import DiffusionConfig, Network, denoise, prefill
-from unmask.noise import uniform
+from unmask.core.attention import PADDING, Layout
+from unmask.core.denoiser import DiffusionConfig, Network, denoise, prefill
+from unmask.core.noise import uniform
+from unmask.core.transfer import to_device
+from unmask.sampling.commit import Candidates, Selector, Threshold, remember, token_confidence
 from unmask.sampling.guidance import GuidedNetwork
 from unmask.sampling.output import Callback, SampledTokens, Stop
-from unmask.sampling.seats import Seats
-from unmask.sampling.select import Candidates, Selector, Threshold, remember, token_confidence
+from unmask.sampling.scheduler import Seats
 from unmask.sampling.tokens import check_sampling, choose_tokens, token_noise
-from unmask.transfer import to_device
 
 
 @torch.inference_mode()

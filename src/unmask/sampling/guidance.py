@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.attention import Layout, Pattern
-from unmask.denoiser import Network, Past, Prefix
-from unmask.transfer import to_device
+from unmask.core.attention import Layout, Pattern
+from unmask.core.denoiser import Network, Past, Prefix
+from unmask.core.transfer import to_device
 
 
 def check_guidance(scale: float) -> None:

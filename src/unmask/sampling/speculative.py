@@ -20,13 +20,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from unmask.attention import PADDING, Layout, causal
-from unmask.denoiser import DiffusionConfig, Network, draft, prefill, verify
-from unmask.noise import uniforms
+from unmask.core.attention import PADDING, Layout, causal
+from unmask.core.denoiser import DiffusionConfig, Network, draft, prefill, verify
+from unmask.core.noise import uniforms
+from unmask.core.transfer import to_device
 from unmask.sampling.output import Callback, SampledTokens, Stop
-from unmask.sampling.seats import Seats
+from unmask.sampling.scheduler import Seats
 from unmask.sampling.tokens import check_sampling, choose_tokens, token_noise, truncate
-from unmask.transfer import to_device
 
 # --- acceptance rules
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from unmask.noise import gumbels
+from unmask.core.noise import gumbels
 
 
 def token_noise(

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from unmask.sampling.commit import Candidates, Selector, Threshold
 from unmask.sampling.output import Callback
-from unmask.sampling.select import Candidates, Selector, Threshold
 
 
 class Guess(NamedTuple):

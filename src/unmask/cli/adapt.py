@@ -1,0 +1,115 @@
+"""Commands that make models: adapt, recipes, demo."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unmask.cli.app import Data, Json, TrustRemoteCode, app
+from unmask.plain_json import to_json
+
+
+@app.command(
+    epilog="Example: unmask adapt Qwen/Qwen3-0.6B-Base --data corpus.jsonl --output runs/q --max-tokens 50000000 "
+    "block_size=16 mixed_precision=bf16"
+)
+def adapt(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a causal language model.")],
+    data: Data,
+    output: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics, final model.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="SETTING=VALUE of the recipe (see `unmask recipes NAME`).")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a recipe (see `unmask recipes`); by default a converted model's own, else efficient-dlm."
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Clean, unpadded training tokens; without it, one pass over the data.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Continue the run in the output folder.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a model by training it on text."""
+    more, chosen = split_settings(settings or [])
+    if max_tokens is not None:
+        chosen["max_tokens"] = max_tokens
+
+    import unmask
+    from unmask.training.ranks import join, leave
+
+    unmask.adapt(model, [*data, *more], recipe, output, resume=resume, trust_remote_code=trust_remote_code, **chosen)
+    is_main = join().is_main_process
+    leave()
+    if not is_main:
+        return
+    run = json.loads((output / "run.json").read_text())
+    if as_json:
+        print(
+            to_json({"output": str(output), "tokens": run["tokens"], **run["evaluation"], "settings": run["settings"]})
+        )
+        return
+    for name, value in run["evaluation"].items():
+        print(f"held-out {name}: {value:.4f} nats per predicted token", file=sys.stderr)
+    print(f"saved to {output}")
+
+
+def split_settings(items: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Further data files, and SETTING=VALUE pairs with TOML values (bare words are strings)."""
+    files, chosen = [], {}
+    for item in items:
+        name, separator, raw = item.partition("=")
+        if not separator or not name.isidentifier():
+            files.append(item)
+            continue
+        try:
+            chosen[name] = tomllib.loads(f"value = {raw}")["value"]
+        except tomllib.TOMLDecodeError:
+            chosen[name] = raw
+    return files, chosen
+
+
+@app.command(epilog="Example: unmask recipes efficient-dlm")
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show the settings of this recipe.")] = None, as_json: Json = False
+) -> None:
+    """List the recipes, or the settings of one."""
+    import unmask
+    from unmask.settings import recipe_summary
+
+    found = unmask.recipes()
+    if name is not None and name not in found:
+        raise ValueError(f"recipe {name!r} is unknown: use one of {', '.join(found)}")
+    if as_json:
+        print(to_json(found if name is None else {name: found[name]}))
+    elif name is None:
+        for recipe in found:
+            print(f"{recipe:16} {recipe_summary(recipe)}")
+    else:
+        print(f"# {recipe_summary(name)}")
+        for key, value in found[name].items():
+            print(f"{key} = {'(from the parent)' if value is None else to_json(value)}")
+
+
+@app.command(epilog="Example: unmask demo; unmask demo Qwen/Qwen3-0.6B-Base --data corpus.txt --output runs/q")
+def demo(
+    model: Annotated[str | None, typer.Argument(help="Folder or hub id; by default a tiny base made here.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Text to adapt on; by default Python's own sources.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where base and converted model go.")] = Path("runs/demo"),
+    max_tokens: Annotated[int, typer.Option(help="Training tokens of the conversion.")] = 400_000,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """The whole job on a default: make a tiny AR base, convert it, generate with it and measure it."""
+    from unmask.cli.demo import run_demo
+
+    run_demo(model, data, output, max_tokens, trust_remote_code)

@@ -1,0 +1,102 @@
+"""The main job on a default that every Python installation has the text for: its own standard library.
+
+Makes a tokenizer and a tiny LLaMA of 1M parameters, trains it as an AR model, converts it, and shows both.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import sysconfig
+from pathlib import Path
+
+from unmask.plain_json import to_json
+
+BASE_TOKENS = 1_500_000
+VOCABULARY = 1024
+
+
+def run_demo(model: str | None, data: list[str] | None, output: Path, max_tokens: int, trust: bool = False) -> None:
+    """Base (made here unless given) -> conversion -> text and likelihood from both; trust: run a model's own code."""
+    import unmask
+    from unmask.data.documents import find_files, read_documents
+    from unmask.evaluation.likelihood import summarise
+
+    if data is None:
+        data = [str(_write_sources(output / "sources.jsonl"))]
+    if model is None:
+        model = str(make_base(output / "base", data[0]))
+    converted = output / "converted"
+    _say(f"convert {model}")
+    lm = unmask.adapt(
+        model, data, "efficient-dlm", converted, resume=True, trust_remote_code=trust, max_tokens=max_tokens,
+        eval_every=50,
+    )  # fmt: skip
+    base = unmask.load(model, trust_remote_code=trust)
+
+    files = find_files(data)
+    held_out = [text for file in files[-1:] for text in read_documents(file)][-8:] if files else []
+    prompt = held_out[0][:60] if held_out else ""
+    written = base.generate(prompt, max_new_tokens=48)
+    out = lm.generate(prompt, max_new_tokens=48)
+    _say("\n".join([
+        "",
+        f"prompt         {prompt!r}",
+        f"AR parent      {written.texts[0]!r}",
+        f"diffusion      {out.texts[0]!r}",
+        f"forwards       {int(written.num_forwards[0])} and {int(out.num_forwards[0])} for "
+        f"{int(written.num_new_tokens[0])} and {int(out.num_new_tokens[0])} tokens",
+    ]))  # fmt: skip
+    if held_out:
+        nll, bound = summarise(base.nll(held_out)), summarise(lm.nelbo(held_out, seed=0))
+        _say(f"bits per byte  {nll.bits_per_byte:.3f} (AR parent, exact) and {bound.bits_per_byte:.3f} (bound)")
+    _say(f'model          {converted}: try `unmask generate {converted} "import "`')
+
+
+def _write_sources(path: Path) -> Path:
+    """The standard library's modules as documents, in a fixed random order."""
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [text for module in modules if len(text := module.read_text(encoding="utf-8", errors="ignore")) > 500]
+    random.Random(0).shuffle(texts)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(to_json({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def make_base(folder: Path, data: str) -> Path:
+    """A tiny AR base trained on `data`, saved as an ordinary HF folder."""
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    import unmask
+    from unmask.data.documents import local_files, read_documents
+
+    _say("make a tiny AR base from Python's standard library")
+    bpe = ByteLevelBPETokenizer()
+    texts = [text for file in local_files([data], "data") for text in read_documents(file)]
+    bpe.train_from_iterator(texts, VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, bos_token_id=0,
+            eos_token_id=1, tie_word_embeddings=True,
+        )
+    ).eval()  # fmt: skip
+    unmask.adapt(
+        unmask.DiffusionLM(model, tokenizer), data, "ar", folder, resume=True, max_tokens=BASE_TOKENS,
+        max_length=256, batch_size=16, learning_rate=4e-3, eval_every=100,
+    )  # fmt: skip
+    return folder
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr if text.startswith(("make", "convert")) else sys.stdout, flush=True)

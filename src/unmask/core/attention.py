@@ -1,0 +1,227 @@
+"""Attention patterns: who may look at whom, as predicates on where tokens stand.
+
+Knows token positions, documents and streams. Knows no model, no tensor of scores and no cache.
+
+Notation: a `Layout` says where the tokens of one pass stand; a `Pattern` takes the layouts of queries
+and keys, broadcast against each other, and says True where the query attends to the key.
+Because a predicate sees positions and never indices, the same one serves packed rows, repeated
+position ids, left padding, and queries on top of a cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.weak import WeakIdKeyDictionary
+
+from unmask.core.transfer import to_device
+
+PADDING = -1
+"""Document id of padding. Padding is a document of its own: it sees itself, real tokens never see it."""
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a pass stand; three tensors of one (broadcastable) shape.
+
+    position: int64, index inside the token's document. document: int64, `PADDING` for padding.
+    noisy: bool, True in the corrupted stream of a two-stream pass.
+    """
+
+    position: Tensor
+    document: Tensor
+    noisy: Tensor
+
+    @classmethod
+    def of(cls, position: Tensor, document: Tensor | None = None, noisy: bool = False) -> Layout:
+        """One stream: `position` (batch, length), document 0 everywhere unless given."""
+        document = torch.zeros_like(position) if document is None else document
+        return cls(position, document, torch.full_like(position, noisy, dtype=torch.bool))
+
+    @property
+    def real(self) -> Tensor:
+        """True where a token is no padding."""
+        return self.document != PADDING
+
+    def at(self, *index: Any) -> Layout:
+        """The same indexing applied to all three tensors."""
+        return Layout(*(field[index] for field in self))
+
+    def then(self, other: Layout) -> Layout:
+        """This layout followed by `other` along the last dimension."""
+        return Layout(*(torch.cat(pair, dim=-1) for pair in zip(self, other, strict=True)))
+
+    def same(self, other: Layout) -> bool:
+        """Whether both are the same three tensors: a layout that comes again, for which a mask may be known."""
+        return all(a is b for a, b in zip(self, other, strict=True))
+
+    def to(self, device: torch.device) -> Layout:
+        """The layout on `device`; one that comes again, the same tensors, is the same tensors there."""
+        if self.position.device == device:
+            return self
+        return self.once(device, lambda: Layout(*(to_device(field, device) for field in self)))
+
+    def once(self, what: Any, make: Callable[[], Layout]) -> Layout:
+        """`make()`, a layout of new tensors, once for a layout that comes again: masks are told by those tensors."""
+        made = _made.setdefault(self.position, {})
+        known = made.get(what)
+        if known is None or known[0] is not self.document or known[1] is not self.noisy:
+            with torch.inference_mode(False):  # a later pass may learn
+                made[what] = known = self.document, self.noisy, make()
+        layout: Layout = known[2]
+        return layout
+
+
+_made: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""What was made of layouts, by their positions."""
+
+
+Pattern = Callable[[Layout, Layout], Tensor]
+"""(query layout, key layout), broadcastable -> bool tensor, True = the query attends to the key.
+
+Those without tensors of their own are made once, so that masks can be told by them."""
+
+
+def causal(q: Layout, kv: Layout) -> Tensor:
+    """A token sees itself and everything before it."""
+    return kv.position <= q.position
+
+
+def bidirectional(q: Layout, kv: Layout) -> Tensor:
+    """Everything sees everything."""
+    return (q.position == q.position) & (kv.position == kv.position)
+
+
+@functools.cache
+def block_causal(block_size: int) -> Pattern:
+    """Causal across blocks [k*B, (k+1)*B), bidirectional inside one (Efficient-DLM 2512.14067, Fig. 2c)."""
+
+    def pattern(q: Layout, kv: Layout) -> Tensor:
+        return kv.position // block_size <= q.position // block_size
+
+    return pattern
+
+
+_NEVER = torch.iinfo(torch.int32).max
+"""A position that nothing reaches."""
+
+
+@functools.cache
+def two_stream(block_size: int, clean: str = "block_causal", noisy: str = "bidirectional") -> Pattern:
+    """[noisy | clean] in one pass (Efficient-DLM 2512.14067, Fig. 2d; Nemotron-Labs 2607.05722).
+
+    noisy -> noisy: the same block (`noisy="causal"`: what stands before, I-DLM 2604.11035, Uno 2609.04010).
+    noisy -> clean: strictly earlier blocks. clean -> noisy: never.
+    clean -> clean: same or earlier block (`clean="block_causal"`), or strictly causal (`clean="causal"`),
+    in which case the clean half is exactly the AR model.
+    """
+    if clean not in ("block_causal", "causal"):
+        raise ValueError(f"clean attention {clean!r} is unknown: use 'block_causal' or 'causal'")
+    noisy_to_noisy = _inside_block(noisy)
+
+    def pattern(q: Layout, kv: Layout) -> Tensor:
+        q_block, kv_block = q.position // block_size, kv.position // block_size
+        # What is worked out for each token costs nothing beside what is for each pair: two comparisons are left.
+        clean_reach = q.position + 1 if clean == "causal" else (q_block + 1) * block_size
+        reach = torch.where(q.noisy, q_block * block_size, clean_reach)
+        to_clean = torch.where(kv.noisy, _NEVER, kv.position) < reach
+        in_block = torch.where(kv.noisy, kv_block, -1) == torch.where(q.noisy, q_block, -2)
+        if noisy_to_noisy is not bidirectional:
+            in_block = in_block & noisy_to_noisy(q, kv)
+        return to_clean | in_block
+
+    return pattern
+
+
+def annealed(opened: Tensor) -> Pattern:
+    """Causal, plus the future positions that `opened` opens (DiffuLLaMA 2410.17891, section 3.3).
+
+    opened: (length, length) bool, indexed [query position, key position] inside a document; what it holds on
+    and below the diagonal changes nothing. One matrix serves all rows, documents, heads and layers.
+    """
+
+    def pattern(q: Layout, kv: Layout) -> Tensor:
+        return (kv.position <= q.position) | opened[q.position, kv.position]
+
+    return pattern
+
+
+@functools.cache
+def lookahead(reach: int) -> Pattern:
+    """A token sees everything before it and the `reach` tokens after it; 0 is causal.
+
+    The contiguous reading of DiffuLLaMA's annealing (2410.17891, section 3.3, its prose).
+    """
+
+    def pattern(q: Layout, kv: Layout) -> Tensor:
+        return kv.position <= q.position + reach
+
+    return pattern
+
+
+@functools.cache
+def drafting(noisy: str = "bidirectional") -> Pattern:
+    """One noisy block that starts anywhere, after clean tokens that all stand before it.
+
+    clean -> clean: causal, the AR model. noisy -> clean: all. noisy -> noisy: all, or what stands before.
+    The same as `two_stream(B, "causal", noisy)` for a block that starts at a multiple of B.
+    """
+    noisy_to_noisy = _inside_block(noisy)
+
+    def pattern(q: Layout, kv: Layout) -> Tensor:
+        return (~kv.noisy & causal(q, kv)) | (kv.noisy & q.noisy & noisy_to_noisy(q, kv))
+
+    return pattern
+
+
+def _inside_block(noisy: str) -> Pattern:
+    if noisy not in ("bidirectional", "causal"):
+        raise ValueError(f"noisy attention {noisy!r} is unknown: use 'bidirectional' or 'causal'")
+    return causal if noisy == "causal" else bidirectional
+
+
+def same_document(q: Layout, kv: Layout) -> Tensor:
+    """Packed documents never see each other, and nothing sees padding but padding."""
+    return q.document == kv.document
+
+
+@functools.cache
+def window(size: int) -> Pattern:
+    """A sliding window of `size` tokens, measured on positions in both directions."""
+
+    def pattern(q: Layout, kv: Layout) -> Tensor:
+        return (q.position - kv.position).abs() < size
+
+    return pattern
+
+
+def intersect(*patterns: Pattern) -> Pattern:
+    """True where every pattern is."""
+
+    def pattern(q: Layout, kv: Layout) -> Tensor:
+        allowed = patterns[0](q, kv)
+        for other in patterns[1:]:
+            allowed = allowed & other(q, kv)
+        return allowed
+
+    return pattern
+
+
+def dense(pattern: Pattern, q: Layout, kv: Layout) -> Tensor:
+    """The pattern as a bool tensor (batch, queries, keys), True = attend."""
+    q, kv = (Layout(x.position.int(), x.document.int(), x.noisy) for x in (q, kv))  # half the memory to walk
+    return pattern(q.at(..., slice(None), None), kv.at(..., None, slice(None)))
+
+
+def block_mask(pattern: Pattern, q: Layout, kv: Layout) -> BlockMask:
+    """The pattern as FlexAttention's BlockMask, for (batch, queries) against (batch, keys)."""
+
+    def mask_mod(b: Tensor, _h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return pattern(q.at(b, q_idx), kv.at(b, kv_idx))
+
+    (batch, queries), keys = q.position.shape, kv.position.shape[1]
+    return create_block_mask(mask_mod, batch, None, queries, keys, device=str(q.position.device))

@@ -1,0 +1,172 @@
+"""A drafter: low-rank adapters on a frozen base that act on noisy rows only (Uno 2609.04010, section 3).
+
+Clean rows pass through the base's own arithmetic, bit for bit, so the AR model stays what it was; the masks
+get a trained embedding of their own and leave the base's vocabulary alone. Knows modules and which rows of a
+pass are noisy; knows no pattern, no cache and no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from unmask.core.transfer import to_device
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """rank and scale of W x + (scale / rank) B A x on noisy rows, and which linear maps have it.
+
+    targets: "all" (every linear map of the layers), or endings of module names, separated by commas.
+    mask_rows: embeddings of the mask, one for each place in a block or one for all.
+    """
+
+    rank: int = 32
+    scale: float = 64.0
+    targets: str = "all"
+    mask_rows: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"drafter_rank {self.rank} must be at least 1")
+        if not self.scale > 0:
+            raise ValueError(f"drafter_scale {self.scale} must be positive")
+
+
+class _NoisyRows:
+    """Noisy rows of a pass, (batch, length) bool with some True, and how a device picks them without reading it."""
+
+    def __init__(self, noisy: Tensor, device: torch.device) -> None:
+        self.shape, self._noisy, self._device = noisy.shape, noisy, device
+        self.there = to_device(noisy, device)
+        columns = noisy.all(0)
+        self._first = int(columns.long().argmax())
+        # A suffix of every row, as when drafting, is a view where other rows are a gather.
+        self._suffix = bool(columns[self._first :].all()) and bool((noisy == columns).all())
+        self.everywhere = self._suffix and self._first == 0
+
+    @cached_property
+    def index(self) -> tuple[Tensor | slice, ...]:
+        """Of (batch, length)."""
+        if self._suffix:
+            return slice(None), slice(self._first, None)
+        return tuple(to_device(x, self._device) for x in self._noisy.nonzero(as_tuple=True))
+
+    @cached_property
+    def flat_index(self) -> tuple[Tensor]:
+        """Of (batch * length): some layers flatten."""
+        return (to_device(self._noisy.flatten().nonzero()[:, 0], self._device),)
+
+
+class Drafter(nn.Module):
+    """The trained part; hooks on `model` apply it inside `rows(noisy)` and nowhere else."""
+
+    def __init__(self, model: Any, mask_token_id: int, config: DrafterConfig) -> None:
+        super().__init__()
+        self.mask_token_id, self.config = mask_token_id, config
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        self._noisy: _NoisyRows | None = None
+        self._places: Tensor | None = None
+        embedding = model.get_input_embeddings()
+        with torch.no_grad():  # in the space of what the embedding puts out: some models scale it
+            ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
+            mean = embedding(ids[None])[0].float().mean(0).to(embedding.weight.dtype)
+            self.masks = nn.Parameter(mean.repeat(config.mask_rows, 1))
+        self._handles = [
+            embedding.register_forward_pre_hook(self._hide_masks),
+            embedding.register_forward_hook(self._embed_masks),
+        ]
+        generator = torch.Generator().manual_seed(0)
+        for name, module in target_modules(model, config.targets):
+            weight: Any = module.weight
+            out_features, in_features = _shape(module)
+            key = name.replace(".", "-")  # a parameter's name holds no dot
+            down = torch.randn(config.rank, in_features, generator=generator) / in_features**0.5
+            self.down[key] = nn.Parameter(down.to(weight))
+            self.up[key] = nn.Parameter(torch.zeros(out_features, config.rank).to(weight))
+            self._handles.append(module.register_forward_hook(self._adapt(name, self.down[key], self.up[key])))
+
+    @contextmanager
+    def rows(self, noisy: Tensor) -> Iterator[None]:
+        """Within the context the adapters act on these rows (batch, length) of the pass."""
+        before, noisy = self._noisy, noisy.cpu()  # read on the host: on a device each look would wait
+        self._noisy = _NoisyRows(noisy, self.masks.device) if bool(noisy.any()) else None
+        try:
+            yield
+        finally:
+            self._noisy = before
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _adapt(self, name: str, down: Tensor, up: Tensor) -> Any:
+        scale = self.config.scale / self.config.rank
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            noisy = self._noisy
+            if noisy is None:
+                return out
+            x = args[0]
+            if x.shape[:-1] not in (noisy.shape, (noisy.shape.numel(),)):
+                raise ValueError(
+                    f"drafter_targets: {name!r} gets {tuple(x.shape[:-1])} rows of a pass of {tuple(noisy.shape)}, "
+                    "so they cannot be told apart: leave it out (experts are routed)"
+                )
+            if noisy.everywhere or torch.compiler.is_compiling():  # compiled shapes do not depend on which rows
+                added = out + linear(linear(x, down), up) * scale
+                there = noisy.there.flatten() if x.ndim == 2 else noisy.there
+                return added if noisy.everywhere else torch.where(there[..., None], added, out)
+            index = noisy.flat_index if x.ndim == 2 else noisy.index
+            out[index] += linear(linear(x[index], down), up) * scale  # `out` is the map's own: nothing else holds it
+            return out
+
+        return hook
+
+    def _hide_masks(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        self._places = None
+        if self._noisy is None:
+            return None
+        places = args[0] - self.mask_token_id
+        self._places = places.masked_fill((places < 0) | (places >= self.config.mask_rows), -1)
+        return (args[0].masked_fill(self._places >= 0, 0), *args[1:])
+
+    def _embed_masks(self, _module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if self._places is None:
+            return out
+        rows = self.masks.to(out.dtype)[self._places.clamp_min(0)]
+        return torch.where(self._places[..., None] >= 0, rows, out)
+
+
+def target_modules(model: Any, targets: str) -> list[tuple[str, nn.Module]]:
+    """Linear maps of the model's layers whose names end in one of `targets`; the head is never one."""
+    head = model.get_output_embeddings()
+    maps = [
+        (name, module)
+        for name, module in model.named_modules()
+        if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    ]
+    if targets == "all":
+        return maps
+    endings = tuple(ending.strip() for ending in targets.split(","))
+    for ending in endings:
+        if not ending or not any(name.endswith(ending) for name, _ in maps):
+            known = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name, _ in maps))
+            raise ValueError(
+                f"drafter_targets {ending!r} is no linear map of this model: use 'all', or some of {known}"
+            )
+    return [(name, module) for name, module in maps if name.endswith(endings)]
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    """(out, in); GPT-2's Conv1D stores its weight transposed."""
+    rows, columns = module.weight.shape
+    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)

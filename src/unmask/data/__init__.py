@@ -1,0 +1,1 @@
+"""From files and records to rows of tokens."""

@@ -1,0 +1,461 @@
+"""Text files and hub data sets -> documents -> packed rows of one length.
+
+A row holds pieces of documents with their document ids and positions, so that attention can keep them apart.
+A text longer than what is left of a row is cut there, and the rest is a document of its own; a supervised
+example is never cut. Everything an iterator needs to go on where it stopped is (epoch, document, offset).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unmask.core.attention import PADDING, Layout
+from unmask.core.noise import seed_for
+from unmask.data.plain_text import encode
+from unmask.data.supervised import (
+    COMPLETION,
+    MESSAGES,
+    PROMPT,
+    Example,
+    InvalidRecordError,
+    encode_example,
+    missing_column,
+    read_record,
+)
+
+SEPARATOR = b"<|endoftext|>"
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+# --- files -> texts and examples
+
+
+def read_documents(path: Path, *, text_column: str = "text", skip_invalid: bool = False) -> Iterator[str]:
+    """`read_examples` of a file that holds plain text and nothing else."""
+    for example in read_examples(path, text_column=text_column, skip_invalid=skip_invalid):
+        if not isinstance(example, str):
+            raise ValueError(
+                f"data file {str(path)!r} holds supervised examples (prompt and completion, or messages) "
+                "where plain text is needed: choose a column with text_column=NAME, or give another file"
+            )
+        yield example
+
+
+def read_examples(path: Path, *, text_column: str = "text", skip_invalid: bool = False) -> Iterator[Example]:
+    """Texts and supervised examples of one .txt, .jsonl or .parquet file, told apart by their columns.
+
+    White space around a text is stripped, and empty texts are left out. A text that is no UTF-8, a broken
+    JSON line or a missing column is a ValueError that names file and line; with `skip_invalid` that document
+    alone is left out.
+    """
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    for example in readers[path.suffix](path, text_column, skip_invalid):
+        if isinstance(example, str):
+            example = example.strip()
+            if not example:
+                continue
+        yield example
+
+
+def _read_txt(path: Path, _column: str, skip_invalid: bool) -> Iterator[str]:
+    line = 1
+    for raw in path.read_bytes().split(SEPARATOR):
+        try:
+            yield raw.decode()
+        except UnicodeDecodeError as error:
+            if not skip_invalid:
+                raise _invalid(
+                    path, line + raw.count(b"\n", 0, error.start), f"is not UTF-8 ({error.reason})"
+                ) from None
+        line += raw.count(b"\n")
+
+
+def _read_jsonl(path: Path, column: str, skip_invalid: bool) -> Iterator[Example]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.strip():
+                continue
+            problem = ""
+            try:
+                record = json.loads(raw.decode())
+                if isinstance(record, dict):
+                    yield read_record(record, column)
+                    continue
+                problem = f"is no object with a text column {column!r}, found {type(record).__name__}"
+            except InvalidRecordError as error:
+                problem = str(error)
+            except UnicodeDecodeError as error:
+                problem = f"is not UTF-8 ({error.reason})"
+            except json.JSONDecodeError as error:
+                problem = f"is not JSON ({error.msg} at column {error.colno})"
+            if not skip_invalid:
+                raise _invalid(path, number, problem)
+
+
+def _read_parquet(path: Path, column: str, skip_invalid: bool) -> Iterator[Example]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"data file {str(path)!r} is not parquet: {str(error).splitlines()[0]}") from None
+    names = file.schema_arrow.names
+    columns = [name for name in (column, PROMPT, COMPLETION, MESSAGES) if name in names]
+    if not columns:
+        raise ValueError(f"data file {str(path)!r} {missing_column(column, names)}")
+    number = 0
+    for batch in file.iter_batches(columns=columns, batch_size=1024):
+        for record in batch.to_pylist():
+            number += 1
+            try:
+                yield read_record(record, column)
+            except InvalidRecordError as error:
+                if not skip_invalid:
+                    raise _invalid(path, number, str(error)) from None
+
+
+def _invalid(path: Path, line: int, problem: str) -> ValueError:
+    return ValueError(
+        f"data file {str(path)!r}, line {line}: {problem}; mend it, or keep the rest with skip_invalid=true"
+    )
+
+
+def find_files(sources: Sequence[str | Path]) -> list[Path] | None:
+    """The data files behind files and folders; None if the one source is a hub id."""
+    files: list[Path] = []
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            if not found:
+                raise ValueError(f"data folder {str(source)!r} holds no {', '.join(SUFFIXES)} file")
+            files += found
+        elif path.is_file():
+            if path.suffix not in SUFFIXES:
+                raise ValueError(f"data file {str(source)!r} has an unknown type: use {', '.join(SUFFIXES)}")
+            files.append(path)
+        elif path.suffix in SUFFIXES or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+            raise ValueError(f"data file {str(source)!r} does not exist")
+        elif len(sources) > 1:
+            raise ValueError(f"data source {str(source)!r} is no file; a hub id must stand alone")
+        else:
+            return None
+    return files
+
+
+def local_files(sources: Sequence[str | Path], what: str) -> list[Path]:
+    """`find_files` where a hub id will not do; what: how the message calls the sources."""
+    files = find_files(sources)
+    if files is None:
+        raise ValueError(f"{what} {str(sources[0])!r} is no file here: give {', '.join(SUFFIXES)} files, or a folder")
+    return files
+
+
+# --- texts -> token ids
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], end_token_id: int | None = None) -> list[np.ndarray]:
+    """Token ids of each text, exactly `tokenizer(text)`, with the end token appended if one is given."""
+    if not texts:
+        return []
+    encoded = encode(tokenizer, list(texts))["input_ids"]
+    tail = [] if end_token_id is None else [end_token_id]
+    return [np.asarray(ids + tail, dtype=np.int32) for ids in encoded]
+
+
+class Document(NamedTuple):
+    """Token ids (length,) and, for a supervised example, which of them are learnt; None is all of them."""
+
+    ids: np.ndarray
+    loss_mask: np.ndarray | None = None
+
+    def after(self, offset: int) -> Document:
+        return Document(self.ids[offset:], None if self.loss_mask is None else self.loss_mask[offset:])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised documents in memory: document i is tokens[offsets[i] : offsets[i + 1]].
+
+    given: bool like tokens, True on tokens that are never learnt (prompts); None where there are none.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    fingerprint: str
+    given: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def document(self, index: int) -> Document:
+        """Document i; one without given tokens is a text."""
+        if self.given is None:
+            return Document(self[index])
+        given = self.given[self.offsets[index] : self.offsets[index + 1]]
+        return Document(self[index], ~given if given.any() else None)
+
+    def split(self, held_out: int) -> tuple[Corpus, Corpus]:
+        """All but the last `held_out` documents, and those."""
+        cut = len(self) - held_out
+        at = int(self.offsets[cut])
+        before, after = (None, None) if self.given is None else (self.given[:at], self.given[at:])
+        return (
+            Corpus(self.tokens[:at], self.offsets[: cut + 1], self.fingerprint, before),
+            Corpus(self.tokens[at:], self.offsets[cut:] - at, self.fingerprint, after),
+        )
+
+    def stream(self, seed: int, epoch: int, start: int) -> Iterator[Document]:
+        """Documents of an epoch in its own random order, from the `start`-th on."""
+        # numpy reads a list as words of 32 bits, so that [2^32, 0] would be [0, 1], and takes no negative number.
+        key = [seed, epoch] if 0 <= seed < 2**32 else seed_for(("documents", seed, epoch))
+        order = np.random.default_rng(key).permutation(len(self))
+        for index in order[start:]:
+            yield self.document(index)
+
+    def tokens_per_row(self, max_length: int) -> float:
+        """Mean tokens that a packed row holds: fewer than its length where examples are not cut."""
+        if self.given is None:
+            return max_length
+        rows = column = 0
+        for index in range(len(self)):
+            ids, loss_mask = self.document(index)
+            if loss_mask is not None and 0 < max_length - column < len(ids):
+                rows, column = rows + 1, 0
+            more, column = divmod(column + len(ids), max_length)
+            rows += more
+        return self.num_tokens / (rows + (column > 0))
+
+    def filled_up(self, max_length: int, token: int) -> Corpus:
+        """Every document lengthened with `token`, learnt, to `max_length`: DiffuLLaMA's padding (its released code)."""
+        documents = [self.document(index) for index in range(len(self))]
+        tokens = np.full((len(self), max_length), token, dtype=self.tokens.dtype)
+        given = np.zeros((len(self), max_length), dtype=bool)
+        for row, (ids, loss_mask) in enumerate(documents):
+            tokens[row, : len(ids)] = ids
+            if loss_mask is not None:
+                given[row, : len(ids)] = ~loss_mask
+        offsets = np.arange(len(self) + 1, dtype=np.int64) * max_length
+        return Corpus(tokens.reshape(-1), offsets, self.fingerprint, given.reshape(-1))
+
+
+def load_corpus(
+    files: Sequence[Path],
+    tokenizer: Any,
+    *,
+    end_token_id: int | None = None,
+    text_column: str = "text",
+    skip_invalid: bool = False,
+    max_length: int | None = None,
+    max_documents: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Corpus:
+    """Read and tokenise files, in batches of documents; `progress` is told the bytes of text done.
+
+    A supervised example longer than `max_length` is a ValueError, or left out with `skip_invalid`.
+    """
+    pieces: list[Document] = []
+    digest = hashlib.sha256()
+
+    def flush(examples: list[Example], path: Path) -> None:
+        texts = iter(tokenize(tokenizer, [e for e in examples if isinstance(e, str)], end_token_id))
+        done = 0
+        for example in examples:
+            raw = (example if isinstance(example, str) else repr(example)).encode()
+            digest.update(len(raw).to_bytes(8, "little") + raw)
+            done += len(raw)
+            if isinstance(example, str):
+                pieces.append(Document(next(texts)))
+                continue
+            try:
+                encoded = encode_example(tokenizer, example, end_token_id)
+                for ids, loss_mask in encoded:
+                    if max_length is not None and len(ids) > max_length:
+                        raise InvalidRecordError(f"makes {len(ids)} tokens: raise max_length={max_length}")
+                    if not any(loss_mask):
+                        raise InvalidRecordError("has a completion without tokens")
+            except InvalidRecordError as error:
+                if not skip_invalid:
+                    raise ValueError(
+                        f"data file {str(path)!r}: the example {_shortened(repr(example))} {error}; "
+                        "mend it, or keep the rest with skip_invalid=true"
+                    ) from None
+                continue
+            pieces.extend(Document(np.asarray(ids, dtype=np.int32), np.asarray(mask)) for ids, mask in encoded)
+        if progress is not None:
+            progress(done)
+
+    for path in files:
+        before = len(pieces)
+        examples: list[Example] = []
+        for example in read_examples(path, text_column=text_column, skip_invalid=skip_invalid):
+            if max_documents is not None and len(pieces) + len(examples) >= max_documents:
+                break
+            examples.append(example)
+            if len(examples) == 256:
+                flush(examples, path)
+                examples = []
+        if examples:
+            flush(examples, path)
+        if len(pieces) == before and (max_documents is None or before < max_documents):
+            raise ValueError(f"data file {str(path)!r} holds no documents")
+    lengths = np.array([len(piece.ids) for piece in pieces], dtype=np.int64)
+    given = None
+    if any(piece.loss_mask is not None for piece in pieces):
+        given = np.concatenate([np.zeros(len(ids), bool) if mask is None else ~mask for ids, mask in pieces])
+    return Corpus(
+        np.concatenate([piece.ids for piece in pieces]),
+        np.concatenate([[0], lengths.cumsum()]),
+        digest.hexdigest()[:16],
+        given,
+    )
+
+
+def _shortened(text: str, width: int = 70) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+class HubStream:
+    """Documents of a hub data set, streamed and tokenised in batches; its length is not known."""
+
+    def __init__(self, name: str, tokenizer: Any, *, end_token_id: int | None, text_column: str, split: str) -> None:
+        import datasets
+
+        try:
+            self.data = datasets.load_dataset(name, split=split, streaming=True)
+        except Exception as error:  # the hub client's own errors are many and say where they come from
+            raise ValueError(
+                f"data {name!r} is no file here and cannot be opened on the hub: "
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
+        columns = self.data.column_names
+        if columns is not None and text_column not in columns:
+            raise ValueError(f"data {name!r} has no text column {text_column!r}, found {sorted(columns)}")
+        self.tokenizer, self.end_token_id, self.text_column = tokenizer, end_token_id, text_column
+        self.fingerprint = f"{name}:{split}"
+
+    def stream(self, seed: int, epoch: int, start: int) -> Iterator[Document]:
+        """Documents of an epoch in the order of a shuffling buffer, from the `start`-th on."""
+        data = self.data.shuffle(seed=seed_for(("documents", seed, epoch)), buffer_size=10_000)
+        texts: list[str] = []
+        for record in data.skip(start) if start else data:
+            texts.append(record[self.text_column].strip())
+            if len(texts) == 256:
+                yield from map(Document, tokenize(self.tokenizer, texts, self.end_token_id))
+                texts = []
+        if texts:
+            yield from map(Document, tokenize(self.tokenizer, texts, self.end_token_id))
+
+
+# --- token ids -> packed rows
+
+
+@dataclass(frozen=True)
+class PackState:
+    """Where the next row begins: which document of which epoch, and how far into it."""
+
+    epoch: int = 0
+    document: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows: x0 (batch, length), where its tokens stand, and which are learnt (bool; None is all)."""
+
+    x0: Tensor
+    layout: Layout
+    loss_mask: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.layout.real.sum())
+
+    def rows(self, start: int, stop: int) -> Batch:
+        loss_mask = None if self.loss_mask is None else self.loss_mask[start:stop]
+        return Batch(self.x0[start:stop], self.layout.at(slice(start, stop)), loss_mask)
+
+
+class Packer:
+    """Rows of `max_length` tokens from a corpus or stream, epoch after epoch, resumable at any row.
+
+    The last row of an epoch is filled up from the next one; with `epochs` the stream ends, and its last row
+    is padded. So is a row whose rest is too short for the supervised example that comes next.
+    """
+
+    def __init__(
+        self,
+        source: Corpus | HubStream,
+        max_length: int,
+        *,
+        seed: int,
+        epochs: int | None = None,
+        state: PackState | None = None,
+    ) -> None:
+        self.source, self.max_length, self.seed, self.epochs = source, max_length, seed, epochs
+        self.state = state or PackState()
+        self._documents = self._walk(self.state)
+        self._rest = Document(np.zeros(0, dtype=np.int64))
+
+    def _walk(self, state: PackState) -> Iterator[tuple[PackState, Document]]:
+        epoch, start, offset = state.epoch, state.document, state.offset
+        while self.epochs is None or epoch < self.epochs:
+            empty = start == 0
+            for number, whole in enumerate(self.source.stream(self.seed, epoch, start), start):
+                yield PackState(epoch, number, offset), whole.after(offset)
+                empty, offset = False, 0
+            if empty:
+                raise ValueError("the training data holds no documents")
+            epoch, start = epoch + 1, 0
+
+    def batch(self, size: int) -> Batch | None:
+        """The next `size` rows, at the end filled up with padding, or None when nothing is left.
+
+        Always `size` rows, so that every rank of a distributed step has its share to run.
+        """
+        ids = np.zeros((size, self.max_length), dtype=np.int64)
+        position = np.tile(np.arange(self.max_length), (size, 1))
+        document = np.full((size, self.max_length), PADDING, dtype=np.int64)
+        learnt = np.ones((size, self.max_length), dtype=bool)
+        row = column = number = 0
+        while row < size:
+            rest, loss_mask = self._rest
+            if not len(rest):
+                following = next(self._documents, None)
+                if following is None:
+                    break
+                self.state, self._rest = following
+                continue
+            if loss_mask is not None and 0 < self.max_length - column < len(rest) <= self.max_length:
+                row, column, number = row + 1, 0, 0
+                continue
+            take = min(len(rest), self.max_length - column)
+            piece = slice(column, column + take)
+            ids[row, piece], position[row, piece], document[row, piece] = rest[:take], np.arange(take), number
+            if loss_mask is not None:
+                learnt[row, piece] = loss_mask[:take]
+            self._rest, column, number = self._rest.after(take), column + take, number + 1
+            self.state = replace(self.state, offset=self.state.offset + take)
+            if column == self.max_length:
+                row, column, number = row + 1, 0, 0
+        if row + column == 0:
+            return None
+        x0, where, owner = (torch.from_numpy(array) for array in (ids, position, document))
+        return Batch(x0, Layout.of(where, owner), None if learnt.all() else torch.from_numpy(learnt))

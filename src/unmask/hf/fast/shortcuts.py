@@ -1,0 +1,186 @@
+"""What a stock model need not compute: masked-out pairs, rows that nobody reads, and logits as a whole.
+
+Everything here hooks into a Hugging Face model for the time of one pass and leaves its code alone. Whether a
+model takes a shortcut is not known here: `hf` tries each on a tiny instance and compares.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, Cache
+
+from unmask.core.head_loss import RowLoss, weighted_sum
+from unmask.hf.fast.chunked import chunked_attention, picked_attention
+
+CHUNKED = "unmask_chunked"
+"""Name of chunked attention among transformers' attention functions."""
+
+
+def _chunked_forward(
+    _module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | _Unread,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`chunked_attention` under the signature that transformers' models call."""
+    if dropout:
+        raise ValueError(f"attention dropout {dropout} is not supported by chunked attention: set it to 0")
+    if not isinstance(attention_mask, _Unread):
+        return chunked_attention(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
+    if attention_mask.keys is None:
+        attention_mask.keys = key, value
+        raise _KeysTaken
+    out = picked_attention(query, *attention_mask.keys, attention_mask.allowed, attention_mask.rows, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(CHUNKED, _chunked_forward)
+
+
+# --- rows of the last layer
+
+
+@dataclass
+class _Unread:
+    """The last layer's mask while only some of its rows are wanted: `rows`, flat indices into (batch, queries)."""
+
+    allowed: Tensor
+    rows: Tensor
+    keys: tuple[Tensor, Tensor] | None = None
+
+
+class _KeysTaken(Exception):
+    """The last layer has handed over its keys and values: what follows in that call is not needed."""
+
+
+@contextmanager
+def last_layer_rows(
+    layer: torch.nn.Module, rows: Tensor, gate: Callable[[Tensor], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Within the context a model's last layer is computed for the given rows alone, and comes out packed.
+
+    Behind its attention no row of the last layer is read by another one. It is called twice: once with all
+    rows, up to its attention, which keeps the keys and values; once with the wanted rows, which attend to
+    them. `rows`: flat indices into (batch * length). The model goes on with as many rows of the batch as hold
+    them, so that its shapes stay what it expects: what was rows[i] is then flat row i. gate: entered around the
+    second call with `rows`.
+    """
+    plain: Any = layer.forward
+    signature = inspect.signature(plain)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = dict(signature.bind(*args, **kwargs).arguments)
+        given |= given.pop("kwargs", {})
+        hidden: Tensor = given["hidden_states"]
+        unread = _Unread(given["attention_mask"], rows)
+        with suppress(_KeysTaken):
+            plain(**given | {"attention_mask": unread})
+        if not len(rows):
+            return hidden
+        batch, length = hidden.shape[:2]
+        picked = {name: _pick(value, rows, batch, length) for name, value in given.items()}
+        with gate(rows):
+            out = plain(**picked | {"attention_mask": unread})
+        if isinstance(out, tuple):
+            return (_packed(out[0], length), *out[1:])
+        return _packed(out, length)
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+def _pick(value: Any, rows: Tensor, batch: int, length: int) -> Any:
+    """The rows of whatever has one entry a token; a cache has its keys already."""
+    if isinstance(value, Cache):
+        return None
+    if isinstance(value, tuple):
+        return tuple(_pick(x, rows, batch, length) for x in value)
+    if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == length and value.shape[0] in (1, batch):
+        return value.expand(batch, *value.shape[1:]).flatten(0, 1).index_select(0, rows)[None]
+    return value
+
+
+def _packed(out: Tensor, length: int) -> Tensor:
+    """(1, rows, width) as (n, length, width), filled up with zeros."""
+    return torch.nn.functional.pad(out[0], (0, 0, 0, -out.shape[1] % length)).unflatten(0, (-1, length))
+
+
+def layers_of(model: Any) -> list[torch.nn.Module]:
+    """The model's layers: the first list as long as its configuration says, none if there is no such list."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return list(module)
+    return []
+
+
+def compile_layers(model: Any, *, on: bool = True) -> None:
+    """Let each layer of the model run compiled, or no longer; what is compiled for one of them serves all."""
+    for layer in layers_of(model):
+        if on:
+            layer.compile()
+        else:
+            layer._compiled_call_impl = None  # what a module has that was never compiled
+
+
+@contextmanager
+def plain_layers(model: Any) -> Iterator[None]:
+    """Within the context layers that are compiled run as they are: a cache makes each of them another function."""
+    layers = layers_of(model)
+    if not layers or layers[-1]._compiled_call_impl is None:  # a look at each would cost a decoding pass some time
+        yield
+        return
+    compiled = [layer._compiled_call_impl for layer in layers]
+    compile_layers(model, on=False)
+    try:
+        yield
+    finally:
+        for layer, call in zip(layers, compiled, strict=True):
+            layer._compiled_call_impl = call
+
+
+# --- the head
+
+
+@contextmanager
+def head_rows(head: torch.nn.Module, rows: Tensor | slice | None) -> Iterator[None]:
+    """Within the context the head `head` runs on the given rows only, flat indices into (batch * length)."""
+    if rows is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _module, args: (args[0].flatten(0, 1)[rows],))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def head_sum(
+    head: Any, rows: Tensor | slice | None, row_loss: RowLoss, weight: Tensor, mask_token_id: int | None
+) -> Iterator[None]:
+    """Within the context the head puts out the weighted sum of its rows' losses in place of logits."""
+
+    def forward(hidden: Tensor) -> Tensor:
+        picked = hidden.flatten(0, 1) if rows is None else hidden.flatten(0, 1)[rows]
+        return weighted_sum(picked, head, row_loss, weight, mask_token_id)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward

@@ -1,0 +1,1 @@
+"""Experiments: benchmarks, frontiers, studies. The library never imports them."""

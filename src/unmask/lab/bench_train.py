@@ -1,0 +1,298 @@
+"""Speed and memory beside the plain AR baseline of the same Hugging Face model, in the same process.
+
+Every case runs ours and the baseline in turn and reports medians and their ratio. Random weights of a given
+shape suffice: in the fixed-commit mode exactly n tokens are committed per forward, which separates the engine
+from the quality of a model. Times are seconds of CPU on CPU (one thread) and of wall clock on GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from unmask import hf
+from unmask.core.attention import Layout
+from unmask.core.corruption import Corruption, mask_exact, noise_levels, position_noise, segments
+from unmask.core.denoiser import DiffusionConfig
+from unmask.core.drafter import Drafter, DrafterConfig, target_modules
+from unmask.core.objectives import diffusion_loss, distill_loss, predictable, shared_loss
+from unmask.version import __version__
+
+
+@dataclass(frozen=True)
+class Case:
+    """value: ours. baseline: the AR model's. ratio: what the case compares (see `unit`)."""
+
+    case: str
+    value: float
+    baseline: float
+    ratio: float
+    unit: str
+
+
+_SHAPES: dict[str, dict[str, int | bool]] = {
+    "tiny": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "head_dim": 64, "intermediate_size": 768, "vocab_size": 8192, "tie_word_embeddings": True},
+    "0.6b": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+             "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True},
+    "4b": {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "head_dim": 128, "intermediate_size": 9728, "vocab_size": 151936, "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936, "tie_word_embeddings": False},
+}  # fmt: skip
+
+
+def make_model(shape: str, *, trust_remote_code: bool = False, **changes: Any) -> Any:
+    """A random Qwen3 of a named shape, or the model in a folder."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if shape not in _SHAPES:
+        if len(shape) <= 4:
+            raise ValueError(f"shape {shape!r} is unknown: use one of {', '.join(_SHAPES)}, or give a model")
+        return hf.load_pretrained(shape, dtype=dtype, trust_remote_code=trust_remote_code)[0]
+    torch.manual_seed(0)
+    config = Qwen3Config(**(_SHAPES[shape] | {"max_position_embeddings": 4096} | changes))
+    with torch.device(device):  # billions of random numbers take long on a CPU
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+Clocks = tuple[float, float]
+"""Seconds of CPU, and on the wall."""
+
+
+class Measured(NamedTuple):
+    """Medians of seconds, ours and the baseline's, and of the rounds' ratios; wall_ratio: by the clock on the wall."""
+
+    ours: float
+    baseline: float
+    ratio: float
+    wall_ratio: float
+
+
+def measure(ours: Callable[[], Any], baseline: Callable[[], Any], rounds: int) -> Measured:
+    """Both in turn, after a warm-up of each; seconds of the process on a CPU, on the wall on a GPU."""
+    ours(), baseline()
+    return medians([(clocks(ours), clocks(baseline)) for _ in range(rounds)])
+
+
+def medians(times: Sequence[tuple[Clocks, Clocks]]) -> Measured:
+    """Of (ours, the baseline's) in each round, by the clock that counts on this machine."""
+    clock = int(torch.cuda.is_available())
+    mine, theirs = (statistics.median(pair[i][clock] for pair in times) for i in (0, 1))
+    ratios = [statistics.median(a[c] / b[c] for a, b in times) for c in (clock, 1)]
+    return Measured(mine, theirs, *ratios)
+
+
+def clocks(work: Callable[[], Any]) -> Clocks:
+    gc.collect()
+    synchronize()
+    began = time.process_time(), time.perf_counter()
+    work()
+    synchronize()
+    return time.process_time() - began[0], time.perf_counter() - began[1]
+
+
+def synchronize() -> None:
+    """Wait for a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# --- training
+
+
+def train_steps(
+    model: Any, kind: str, block_size: int, rows: int, length: int, micro: int | None = None, draws: int = 1
+) -> dict[str, Callable[[], None]]:
+    """One forward and backward of the AR loss as Hugging Face computes it, and of ours.
+
+    micro: of ours, in micro-batches of so many rows, whose gradients add up to the same.
+    draws: more than 1 of "two_stream", so many masks on one clean pass.
+
+    kind: "two_stream" or "bidirectional" for a diffusion loss, "drafter" for gated adapters of rank 16 on the
+    frozen model's attention outputs, distilled in total variation with every token masked. On a GPU our passes
+    over two streams run FlexAttention.
+    """
+    mask = model.config.vocab_size if kind == "drafter" else model.config.vocab_size - 1
+    adapters = None
+    if kind == "drafter":
+        maps = {name.rsplit(".", 1)[-1] for name, _ in target_modules(model, "all")}
+        target = next(name for name in ("o_proj", "out_proj", "c_proj", "dense") if name in maps)
+        adapters = Drafter(model, mask, DrafterConfig(rank=16, scale=32.0, targets=target)).to(model.device)
+    network = hf.HFNetwork(model.train(), mask, gate=None if adapters is None else adapters.rows)
+    hf.without_dropout(model)
+    clean = {"two_stream": "block_causal", "drafter": "causal"}.get(kind)
+    attention = "bidirectional" if clean is None else "two_stream"
+    config = DiffusionConfig(mask, attention, clean, block_size, False, "bench", __version__)
+    x0 = torch.randint(0, model.config.vocab_size - 1, (rows, length), generator=torch.Generator().manual_seed(0))
+    on_device = x0.to(network.device)
+    layout = Layout.of(torch.arange(length).expand(rows, length))
+    implementation = model.config._attn_implementation
+    ours = "flex_attention" if network.device.type == "cuda" and clean is not None else implementation
+    step = 0
+
+    parts = [(part, layout.at(part)) for part in torch.arange(rows).split(micro or rows)]
+    count = int(predictable(layout).sum())
+
+    def loss(part: Tensor, where: Layout) -> Tensor:
+        if kind == "drafter":
+            masked = predictable(where)
+            return distill_loss(network, config, x0[part], where, Corruption(masked, masked.float()), "tv").sum
+        drawn = [draw(step * draws + i, part, where) for i in range(draws)]
+        if draws > 1:
+            return shared_loss(network, config, x0[part], where, drawn).sum
+        return diffusion_loss(network, config, x0[part], where, drawn[0]).sum
+
+    def draw(number: int, part: Tensor, where: Layout) -> Corruption:
+        segment = segments(where, config.segment_size)
+        t, noise = noise_levels(0, number, part, rows, length), position_noise(0, number, part, length)
+        return mask_exact(t, noise, segment, predictable(where))
+
+    def diffusion() -> None:
+        nonlocal step
+        step += 1
+        model.requires_grad_(adapters is None)
+        model.config._attn_implementation = ours
+        for part in parts:
+            (loss(*part) / count).backward()
+        for module in (model, adapters):
+            if module is not None:
+                module.zero_grad()
+        model.config._attn_implementation = implementation
+        model.requires_grad_(True)
+
+    def autoregressive() -> None:
+        model(input_ids=on_device, labels=on_device, use_cache=False).loss.backward()
+        model.zero_grad()
+
+    return {"diffusion": diffusion, "ar": autoregressive}
+
+
+MICRO = 2
+"""Rows of our steps at a time: two streams of two rows are as many tokens as AR's four rows."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A kind of step and its sizes; changes: what differs from the shape asked for (named shapes only)."""
+
+    kind: str
+    block_size: int = 32
+    rows: int = 4
+    length: int = 512
+    micro: int | None = MICRO
+    draws: int = 1
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def steps(self, shape: str, *, trust_remote_code: bool = False) -> dict[str, Callable[[], None]]:
+        model = make_model(shape, trust_remote_code=trust_remote_code, **self.changes)
+        return train_steps(model, self.kind, self.block_size, self.rows, self.length, self.micro, self.draws)
+
+
+TRAIN_CASES = {
+    "block_step": Step("two_stream"),
+    "block_step_whole": Step("two_stream", micro=None),
+    "block_step_draws2": Step("two_stream", draws=2),
+    "bidirectional_step": Step("bidirectional"),
+    "drafter_step": Step("drafter"),
+    "two_stream_1024": Step("two_stream", length=1024, changes={"num_hidden_layers": 4, "vocab_size": 1024}),
+}
+"""`whole`: our rows at once too, as AR's. `draws2`: two masks on one clean pass, time per mask."""
+MEMORY_CASES = {"block_peak_memory": "block_step", "block_peak_memory_whole": "block_step_whole"}
+"""Cases of peak memory by the steps that they measure."""
+
+
+@dataclass(frozen=True)
+class TrainCase(Case):
+    """value, baseline: seconds of CPU (of wall clock on GPU). tokens_per_second: clean tokens, each counted once."""
+
+    wall_ratio: float
+    tokens_per_second: float
+    settings: dict[str, Any]
+
+
+def bench_train(shape: str, rounds: int = 5, *, trust_remote_code: bool = False) -> list[Case]:
+    """Training steps: `ratio` is ours over AR's (lower is better)."""
+    cases: list[Case] = []
+    for name, step in TRAIN_CASES.items():
+        steps, n = step.steps(shape, trust_remote_code=trust_remote_code), step.draws
+        ours, baseline, ratio, wall_ratio = measure(steps["diffusion"], steps["ar"], rounds)
+        unit = "seconds per step" if n == 1 else "seconds per mask, AR's per step"
+        speed = step.rows * step.length / (ours / n)
+        cases.append(TrainCase(name, ours / n, baseline, ratio / n, unit, wall_ratio / n, speed, asdict(step)))
+    baseline = _peak_growth(shape, "block_step", "ar", trust_remote_code)
+    for name, measured in MEMORY_CASES.items():
+        ours = _peak_growth(shape, measured, "diffusion", trust_remote_code)
+        cases.append(Case(name, ours, baseline, ours / baseline, "MiB of peak growth"))
+    return cases
+
+
+def needed_flops(config: Any, kind: str, block_size: int, rows: int, length: int) -> float:
+    """Floating-point operations that a step needs: those of matrix products, forward and twice that backward.
+
+    Counted are the pairs that the pattern allows, the head on half of the tokens (as many as are masked on
+    average) for diffusion and on all of them for "ar", and of the last layer the rows that reach the head.
+    """
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    width = config.head_dim * config.num_attention_heads
+    keys = hidden * 2 * config.head_dim * config.num_key_value_heads
+    rest = hidden * width * 2 + 3 * hidden * config.intermediate_size
+    before = (length + block_size) / 2  # keys that a token of a block sees on average, its own block included
+    streams, pairs, read = {
+        "ar": (1, (length + 1) / 2, 1.0),
+        "bidirectional": (1, length, 0.5),
+        "two_stream": (2, before, 0.5),
+    }[kind]
+    whole = (layers - 1) * streams * (keys + rest + 2 * width * pairs)
+    last = streams * keys + read * (rest + 2 * width * pairs)
+    return 6.0 * rows * length * (whole + last + read * hidden * config.vocab_size)
+
+
+def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
+    """Floating-point operations a second of one large square matrix product, the best of a few."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2.0 * size**3 / min(clocks(lambda: a @ b)[torch.cuda.is_available()] for _ in range(8))
+
+
+def _peak_growth(shape: str, case: str, which: str, trust_remote_code: bool = False) -> float:
+    """Growth of peak memory over three steps, MiB, in a process of its own."""
+    code = (
+        "import torch; from unmask.lab.bench_train import memory_growth; torch.set_num_threads(1); "
+        f"print(memory_growth({shape!r}, {case!r}, {which!r}, {trust_remote_code!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def memory_growth(shape: str, case: str, which: str, trust_remote_code: bool = False) -> float:
+    """Peak memory of three steps above what stood before them, MiB."""
+    step = TRAIN_CASES[case].steps(shape, trust_remote_code=trust_remote_code)[which]
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    resident = _peak_resident()
+    for _ in range(3):
+        step()
+    return _peak_resident() - resident
+
+
+def _peak_resident() -> float:
+    """Peak resident memory of this process, MiB (getrusage's figure would include the parent's at the fork)."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise ValueError("peak memory is read from /proc, which this system lacks")
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**10

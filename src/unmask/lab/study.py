@@ -1,0 +1,346 @@
+"""Studies: a grid of recipes and settings on one parent at equal tokens, measured and reported.
+
+A study is a small TOML file: arms (a recipe and settings each), settings they share, seeds, a token budget, and the
+measures to take. Every arm and seed is one `adapt` run in OUT/runs/<arm>-<seed>; what is measured on it is appended to
+OUT/rows.jsonl, one line for each measure of each checkpoint; OUT/report.md is made of these lines alone. So a study
+that was interrupted goes on where it stopped: within a run, between runs, or between measures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from unmask import hf
+from unmask.conversion import adapt
+from unmask.core.finite import check_weights
+from unmask.data.documents import find_files, load_corpus, local_files
+from unmask.lab.measures import MEASURES, Budget, HeldOut, Subject, hold_out
+from unmask.lab.report import write_report
+from unmask.lab.tasks import check
+from unmask.model import DiffusionLM, load
+from unmask.plain_json import to_json
+from unmask.progress import progress
+from unmask.run_folder import checkpoints, claim, damage, releases_folders, write_text, writing
+from unmask.settings import Settings, load_recipe, resolve
+
+PARENT = "parent"
+"""The arm under whose name the untouched parent is measured."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared. settings: recipe and settings that arms share. arms: name -> what sets it apart.
+
+    points: checkpoints of each run, the last one included; `along` is measured at all of them, `measures` at the
+    last. max_tokens: of every arm alike. answers: the held-out text is problems of `unmask.lab.tasks`. A setting of
+    "none" takes the recipe's value away.
+    """
+
+    name: str
+    summary: str
+    arms: dict[str, dict[str, Any]]
+    measures: tuple[str, ...]
+    along: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    max_tokens: int = 1_000_000
+    points: int = 1
+    answers: bool = False
+    budget: Budget = field(default_factory=Budget)
+
+    def __post_init__(self) -> None:
+        if not self.arms:
+            raise ValueError(f"study {self.name!r} has no arms: give at least one table [arms.NAME] with a recipe")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)} must be different numbers, at least one")
+        for what in ("max_tokens", "points"):
+            if getattr(self, what) < 1:
+                raise ValueError(f"{what} {getattr(self, what)} of study {self.name!r} must be at least 1")
+        for measure in (*self.measures, *self.along):
+            if measure not in MEASURES:
+                raise ValueError(
+                    f"measure {measure!r} of study {self.name!r} is unknown: use any of {', '.join(MEASURES)}"
+                )
+        for arm in self.arms:
+            if arm == PARENT or not arm.replace("-", "").replace("_", "").replace(".", "").isalnum():
+                raise ValueError(f"arm {arm!r} of study {self.name!r} needs another name: letters, digits, - _ .")
+            self.run_settings(arm, self.seeds[0])
+
+    def run_settings(self, arm: str, seed: int) -> Settings:
+        """The settings of one run; raises ValueError where the recipe or a setting is wrong."""
+        values = {"max_tokens": self.max_tokens} | self.settings | self.arms[arm] | {"seed": seed}
+        if "recipe" not in values:
+            raise ValueError(f"arm {arm!r} of study {self.name!r} names no recipe")
+        recipe = values.pop("recipe")
+        if values["max_tokens"] != self.max_tokens:
+            raise ValueError(f"arm {arm!r} of study {self.name!r} sets max_tokens: all arms train on equally many")
+        return load_recipe(recipe, **{k: None if v == "none" else v for k, v in values.items()})
+
+    def runs(self) -> Iterator[tuple[str, int]]:
+        """(arm, seed), all arms of a seed before the next seed."""
+        return ((arm, seed) for seed in self.seeds for arm in self.arms)
+
+
+def study_names() -> list[str]:
+    """Names of the studies shipped with the package."""
+    folder = resources.files("unmask") / "studies"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_study(name: str | Path) -> Study:
+    """A study that ships with the package, or one in a .toml file of one's own."""
+    own = Path(name)
+    if own.suffix == ".toml":
+        if not own.is_file():
+            raise ValueError(f"study file {str(name)!r} does not exist")
+        text, name = own.read_text(), own.stem
+    elif str(name) in study_names():
+        text = (resources.files("unmask") / "studies" / f"{name}.toml").read_text()
+    else:
+        raise ValueError(f"study {str(name)!r} is unknown: use one of {', '.join(study_names())}, or a .toml file")
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"study file {str(own)!r} is no TOML: {error}") from None
+    known = {f.name for f in fields(Study)} - {"name", "summary"}
+    _check_names(raw, known, f"study {name!r}")
+    _check_names(raw.get("budget", {}), {f.name for f in fields(Budget)}, f"budget of study {name!r}")
+    for key in ("arms", "measures"):
+        if not raw.get(key):
+            raise ValueError(f"study {str(name)!r} has no {key}")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    budget: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("budget", {}).items()}
+    summary = " ".join(line.removeprefix("#").strip() for line in text.splitlines()[:1])
+    return Study(name=str(name), summary=summary, budget=Budget(**budget), **values)
+
+
+def _check_names(given: dict[str, Any], known: set[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{key!r} in {where} is unknown: use any of {', '.join(sorted(known))}")
+
+
+def choose(
+    study: Study,
+    *,
+    max_tokens: int | None = None,
+    seeds: Sequence[int] | None = None,
+    arms: Sequence[str] | None = None,
+) -> Study:
+    """The study with another token budget, other seeds, or some of its arms."""
+    for arm in arms or ():
+        if arm not in study.arms:
+            raise ValueError(f"arm {arm!r} is none of study {study.name!r}: use any of {', '.join(study.arms)}")
+    return replace(
+        study,
+        max_tokens=study.max_tokens if max_tokens is None else max_tokens,
+        seeds=study.seeds if seeds is None else tuple(seeds),
+        arms=study.arms if arms is None else {arm: study.arms[arm] for arm in arms},
+    )
+
+
+@releases_folders
+def run_study(
+    study: Study,
+    model: str | Path,
+    data: Sequence[str | Path],
+    eval_data: Sequence[str | Path],
+    output: Path,
+    *,
+    show_progress: bool = True,
+    trust_remote_code: bool = False,
+) -> list[dict[str, Any]]:
+    """Train what is not trained yet, measure what is not measured yet, write the report; the lines of rows.jsonl."""
+    files = local_files(list(eval_data), "eval data")
+    find_files(list(data))
+    parent = load(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    if parent.diffusion is not None:
+        raise ValueError(f"model {str(model)!r} is converted already: a study compares conversions of one AR parent")
+    _claim(output, study, parent, model, [*data], [*files])
+    held_out = _held_out(parent, study, files)
+    rows = _read_rows(output)
+    done = {(row["arm"], row["seed"], row["tokens"], row["measure"]) for row in rows}
+
+    def measure(lm: DiffusionLM, arm: str, seed: int | None, tokens: int, names: Sequence[str]) -> None:
+        subject = Subject(lm, parent, study.budget, held_out)
+        for name in names:
+            if (arm, seed, tokens, name) not in done:
+                found = MEASURES[name](subject)
+                line = {"arm": arm, "seed": seed, "tokens": tokens, "measure": name, "rows": found}
+                _append(output, line)
+                rows.append(line)
+                done.add((arm, seed, tokens, name))
+
+    total = len(study.arms) * len(study.seeds)
+    with progress(f"study {study.name}", total, show=show_progress) as advance:
+        measure(parent, PARENT, None, 0, [m for m in study.measures if m != "drift"])
+        for arm, seed in study.runs():
+            folder = output / "runs" / f"{arm}-{seed}"
+            tokens = _finished(folder)
+            if tokens is None:
+                _train(study, arm, seed, parent, model, data, folder, show_progress, trust_remote_code)
+                tokens = _finished(folder) or 0
+            missing = [m for m in (*study.measures, *study.along) if (arm, seed, tokens, m) not in done]
+            waiting = [p for p in _points(folder) if any((arm, seed, p[0], m) not in done for m in study.along)]
+            if missing or waiting:
+                lm = load(folder, trust_remote_code=trust_remote_code)
+                measure(lm, arm, seed, tokens, list(dict.fromkeys([*study.measures, *study.along])))
+                for at, weights in waiting:
+                    if _put_in(lm, weights):
+                        measure(lm, arm, seed, at, study.along)
+            advance(1, f"{arm}-{seed}")
+            write_report(output)
+    return rows
+
+
+def _train(
+    study: Study,
+    arm: str,
+    seed: int,
+    parent: DiffusionLM,
+    model: str | Path,
+    data: Sequence[str | Path],
+    folder: Path,
+    show_progress: bool,
+    trust_remote_code: bool,
+) -> None:
+    settings = study.run_settings(arm, seed)
+    sized = resolve(settings, sum(p.numel() for p in parent.model.parameters()), parent.network.context_length)
+    assert sized.max_tokens is not None
+    assert sized.batch_size is not None
+    assert sized.max_length is not None
+    steps = -(-sized.max_tokens // (sized.batch_size * sized.max_length))
+    every = -(-steps // study.points)
+    given = {f.name: getattr(settings, f.name) for f in fields(Settings) if f.name != "recipe"}
+    # Evaluation is the study's own, on checkpoints: none during training.
+    given |= {"save_every": every, "keep_checkpoints": study.points + 1, "eval_every": 10**9, "eval_documents": 4}
+    if show_progress:
+        print(f"study {study.name}: train {arm} with seed {seed}", file=sys.stderr)
+    adapt(
+        model, list(data), settings.recipe, folder, resume=True, show_progress=show_progress,
+        trust_remote_code=trust_remote_code, **given,
+    )  # fmt: skip
+
+
+def _finished(folder: Path) -> int | None:
+    """Tokens of the run in a folder if it is finished."""
+    path = folder / "run.json"
+    run = json.loads(path.read_text()) if path.is_file() else {}
+    return int(run["tokens"]) if run.get("finished") else None
+
+
+def _points(folder: Path) -> Iterator[tuple[int, Path]]:
+    """(tokens, weights) of the checkpoints that a finished run left on its way."""
+    for checkpoint in checkpoints(folder):
+        if (checkpoint / "model.safetensors").is_file() and damage(checkpoint) is None:
+            state = json.loads((checkpoint / "state.json").read_text())
+            yield state["tokens"], checkpoint / "model.safetensors"
+
+
+def _put_in(lm: DiffusionLM, weights: Path) -> bool:
+    """Load a checkpoint's weights; False where it holds something else (adapters, a drafter)."""
+    state = load_file(weights)
+    if not state.keys() <= lm.model.state_dict().keys():
+        return False
+    lm.model.load_state_dict(state, strict=False)  # tied weights are stored once
+    check_weights(lm.model, f"checkpoint {str(weights)!r}")
+    return True
+
+
+def _held_out(parent: DiffusionLM, study: Study, files: list[Path]) -> HeldOut:
+    end = next(iter(hf.end_token_ids(parent.model, parent.tokenizer)), None)
+    corpus = load_corpus(
+        files,
+        parent.tokenizer,
+        end_token_id=end,
+        max_length=parent.network.context_length,
+        max_documents=20 * max(study.budget.documents, study.budget.prompts),
+    )
+    held_out = hold_out(corpus, study.budget, end)
+    if not study.answers:
+        return held_out
+    problems = [parent.tokenizer.decode(ids, skip_special_tokens=True) for ids in held_out.prompts]
+    for problem in problems:
+        check(problem, "")  # raises for what is no problem
+    return replace(held_out, score=lambda texts: [check(p, text) for p, text in zip(problems, texts, strict=True)])
+
+
+# --- the study's folder
+
+
+def _claim(
+    output: Path, study: Study, parent: DiffusionLM, model: str | Path, data: list[Any], eval_files: list[Path]
+) -> None:
+    """Write study.json, or check that the one there is of the same study: only seeds and arms may be added."""
+    files = find_files(data)
+    now = {
+        "study": study.name,
+        "model": str(model),
+        "fingerprint": hf.fingerprint(parent.model),
+        "data": [str(d) for d in data] if files is None else _digest(files),
+        "eval": _digest(eval_files),
+        "max_tokens": study.max_tokens,
+        "points": study.points,
+        "budget": json.loads(to_json(asdict(study.budget))),
+        "arms": {arm: json.loads(to_json(study.settings | own)) for arm, own in study.arms.items()},
+    }
+    path = output / "study.json"
+    if path.is_file():
+        before = json.loads(path.read_text())
+        for key in ("study", "fingerprint", "data", "eval", "max_tokens", "points", "budget"):
+            if before[key] != now[key]:
+                shown, wanted = (before["model"], now["model"]) if key == "fingerprint" else (before[key], now[key])
+                what = "model" if key == "fingerprint" else key
+                raise ValueError(
+                    f"output folder {str(output)!r} holds another study: its {what} is {shown!r}, not {wanted!r}; "
+                    "choose another folder"
+                )
+        for arm, own in before["arms"].items():
+            if arm in now["arms"] and now["arms"][arm] != own:
+                raise ValueError(
+                    f"output folder {str(output)!r} holds another study: its arm {arm!r} is {own!r}, not "
+                    f"{now['arms'][arm]!r}; choose another folder"
+                )
+        now["arms"] = before["arms"] | now["arms"]
+    elif output.exists() and (not output.is_dir() or any(p.name != "runs" for p in output.iterdir())):
+        raise ValueError(f"output folder {str(output)!r} holds something else: choose an empty or new one")
+    output.mkdir(parents=True, exist_ok=True)
+    claim(output)
+    write_text(path, to_json(now | {"summary": study.summary}, indent=1) + "\n")
+
+
+def _digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return f"{', '.join(file.name for file in files)} ({digest.hexdigest()[:12]})"
+
+
+def _read_rows(output: Path) -> list[dict[str, Any]]:
+    """The whole lines of rows.jsonl; a last one that was cut by an interruption is dropped from the file."""
+    path = output / "rows.jsonl"
+    whole = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            whole.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    if path.is_file():
+        write_text(path, "".join(to_json(row) + "\n" for row in whole))
+    return whole
+
+
+def _append(output: Path, line: dict[str, Any]) -> None:
+    with writing(output / "rows.jsonl"), (output / "rows.jsonl").open("a") as file:
+        file.write(to_json(line) + "\n")

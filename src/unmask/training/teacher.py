@@ -1,0 +1,35 @@
+"""A frozen AR model beside the one that learns: whose law the joint objective keeps to, and on which vocabulary."""
+
+from __future__ import annotations
+
+import copy
+
+from unmask import hf
+from unmask.core.denoiser import Network
+from unmask.model import DiffusionLM, load
+
+
+def load_teacher(lm: DiffusionLM, name: str | None, *, trust_remote_code: bool = False) -> DiffusionLM | None:
+    """The AR model in a folder, with the vocabulary of `lm`; None for "parent", which is `lm` itself, or no teacher.
+
+    Raises ValueError for a checkpoint that is no AR model any more, or one of other tokens.
+    """
+    if name is None or name == "parent":
+        return None
+    other = load(name, dtype=lm.model.dtype, device=lm.network.device, trust_remote_code=trust_remote_code)
+    if other.diffusion is not None and not other.diffusion.serves_ar:
+        raise ValueError(f"teacher={name!r} is no AR model any more: give the one it was made from")
+    known, masks = other.tokenizer.get_vocab(), (other.tokenizer.mask_token, lm.tokenizer.mask_token)
+    if any(known.get(token) != i for token, i in lm.tokenizer.get_vocab().items() if token not in masks):
+        raise ValueError(f"teacher={name!r} has another vocabulary: its laws are of other tokens")
+    return other
+
+
+def freeze(teacher: DiffusionLM, lm: DiffusionLM, mask_token_id: int) -> Network:
+    """A copy of the teacher on as many tokens as `lm` has by now, which no training reaches."""
+    model = copy.deepcopy(teacher.model)
+    size = lm.model.get_input_embeddings().weight.shape[0]
+    if model.get_input_embeddings().weight.shape[0] != size:
+        model.resize_token_embeddings(size, mean_resizing=False)
+    hf.without_dropout(model)
+    return hf.HFNetwork(model.requires_grad_(False).eval(), mask_token_id)

@@ -53,6 +53,17 @@ def lock_of(model: torch.nn.Module) -> Any:
         return _LOCKS.setdefault(model, threading.RLock())
 
 
+def in_turn(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A method of a network that only one thread at a time runs on its model."""
+
+    @functools.wraps(method)
+    def alone(self: HFNetwork, *given: Any, **options: Any) -> Tensor:
+        with self.lock:
+            return method(self, *given, **options)
+
+    return alone
+
+
 @dataclass(frozen=True)
 class Routes:
     """Which shortcuts a model takes: see `shortcuts`."""
@@ -161,6 +172,7 @@ class HFNetwork:
         )
         return self._run(*passed, past, head)
 
+    @in_turn
     def _run(
         self,
         input_ids: Tensor,
@@ -171,18 +183,6 @@ class HFNetwork:
         head: Callable[[Tensor | slice | None], AbstractContextManager[None]],
     ) -> Tensor:
         """What the head puts out; `head` says what it does with which of the rows that it gets."""
-        with self.lock:
-            return self._run_alone(input_ids, layout, pattern, rows, past, head)
-
-    def _run_alone(
-        self,
-        input_ids: Tensor,
-        layout: Layout,
-        pattern: Pattern,
-        rows: Tensor | None,
-        past: Past | Prefix | None,
-        head: Callable[[Tensor | slice | None], AbstractContextManager[None]],
-    ) -> Tensor:
         gate = nullcontext() if self.gate is None else self.gate(layout.noisy)  # which may read it, so not moved yet
         device = self.device
         input_ids, rows = to_device(input_ids, device), None if rows is None else to_device(rows, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,24 @@ def test_another_cut_of_the_corpus_is_another_run(tokenizer_and_model: Path, tmp
         with pytest.raises(ValueError, match="held out of training"):
             unmask.adapt(tokenizer_and_model, many, output_dir=run, resume=True, max_tokens=256, **options, **changed)
     unmask.adapt(tokenizer_and_model, many, output_dir=run, resume=True, max_tokens=256, eval_documents=4, **options)
+
+
+def test_open_attention_is_not_closed_again(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:
+    short = SHORT | {"max_tokens": 128, "show_progress": False}
+    unmask.adapt(tokenizer_and_model, stories, "diffullama", tmp_path / "a", **short)
+
+    def steps(run: str) -> int:
+        return int(json.loads((tmp_path / run / "run.json").read_text())["settings"]["anneal_steps"])
+
+    assert steps("a") > 1
+    unmask.adapt(tmp_path / "a", stories, output_dir=tmp_path / "on", **short)
+    assert steps("on") == 1
+    unmask.adapt(tmp_path / "a", stories, output_dir=tmp_path / "set", anneal_steps=3, **short)
+    assert steps("set") == 3
+
+
+def test_an_empty_name_is_not_the_working_folder(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:
+    sources: list[tuple[Any, dict[str, Any]]] = [(stories, {"eval_data": ""}), ("", {}), ([stories, ""], {})]
+    for data, setting in sources:
+        with pytest.raises(ValueError, match="'' is empty"):
+            unmask.adapt(tokenizer_and_model, data, output_dir=tmp_path / "x", **SHORT, **setting)

@@ -294,7 +294,8 @@ def _kept(model: str | Path | DiffusionLM) -> dict[str, Any]:
         raw = hf.read_config(model).get("diffusion")
     if not isinstance(raw, dict):  # what it is instead, loading will say
         return {}
-    return {name: raw[name] for name in _KEPT if name in raw and (raw[name] is not None or name == "clean_attention")}
+    kept = {name: raw[name] for name in _KEPT if name in raw and (raw[name] is not None or name == "clean_attention")}
+    return kept | ({"anneal_steps": 1} if kept.get("attention") == "bidirectional" else {})  # it is open already
 
 
 def _check_mask_stays(lm: DiffusionLM, settings: Settings, name: str) -> None:
@@ -435,6 +436,14 @@ def _as_documents(corpus: Corpus, end_token_id: int | None) -> list[likelihood.D
     return documents
 
 
+def _without_masks(document: likelihood.Document, mask_token_id: int) -> likelihood.Document:
+    """The document with a reused mask token, which has probability 0, given where it stands: as training has it."""
+    natural = document.ids == mask_token_id
+    if not bool(natural.any()):
+        return document
+    return replace(document, loss_mask=~natural if document.loss_mask is None else document.loss_mask & ~natural)
+
+
 def _filled_up(source: Any, settings: Settings, end_token_id: int | None) -> Corpus:
     assert settings.max_length is not None
     if not isinstance(source, Corpus) or end_token_id is None:
@@ -451,6 +460,9 @@ def _filled_up(source: Any, settings: Settings, end_token_id: int | None) -> Cor
 
 def _evaluator(lm: DiffusionLM, settings: Settings, documents: list[likelihood.Document]) -> Evaluator:
     """Held-out figures, nats per predicted token, always with the same masks."""
+
+    if lm.diffusion is not None:
+        documents = [_without_masks(document, lm.diffusion.mask_token_id) for document in documents]
 
     def evaluate(_model: Any) -> dict[str, float]:
         context = lm.network.context_length

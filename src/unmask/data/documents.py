@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unmask.core.attention import PADDING, Layout
 from unmask.core.noise import seed_for
-from unmask.data.plain_text import encode
+from unmask.data.plain_text import SpecialTextError, encode
 from unmask.data.supervised import (
     COMPLETION,
     MESSAGES,
@@ -135,6 +135,8 @@ def find_files(sources: Sequence[str | Path]) -> list[Path] | None:
     files: list[Path] = []
     for source in sources:
         path = Path(source)
+        if not str(source):
+            raise ValueError(f"data source {str(source)!r} is empty: give a file, a folder or a hub id")
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
             if not found:
@@ -274,15 +276,29 @@ def load_corpus(
     pieces: list[Document] = []
     digest = hashlib.sha256()
 
+    def tokenized(texts: list[str], path: Path) -> list[np.ndarray | None]:
+        """Ids of each text, None for one that is left out."""
+        try:
+            return list(tokenize(tokenizer, texts, end_token_id))
+        except SpecialTextError as error:
+            if not skip_invalid:
+                raise ValueError(f"data file {str(path)!r}: {error}, or keep the rest with skip_invalid=true") from None
+        if len(texts) == 1:
+            return [None]
+        half = len(texts) // 2
+        return tokenized(texts[:half], path) + tokenized(texts[half:], path)
+
     def flush(examples: list[Example], path: Path) -> None:
-        texts = iter(tokenize(tokenizer, [e for e in examples if isinstance(e, str)], end_token_id))
+        texts = iter(tokenized([e for e in examples if isinstance(e, str)], path))
         done = 0
         for example in examples:
             raw = (example if isinstance(example, str) else repr(example)).encode()
             digest.update(len(raw).to_bytes(8, "little") + raw)
             done += len(raw)
             if isinstance(example, str):
-                pieces.append(Document(next(texts)))
+                ids_of_text = next(texts)
+                if ids_of_text is not None:
+                    pieces.append(Document(ids_of_text))
                 continue
             try:
                 encoded = encode_example(tokenizer, example, end_token_id)
@@ -291,10 +307,11 @@ def load_corpus(
                         raise InvalidRecordError(f"makes {len(ids)} tokens: raise max_length={max_length}")
                     if not any(loss_mask):
                         raise InvalidRecordError("has a completion without tokens")
-            except InvalidRecordError as error:
+            except (InvalidRecordError, SpecialTextError) as error:
                 if not skip_invalid:
+                    colon = ":" if isinstance(error, SpecialTextError) else ""
                     raise ValueError(
-                        f"data file {str(path)!r}: the example {_shortened(repr(example))} {error}; "
+                        f"data file {str(path)!r}: the example {_shortened(repr(example))}{colon} {error}; "
                         "mend it, or keep the rest with skip_invalid=true"
                     ) from None
                 continue

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from unmask.data.plain_text import hide_special, ids_of, rendered_ids
+from unmask.data.plain_text import hide_special, ids_of, rendered_ids, special_texts
 
 PROMPT, COMPLETION, MESSAGES = "prompt", "completion", "messages"
 
@@ -107,7 +107,7 @@ def encode_example(
     if isinstance(example, Completion):
         prompt = ids_of(tokenizer, example.prompt)
         spans = [(prompt, continue_ids(tokenizer, prompt, example.prompt, example.completion))]
-        return [_joined(spans, end_token_id)]
+        return [_joined(tokenizer, spans, end_token_id)]
     documents = []
     for turns in _turns(tokenizer, example.messages):
         ids: list[int] = []
@@ -117,7 +117,7 @@ def encode_example(
             learnt = continue_ids(tokenizer, ids + given, before, after[len(before) :], rendered=True)
             spans.append((given, learnt))
             ids, text = ids + given + learnt, after
-        documents.append(_joined(spans, end_token_id))
+        documents.append(_joined(tokenizer, spans, end_token_id))
     return documents
 
 
@@ -133,15 +133,26 @@ def continue_ids(tokenizer: Any, ids: Sequence[int], before: str, text: str, *, 
     return rendered_ids(tokenizer, text) if rendered else ids_of(tokenizer, text, add_special_tokens=False)
 
 
-def _joined(spans: list[tuple[list[int], list[int]]], end_token_id: int | None) -> tuple[list[int], list[bool]]:
+def _joined(
+    tokenizer: Any, spans: list[tuple[list[int], list[int]]], end_token_id: int | None
+) -> tuple[list[int], list[bool]]:
     ids: list[int] = []
     loss_mask: list[bool] = []
     for given, learnt in spans:
         ids += given + learnt
         loss_mask += [False] * len(given) + [True] * len(learnt)
-    if end_token_id is not None and end_token_id not in spans[-1][1]:
+    if end_token_id is not None and not _ends(tokenizer, spans[-1][1], end_token_id):
         ids, loss_mask = [*ids, end_token_id], [*loss_mask, True]
     return ids, loss_mask
+
+
+def _ends(tokenizer: Any, ids: list[int], end_token_id: int) -> bool:
+    """Whether an answer's tokens say already where it ends.
+
+    A special end token can only come from the template; one that is ordinary text may stand inside the answer.
+    """
+    special = tokenizer.convert_ids_to_tokens(end_token_id) in special_texts(tokenizer)
+    return end_token_id in ids if special else ids[-1:] == [end_token_id]
 
 
 def _turns(tokenizer: Any, messages: list[dict[str, str]]) -> list[list[tuple[str, str]]]:
@@ -169,7 +180,7 @@ def apply_template(tokenizer: Any, messages: Sequence[dict[str, str]], **options
     Special tokens that a message spells are hidden from it: `rendered_ids` reads them as the text that they are.
     """
     check_template(tokenizer)
-    hidden = [message | {"content": hide_special(tokenizer, message["content"])} for message in messages]
+    hidden = hide_special(tokenizer, list(messages))
     try:
         return tokenizer.apply_chat_template(hidden, **options)
     except Exception as error:  # a template is a program: it raises what it likes

@@ -18,7 +18,7 @@ from unmask.core.noise import uniforms
 from unmask.core.objectives import predictable, token_nll
 from unmask.data.plain_text import ids_of
 from unmask.data.supervised import continue_ids
-from unmask.evaluation.likelihood import Document, batches, row_sums
+from unmask.evaluation.likelihood import Document, batches, check_finite, row_sums
 
 
 def choice_document(tokenizer: Any, context: str, choice: str, context_length: int | None = None) -> Document:
@@ -70,6 +70,7 @@ def mean_over_levels(
             sums = row_sums(token_nll(network, config, x0, layout, drawn), drawn.masked)
             for (owner, _), total, count in zip(windows, sums, drawn.masked.sum(-1).tolist(), strict=True):
                 totals[owner] += total / max(1, count) / levels
+    check_finite(totals)
     return totals
 
 

@@ -96,6 +96,7 @@ def nll(
             totals[owner] += value
         if progress is not None:
             progress(len(windows))
+    check_finite(totals)
     return [_output(total, d, context_length) for total, d in zip(totals, documents, strict=True)]
 
 
@@ -141,12 +142,23 @@ def nelbo(
                 totals[owner, draw] += value
         if progress is not None:
             progress(len(windows))
+    check_finite(totals.sum(1).tolist())
     if exact:
         return [_output(float(t), d, context_length) for t, d in zip(totals.sum(1), documents, strict=True)]
     errors: list[float | None] = [None] * len(documents)
     if num_samples > 1:
         errors = (totals.std(dim=1) / math.sqrt(num_samples)).tolist()
     return [_output(float(t), d, context_length, e) for t, d, e in zip(totals.mean(1), documents, errors, strict=True)]
+
+
+def check_finite(totals: Sequence[float]) -> None:
+    """Raise ValueError for a document whose likelihood is 0, as where it predicts the mask token."""
+    for number, total in enumerate(totals, 1):
+        if not math.isfinite(total):
+            raise ValueError(
+                f"document {number} has a likelihood of 0 or none at all: {total} nats; does it hold the mask token? "
+                "Take that out, or convert with a mask token of its own"
+            )
 
 
 def check_estimator(config: DiffusionConfig, num_samples: int, exact: bool) -> None:

@@ -316,8 +316,20 @@ def fingerprint(model: Any) -> str:
 
 
 def add_drafter(model: Any, tokenizer: Any, config: DrafterConfig, *, token: str | None = None) -> Drafter:
-    """Hook a new drafter on `model`; the mask token is the tokenizer's alone, the base gets no row for it."""
-    tokenizer.add_special_tokens({"mask_token": token or tokenizer.mask_token or MASK_TOKEN})
+    """Hook a new drafter on `model`; the mask token is the tokenizer's alone, the base gets no row for it.
+
+    The mask's id and those of its further places must be nobody's, or clean text would be read as masks.
+    """
+    token = token or tokenizer.mask_token or MASK_TOKEN
+    found = tokenizer.get_vocab()
+    first = found.get(token, len(tokenizer))
+    taken = [t for t, i in found.items() if first <= i < first + config.mask_rows and t != token]
+    if taken or (token in found and token != tokenizer.mask_token):
+        raise ValueError(
+            f"mask token {token!r} of the drafter is not its own: its {config.mask_rows} ids from {first} on are "
+            f"{[token, *taken][-1]!r}'s too; give a new token with mask_token=TEXT"
+        )
+    tokenizer.add_special_tokens({"mask_token": token})
     return Drafter(model, tokenizer.mask_token_id, config).to(model.device)
 
 

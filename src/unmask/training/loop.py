@@ -161,12 +161,15 @@ def step_loss(
     # A reused mask token that stands in the text by nature is seen as a mask and never predicted.
     natural = batch.x0 == config.mask_token_id
     drawn = [c.sparing(natural) for c in corruptions(settings, batch.layout, step, rows, batch.loss_mask)]
+    read = batch.loss_mask  # what the clean rows predict
+    if settings.objective == "joint":
+        read = ~natural if read is None else read & ~natural
     pattern = annealing(settings, step, rows, network.device)
 
     def loss_of(corruption: Corruption) -> LossOutput:
         given = (network, config, batch.x0, batch.layout, corruption)
         if settings.objective == "joint":
-            return joint_loss(*given, settings.alpha, batch.loss_mask, teacher=teacher, distance=settings.distance,
+            return joint_loss(*given, settings.alpha, read, teacher=teacher, distance=settings.distance,
                               top_k=settings.teacher_top_k)  # fmt: skip
         if settings.objective == "distill":
             return distill_loss(*given, settings.distance, batch.loss_mask, top_k=settings.teacher_top_k)
@@ -177,7 +180,7 @@ def step_loss(
     plain = plain and not settings.gradient_checkpointing and not settings.compile_layers
     if len(drawn) > 1 and ce and plain and _shares_clean_stream(config):
         alpha = settings.alpha if settings.objective == "joint" else None
-        return shared_loss(network, config, batch.x0, batch.layout, drawn, alpha, batch.loss_mask)
+        return shared_loss(network, config, batch.x0, batch.layout, drawn, alpha, read)
     losses = [loss_of(corruption) for corruption in drawn]
     if settings.loss_normaliser == "masked":
         losses = [

@@ -24,7 +24,7 @@ from transformers.utils import logging as hf_logging
 from unmask.core.denoiser import DiffusionConfig
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.core.finite import check_weights
-from unmask.hf.folders import check_folder, first_line, parse, read_object, read_tensors
+from unmask.hf.folders import BUILDING, check_folder, first_line, parse, read_object, read_tensors
 from unmask.plain_json import to_json
 from unmask.run_folder import ordinary_permissions
 
@@ -126,7 +126,7 @@ def load_pretrained(
     }
     with _loading(name, "config.json"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    with _loading(name, "weights"):
+    with _loading(name, "weights"), BUILDING:
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,

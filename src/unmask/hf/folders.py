@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -17,6 +18,9 @@ import torch
 from safetensors import safe_open
 
 T = TypeVar("T")
+
+BUILDING = threading.RLock()
+"""Held while transformers builds a model: it swaps functions of its own and of torch for that time, for all threads."""
 
 JSON_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

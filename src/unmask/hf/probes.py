@@ -29,7 +29,7 @@ from unmask.core.attention import (
 )
 from unmask.core.denoiser import Pass, run
 from unmask.hf.fast.chunked import CHUNK
-from unmask.hf.folders import first_line
+from unmask.hf.folders import BUILDING, first_line
 from unmask.hf.network import HFNetwork, Routes, UnsupportedModelError
 
 _PROBE_WINDOW = 5
@@ -121,7 +121,7 @@ def _probe_positions(kind: Hashable, config: str) -> bool:
 def _tiny_model(kind: Any, config: str, implementation: str) -> Any:
     """A random instance of a class of models, or of what transformers makes of a class of configurations."""
     options = {"attn_implementation": implementation, "dtype": torch.float32}
-    with torch.random.fork_rng(devices=[]):
+    with BUILDING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if issubclass(kind, PreTrainedModel):
             return kind._from_config(kind.config_class(**json.loads(config)), **options).eval()

@@ -19,6 +19,7 @@ from transformers.utils import logging as hf_logging
 
 from unmask import hf
 from unmask.core.denoiser import DiffusionConfig
+from unmask.core.noise import gumbels
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
@@ -92,6 +93,11 @@ def block_config(
 def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     """Ids that are neither special nor the mask."""
     return torch.randint(3, MASK, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gumbel(size: int, seed: int, row: int, position: int, draw: int = 0) -> torch.Tensor:
+    """The sampling noise (size,) of one place, by its key; draw: how often the place was remasked."""
+    return gumbels([("token", seed, row, position, draw)], size)[0]
 
 
 STORIES = [

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from conftest import MASK, SUPPORTED, block_config, network, random_tokens, tiny_model
+from conftest import MASK, SUPPORTED, block_config, gumbel, network, random_tokens, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask import hf
 from unmask.core.attention import Layout, bidirectional
 from unmask.core.denoiser import DiffusionConfig
-from unmask.core.noise import gumbel, uniform
+from unmask.core.noise import uniform
 from unmask.sampling import (
     Ancestral,
     Canvas,

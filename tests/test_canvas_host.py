@@ -52,6 +52,7 @@ def test_a_checkpoint_whose_clean_rows_are_an_ar_models_embeds_causally(tokenize
 
     lm = unmask.load(tokenizer_and_model)
     lm.diffusion = block_config(clean="causal")
+    assert lm.embedding_pattern == "causal"
     assert torch.equal(lm.embed("Once there was a cat"), lm.embed("Once there was a cat", "causal"))
     lm.diffusion = block_config()
     assert torch.equal(lm.embed("Once there was a cat"), lm.embed("Once there was a cat", "bidirectional"))

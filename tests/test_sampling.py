@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MASK, SUPPORTED, block_config, network, random_tokens, tiny_model
+from conftest import MASK, SUPPORTED, block_config, gumbel, network, random_tokens, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask import hf
 from unmask.core.attention import Layout, causal
-from unmask.core.noise import gumbel
 from unmask.sampling import (
     Candidates,
     Confidence,

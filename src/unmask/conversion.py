@@ -70,12 +70,11 @@ def adapt(
     """Turn a causal LM into what `recipe` says, by training it on `data`, and save it to `output_dir`.
 
     recipe: by default efficient-dlm; a converted model goes on as what it is (recipe, attention, shift, block size) but
-    for what is set here, and a recipe sets all of it. model: folder, hub id or a
-    loaded model (trained in place). data: .txt, .jsonl or .parquet files, folders
-    of them, one hub id, or "self" (with self_prompts): text that the model itself writes. settings: any of the
-    recipe's, overriding it. resume: go on from the newest checkpoint of the same run; a finished run is loaded
-    and returned. trust_remote_code: run Python code that the model's folder brings. Returns the adapted model, in eval
-    mode.
+    for what is set here, and a recipe sets all of it. model: folder, hub id or a loaded model (trained in place).
+    data: .txt, .jsonl or .parquet files, folders of them, one hub id, or "self" (with self_prompts): text that the
+    model itself writes. settings: any of the recipe's, overriding it. resume: go on from the newest checkpoint of the
+    same run; a finished run is loaded and returned, or extended by a larger max_tokens. trust_remote_code: run Python
+    code that the model's folder brings. Returns the adapted model, in eval mode.
     """
     own_settings = {} if recipe is not None else _kept(model)
     chosen = load_recipe(recipe or own_settings.pop("recipe", "efficient-dlm"), **(own_settings | settings))

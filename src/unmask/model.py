@@ -99,12 +99,22 @@ class DiffusionLM:
 
     def _check_weights(self) -> None:
         """Raise ValueError for weights that are not finite; looked at once for as long as nobody changes them."""
-        now = versions(self.model)
+        now = self._weights_version()
         if now is None or now != self._checked:
             check_weights(self.model, "the model")
             if self.drafter is not None:
                 check_weights(self.drafter, "the drafter")
             self._checked = now
+
+    def _weights_version(self) -> Any:
+        """What changes whenever a weight does, None where that cannot be told."""
+        parts = [versions(part) for part in (self.model, self.drafter) if part is not None]
+        return None if None in parts else parts
+
+    def _known_finite(self) -> DiffusionLM:
+        """This object, whose weights were looked at when they were loaded."""
+        self._checked = self._weights_version()
+        return self
 
     def _network(self, forward: Any) -> hf.HFNetwork:
         mask_token_id = None if self.diffusion is None else self.diffusion.mask_token_id
@@ -524,6 +534,11 @@ class DiffusionLM:
 
     # --- embeddings
 
+    @property
+    def embedding_pattern(self) -> str:
+        """The pattern of `embed` by default: "causal" where the clean rows are an AR model's, else "bidirectional"."""
+        return "causal" if self.diffusion is None or self.diffusion.serves_ar else "bidirectional"
+
     def embed(
         self,
         texts: str | Sequence[str],
@@ -539,9 +554,9 @@ class DiffusionLM:
         A text longer than the context loses its end, with a warning.
         """
         if isinstance(pattern, str) or pattern is None:
-            serves_ar = self.diffusion is None or self.diffusion.serves_ar
-            name = pattern or ("causal" if serves_ar else "bidirectional")
-            pattern = named_pattern(name, None if self.diffusion is None else self.diffusion.block_size)
+            pattern = named_pattern(
+                pattern or self.embedding_pattern, None if self.diffusion is None else self.diffusion.block_size
+            )
         self._check_weights()
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
@@ -644,14 +659,14 @@ def load(
         check_weights(lm.model, f"model {str(name)!r}")
         tokenizer = hf.load_tokenizer(name, trust_remote_code=trust_remote_code)
         hf.check_tokenizer(name, lm.model, tokenizer)
-        return DiffusionLM(lm.model, tokenizer, hf.read_diffusion(lm.model))
+        return DiffusionLM(lm.model, tokenizer, hf.read_diffusion(lm.model))._known_finite()
     base = hf.read_base(name)
     if base is not None:
         model, tokenizer, diffusion, drafter = hf.load_drafter(name, base, **options)
         hf.probe(model)
         hf.check_tokenizer(name, model, tokenizer)
-        return DiffusionLM(model, tokenizer, diffusion, drafter=drafter, base=base)
+        return DiffusionLM(model, tokenizer, diffusion, drafter=drafter, base=base)._known_finite()
     model, tokenizer = hf.load_pretrained(name, **options)
     hf.probe(model)
     hf.check_tokenizer(name, model, tokenizer)
-    return DiffusionLM(model, tokenizer, hf.read_diffusion(model))
+    return DiffusionLM(model, tokenizer, hf.read_diffusion(model))._known_finite()

@@ -64,8 +64,9 @@ def evaluate(
             "limit": limit, "num_fewshot": num_fewshot, "gen_kwargs": gen_kwargs,
             "apply_chat_template": apply_chat_template, "confirm_run_unsafe_code": confirm_run_unsafe_code,
         }  # fmt: skip
-        loaded = model, trust_remote_code
-        _evaluate_tasks(loaded, tasks, tasks_folder, scoring, confidence_threshold, asked, output, as_json)
+        _evaluate_tasks(
+            model, trust_remote_code, tasks, tasks_folder, scoring, confidence_threshold, asked, output, as_json
+        )
         return
     for option, given in {
         "--tasks-folder": tasks_folder, "--mode": mode, "--limit": limit, "--num-fewshot": num_fewshot,
@@ -138,7 +139,8 @@ def evaluate(
 
 
 def _evaluate_tasks(
-    model: tuple[str, bool],
+    model: str,
+    trust_remote_code: bool,
     tasks: str,
     folder: str | None,
     scoring: dict[str, Any],
@@ -160,8 +162,9 @@ def _evaluate_tasks(
 
     import unmask
 
-    lm = HarnessLM(unmask.load(model[0], trust_remote_code=model[1]), select=select, show_progress=True, **scoring)
-    results = run_tasks(lm, loaded, **asked)
+    lm = unmask.load(model, trust_remote_code=trust_remote_code)
+    harness_lm = HarnessLM(lm, select=select, show_progress=True, **scoring)
+    results = run_tasks(harness_lm, loaded, **asked)
     if output is not None:
         write_results(results, output)
     if as_json:
@@ -200,7 +203,7 @@ def embed(
     lm = unmask.load(model, trust_remote_code=trust_remote_code)
     vectors = lm.embed(texts, pattern, show_progress=True)
     write_embeddings(output, texts, vectors)
-    used = pattern or ("causal" if lm.diffusion is None else "bidirectional")
+    used = pattern or lm.embedding_pattern
     if as_json:
         print(to_json({"output": str(output), "num_texts": len(texts), "size": vectors.shape[1], "pattern": used}))
         return

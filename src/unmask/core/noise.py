@@ -105,14 +105,6 @@ def integer(bound: int, key: Key) -> int:
     return int((bits([key], 1) >> 1 & ((1 << 62) - 1)).item() % bound)
 
 
-def gumbel(size: int, seed: int, row: int, position: int, draw: int = 0, purpose: str = "token") -> Tensor:
-    """float64 Gumbel noise (size,) of one token position of one row: see `gumbels`.
-
-    `draw` counts how often the position was remasked: the same noise again would choose the same token again.
-    """
-    return gumbels([(purpose, seed, row, position, draw)], size)[0]
-
-
 def gumbels(keys: Sequence[Key], size: int, device: torch.device | None = None) -> Tensor:
     """(keys, size) float64 Gumbel noise, -log(-log u).
 

@@ -136,7 +136,7 @@ def load_pretrained(
         )
     _check_weights(name, model, info)
     _check_ids(name, model)
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    tokenizer = _tokenizer(name, trust_remote_code)
     if device_map is None and quantization_config is None:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -246,18 +246,12 @@ def parse_diffusion(raw: Any, model: Any, *, drafter: Drafter | None = None) -> 
     diffusion = parse(DiffusionConfig, raw, where, more=True)
     first, number = diffusion.mask_token_id, diffusion.mask_rows
     rows = model.get_input_embeddings().weight.shape[0]
-    if number < 1:
-        raise ValueError(f"mask_rows {number} of {where} must be at least 1")
     if drafter is None and not 0 <= first <= rows - number:
         raise ValueError(f"mask_token_id {first} of {where} is outside the vocabulary of {rows} tokens")
     if drafter is not None and (first, number) != (drafter.mask_token_id, drafter.config.mask_rows):
         raise ValueError(
             f"mask_token_id {first} and mask_rows {number} of {where} are not the tokenizer's "
             f"{drafter.mask_token_id} and the drafter's {drafter.config.mask_rows}"
-        )
-    if diffusion.clean_attention not in (None, "causal", "block_causal"):
-        raise ValueError(
-            f"clean_attention {diffusion.clean_attention!r} of {where} is unknown: use causal or block_causal"
         )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     block = diffusion.block_size
@@ -276,6 +270,10 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub id."""
     if Path(name).exists():
         check_folder(Path(name))
+    return _tokenizer(name, trust_remote_code)
+
+
+def _tokenizer(name: str | Path, trust_remote_code: bool) -> Any:
     with _loading(name, "tokenizer.json, tokenizer_config.json or another file of the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         if not tokenizer.get_vocab():

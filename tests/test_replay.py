@@ -22,7 +22,6 @@ from unmask.sampling import (
     Canvas,
     Confidence,
     Guess,
-    Stability,
     Step,
     Threshold,
     Trace,
@@ -32,7 +31,7 @@ from unmask.sampling import (
 )
 
 
-@pytest.mark.parametrize("rule", [Threshold(0.02), Confidence(2), Stability(0.01, 5.0, 1)])
+@pytest.mark.parametrize("rule", [Threshold(0.02), Confidence(2)])
 def test_trace_changes_nothing_and_knows_every_token(rule) -> None:
     net, prompts = network(), [random_tokens(n, seed=n) for n in (3, 4, 9)]
     trace = Trace(rule)

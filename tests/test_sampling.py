@@ -18,7 +18,6 @@ from unmask.sampling import (
     Factor,
     Margin,
     Random,
-    Stability,
     Threshold,
     sample_autoregressive,
     sample_blocks,
@@ -329,9 +328,7 @@ def test_stop_sees_only_what_is_final_and_from_the_left() -> None:
     lengths=st.lists(st.integers(1, 14), min_size=1, max_size=4),
     new=st.integers(1, 14),
     size=st.sampled_from([1, 2, 3, 4, 8]),
-    rule=st.sampled_from(
-        [Confidence(3), Threshold(0.02), Factor(1.5), EntropyBound(3.0), Random(2), Stability(0.01, 10.0, 1)]
-    ),
+    rule=st.sampled_from([Confidence(3), Threshold(0.02), Factor(1.5), EntropyBound(3.0), Random(2)]),
     shift=st.booleans(),
     steps=st.sampled_from([None, 1, 2, 5]),
     temperature=st.sampled_from([0.0, 1.0]),
@@ -397,7 +394,7 @@ def test_rules_commit_what_they_say(rule, expected: list[int]) -> None:
 
 
 @pytest.mark.parametrize("rule", [Confidence(1), Threshold(1.0), Factor(1e-9), EntropyBound(0.0), Random(1), Entropy(1),
-                                  Margin(1), Stability()])  # fmt: skip
+                                  Margin(1)])  # fmt: skip
 def test_every_rule_honours_at_least_and_the_mask(rule) -> None:
     masked = [True, False, True, True]
     commit = rule(candidates([0.5, 0.95, 0.6, 0.9], masked), torch.tensor([2]))
@@ -418,9 +415,6 @@ def test_ties_go_to_the_lower_position() -> None:
         (lambda: Threshold(1.5), r"confidence_threshold 1.5 must lie in \[0, 1\]"),
         (lambda: Factor(0), "factor 0 must"),
         (lambda: EntropyBound(-1), "entropy_bound -1 must"),
-        (lambda: Stability(-0.1), r"confidence_threshold -0.1 must lie in \[0, 1\]"),
-        (lambda: Stability(max_divergence=0), "max_divergence 0 must be positive"),
-        (lambda: Stability(num_steps=0), "num_steps 0 must be at least 1"),
         (lambda: sample_blocks(NET, block_config(), [random_tokens(3)], max_new_tokens=1, temperature=-1), "-1"),
         (lambda: sample_blocks(NET, block_config(), [random_tokens(3)], max_new_tokens=1, top_p=0), "top_p 0"),
         (

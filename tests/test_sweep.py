@@ -15,7 +15,7 @@ from test_cli import run  # noqa: F401
 import unmask
 from unmask.lab import sweep
 from unmask.lab.frontier import Setting, measure
-from unmask.sampling import Confidence, EntropyBound, Factor, Random, Stability, Threshold
+from unmask.sampling import Confidence, EntropyBound, Factor, Random, Threshold
 
 SMALL = ("--prompts", 3, "--prompt-tokens", 5, "--max-new-tokens", 6, "--rounds", 1, "--batch-sizes", "1,2")
 
@@ -156,9 +156,9 @@ def test_areas_compare_with_the_best_of_all_systems() -> None:
 
 
 def test_rules_are_parsed() -> None:
-    rules = sweep.parse_rules("0.5,0.9", ["factor=0.5", "entropy-bound=0.1,1", "stability=0.9", "confidence=2",
+    rules = sweep.parse_rules("0.5,0.9", ["factor=0.5", "entropy-bound=0.1,1", "confidence=2",
                                           "random=3", "threshold=0.5"])  # fmt: skip
-    assert rules == (Threshold(0.5), Threshold(0.9), Factor(0.5), EntropyBound(0.1), EntropyBound(1.0), Stability(0.9),
+    assert rules == (Threshold(0.5), Threshold(0.9), Factor(0.5), EntropyBound(0.1), EntropyBound(1.0),
                      Confidence(2), Random(3))  # fmt: skip
     assert sweep.parse_rules("", ["factor=1"]) == (Factor(1.0),)
 

@@ -227,7 +227,7 @@ def frontier(
     thresholds: Annotated[str, typer.Option(help="Confidence thresholds to decode with.")] = "0.1,0.3,0.5,0.7,0.9",
     rule: Annotated[
         list[str] | None,
-        typer.Option(help="More rules, as NAME=VALUE,...: factor, entropy-bound, stability, confidence or random."),
+        typer.Option(help="More rules, as NAME=VALUE,...: factor, entropy-bound, confidence or random."),
     ] = None,
     block_sizes: Annotated[str | None, typer.Option(help="Decode in blocks of these sizes.")] = None,
     batch_sizes: Annotated[str, typer.Option(help="Rows at a time in the timed runs.")] = "1,8,64",

@@ -44,14 +44,13 @@ from unmask.model import DiffusionLM, load
 from unmask.plain_json import to_json
 from unmask.progress import Advance, progress
 from unmask.run_folder import claim, releases_folders, write_text, writing
-from unmask.sampling import Confidence, EntropyBound, Factor, Random, Selector, Stability, Threshold
+from unmask.sampling import Confidence, EntropyBound, Factor, Random, Selector, Threshold
 from unmask.version import __version__
 
 _RULES: dict[str, Callable[[float], Selector]] = {
     "threshold": Threshold,
     "factor": Factor,
     "entropy-bound": EntropyBound,
-    "stability": Stability,
     "confidence": lambda n: Confidence(_whole("confidence", n)),
     "random": lambda n: Random(_whole("random", n)),
 }

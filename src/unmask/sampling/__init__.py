@@ -13,7 +13,6 @@ from unmask.sampling.commit import (
     Margin,
     Random,
     Selector,
-    Stability,
     Threshold,
 )
 from unmask.sampling.output import SampledTokens
@@ -38,7 +37,6 @@ __all__ = [
     "Remask",
     "SampledTokens",
     "Selector",
-    "Stability",
     "Step",
     "Threshold",
     "Trace",

@@ -16,7 +16,7 @@ from unmask.core.attention import PADDING, Layout
 from unmask.core.denoiser import DiffusionConfig, Network, denoise, prefill
 from unmask.core.noise import uniform
 from unmask.core.transfer import to_device
-from unmask.sampling.commit import Candidates, Selector, Threshold, remember, token_confidence
+from unmask.sampling.commit import Candidates, Selector, Threshold, token_confidence
 from unmask.sampling.guidance import GuidedNetwork
 from unmask.sampling.output import Callback, SampledTokens, Stop
 from unmask.sampling.scheduler import Seats
@@ -82,14 +82,10 @@ def sample_blocks(
     for row, wanted in enumerate(num_new):
         if wanted < 1:
             seats.waiting.remove(row)
-    previous: Candidates | None = None
 
     while True:
         new, stay = seats.fill()
         if stay is not None:
-            if previous is not None:
-                stays = torch.zeros(len(blocks.starts), dtype=torch.bool).index_fill(0, stay, True)
-                previous = previous.at(to_device(stays, device))
             blocks.keep(stay)
         if not seats.rows:
             break
@@ -105,8 +101,6 @@ def sample_blocks(
         elif guided is not None and stay is not None:
             guided.prompt_lengths = guided.prompt_lengths[stay]
         entered = blocks.upload()
-        if previous is not None and entered is not None:
-            previous = previous.without(to_device(entered, device))
 
         remaining = blocks.masked.sum(-1)
         at_least = torch.zeros_like(remaining)
@@ -136,9 +130,8 @@ def sample_blocks(
         elif device.type != "cpu":
             tokens = choose_tokens(logits)
         confidence = token_confidence(logits, here, tokens if temperature > 0 else None)
-        candidates = Candidates(here, confidence, logits, blocks.priority, progress, previous)
+        candidates = Candidates(here, confidence, logits, blocks.priority, progress)
         commit = select(candidates, must)
-        previous = remember(candidates, select)
         if tokens is None:  # on CPU an argmax over the vocabulary is a tenth of a small model's head: where needed
             blocks.xt = blocks.xt.masked_scatter(commit, choose_tokens(logits[commit[here]]))
         else:

@@ -18,7 +18,7 @@ from unmask.core.attention import PADDING, Layout
 from unmask.core.denoiser import DiffusionConfig, Network, score
 from unmask.core.noise import gumbels, uniform
 from unmask.core.transfer import to_device
-from unmask.sampling.commit import Ancestral, Candidates, Selector, Threshold, remember, token_confidence
+from unmask.sampling.commit import Ancestral, Candidates, Selector, Threshold, token_confidence
 from unmask.sampling.guidance import guide
 from unmask.sampling.output import Callback, SampledTokens, Stop, first_end
 from unmask.sampling.remask import Remask
@@ -104,7 +104,6 @@ def sample_bidirectional(
     slot = open_.flatten().cumsum(0).view_as(xt) - 1  # where a place's noise stands
     draws = torch.zeros_like(xt)
 
-    previous: Candidates | None = None
     rows, step = masked.any(-1).nonzero()[:, 0], 0
     where, order = layout.at(rows), to_device(priority[rows], device)
     confidence = torch.zeros_like(order)
@@ -130,9 +129,8 @@ def sample_bidirectional(
                 at_least = torch.zeros_like(rows)
                 if budgets is not None:
                     at_least = -(-here.sum(-1) // (budgets[rows] - step).clamp_min(1))
-                candidates = Candidates(there, found, logits, order, progress, previous)
+                candidates = Candidates(there, found, logits, order, progress)
                 commit = select(candidates, to_device(at_least, device))
-                previous = remember(candidates, select)
                 news = torch.where(commit, news.masked_scatter(there, tokens), news)
         if remask is not None:
             assert budgets is not None
@@ -182,7 +180,6 @@ def sample_bidirectional(
         if not bool(going.all()):  # else all that says where rows stand, masks included, stands too
             rows = rows[going]
             where, order = layout.at(rows), to_device(priority[rows], device)
-            previous = None if previous is None else previous.at(to_device(going, device))
 
     new_tokens = [xt[i][place[:n]].tolist() for i, (place, n) in enumerate(zip(places, num_new, strict=True))]
     return SampledTokens(new_tokens, num_forwards, torch.zeros(batch, dtype=torch.long))

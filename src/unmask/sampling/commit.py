@@ -2,15 +2,14 @@
 
 A rule is called as `rule(candidates, at_least)` and returns commit (batch, block) bool, a subset of the
 masked positions: the `count` best by the rule's own order, never fewer than `at_least` (batch,) and never
-more than there are; `Ancestral` alone draws how many. Ties go to the lower position. A rule that compares
-forwards says in `looks_back` how many earlier ones of the same block it wants to see.
+more than there are; `Ancestral` alone draws how many. Ties go to the lower position.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ class Candidates:
     temperature 1 of the proposed token, 0 where nothing is masked. logits: (masked.sum(), vocabulary).
     priority: (batch, block) float64 uniforms, fixed per (seed, row, position). progress: share of the step
     budget spent once this forward's commits are made, in (0, 1], of all rows or (batch, 1) of each; None without a
-    budget. previous: those of the forward before, for a rule that looks back; a position it did not hold is new.
+    budget.
     """
 
     masked: Tensor
@@ -32,7 +31,6 @@ class Candidates:
     logits: Tensor
     priority: Tensor
     progress: float | Tensor | None = None
-    previous: Candidates | None = None
 
     @property
     def entropy(self) -> Tensor:
@@ -46,44 +44,6 @@ class Candidates:
         """Probability of the likeliest token less that of the second, (batch, block) float64, 0 elsewhere."""
         best = self.logits.double().softmax(-1).topk(2, dim=-1).values
         return torch.zeros_like(self.confidence).masked_scatter(self.masked, best[:, 0] - best[:, 1])
-
-    @property
-    def divergence(self) -> Tensor:
-        """KL(p now || p a forward ago) in nats of each masked position, (batch, block) float64.
-
-        Infinite where there was no forward before, 0 where nothing is masked.
-        """
-        new = torch.zeros_like(self.confidence).masked_fill(self.masked, torch.inf)
-        if self.previous is None:
-            return new
-        both = self.masked & self.previous.masked
-        log_p = self.logits[both[self.masked]].double().log_softmax(-1)
-        before = self.previous.logits[both[self.previous.masked]].double().log_softmax(-1)
-        lowest = torch.finfo(log_p.dtype).min  # the mask token has probability 0 in both
-        kl = (log_p.exp() * (log_p.clamp_min(lowest) - before.clamp_min(lowest))).sum(-1)
-        return new.masked_scatter(both, kl)
-
-    def at(self, rows: Tensor) -> Candidates:
-        """Those of some rows of the batch; rows: (batch,) bool."""
-        return replace(
-            self, masked=self.masked[rows], confidence=self.confidence[rows], priority=self.priority[rows],
-            logits=self.logits[rows.repeat_interleave(self.masked.sum(-1))],
-            previous=None if self.previous is None else self.previous.at(rows),
-        )  # fmt: skip
-
-    def without(self, rows: Tensor) -> Candidates:
-        """These with nothing masked in some rows, which begin anew; rows: (batch,) bool."""
-        return replace(
-            self, masked=self.masked & ~rows[:, None],
-            logits=self.logits[~rows.repeat_interleave(self.masked.sum(-1))],
-            previous=None if self.previous is None else self.previous.without(rows),
-        )  # fmt: skip
-
-    def back_to(self, depth: int) -> Candidates:
-        """These with `depth` forwards before them at most."""
-        if depth < 1 or self.previous is None:
-            return replace(self, previous=None)
-        return replace(self, previous=self.previous.back_to(depth - 1))
 
 
 def token_confidence(logits: Tensor, masked: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -101,12 +61,6 @@ def token_confidence(logits: Tensor, masked: Tensor, tokens: Tensor | None = Non
 
 
 Selector = Callable[[Candidates, Tensor], Tensor]
-
-
-def remember(candidates: Candidates, select: Selector) -> Candidates | None:
-    """What the next forward of the block gives `select` as `previous`: None for a rule that does not look back."""
-    depth = getattr(select, "looks_back", 0)
-    return candidates.back_to(depth - 1) if depth else None
 
 
 def commit_best(score: Tensor, masked: Tensor, count: Tensor, at_least: Tensor) -> Tensor:
@@ -188,40 +142,6 @@ class EntropyBound:
         joint = ranked.cumsum(-1) - ranked  # sorted, so the last of the first k is their maximum
         count = (joint <= self.entropy_bound).sum(-1).clamp_min(1)
         return commit_best(-entropy, candidates.masked, count, at_least)
-
-
-@dataclass(frozen=True)
-class Stability:
-    """Every position that is sure and has stopped moving, at least the most confident one (KLASS 2511.05664).
-
-    Sure: confidence above a threshold. Stopped: KL(p_t || p_(t-1)) < max_divergence in each of the last `num_steps`
-    forwards, so a block's first num_steps forwards commit one token each.
-    """
-
-    confidence_threshold: float = 0.9
-    max_divergence: float = 0.01
-    num_steps: int = 2
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.confidence_threshold <= 1:
-            raise ValueError(f"confidence_threshold {self.confidence_threshold} must lie in [0, 1]")
-        if not 0 < self.max_divergence < math.inf:
-            raise ValueError(f"max_divergence {self.max_divergence} must be positive and finite: at 0 nothing is still")
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps {self.num_steps} must be at least 1; without stability, use Threshold")
-
-    @property
-    def looks_back(self) -> int:
-        return self.num_steps
-
-    def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
-        good = candidates.masked & (candidates.confidence > self.confidence_threshold)
-        step: Candidates | None = candidates
-        for _ in range(self.num_steps):
-            good = good & (step.divergence < self.max_divergence) if step is not None else torch.zeros_like(good)
-            step = None if step is None else step.previous
-        # Stable positions first, confidence among them.
-        return commit_best(candidates.confidence + good, candidates.masked, good.sum(-1).clamp_min(1), at_least)
 
 
 @dataclass(frozen=True)

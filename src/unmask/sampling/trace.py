@@ -83,7 +83,6 @@ class _Watched:
 
     def __init__(self, select: Selector) -> None:
         self.rule, self.num_forwards = select, 0
-        self.looks_back = getattr(select, "looks_back", 0)
         self.waiting: deque[tuple[list[int], list[float], list[tuple[int, int, float]]]] = deque()
 
     def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:

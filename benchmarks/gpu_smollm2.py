@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import unmask
 from unmask.evaluation import likelihood
-from unmask.sampling import SampledTokens, Threshold, sample_autoregressive, sample_blocks, sample_speculative
+from unmask.sampling import Request, SampledTokens, Threshold, sample_autoregressive, sample_blocks, sample_speculative
 from unmask.version import __version__
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -174,7 +174,7 @@ def _written(
     """New tokens of each prompt, an end token included."""
     if way == "library":
         rows = [torch.tensor(prompt) for prompt in prompts]
-        return sample_autoregressive(lm.network, rows, max_new_tokens=new, end_token_ids=ends).new_tokens
+        return sample_autoregressive(lm.network, rows, Request(max_new_tokens=new, end_token_ids=ends)).new_tokens
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -298,7 +298,7 @@ def parent(bench: Bench) -> tuple[list[likelihood.Document], list[list[int]]]:
     lm = None if file.is_file() else bench.load(torch.float32)
     if lm is not None:
         domains, prompts, records = bench.held_out(lm)
-        out = sample_autoregressive(lm.network, prompts, max_new_tokens=bench.given.new_held_out)
+        out = sample_autoregressive(lm.network, prompts, Request(max_new_tokens=bench.given.new_held_out))
         documents = []
         for prompt, new, record in zip(prompts, out.new_tokens, records, strict=True):
             text = record.get("reference")
@@ -334,8 +334,8 @@ def quality(bench: Bench, recipe: str, lm: unmask.DiffusionLM, trained: int) -> 
         some = list(range(len(prompts)))
         if temperature > 0:  # noise is drawn on the host: four rows of a domain will do
             some = [i for d in dict.fromkeys(domains) for i in [j for j in some if domains[j] == d][:4]]
-        out = sample_speculative(lm.network, config, [prompts[i] for i in some], max_new_tokens=new,
-                                 draft_length=length, temperature=temperature)  # fmt: skip
+        out = sample_speculative(lm.network, config, [prompts[i] for i in some], Request(new, temperature),
+                                 draft_length=length)  # fmt: skip
         assert out.cycle_gains is not None
         made = torch.tensor([len(row) for row in out.new_tokens])
         cycles, forwards = out.cycle_gains.sum(-1), out.num_forwards
@@ -353,7 +353,7 @@ def quality(bench: Bench, recipe: str, lm: unmask.DiffusionLM, trained: int) -> 
         bench.keep("quality", **about, **figures)
 
     def diffuse(threshold: float) -> None:
-        out = sample_blocks(lm.network, config, prompts, max_new_tokens=new, select=Threshold(threshold))
+        out = sample_blocks(lm.network, config, prompts, Request(max_new_tokens=new), select=Threshold(threshold))
         made = torch.tensor([len(row) for row in out.new_tokens])
         figures: dict[str, Any] = {
             "threshold": threshold,
@@ -434,11 +434,11 @@ def speed(bench: Bench) -> None:
 
 def _decode(lm: unmask.DiffusionLM, prompts: list[torch.Tensor], new: int, mode: str) -> SampledTokens:
     if mode == "ar":
-        return sample_autoregressive(lm.network, prompts, max_new_tokens=new)
+        return sample_autoregressive(lm.network, prompts, Request(max_new_tokens=new))
     assert lm.diffusion is not None
     if mode == "speculative":
-        return sample_speculative(lm.network, lm.diffusion, prompts, max_new_tokens=new)
-    return sample_blocks(lm.network, lm.diffusion, prompts, max_new_tokens=new, select=Threshold(THRESHOLD))
+        return sample_speculative(lm.network, lm.diffusion, prompts, Request(max_new_tokens=new))
+    return sample_blocks(lm.network, lm.diffusion, prompts, Request(max_new_tokens=new), select=Threshold(THRESHOLD))
 
 
 THRESHOLD = 0.8

@@ -44,7 +44,7 @@ def main() -> None:
 
     import unmask
     from unmask.data.documents import read_documents
-    from unmask.sampling import Confidence, sample_autoregressive
+    from unmask.sampling import Confidence, Request, sample_autoregressive
 
     torch.set_num_threads(1)
     lm, parent = unmask.load(options.model), unmask.load(options.parent)
@@ -81,7 +81,7 @@ def main() -> None:
         written = []
         for before, _, _, n in cases:
             prompt = torch.tensor(ids(before, special=True))
-            new = sample_autoregressive(parent.network, [prompt], max_new_tokens=n, context_length=context)
+            new = sample_autoregressive(parent.network, [prompt], Request(max_new_tokens=n, context_length=context))
             written.append((parent.new_text(prompt, new.new_tokens[0]), n))
         return written
 

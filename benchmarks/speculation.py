@@ -18,7 +18,7 @@ import torch
 
 import unmask
 from unmask.data.documents import read_documents
-from unmask.sampling import Coupled, Rejection, sample_autoregressive, sample_speculative
+from unmask.sampling import Coupled, Rejection, Request, sample_autoregressive, sample_speculative
 
 
 def prompts_of(
@@ -46,10 +46,10 @@ def yields(lm: unmask.DiffusionLM, prompts: list[torch.Tensor], new: int, draft_
             gains: list[torch.Tensor] = []
             forwards = tokens = 0
             for start in range(0, len(prompts), 50):
+                request = Request(new, temperature, seed=start, context_length=lm.network.context_length)
                 out = sample_speculative(
-                    lm.network, lm.diffusion, prompts[start : start + 50], max_new_tokens=new, temperature=temperature,
-                    acceptance=rule, anchor=anchor, draft_length=draft_length, seed=start,
-                    context_length=lm.network.context_length,
+                    lm.network, lm.diffusion, prompts[start : start + 50], request,
+                    acceptance=rule, anchor=anchor, draft_length=draft_length,
                 )  # fmt: skip
                 forwards += int(out.num_forwards.sum())
                 tokens += sum(map(len, out.new_tokens))
@@ -74,11 +74,11 @@ def wall_clock(lm: unmask.DiffusionLM, prompts: list[torch.Tensor], new: int, dr
         calls += 1
 
     def ar(p: torch.Tensor) -> int:
-        return len(sample_autoregressive(lm.network, [p], max_new_tokens=new).new_tokens[0])
+        return len(sample_autoregressive(lm.network, [p], Request(new)).new_tokens[0])
 
     def speculative(p: torch.Tensor) -> int:
-        return len(sample_speculative(lm.network, lm.diffusion, [p], max_new_tokens=new,
-                                      draft_length=draft_length).new_tokens[0])  # fmt: skip
+        out = sample_speculative(lm.network, lm.diffusion, [p], Request(new), draft_length=draft_length)
+        return len(out.new_tokens[0])
 
     def stock(p: torch.Tensor, **more: Any) -> int:
         out = lm.model.generate(p[None], attention_mask=torch.ones_like(p[None]), max_new_tokens=new, do_sample=False,
@@ -116,8 +116,8 @@ def mismatches(lm: unmask.DiffusionLM, prompts: list[torch.Tensor], new: int, dt
     parted, gaps = 0, []
     for start in range(0, len(prompts), 50):
         rows = prompts[start : start + 50]
-        a = sample_autoregressive(lm.network, rows, max_new_tokens=new).new_tokens
-        b = sample_speculative(lm.network, lm.diffusion, rows, max_new_tokens=new).new_tokens
+        a = sample_autoregressive(lm.network, rows, Request(new)).new_tokens
+        b = sample_speculative(lm.network, lm.diffusion, rows, Request(new)).new_tokens
         for prompt, x, y in zip(rows, a, b, strict=True):
             where = next((i for i, pair in enumerate(zip(x, y, strict=True)) if pair[0] != pair[1]), None)
             if where is not None:

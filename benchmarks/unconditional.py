@@ -55,6 +55,7 @@ def main() -> None:
         Entropy,
         Margin,
         Remask,
+        Request,
         SampledTokens,
         sample_autoregressive,
         sample_blocks,
@@ -71,7 +72,7 @@ def main() -> None:
         "margin": Margin(),
         "remask": None,
     }[options.rule]
-    begin = lm._begin()
+    begin = lm.begin_token()
     options.output.mkdir(parents=True, exist_ok=True)
     settings = {k: str(v) for k, v in vars(options).items() if k != "output"}
 
@@ -106,7 +107,7 @@ def main() -> None:
         for length in (int(n) for n in options.lengths.split(",")):
 
             def with_ar(batch: int, seed: int, n: int = length) -> SampledTokens:
-                return sample_autoregressive(parent.network, [begin] * batch, max_new_tokens=n, seed=seed, **draw)
+                return sample_autoregressive(parent.network, [begin] * batch, Request(n, seed=seed, **draw))
 
             baseline = measure(with_ar, parent)
             write({"length": length, "steps": None, "rule": "ar", **baseline, "time_ratio": 1.0, "settings": settings})
@@ -117,11 +118,11 @@ def main() -> None:
                     if lm.diffusion.attention == "bidirectional":
                         remask = Remask() if options.rule == "remask" else None
                         return sample_canvases(
-                            lm.network, lm.diffusion, prompts, max_new_tokens=n, max_denoising_steps=steps,
-                            select=rule, remask=remask, seed=seed, **draw,
+                            lm.network, lm.diffusion, prompts, Request(n, seed=seed, **draw),
+                            max_denoising_steps=steps, select=rule, remask=remask,
                         )  # fmt: skip
-                    return sample_blocks(lm.network, lm.diffusion, prompts, max_new_tokens=n, select=rule, seed=seed,
-                                         max_denoising_steps=steps, **draw)  # fmt: skip
+                    return sample_blocks(lm.network, lm.diffusion, prompts, Request(n, seed=seed, **draw), select=rule,
+                                         max_denoising_steps=steps)  # fmt: skip
 
                 if steps > length and options.rule != "remask":
                     continue

@@ -15,7 +15,7 @@ import torch
 
 import unmask
 from unmask.data.documents import read_documents
-from unmask.sampling import Confidence, Selector, Threshold, sample_blocks
+from unmask.sampling import Confidence, Request, Selector, Threshold, sample_blocks
 
 PROMPT, NEW = 32, 64
 
@@ -43,7 +43,9 @@ def main() -> None:
     for rule in rules:
         for window in (*map(int, given.windows.split(",")), None):
             began = time.process_time()
-            out = sample_blocks(lm.network, lm.diffusion, prompts, max_new_tokens=NEW, select=rule, window=window)
+            out = sample_blocks(
+                lm.network, lm.diffusion, prompts, Request(max_new_tokens=NEW), select=rule, window=window
+            )
             seconds = time.process_time() - began
             text = torch.stack([torch.cat([p, torch.tensor(t)]) for p, t in zip(prompts, out.new_tokens, strict=True)])
             with torch.inference_mode():

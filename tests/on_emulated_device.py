@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import MASK, SUPPORTED, random_tokens, tiny_model
+from decode import sample_bidirectional
 
 from unmask import hf
 from unmask.core.denoiser import DiffusionConfig
 from unmask.core.noise import Key, uniforms
-from unmask.sampling import Ancestral, Canvas, Confidence, Remask, sample_bidirectional
+from unmask.sampling import Ancestral, Canvas, Confidence, Remask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "shared" / "tools"))
 import emulated_device as emulated

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import MASK, SUPPORTED, block_config, gumbel, network, random_tokens, tiny_model
+from decode import sample_bidirectional, sample_blocks, sample_canvases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,20 +15,7 @@ from unmask import hf
 from unmask.core.attention import Layout, bidirectional
 from unmask.core.denoiser import DiffusionConfig
 from unmask.core.noise import uniform
-from unmask.sampling import (
-    Ancestral,
-    Canvas,
-    Confidence,
-    Entropy,
-    EntropyBound,
-    Margin,
-    Random,
-    Remask,
-    Threshold,
-    sample_bidirectional,
-    sample_blocks,
-    sample_canvases,
-)
+from unmask.sampling import Ancestral, Canvas, Confidence, Entropy, EntropyBound, Margin, Random, Remask, Threshold
 
 
 def config(shift: bool = True) -> DiffusionConfig:
@@ -419,7 +407,7 @@ def test_block_infilling_sees_the_suffix_inside_the_active_block_only() -> None:
 def test_canvases_follow_each_other_and_a_row_is_its_own() -> None:
     net, options = network(), {"select": Confidence(2), "temperature": 0.9, "seed": 3}
     prompts = [random_tokens(n, seed=n) for n in (2, 5)]
-    got = sample_canvases(net, config(), prompts, max_new_tokens=11, canvas_size=4, max_denoising_steps=2, **options)
+    got = sample_canvases(net, config(), prompts, max_new_tokens=11, block_size=4, max_denoising_steps=2, **options)
     for row, prompt in enumerate(prompts):
         text, forwards = prompt, 0
         for n, steps in ((4, 2), (4, 2), (3, 2)):
@@ -442,7 +430,7 @@ def test_canvases_follow_each_other_and_a_row_is_its_own() -> None:
 @pytest.mark.parametrize("size", [None, 4])
 def test_an_end_token_ends_a_row_once_everything_before_it_stands(size: int | None) -> None:
     net, prompts = network(), [random_tokens(n, seed=n) for n in (3, 6, 9)]
-    options = {"max_new_tokens": 14, "canvas_size": size, "select": Confidence(1)}
+    options = {"max_new_tokens": 14, "block_size": size, "select": Confidence(1)}
     free = sample_canvases(net, config(), prompts, **options)
     end = free.new_tokens[1][5]
     got = sample_canvases(net, config(), prompts, end_token_ids=[end], **options)
@@ -480,11 +468,11 @@ def test_bad_requests_are_named(options: dict, message: str) -> None:
         (lambda: sample_bidirectional(NET, config(), [Canvas.around(random_tokens(0), 4)]), "with an open place"),
         (lambda: sample_bidirectional(NET, config(), [canvas(4, 0, 3)]), "num_tokens 0 leaves nothing"),
         (
-            lambda: sample_canvases(NET, config(), [random_tokens(3)], max_new_tokens=8, canvas_size=4,
+            lambda: sample_canvases(NET, config(), [random_tokens(3)], max_new_tokens=8, block_size=4,
                                     max_denoising_steps=5),
             "max_denoising_steps 5 exceeds the 4 tokens",
         ),
-        (lambda: sample_canvases(NET, config(), [random_tokens(3)], max_new_tokens=8, canvas_size=0), "block_size 0"),
+        (lambda: sample_canvases(NET, config(), [random_tokens(3)], max_new_tokens=8, block_size=0), "block_size 0"),
         (lambda: Entropy(0), "n 0 must"),
         (lambda: Margin(0), "n 0 must"),
         (lambda: Remask("often"), "variant 'often' is unknown"),

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import MASK, block_config, random_tokens, tiny_llama
+from decode import sample_autoregressive, sample_blocks, sample_speculative
 
 from unmask import hf
 from unmask.hf.network import cache_keyword
-from unmask.sampling import sample_autoregressive, sample_blocks, sample_speculative
 
 
 def under_names(model: Any, takes: set[str], shown: set[str] | None = None) -> Any:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import MASK, block_config, network, random_tokens
+from decode import sample_canvases
 
 from unmask.core.denoiser import DiffusionConfig
-from unmask.sampling import Ancestral, Remask, sample_canvases
+from unmask.sampling import Ancestral, Remask
 from unmask.settings import load_recipe
 
 CONFIG = DiffusionConfig(MASK, "bidirectional", None, None, True, "test", "0")

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
+from decode import sample_autoregressive, sample_blocks, sample_speculative
 from torch._dynamo.utils import counters
 
 from unmask import hf
@@ -17,7 +18,7 @@ from unmask.core.denoiser import begin, verify
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.hf.fast.graphs import CompiledPasses
 from unmask.hf.fast.shortcuts import layers_of
-from unmask.sampling import Confidence, Threshold, sample_autoregressive, sample_blocks, sample_speculative
+from unmask.sampling import Confidence, Threshold
 
 EAGER = {"backend": "eager"}
 """Traced like any compiled pass, but run by torch's own kernels; the last test compiles in earnest."""

@@ -7,10 +7,11 @@ import itertools
 import pytest
 import torch
 from conftest import block_config, network, random_tokens
+from decode import sample_bidirectional, sample_blocks
 from torch import Tensor
 
 from unmask.lab.oracle import compact, speed_of_light
-from unmask.sampling import Canvas, Confidence, sample_bidirectional, sample_blocks
+from unmask.sampling import Canvas, Confidence
 
 MASK = 9
 OPEN = torch.full((4,), MASK), torch.ones(4, dtype=torch.bool)

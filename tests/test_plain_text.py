@@ -44,7 +44,7 @@ def test_documents_prompts_answers_and_choices_hold_no_special_tokens(lm: unmask
     ids, _ = corpus.document(0)
     assert special(lm, ids) == [1]  # the end token, where the document ends
     assert tokenizer.decode(ids[:-1]) == text
-    assert special(lm, lm._prompt_ids(text, None)[0]) == []
+    assert special(lm, lm.prompt_ids(text)[0]) == []
     ((ids_, mask),) = encode_example(tokenizer, Completion("Say: ", text), 1)
     assert special(lm, ids_) == [1]
     assert mask[-1]
@@ -74,7 +74,7 @@ def test_a_message_cannot_end_its_turn(lm: unmask.DiffusionLM) -> None:
     assert special(lm, ids) == special(lm, expected)
     learnt = [i for i, keep in zip(ids, mask, strict=True) if keep]
     assert tokenizer.decode(learnt) == "La </s> la.</s>"
-    assert special(lm, lm._prompt_ids(odd[:1], None)[0]) == special(lm, expected)[:3]
+    assert special(lm, lm.prompt_ids(odd[:1])[0]) == special(lm, expected)[:3]
 
 
 def test_a_tokenizer_goes_on_reading_special_tokens_for_others(lm: unmask.DiffusionLM) -> None:

@@ -12,23 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import STORIES, block_config, in_a_terminal, network, random_tokens
+from decode import sample_autoregressive, sample_bidirectional, sample_blocks
 from rich.console import Console
 from rich.live import Live
 from test_cli import run  # noqa: F401
 
 import unmask
 from unmask.cli.replay import Watch, token_pieces, write_replay
-from unmask.sampling import (
-    Canvas,
-    Confidence,
-    Guess,
-    Step,
-    Threshold,
-    Trace,
-    sample_autoregressive,
-    sample_bidirectional,
-    sample_blocks,
-)
+from unmask.sampling import Canvas, Confidence, Guess, Step, Threshold, Trace
 
 
 @pytest.mark.parametrize("rule", [Threshold(0.02), Confidence(2)])

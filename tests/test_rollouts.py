@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import STORIES
+from decode import sample_autoregressive
 
 import unmask
 from unmask.data.documents import load_corpus
-from unmask.sampling import sample_autoregressive
 from unmask.training.rollouts import LONGEST_PROMPT, roll_out
 
 

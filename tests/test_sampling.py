@@ -5,23 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import MASK, SUPPORTED, block_config, gumbel, network, random_tokens, tiny_model
+from decode import sample_autoregressive, sample_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask import hf
 from unmask.core.attention import Layout, causal
-from unmask.sampling import (
-    Candidates,
-    Confidence,
-    Entropy,
-    EntropyBound,
-    Factor,
-    Margin,
-    Random,
-    Threshold,
-    sample_autoregressive,
-    sample_blocks,
-)
+from unmask.sampling import Candidates, Confidence, Entropy, EntropyBound, Factor, Margin, Random, Threshold
 from unmask.sampling.tokens import choose_tokens
 
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import MASK, SUPPORTED, block_config, network, random_tokens, tiny_model
+from decode import sample_autoregressive, sample_blocks
 
 from unmask import hf
 from unmask.core.attention import Layout, bidirectional, block_causal, causal, lookahead, window
 from unmask.core.denoiser import begin, denoise
 from unmask.hf.fast import kv_cache as slots
-from unmask.sampling import Confidence, sample_autoregressive, sample_blocks
+from unmask.sampling import Confidence
 
 LENGTHS = (9, 3, 14)
 NAMES = ["llama", "gpt2", "gpt_neox", "gemma3", "mistral_window", "qwen3"]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import MASK, SUPPORTED, block_config, network, random_tokens, tiny_model
+from decode import sample_autoregressive, sample_speculative
 from torch import Tensor
 
 from unmask import hf
 from unmask.core.attention import Layout, causal, dense, drafting, two_stream
 from unmask.core.denoiser import begin, draft, verify
-from unmask.sampling import Coupled, Rejection, sample_autoregressive, sample_speculative
+from unmask.sampling import Coupled, Rejection
 from unmask.sampling.speculative import Noise, adapted_length
 
 LENGTHS = (1, 4, 6, 11, 3, 9, 2, 17)
@@ -276,7 +277,6 @@ def test_rejection_accepts_one_minus_total_variation() -> None:
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        (causal_config(), {"draft_length": 0}, "draft_length 0 must be at least 1"),
         (block_config(), {}, "clean attention 'block_causal' of two_stream attention is not the AR model"),
         (causal_config(), {"top_p": 2}, "top_p 2"),
     ],

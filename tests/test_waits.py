@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
+from decode import sample_autoregressive, sample_blocks, sample_speculative
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,7 +23,7 @@ from unmask.core.attention import PADDING, Layout, causal
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.core.objectives import LossOutput
 from unmask.data.documents import Batch
-from unmask.sampling import Candidates, Threshold, sample_autoregressive, sample_blocks, sample_speculative
+from unmask.sampling import Candidates, Threshold
 from unmask.settings import Settings
 from unmask.training.loop import step_loss
 

@@ -29,19 +29,15 @@ from unmask.evaluation.likelihood import LikelihoodOutput
 from unmask.hf import lora
 from unmask.progress import progress
 from unmask.sampling import (
-    Acceptance,
-    Canvas,
-    Remask,
+    Blocks,
+    Decoder,
+    Request,
     SampledTokens,
     Selector,
-    sample_autoregressive,
-    sample_bidirectional,
-    sample_blocks,
-    sample_canvases,
-    sample_speculative,
+    WholeCanvas,
+    choose_decoder,
 )
-from unmask.sampling.guidance import check_guidance
-from unmask.sampling.output import Callback
+from unmask.sampling.request import Callback
 
 Prompts = str | Sequence[str] | Sequence[dict[str, str]] | Sequence[Sequence[dict[str, str]]] | Tensor
 
@@ -131,10 +127,22 @@ class DiffusionLM:
 
     # --- decoding
 
+    @property
+    def default_mode(self) -> str:
+        """The mode of `generate` where none is named."""
+        return "ar" if self.diffusion is None else "diffusion"
+
+    def decoder(self, mode: str | Decoder | None = None, **options: Any) -> Decoder:
+        """The decoder that `generate` uses for a mode and its options, of which None are not set.
+
+        Raises ValueError for a mode that the checkpoint lacks, and for an option that the decoder does not read.
+        """
+        return choose_decoder(mode or self.default_mode, self.diffusion, options)
+
     def generate(
         self,
         prompts: Prompts,
-        mode: str | None = None,
+        mode: str | Decoder | None = None,
         max_new_tokens: int = 128,
         block_size: int | None = None,
         max_denoising_steps: int | None = None,
@@ -147,107 +155,43 @@ class DiffusionLM:
         *,
         attention_mask: Tensor | None = None,
         top_k: int | None = None,
-        guidance_scale: float = 1.0,
-        remask: Remask | None = None,
-        draft_length: int | str | None = None,
-        acceptance: Acceptance | None = None,
         batch_size: int | None = None,
-        window: int | None = None,
+        confidence_threshold: float | None = None,
+        **options: Any,
     ) -> SampleOutput:
         """Continue prompts: text, texts, chat messages, or token ids with an attention mask.
 
-        mode: "diffusion" (block by block, the default of a converted checkpoint), "ar" (every checkpoint) or
-        "speculative" (AR's own output in fewer forwards, for a causal clean half: recipes tri-mode, drafter).
-        draft_length: positions that speculation drafts at a time, the block size by default, or "auto" to
-        follow the recent acceptance. acceptance: `Coupled()` by default, see `unmask.sampling`.
-        A checkpoint with bidirectional attention fills whole canvases of block_size tokens, by default one of
-        max_new_tokens. select: a commit rule of `unmask.sampling`, Threshold(0.9) by default. temperature 0 is
-        greedy. guidance_scale: of classifier-free guidance towards the prompt, 1 is none (diffusion mode).
-        remask: take tokens back while sampling (bidirectional attention only).
-        batch_size: prompts that decode at a time, all unless given; one that ends makes room for the next.
-        window: masked positions of a block that a forward sees, all unless given (block-wise attention only): the
-        rest of the block is not computed yet. Faster, and another model than the one trained: quality drops.
-        callback(row, positions, tokens) is called at each commit. The same seed gives the same output. A row
-        ends at the end token, after max_new_tokens, or where the model's context does.
+        mode: "diffusion" (the default of a converted checkpoint), "ar" (every checkpoint), "speculative" (AR's own
+        output in fewer forwards, for a causal clean half: recipes tri-mode, drafter), or a decoder of
+        `unmask.sampling` with its options: `Blocks(window=4)`. block_size, max_denoising_steps, select,
+        confidence_threshold (short for select=Threshold(p)) and `options` are those of the mode's decoder:
+        guidance_scale, window, remask, draft_length, acceptance; one that it does not read is an error.
+        temperature 0 is greedy. batch_size: prompts that decode at a time, all unless given; one that ends makes room
+        for the next. callback(row, positions, tokens) is called at each commit. The same seed gives the same output.
+        A row ends at the end token, at a stop string, after max_new_tokens, or where the model's context does.
         """
-        mode = mode or ("ar" if self.diffusion is None else "diffusion")
-        self._check_mode(mode)
+        decoder = self.decoder(
+            mode, block_size=block_size, max_denoising_steps=max_denoising_steps, select=select,
+            confidence_threshold=confidence_threshold, **options,
+        )  # fmt: skip
         self._check_weights()
-        check_guidance(guidance_scale)
-        if guidance_scale != 1 and self.drafter is not None:
-            raise ValueError(
-                f"guidance_scale {guidance_scale} hides the prompt behind masks, for which a drafter's base has no "
-                "embedding: leave it at 1, or convert the model whole"
-            )
-        _check_draft_length(draft_length, mode)
-        rows = self._prompt_ids(prompts, attention_mask)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
-        context = self.network.context_length
-        for ids in rows:
-            if context is not None and len(ids) >= context:
-                raise ValueError(
-                    f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}: shorten it"
-                )
-        stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
-        if any(not s for s in stops):
-            raise ValueError("stop string '' is empty: it would end every row before it begins")
-        options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "context_length": context,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "seed": secrets.randbits(31) if seed is None else seed,
-            "end_token_ids": hf.end_token_ids(self.model, self.tokenizer),
-            "stop": _StopStrings(self, rows, stops) if stops else None,
-            "callback": callback,
-            "batch_size": batch_size,
-        }
-        self._check_window(window, mode)
-        if mode == "ar":
-            if guidance_scale != 1:
-                raise ValueError(f"guidance_scale {guidance_scale} needs mode 'diffusion': AR mode has no mask token")
-            self._check_remask(remask, None)
-            return self._output(rows, sample_autoregressive(self.network, rows, **options), stops)
-        assert self.diffusion is not None
-        if mode == "speculative":
-            if guidance_scale != 1:
-                raise ValueError(
-                    f"guidance_scale {guidance_scale} needs mode 'diffusion': speculation gives AR's output"
-                )
-            self._check_remask(remask, None)
-            sampled = sample_speculative(
-                self.network,
-                self.diffusion.with_block_size(block_size),
-                rows,
-                draft_length=None if isinstance(draft_length, str) else draft_length,
-                adaptive=draft_length == "auto",
-                acceptance=acceptance,
-                **options,
-            )
-            return self._output(rows, sampled, stops)
-        self._check_remask(remask, self.diffusion)
-        options |= {
-            "max_denoising_steps": max_denoising_steps,
-            "select": select,
-            "guidance_scale": guidance_scale,
-        }
-        if self.diffusion.attention == "bidirectional":
-            sampled = sample_canvases(
-                self.network, self.diffusion, rows, canvas_size=block_size, remask=remask, **options
-            )
-        else:
-            config = self.diffusion.with_block_size(block_size)
-            sampled = sample_blocks(self.network, config, rows, window=window, **options)
-        return self._output(rows, sampled, stops)
+        self._check_guidance(decoder)
+        rows = self.prompt_ids(prompts, attention_mask)
+        self._check_room(rows)
+        stops = _stop_strings(stop_strings)
+        request = Request(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=_seed(seed),
+            end_token_ids=hf.end_token_ids(self.model, self.tokenizer), callback=callback, batch_size=batch_size,
+            stop=_StopStrings(self, rows, stops) if stops else None, context_length=self.network.context_length,
+        )  # fmt: skip
+        return self._output(rows, decoder(self.network, self.diffusion, rows, request), stops)
 
     def infill(
         self,
         prefix: str | Sequence[str],
         suffix: str | Sequence[str],
         num_tokens: int | Sequence[int],
-        mode: str | None = None,
+        mode: str | Decoder | None = None,
         max_denoising_steps: int | None = None,
         block_size: int | None = None,
         select: Selector | None = None,
@@ -258,51 +202,84 @@ class DiffusionLM:
         callback: Callback | None = None,
         *,
         top_k: int | None = None,
-        guidance_scale: float = 1.0,
-        remask: Remask | None = None,
         stop_tokens: Sequence[int] = (),
         attention: str | None = None,
-        num_samples: int = 8,
+        num_samples: int | None = None,
+        confidence_threshold: float | None = None,
+        **options: Any,
     ) -> SampleOutput:
         """Fill num_tokens tokens between prefix and suffix, which come back unchanged.
 
         Prefix and suffix are tokenised apart, the suffix without special tokens; texts are the new ones.
         num_tokens may be a list of candidate lengths: each is filled, and the one kept has the lowest NELBO per
-        token of span and suffix given the prefix (`num_samples` more forwards a candidate; num_forwards counts
-        all of it). stop_tokens, stop_strings: the span ends there, the suffix follows, the rest is dropped;
+        token of span and suffix given the prefix (`num_samples` more forwards a candidate, 8 by default; num_forwards
+        counts all of it). stop_tokens, stop_strings: the span ends there, the suffix follows, the rest is dropped;
         end tokens are tokens like others. attention: None, the checkpoint's own: block-wise ones cache the prefix
         and see of the suffix what falls into the active block; "bidirectional" shows them all of it in one noisy
-        stream, which they were not trained on. The other options are those of `generate`.
+        stream, which they were not trained on. The other options are those of `generate` in mode "diffusion".
         """
-        config = self.diffusion
-        if config is None:
-            raise ValueError("infill needs a converted checkpoint: this is an untouched AR model; adapt it first")
-        if mode not in (None, "diffusion"):
+        config = self._infill_config(mode, attention)
+        decoder = choose_decoder(
+            mode or "diffusion", config,
+            {"block_size": block_size, "max_denoising_steps": max_denoising_steps, "select": select,
+             "confidence_threshold": confidence_threshold, **options},
+        )  # fmt: skip
+        if not isinstance(decoder, Blocks | WholeCanvas):
             raise ValueError(f"mode {mode!r} cannot see a suffix: infill works in mode 'diffusion'")
-        if attention not in (None, "bidirectional"):
+        self._check_weights()
+        self._check_guidance(decoder)
+        before, after = self._around(prefix, suffix)
+        lengths = self._span_lengths(num_tokens, before, after)
+        if num_samples is not None and len(lengths) == 1:
+            raise ValueError(f"num_samples={num_samples} compares candidate lengths: give several num_tokens")
+        stops = _stop_strings(stop_strings)
+        request = Request(
+            max_new_tokens=max(lengths), temperature=temperature, top_p=top_p, top_k=top_k, seed=_seed(seed),
+            end_token_ids=stop_tokens, callback=callback, context_length=self.network.context_length,
+            stop=_StopStrings(self, before, stops) if stops else None,
+        )  # fmt: skip
+        candidates, steps = [], decoder.max_denoising_steps
+        for length in lengths:
+            if steps is not None and steps <= max(lengths):
+                decoder = replace(decoder, max_denoising_steps=min(steps, length))
+            span = replace(request, max_new_tokens=length)
+            candidates.append(decoder(self.network, config, before, span, suffixes=after))
+        sampled = candidates[0]
+        if len(candidates) > 1:
+            scored = config.with_block_size(block_size)
+            sampled = self._best_length(scored, before, after, candidates, num_samples or 8, request.seed)
+        return self._output(before, sampled, stops, after)
+
+    def _infill_config(self, mode: str | Decoder | None, attention: str | None) -> DiffusionConfig:
+        """What the checkpoint is read as when a span is filled."""
+        if self.diffusion is None:
+            raise ValueError("infill needs a converted checkpoint: this is an untouched AR model; adapt it first")
+        if isinstance(mode, str) and mode != "diffusion":
+            raise ValueError(f"mode {mode!r} cannot see a suffix: infill works in mode 'diffusion'")
+        if attention is None:
+            return self.diffusion
+        if attention != "bidirectional":
             raise ValueError(f"attention {attention!r} is unknown: leave it out, or use 'bidirectional'")
-        if attention == "bidirectional" and self.drafter is not None:
+        if self.drafter is not None:
             raise ValueError(
                 "attention 'bidirectional' needs a model that was converted whole: a drafter reads noise beside its "
                 "base's clean context alone"
             )
-        if attention == "bidirectional":
-            config = replace(config, attention="bidirectional", clean_attention=None, block_size=None)
-        self._check_remask(remask, config)
-        self._check_weights()
-        check_guidance(guidance_scale)
-        if block_size is not None and config.attention == "bidirectional":
-            raise ValueError(f"block_size {block_size} has no meaning here: a bidirectional span is filled as one")
+        return replace(self.diffusion, attention="bidirectional", clean_attention=None, block_size=None)
+
+    def _around(self, prefix: str | Sequence[str], suffix: str | Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """The tokens before and after each span."""
         prefixes, suffixes = ([text] if isinstance(text, str) else list(text) for text in (prefix, suffix))
         if len(prefixes) != len(suffixes):
             raise ValueError(f"{len(prefixes)} prefixes do not go with {len(suffixes)} suffixes: give as many of each")
+        after = [ids_of(self.tokenizer, text, add_special_tokens=False) for text in suffixes]
+        return self.prompt_ids(prefixes), [torch.tensor(ids, dtype=torch.long) for ids in after]
+
+    def _span_lengths(self, num_tokens: int | Sequence[int], before: list[Tensor], after: list[Tensor]) -> list[int]:
+        """The candidate lengths of the spans, checked against the context."""
         lengths = [num_tokens] if isinstance(num_tokens, int) else list(num_tokens)
         if not lengths or min(lengths) < 1:
             raise ValueError(f"num_tokens {num_tokens} must be at least 1: there is nothing to fill in")
-        before = self._prompt_ids(prefixes, None)
-        after = [
-            torch.tensor(ids_of(self.tokenizer, text, add_special_tokens=False), dtype=torch.long) for text in suffixes
-        ]
         context = self.network.context_length
         longest = max(len(p) + len(s) for p, s in zip(before, after, strict=True)) + max(lengths)
         if context is not None and longest > context:
@@ -310,41 +287,25 @@ class DiffusionLM:
                 f"prefix, {max(lengths)} tokens and suffix make {longest}, more than the model's context of {context}: "
                 "shorten them"
             )
-        stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
-        if any(not s for s in stops):
-            raise ValueError("stop string '' is empty: it would end every span before it begins")
-        seed = secrets.randbits(31) if seed is None else seed
-        options: dict[str, Any] = {
-            "max_denoising_steps": max_denoising_steps,
-            "select": select,
-            "guidance_scale": guidance_scale,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "seed": seed,
-            "end_token_ids": stop_tokens,
-            "stop": _StopStrings(self, before, stops) if stops else None,
-            "callback": callback,
-        }
-        candidates = []
-        for length in lengths:
-            if max_denoising_steps is not None and max_denoising_steps <= max(lengths):
-                options["max_denoising_steps"] = min(max_denoising_steps, length)
-            if config.attention == "bidirectional":
-                canvases = [Canvas.around(p, length, s) for p, s in zip(before, after, strict=True)]
-                filled = sample_bidirectional(self.network, config, canvases, remask=remask, **options)
-            else:
-                filled = sample_blocks(
-                    self.network, config.with_block_size(block_size), before, max_new_tokens=length, suffixes=after,
-                    context_length=context, **options,
-                )  # fmt: skip
-            candidates.append(filled)
-        sampled = candidates[0]
-        if len(candidates) > 1:
-            sampled = self._best_length(
-                config.with_block_size(block_size), before, after, candidates, num_samples, seed
+        return lengths
+
+    def _check_room(self, prompts: Sequence[Tensor]) -> None:
+        """Raise ValueError for a prompt that fills the model's context."""
+        context = self.network.context_length
+        for ids in prompts:
+            if context is not None and len(ids) >= context:
+                raise ValueError(
+                    f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}: shorten it"
+                )
+
+    def _check_guidance(self, decoder: Decoder) -> None:
+        """Raise ValueError for guidance of a drafter, whose base has no mask embedding."""
+        scale = getattr(decoder, "guidance_scale", 1.0)
+        if scale != 1 and self.drafter is not None:
+            raise ValueError(
+                f"guidance_scale {scale} hides the prompt behind masks, for which a drafter's base has no "
+                "embedding: leave it at 1, or convert the model whole"
             )
-        return self._output(before, sampled, stops, after)
 
     def _best_length(
         self,
@@ -373,34 +334,11 @@ class DiffusionLM:
             torch.stack([filled.num_prefill_forwards for filled in candidates]).sum(0),
         )
 
-    def _check_remask(self, remask: Remask | None, config: DiffusionConfig | None) -> None:
-        if remask is not None and (config is None or config.attention != "bidirectional"):
-            how = "AR mode" if config is None else f"{config.attention} attention"
-            raise ValueError(f"{remask} needs a bidirectional canvas, and {how} has none: leave remask out")
+    def prompt_ids(self, prompts: Prompts, attention_mask: Tensor | None = None) -> list[Tensor]:
+        """The tokens of each prompt, (length,) int64 of at least one token: an empty prompt is the begin token.
 
-    def _check_window(self, window: int | None, mode: str) -> None:
-        if window is None:
-            return
-        if mode != "diffusion":
-            raise ValueError(f"window {window} needs mode 'diffusion': mode {mode!r} has no blocks of masks")
-        if self.diffusion is not None and self.diffusion.attention == "bidirectional":
-            raise ValueError(f"window {window} has no meaning here: a bidirectional canvas is seen whole")
-
-    def _check_mode(self, mode: str) -> None:
-        if mode not in ("ar", "diffusion", "speculative"):
-            raise ValueError(f"mode {mode!r} is unknown: use 'diffusion', 'ar' or 'speculative'")
-        if mode == "speculative" and self.diffusion is None:
-            raise ValueError("mode 'speculative' is not available: this checkpoint has no drafter; use 'ar'")
-        if mode == "speculative" and self.diffusion is not None and not self.diffusion.serves_ar:
-            raise ValueError(
-                f"mode 'speculative' is not available: clean attention {self.diffusion.clean_attention!r} of this "
-                "checkpoint is not 'causal', so its cache is not the AR model's; use 'diffusion', or adapt with "
-                "recipe 'tri-mode' or 'drafter'"
-            )
-        if mode == "diffusion" and self.diffusion is None:
-            raise ValueError("mode 'diffusion' is not available: this is an untouched AR model; adapt it, or use 'ar'")
-
-    def _prompt_ids(self, prompts: Prompts, attention_mask: Tensor | None) -> list[Tensor]:
+        Raises ValueError for token ids outside the vocabulary, and for no prompts.
+        """
         if isinstance(prompts, Tensor):
             real = torch.ones_like(prompts) if attention_mask is None else attention_mask
             rows = [row[keep.bool()].to(torch.long) for row, keep in zip(prompts, real, strict=True)]
@@ -416,7 +354,7 @@ class DiffusionLM:
             if len(row) and not 0 <= int(row.min()) <= int(row.max()) < tokens:
                 odd = next(int(i) for i in row if not 0 <= i < tokens)
                 raise ValueError(f"prompt token id {odd} is outside the model's vocabulary of {tokens} tokens")
-        return [row if len(row) else self._begin() for row in rows]
+        return [row if len(row) else self.begin_token() for row in rows]
 
     def _encode(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
@@ -424,8 +362,8 @@ class DiffusionLM:
         text = apply_template(self.tokenizer, prompt, tokenize=False, add_generation_prompt=True)
         return rendered_ids(self.tokenizer, text)
 
-    def _begin(self) -> Tensor:
-        """Where an unconditional text starts: the begin token, else the end token."""
+    def begin_token(self) -> Tensor:
+        """(1,) int64, where an unconditional text starts: the begin token, else the end token."""
         begin = self.tokenizer.bos_token_id
         if begin is None:
             begin = next(iter(hf.end_token_ids(self.model, self.tokenizer)), None)
@@ -562,7 +500,7 @@ class DiffusionLM:
         if not texts:
             raise ValueError("texts is empty: give at least one")
         rows = encode(self.tokenizer, texts)["input_ids"]
-        ids = [torch.tensor(row, dtype=torch.long) if row else self._begin() for row in rows]
+        ids = [torch.tensor(row, dtype=torch.long) if row else self.begin_token() for row in rows]
         context = self.network.context_length
         long = [i for i, row in enumerate(ids) if context is not None and len(row) > context]
         if long:
@@ -591,15 +529,16 @@ class DiffusionLM:
         hf.save_pretrained(folder, self.model, self.tokenizer, self.diffusion)
 
 
-def _check_draft_length(draft_length: int | str | None, mode: str) -> None:
-    if draft_length is None:
-        return
-    if isinstance(draft_length, str) and draft_length != "auto":
-        raise ValueError(f"draft_length {draft_length!r} must be a number of tokens or 'auto'")
-    if not isinstance(draft_length, str) and draft_length < 1:
-        raise ValueError(f"draft_length {draft_length} must be at least 1")
-    if mode != "speculative":
-        raise ValueError(f"draft_length {draft_length!r} needs mode 'speculative': mode {mode!r} drafts nothing")
+def _stop_strings(stop_strings: str | Sequence[str] | None) -> list[str]:
+    stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+    if any(not stop for stop in stops):
+        raise ValueError("stop string '' is empty: it would end every row before it begins")
+    return stops
+
+
+def _seed(seed: int | None) -> int:
+    """The seed, or one that nobody chose."""
+    return secrets.randbits(31) if seed is None else seed
 
 
 class _StopStrings:

@@ -31,9 +31,6 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model's folder brings.")
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this mass.")]
-TopK = Annotated[int | None, typer.Option(help="Sample from so many tokens at most.")]
-GuidanceScale = Annotated[float, typer.Option(help="Of classifier-free guidance; 1 is none.")]
 
 
 def _version(show: bool) -> None:

@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from unmask.cli.app import GuidanceScale, Json, Temperature, TopK, TopP, TrustRemoteCode, app
+from unmask.cli.app import Json, TrustRemoteCode, app
+from unmask.cli.options import DECODER, SAMPLING, takes_decoding
 from unmask.plain_json import to_json
 
 
 @app.command(epilog='Example: unmask generate runs/q "Once upon a time" --max-new-tokens 64 --confidence-threshold 0.8')
+@takes_decoding(*DECODER, *SAMPLING)
 def generate(
     model: Annotated[str, typer.Argument(help="Folder or hub id.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
-    mode: Annotated[
-        str | None, typer.Option(help="diffusion, ar or speculative; by default what the checkpoint is.")
-    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 128,
-    block_size: Annotated[int | None, typer.Option(help="Decode in blocks of another size.")] = None,
-    max_denoising_steps: Annotated[int | None, typer.Option(help="Forwards per block at most.")] = None,
-    confidence_threshold: Annotated[
-        float | None, typer.Option(help="Commit tokens of higher probability: 1 is one a forward, 0 a block.")
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Masked positions of a block that a forward sees; faster, and worse.")
-    ] = None,
-    draft_length: Annotated[
-        str | None, typer.Option(help="Positions drafted at a time in speculative mode, or auto.")
-    ] = None,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = None,
-    guidance_scale: GuidanceScale = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End where this text appears; can be repeated.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     replay: Annotated[
         Path | None, typer.Option(help="Write a page (.html) that replays how the text was denoised.")
     ] = None,
@@ -45,6 +28,9 @@ def generate(
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    *,
+    decoder: dict[str, Any],
+    sampling: dict[str, Any],
 ) -> None:
     """Continue a prompt."""
     if watch and as_json:
@@ -52,37 +38,25 @@ def generate(
     if replay is not None and (replay.is_dir() or not replay.parent.is_dir()):
         raise ValueError(f"--replay {str(replay)!r} is no file in a folder that exists: name one such as replay.html")
     text = sys.stdin.read() if prompt == "-" else prompt
-    drafted: int | str | None = draft_length
-    if draft_length is not None and draft_length.lstrip("-").isdigit():
-        drafted = int(draft_length)
 
     import unmask
     from unmask.cli.replay import watching, write_replay
-    from unmask.sampling import Threshold, Trace
+    from unmask.sampling import Trace
 
-    select = None if confidence_threshold is None else Threshold(confidence_threshold)
     lm = unmask.load(model, trust_remote_code=trust_remote_code)
-    given = lm._prompt_ids(text, None)[0].tolist()
-    live = _Stream(lm, text) if sys.stdout.isatty() and not (as_json or stop or watch) else None
+    chosen: Any = lm.decoder(**decoder)
+    given = lm.prompt_ids(text)[0].tolist()
+    live = None
+    if sys.stdout.isatty() and not (as_json or watch or "stop_strings" in sampling):
+        live = _Stream(lm, text)
+    trace = None
     with watching(lm.tokenizer, given, text, show=watch and sys.stdout.isatty()) as watcher:
-        trace = Trace(select, watcher, live) if watcher is not None or replay is not None else None
-        out = lm.generate(
-            text,
-            mode=mode,
-            max_new_tokens=max_new_tokens,
-            block_size=block_size,
-            max_denoising_steps=max_denoising_steps,
-            select=select if trace is None else trace.select,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            guidance_scale=guidance_scale,
-            stop_strings=stop,
-            window=window,
-            seed=seed,
-            callback=live if trace is None else trace.callback,
-            draft_length=drafted,
-        )
+        if watcher is not None or replay is not None:
+            trace = Trace(getattr(chosen, "select", None), watcher, live)
+            if hasattr(chosen, "select"):
+                chosen = replace(chosen, select=trace.select)
+        callback = live if trace is None else trace.callback
+        out = lm.generate(text, chosen, max_new_tokens=max_new_tokens, callback=callback, **sampling)
         new = out.sequences[0, len(given) : len(given) + int(out.num_new_tokens[0])].tolist()
         if watcher is not None:
             watcher.finish(new)
@@ -95,17 +69,7 @@ def generate(
                      prompt_text=text)  # fmt: skip
         print(f"replay in {replay}", file=sys.stderr)
     if as_json:
-        cycles = {} if out.tokens_per_cycle is None else {"tokens_per_cycle": round(float(out.tokens_per_cycle[0]), 4)}
-        print(
-            to_json(
-                {
-                    "text": out.texts[0],
-                    "mode": mode or ("ar" if lm.diffusion is None else "diffusion"),
-                    **_counts(out),
-                    **cycles,
-                }
-            )
-        )
+        print(to_json({"text": out.texts[0], "mode": decoder.get("mode", lm.default_mode), **_counts(out)}))
         return
     if watcher is None:
         print(out.texts[0][live.shown :] if live is not None else text + out.texts[0])
@@ -113,31 +77,27 @@ def generate(
 
 
 @app.command(epilog="Example: unmask chat runs/q --confidence-threshold 0.8")
+@takes_decoding(*DECODER, *SAMPLING)
 def chat(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a model with a chat template.")],
-    mode: Annotated[str | None, typer.Option(help="diffusion or ar; by default what the checkpoint is.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
-    confidence_threshold: Annotated[
-        float | None, typer.Option(help="Commit tokens of higher probability: 1 is one a forward, 0 a block.")
-    ] = None,
-    temperature: Temperature = 0.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile decoding: a slow first answer, faster ones on a GPU.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    *,
+    decoder: dict[str, Any],
+    sampling: dict[str, Any],
 ) -> None:
     """Talk to a fine-tuned model; /reset forgets the conversation, /exit ends it."""
     import unmask
     from unmask.data.supervised import check_template
-    from unmask.sampling import Threshold
 
-    select = None if confidence_threshold is None else Threshold(confidence_threshold)
     lm = unmask.load(model, trust_remote_code=trust_remote_code)
     check_template(lm.tokenizer)
+    chosen = lm.decoder(**decoder)
     if compiled:
         lm.compile()
-    lm._check_mode(mode or ("ar" if lm.diffusion is None else "diffusion"))
     messages: list[dict[str, str]] = []
     while (line := _ask("> ")) is not None:
         if line == "/exit":
@@ -148,20 +108,12 @@ def chat(
             continue
         asked = [*messages, {"role": "user", "content": line}]
         try:
-            live = _Stream(lm, asked, echo=False)
-            out = lm.generate(
-                asked,
-                mode=mode,
-                max_new_tokens=max_new_tokens,
-                select=select,
-                temperature=temperature,
-                seed=seed,
-                callback=live,
-            )
+            live = None if "stop_strings" in sampling else _Stream(lm, asked, echo=False)
+            out = lm.generate(asked, chosen, max_new_tokens=max_new_tokens, callback=live, **sampling)
         except ValueError as error:  # too long by now, or a template that refuses: the conversation can go on
             print(f"unmask: {' '.join(str(error).split())} (/reset begins anew)", file=sys.stderr)
             continue
-        print(out.texts[0][live.shown :], flush=True)
+        print(out.texts[0] if live is None else out.texts[0][live.shown :], flush=True)
         messages = [*asked, {"role": "assistant", "content": out.texts[0].strip()}]
 
 
@@ -174,13 +126,15 @@ def _ask(sign: str) -> str | None:
 
 
 def _counts(out: Any) -> dict[str, Any]:
-    """What --json tells of the one row of a `SampleOutput`."""
-    return {
+    """What --json says of the one row of a `SampleOutput`."""
+    counts = {
         "num_new_tokens": int(out.num_new_tokens[0]),
         "num_forwards": int(out.num_forwards[0]),
         "num_prefill_forwards": int(out.num_prefill_forwards[0]),
         "tokens_per_forward": round(float(out.tokens_per_forward[0]), 4),
     }
+    cycles = out.tokens_per_cycle
+    return counts if cycles is None else counts | {"tokens_per_cycle": round(float(cycles[0]), 4)}
 
 
 class _Stream:
@@ -188,7 +142,7 @@ class _Stream:
 
     def __init__(self, lm: Any, prompt: Any, echo: bool = True) -> None:
         self.lm, self.shown = lm, 0
-        self.prompt = lm._prompt_ids(prompt, None)[0]
+        self.prompt = lm.prompt_ids(prompt)[0]
         self.tokens: dict[int, int] = {}
         if echo:
             print(prompt, end="", flush=True)
@@ -207,6 +161,7 @@ class _Stream:
 @app.command(
     epilog='Example: unmask infill runs/d --prefix "Tom had a dog." --suffix " They were happy." --num-tokens 16'
 )
+@takes_decoding("block_size", "max_denoising_steps", "confidence_threshold", "guidance_scale", *SAMPLING)
 def infill(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a converted model.")],
     prefix: Annotated[str, typer.Option(help="The text before the gap.")],
@@ -214,52 +169,26 @@ def infill(
     num_tokens: Annotated[
         list[int], typer.Option(help="Tokens in the gap; repeated, candidate lengths to choose from by the bound.")
     ],
-    max_denoising_steps: Annotated[
-        int | None, typer.Option(help="Forwards at most (per block, if block-wise).")
-    ] = None,
-    confidence_threshold: Annotated[float | None, typer.Option(help="Commit tokens of higher probability.")] = None,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = None,
-    guidance_scale: GuidanceScale = 1.0,
     attention: Annotated[
         str | None, typer.Option(help="bidirectional: let a block-wise model see the whole suffix.")
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End the gap where this text appears.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Forwards that score a candidate length, by default 8.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    *,
+    decoder: dict[str, Any],
+    sampling: dict[str, Any],
 ) -> None:
     """Fill the gap between a prefix and a suffix."""
     import unmask
-    from unmask.sampling import Threshold
 
     lm = unmask.load(model, trust_remote_code=trust_remote_code)
-    out = lm.infill(
-        prefix,
-        suffix,
-        num_tokens[0] if len(num_tokens) == 1 else num_tokens,
-        max_denoising_steps=max_denoising_steps,
-        select=None if confidence_threshold is None else Threshold(confidence_threshold),
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        guidance_scale=guidance_scale,
-        attention=attention,
-        stop_strings=stop,
-        seed=seed,
-    )
+    lengths: int | list[int] = num_tokens[0] if len(num_tokens) == 1 else num_tokens
+    out = lm.infill(prefix, suffix, lengths, attention=attention, num_samples=num_samples, **decoder, **sampling)
     if as_json:
-        print(
-            to_json(
-                {
-                    "text": out.texts[0],
-                    "prefix": prefix,
-                    "suffix": suffix,
-                    **_counts(out),
-                }
-            )
-        )
+        print(to_json({"text": out.texts[0], "prefix": prefix, "suffix": suffix, **_counts(out)}))
         return
     print(prefix + out.texts[0] + suffix)
     print(f"{int(out.num_new_tokens[0])} tokens in {int(out.num_forwards[0])} forwards", file=sys.stderr)

@@ -81,8 +81,8 @@ class HarnessLM(TemplateLM):
         **decoding: Any,
     ) -> None:
         super().__init__()
-        self.mode = mode or ("ar" if lm.diffusion is None else "diffusion")
-        lm._check_mode(self.mode)
+        self.mode = mode or lm.default_mode
+        lm.decoder(self.mode, **decoding)
         self.bound = None if self.mode != "diffusion" else lm.diffusion.with_block_size(block_size)
         if self.bound is None and (exact or (block_size is not None and self.mode == "ar")):
             raise ValueError(f"mode {self.mode!r} scores exactly, without a bound's block_size and exact: leave them")
@@ -114,7 +114,7 @@ class HarnessLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What a text without context is conditioned on: the begin token, else the end token."""
-        return int(self.lm._begin())
+        return int(self.lm.begin_token())
 
     @property
     def tokenizer_name(self) -> str:

@@ -20,7 +20,7 @@ from unmask import hf
 from unmask.core.attention import Layout
 from unmask.core.denoiser import DiffusionConfig, begin, denoise
 from unmask.lab.bench_train import Case, clocks, make_model, medians
-from unmask.sampling import Confidence, SampledTokens, sample_autoregressive, sample_blocks, sample_speculative
+from unmask.sampling import Confidence, Request, SampledTokens, sample_autoregressive, sample_blocks, sample_speculative
 from unmask.sampling.speculative import Noise
 from unmask.version import __version__
 
@@ -87,7 +87,9 @@ def block_decoder(
     """Greedy block decoding of exactly `new` tokens a row, n a forward."""
     config, network = bench_config(model, block_size), network_of(model, compiled)
     prompts = list(random_prompts(model, batch, prompt))
-    return lambda: sample_blocks(network, config, prompts, max_new_tokens=new, select=Confidence(n), window=window)
+    return lambda: sample_blocks(
+        network, config, prompts, Request(max_new_tokens=new), select=Confidence(n), window=window
+    )
 
 
 def speculative_decoder(
@@ -97,14 +99,14 @@ def speculative_decoder(
     config, network = bench_config(model, draft_length, "causal"), network_of(model, compiled)
     prompts = list(random_prompts(model, batch))
     return lambda: sample_speculative(
-        network, config, prompts, max_new_tokens=new, draft_length=draft_length, acceptance=Accept(gain - 1)
+        network, config, prompts, Request(max_new_tokens=new), draft_length=draft_length, acceptance=Accept(gain - 1)
     )
 
 
 def ar_decoder(model: Any, *, batch: int, new: int = NEW, compiled: bool = False) -> Decoder:
     """Greedy AR decoding on our own cache code."""
     network, prompts = network_of(model, compiled), list(random_prompts(model, batch))
-    return lambda: sample_autoregressive(network, prompts, max_new_tokens=new)
+    return lambda: sample_autoregressive(network, prompts, Request(max_new_tokens=new))
 
 
 def generate_decoder(model: Any, *, batch: int, new: int = NEW, prompt: int = PROMPT, lookup: int = 0) -> Decoder:

@@ -19,7 +19,7 @@ from torch import Tensor
 from unmask.core.attention import Layout
 from unmask.core.denoiser import DiffusionConfig, Network, begin, denoise, score
 from unmask.sampling.commit import token_confidence
-from unmask.sampling.output import first_end
+from unmask.sampling.request import first_end
 
 Propose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(xt, masked) -> the likeliest token and its confidence at every position (length,), used where masked."""

@@ -1,4 +1,4 @@
-"""Samplers and the commit rules they take."""
+"""Decoders, the commit rules they take, and what they are asked."""
 
 from unmask.sampling.autoregressive import sample_autoregressive
 from unmask.sampling.block import sample_blocks
@@ -15,18 +15,22 @@ from unmask.sampling.commit import (
     Selector,
     Threshold,
 )
-from unmask.sampling.output import SampledTokens
+from unmask.sampling.decoders import Autoregressive, Blocks, Decoder, Speculative, WholeCanvas, choose_decoder
 from unmask.sampling.remask import Remask
+from unmask.sampling.request import Request, SampledTokens
 from unmask.sampling.speculative import Acceptance, Coupled, Rejection, sample_speculative
 from unmask.sampling.trace import Guess, Step, Trace
 
 __all__ = [
     "Acceptance",
     "Ancestral",
+    "Autoregressive",
+    "Blocks",
     "Candidates",
     "Canvas",
     "Confidence",
     "Coupled",
+    "Decoder",
     "Entropy",
     "EntropyBound",
     "Factor",
@@ -35,11 +39,15 @@ __all__ = [
     "Random",
     "Rejection",
     "Remask",
+    "Request",
     "SampledTokens",
     "Selector",
+    "Speculative",
     "Step",
     "Threshold",
     "Trace",
+    "WholeCanvas",
+    "choose_decoder",
     "sample_autoregressive",
     "sample_bidirectional",
     "sample_blocks",

@@ -8,7 +8,7 @@ begins with a given token, as every document does in training: the begin token w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,9 @@ from unmask.core.noise import gumbels, uniform
 from unmask.core.transfer import to_device
 from unmask.sampling.commit import Ancestral, Candidates, Selector, Threshold, token_confidence
 from unmask.sampling.guidance import guide
-from unmask.sampling.output import Callback, SampledTokens, Stop, first_end
 from unmask.sampling.remask import Remask
-from unmask.sampling.scheduler import check_batch_size
-from unmask.sampling.tokens import check_sampling, choose_tokens
+from unmask.sampling.request import Request, SampledTokens, Stop, first_end
+from unmask.sampling.tokens import choose_tokens
 
 _LEFT, _BACK = -1, -2
 """In place of a token: the place stays as it is, or its token is taken back."""
@@ -50,19 +49,13 @@ def sample_bidirectional(
     network: Network,
     config: DiffusionConfig,
     canvases: Sequence[Canvas],
+    request: Request,
     *,
     max_denoising_steps: int | Sequence[int] | None = None,
     select: Selector | None = None,
     remask: Remask | None = None,
     guidance_scale: float = 1.0,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 0,
     row_numbers: Sequence[int] | None = None,
-    end_token_ids: Sequence[int] = (),
-    stop: Stop | None = None,
-    callback: Callback | None = None,
 ) -> SampledTokens:
     """Fill the open places of ragged canvases; new_tokens are those of the open places, in order.
 
@@ -77,7 +70,6 @@ def sample_bidirectional(
     row_numbers: the rows' numbers for noise and callback, 0, 1, ... unless given.
     Memory: with temperature > 0, 8 bytes x open places x vocabulary of noise.
     """
-    check_sampling(temperature, top_p, top_k)
     device, batch = network.device, len(canvases)
     sizes = [len(canvas.tokens) for canvas in canvases]
     # What stands where is on the host, where it can be read; the device has what follows from logits.
@@ -88,7 +80,7 @@ def sample_bidirectional(
     for i, (canvas, n) in enumerate(zip(canvases, sizes, strict=True)):
         masked[i, :n] = ~canvas.given.cpu()
         xt[i, :n] = torch.where(masked[i, :n], config.mask_token_id, canvas.tokens.cpu())
-        priority[i, :n] = uniform(n, key=("order", seed, numbers[i], 0))
+        priority[i, :n] = uniform(n, key=("order", request.seed, numbers[i], 0))
     budgets = _budgets(masked, max_denoising_steps, select, remask)
     select = select or Threshold()
 
@@ -119,11 +111,11 @@ def sample_bidirectional(
                 bare = before.masked_fill(hidden[rows], config.mask_token_id)
                 logits = guide(logits, score(network, config, bare, bare, where, here), guidance_scale)
             num_forwards[rows[here.any(-1)]] += 1 if guidance_scale == 1 else 2
-            if temperature > 0 and noise is None:
-                keys = [("token", seed, numbers[i], p, 0) for i, p in open_.nonzero().tolist()]
+            if request.temperature > 0 and noise is None:
+                keys = [("token", request.seed, numbers[i], p, 0) for i, p in open_.nonzero().tolist()]
                 noise = gumbels(keys, logits.shape[-1], device)
             chosen_noise = None if noise is None else noise[to_device(slot[rows][here], device)]
-            tokens = choose_tokens(logits, temperature, top_p, chosen_noise, top_k)
+            tokens = choose_tokens(logits, request.temperature, request.top_p, chosen_noise, request.top_k)
             found = token_confidence(logits, there, tokens)
             if remask is None:
                 at_least = torch.zeros_like(rows)
@@ -139,7 +131,7 @@ def sample_bidirectional(
             reveal, again = remask.rates(step / int(budgets[0]), progress, generated, confidence)
             drawn = torch.ones(here.shape, dtype=torch.float64)
             for k, i in enumerate(rows.tolist()):
-                drawn[k, : sizes[i]] = uniform(sizes[i], key=("remask", seed, numbers[i], step))
+                drawn[k, : sizes[i]] = uniform(sizes[i], key=("remask", request.seed, numbers[i], step))
             chance = to_device(drawn, device)
             if bool(here.any()):
                 commit = there & (chance < reveal)
@@ -154,22 +146,20 @@ def sample_bidirectional(
             draws[rows] += back
             if noise is not None:
                 for i, j in zip(rows[back.nonzero()[:, 0]].tolist(), back.nonzero()[:, 1].tolist(), strict=True):
-                    key = ("token", seed, numbers[i], j, int(draws[i, j]))
+                    key = ("token", request.seed, numbers[i], j, int(draws[i, j]))
                     noise[int(slot[i, j])] = gumbels([key], noise.shape[-1], device)[0]
         step += 1
         last = step == max_denoising_steps
 
         for i, row in enumerate(rows.tolist()):
-            if callback is not None and bool(committed[i].any()):
-                callback(numbers[row], index[committed[i]].tolist(), xt[row][committed[i]].tolist())
+            if request.callback is not None and bool(committed[i].any()):
+                request.callback(numbers[row], index[committed[i]].tolist(), xt[row][committed[i]].tolist())
             if (remask is None or last) and bool(committed[i].any() | last):
                 # Only what everything before it is committed for can end a row.
                 waiting = masked[row][places[row]].nonzero()[:, 0]
                 known = int(waiting[0]) if len(waiting) else len(places[row])
                 new = xt[row][places[row][:known]].tolist()
-                kept = first_end(new, end_token_ids)
-                if stop is not None and new and (stopped := stop(row, new[:kept])) is not None:
-                    kept = stopped
+                kept = request.kept(row, new)
                 if kept is not None:
                     num_new[row], masked[row] = kept, False
         if remask is not None:
@@ -189,35 +179,28 @@ def sample_canvases(
     network: Network,
     config: DiffusionConfig,
     prompts: Sequence[Tensor],
+    request: Request,
     *,
-    max_new_tokens: int,
     canvas_size: int | None = None,
-    batch_size: int | None = None,
-    context_length: int | None = None,
     max_denoising_steps: int | None = None,
-    seed: int = 0,
-    end_token_ids: Sequence[int] = (),
-    stop: Stop | None = None,
+    remask: Remask | None = None,
     **options: Any,
 ) -> SampledTokens:
     """Continue ragged prompts by whole canvases of `canvas_size` new tokens, one after the other.
 
     By default one canvas holds all max_new_tokens. A canvas sees all that stands before it and nothing beyond
-    itself. max_denoising_steps is that of each canvas. batch_size: rows at a time, all unless given. `options` go
-    to `sample_bidirectional`.
+    itself. max_denoising_steps is that of each canvas. `options` go to
+    `sample_bidirectional`.
     """
-    check_batch_size(batch_size)
-    if canvas_size is not None and canvas_size < 1:
-        raise ValueError(f"block_size {canvas_size} must be at least 1: it is how many tokens are filled at once")
-    size = min(canvas_size or max_new_tokens, max_new_tokens)
-    if max_denoising_steps is not None and max_denoising_steps > size and options.get("remask") is None:
+    size = min(canvas_size or request.max_new_tokens, request.max_new_tokens)
+    if max_denoising_steps is not None and max_denoising_steps > size and remask is None:
         raise ValueError(_too_many(max_denoising_steps, size))
     batch = len(prompts)
     new_tokens: list[list[int]] = [[] for _ in prompts]
     num_forwards = torch.zeros(batch, dtype=torch.long)
-    limits = [min(max_new_tokens, (context_length or len(p) + max_new_tokens) - len(p)) for p in prompts]
+    limits = [request.limit(len(prompt)) for prompt in prompts]
     waiting = [i for i in range(batch) if limits[i] > 0]
-    at_a_time = max(1, len(waiting)) if batch_size is None else batch_size
+    at_a_time = max(1, len(waiting)) if request.batch_size is None else request.batch_size
     for begin in range(0, len(waiting), at_a_time):
         rows = waiting[begin : begin + at_a_time]
         while rows:
@@ -227,18 +210,18 @@ def sample_canvases(
                 for i, n in zip(rows, wanted, strict=True)
             ]
             steps: int | list[int] | None = max_denoising_steps
-            if max_denoising_steps is not None and options.get("remask") is None:
+            if max_denoising_steps is not None and remask is None:
                 steps = [min(max_denoising_steps, n) for n in wanted]  # of each: batch-mates have more room, or less
             filled = sample_bidirectional(
-                network, config, canvases, max_denoising_steps=steps, seed=seed, row_numbers=rows,
-                end_token_ids=end_token_ids, stop=_after(new_tokens, rows, stop), **options,
+                network, config, canvases, replace(request, stop=_after(new_tokens, rows, request.stop)),
+                max_denoising_steps=steps, remask=remask, row_numbers=rows, **options,
             )  # fmt: skip
             num_forwards[rows] += filled.num_forwards
             going = []
             for i, n, new in zip(rows, wanted, filled.new_tokens, strict=True):
                 new_tokens[i] = new_tokens[i] + new
-                ended = len(new) < n or first_end(new, end_token_ids) is not None
-                ended = ended or (stop is not None and stop(i, new_tokens[i]) is not None)
+                ended = len(new) < n or first_end(new, request.end_token_ids) is not None
+                ended = ended or (request.stop is not None and request.stop(i, new_tokens[i]) is not None)
                 if not ended and len(new_tokens[i]) < limits[i]:
                     going.append(i)
             rows = going

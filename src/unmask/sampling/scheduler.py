@@ -1,44 +1,43 @@
-"""Who decodes now and who waits: rows take seats (slots of a cache) and leave them when they end.
+"""Rows in slots of a cache: a row that ends frees its slot, the next prompt takes it.
 
-Continuous batching without a scheduler: a row that ends gives its seat to the next prompt, or, when nobody
-waits, the batch shrinks. Rows never wait for each other.
+Continuous batching without waiting: when no prompt is left, the batch shrinks. Rows never wait for each other.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from unmask.core.denoiser import Network, Prefix
+from unmask.core.attention import causal
+from unmask.core.denoiser import Network, Prefix, prefill
+from unmask.core.transfer import to_device
+from unmask.sampling.request import Request
 
 
-def check_batch_size(batch_size: int | None) -> None:
-    """Raise ValueError for a batch of no rows."""
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} must be at least 1: it is how many rows decode at a time")
+class Scheduler:
+    """rows: the row in each slot. past: the cached part of each of them, empty for a row that was just admitted.
 
-
-class Seats:
-    """rows: the row in each slot. past: what of them is cached; empty for a row that has just sat down.
-
-    columns: the cache's, as many as the longest row will need.
+    columns: of the cache, as many as the longest row will need.
     """
 
-    def __init__(self, network: Network, rows: int, batch_size: int | None, columns: int) -> None:
-        check_batch_size(batch_size)
-        slots = min(rows, batch_size or rows)
-        self.waiting = deque(range(rows))
+    def __init__(self, network: Network, num_rows: int, batch_size: int | None, columns: int) -> None:
+        slots = min(num_rows, batch_size or num_rows)
+        self.waiting = deque(range(num_rows))
         self.rows: list[int] = [-1] * slots
         self.past = Prefix.empty(network, slots, columns)
 
-    def leave(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         """The row in this slot has ended."""
         self.rows[slot] = -1
 
-    def fill(self) -> tuple[list[int], Tensor | None]:
-        """Seat those who wait; the slots that are new, and the old slots that stay where some are given up (n,)."""
+    def admit(self) -> tuple[list[int], Tensor | None]:
+        """Put waiting rows into free slots, and drop the slots that stay free.
+
+        Returns the slots of the new rows, and the old numbers (n,) of the slots that stay where some are dropped.
+        """
         new = []
         for slot, row in enumerate(self.rows):
             if row < 0 and self.waiting:
@@ -52,3 +51,61 @@ class Seats:
         if keep:
             self.past.select(stay)
         return [keep.index(slot) for slot in new], stay
+
+
+class AutoregressiveRows:
+    """Rows that grow by verified tokens from left to right: the state of AR and speculative decoding.
+
+    new_tokens: of each row. last: (slots, 1), the newest token of each slot's row, which is not cached yet.
+    """
+
+    def __init__(self, network: Network, prompts: Sequence[Tensor], request: Request, room: int = 0) -> None:
+        self.network, self.prompts, self.request = network, prompts, request
+        self.new_tokens: list[list[int]] = [[] for _ in prompts]
+        self.limits = [request.limit(len(prompt)) for prompt in prompts]
+        columns = max(map(self.end, range(len(prompts)))) + room
+        self.scheduler = Scheduler(network, len(prompts), request.batch_size, columns)
+        self.last = torch.zeros(len(self.scheduler.rows), 1, dtype=torch.long, device=network.device)
+
+    def admit(self) -> tuple[list[int], Tensor | None]:
+        """`Scheduler.admit`, with the new rows' prompts prefilled up to their last tokens."""
+        new, stay = self.scheduler.admit()
+        if stay is not None:
+            self.last = self.last[to_device(stay, self.last.device)]
+        if new:
+            prompts = [self.prompts[self.scheduler.rows[slot]] for slot in new]
+            prefill(self.network, causal, self.scheduler.past, new, [prompt[:-1] for prompt in prompts])
+            newest = torch.stack([prompt[-1].cpu() for prompt in prompts])
+            self.last[to_device(torch.tensor(new), self.last.device), 0] = to_device(newest, self.last.device)
+        return new, stay
+
+    def end(self, row: int) -> int:
+        """The first position of the row that is not wanted."""
+        return len(self.prompts[row]) + self.limits[row]
+
+    def add(self, row: int, tokens: Sequence[int]) -> bool:
+        """Add tokens up to the one that ends the row, and report them to the callback; whether one ended it."""
+        new, before = self.new_tokens[row], len(self.new_tokens[row])
+        kept = None
+        for token in tokens:
+            new.append(token)
+            kept = self._kept(row, new)
+            if kept is not None:
+                del new[kept:]
+                break
+        if self.request.callback is not None and len(new) > before:
+            first = len(self.prompts[row])
+            self.request.callback(row, list(range(first + before, first + len(new))), new[before:])
+        return kept is not None
+
+    def _kept(self, row: int, new: list[int]) -> int | None:
+        """How many tokens the row keeps if its newest token ends it, else None."""
+        if new[-1] in self.request.end_token_ids:
+            return len(new)
+        kept = None if self.request.stop is None else self.request.stop(row, new)
+        return len(new) if kept is None and len(new) == self.limits[row] else kept
+
+    @property
+    def num_prefill_forwards(self) -> Tensor:
+        """(rows,) int64: a prompt of one token needs no prefill."""
+        return torch.tensor([int(len(prompt) > 1) for prompt in self.prompts])

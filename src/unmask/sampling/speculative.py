@@ -20,13 +20,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from unmask.core.attention import PADDING, Layout, causal
-from unmask.core.denoiser import DiffusionConfig, Network, draft, prefill, verify
+from unmask.core.attention import PADDING, Layout
+from unmask.core.denoiser import DiffusionConfig, Network, draft, verify
 from unmask.core.noise import uniforms
 from unmask.core.transfer import to_device
-from unmask.sampling.output import Callback, SampledTokens, Stop
-from unmask.sampling.scheduler import Seats
-from unmask.sampling.tokens import check_sampling, choose_tokens, token_noise, truncate
+from unmask.sampling.request import Request, SampledTokens
+from unmask.sampling.scheduler import AutoregressiveRows
+from unmask.sampling.tokens import choose_tokens, token_noise, truncate
 
 # --- acceptance rules
 
@@ -132,62 +132,42 @@ def sample_speculative(
     network: Network,
     config: DiffusionConfig,
     prompts: Sequence[Tensor],
+    request: Request,
     *,
-    max_new_tokens: int,
-    batch_size: int | None = None,
-    context_length: int | None = None,
     draft_length: int | None = None,
     adaptive: bool = False,
     acceptance: Acceptance | None = None,
     anchor: bool = True,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 0,
-    end_token_ids: Sequence[int] = (),
-    stop: Stop | None = None,
-    callback: Callback | None = None,
 ) -> SampledTokens:
-    """Continue ragged `prompts` (each at least one token), `batch_size` at a time, with AR decoding's own output.
+    """Continue ragged `prompts` (each at least one token) with AR decoding's own output.
 
     draft_length: masks per draft, the block size unless given; with `adaptive` it is the longest, and each row
     drafts as long as its last cycle suggests. acceptance: `Coupled()` unless given; at temperature 0 all rules
     are the greedy one. anchor: take the first token of a cycle from the AR row of the draft forward instead of
     the drafter, so that a cycle gains at least two tokens; off only to measure that.
     """
-    check_sampling(temperature, top_p, top_k)
     length = config.block_size if draft_length is None else draft_length
     assert length is not None
-    if length < 1:
-        raise ValueError(f"draft_length {length} must be at least 1")
     acceptance = acceptance or Coupled()
     device = network.device
-    state = _Rows(prompts, max_new_tokens, context_length, end_token_ids, stop, callback)
-    seats = Seats(network, len(prompts), batch_size, max(map(state.end, range(len(prompts)))) + length)
-    past = seats.past
-    last = torch.zeros(len(seats.rows), 1, dtype=torch.long, device=device)
+    state = AutoregressiveRows(network, prompts, request, room=length)
+    seats, past = state.scheduler, state.scheduler.past
     starts = [0] * len(seats.rows)  # the first unverified position of each row
     lengths = [length] * len(seats.rows)
     num_forwards = torch.zeros(len(prompts), dtype=torch.long)
     gains: list[list[int]] = [[] for _ in prompts]
 
     while True:
-        new, stay = seats.fill()
+        new, stay = state.admit()
         if stay is not None:
-            last = last[to_device(stay, device)]
             starts, lengths = ([values[slot] for slot in stay.tolist()] for values in (starts, lengths))
         if not seats.rows:
             break
-        if new:
-            joining = [prompts[seats.rows[slot]] for slot in new]
-            prefill(network, causal, past, new, [prompt[:-1] for prompt in joining])
-            ends = torch.stack([prompt[-1].cpu() for prompt in joining])
-            last[to_device(torch.tensor(new), device), 0] = to_device(ends, device)
-            for slot, prompt in zip(new, joining, strict=True):
-                starts[slot], lengths[slot] = len(prompt), 2 if adaptive and length > 2 else length
+        for slot in new:
+            starts[slot], lengths[slot] = len(prompts[seats.rows[slot]]), 2 if adaptive and length > 2 else length
         rows = torch.tensor(seats.rows)
         drafts_of = [
-            n if context_length is None else min(n, context_length - start)
+            n if request.context_length is None else min(n, request.context_length - start)
             for start, n in zip(starts, lengths, strict=True)
         ]
         start, width = torch.tensor(starts), max(drafts_of)
@@ -195,10 +175,10 @@ def sample_speculative(
         drafted = torch.arange(width) < torch.tensor(drafts_of)[:, None]
         past.reach(max(starts) + width)
         layout = _placed(position, drafted, start)
-        ar_logits, q = draft(network, config, past, last, Layout.of(start[:, None] - 1), layout, anchor=anchor)
+        ar_logits, q = draft(network, config, past, state.last, Layout.of(start[:, None] - 1), layout, anchor=anchor)
         num_forwards[rows] += 1
-        noise = Noise(seed, rows, torch.cat([position, position[:, -1:] + 1], dim=1))
-        drafts, q = _propose(q, temperature, top_p, top_k, noise)
+        noise = Noise(request.seed, rows, torch.cat([position, position[:, -1:] + 1], dim=1))
+        drafts, q = _propose(q, request, noise)
         proposed = drafts.cpu().tolist()
         gained, done = [0] * len(rows), [False] * len(rows)
         if anchor:  # the first token is AR's own, and if it ends the row nothing is left to verify
@@ -218,11 +198,11 @@ def sample_speculative(
             after = verify(network, past.at(keep if len(keep) < len(rows) else None), drafts[:, :wide], placed)
             num_forwards[rows[keep]] += 1
             p = torch.cat([ar_logits[:, None], after], dim=1)
-            some = Noise(seed, rows[keep], noise.position[keep, : wide + 1])
+            some = Noise(request.seed, rows[keep], noise.position[keep, : wide + 1])
             accepted, next_token = _accept(
-                acceptance, drafts[:, :wide], q[:, :wide], p, to_device(wanted, device), temperature, top_p, top_k, some
+                acceptance, drafts[:, :wide], q[:, :wide], p, to_device(wanted, device), request, some
             )
-            last[some_rows, 0] = next_token
+            state.last[some_rows, 0] = next_token
             decided = torch.stack([accepted, next_token], dim=-1).cpu()
             past.lengths[keep] += decided[:, 0]
             for slot, (n, token) in zip(keep, decided.tolist(), strict=True):
@@ -237,12 +217,11 @@ def sample_speculative(
                 lengths[slot] = adapted_length(lengths[slot], gained[slot], length)
         for slot, ended in enumerate(done):
             if ended:
-                seats.leave(slot)
+                seats.release(slot)
 
-    prefilled = torch.tensor([int(len(prompt) > 1) for prompt in prompts])
     widest = max((gain for row in gains for gain in row), default=0)
     histogram = torch.stack([torch.bincount(torch.tensor(row), minlength=widest + 1) for row in gains])
-    return SampledTokens(state.new_tokens, num_forwards, prefilled, histogram)
+    return SampledTokens(state.new_tokens, num_forwards, state.num_prefill_forwards, histogram)
 
 
 def _placed(position: Tensor, drafted: Tensor, start: Tensor) -> Layout:
@@ -251,11 +230,11 @@ def _placed(position: Tensor, drafted: Tensor, start: Tensor) -> Layout:
     return Layout.of(here, torch.where(drafted, 0, PADDING))
 
 
-def _propose(q: Tensor, temperature: float, top_p: float, top_k: int | None, noise: Noise) -> tuple[Tensor, Tensor]:
+def _propose(q: Tensor, request: Request, noise: Noise) -> tuple[Tensor, Tensor]:
     """Drafts (b, k), one of each law independently, and the logits of the laws they were drawn from."""
-    if temperature == 0:
+    if request.temperature == 0:
         return choose_tokens(q), q
-    q = truncate(q.flatten(0, 1), temperature, top_p, top_k).view(q.shape)
+    q = truncate(q.flatten(0, 1), request.temperature, request.top_p, request.top_k).view(q.shape)
     return (q + noise.gumbel(q.shape[-1], q.shape[1], device=q.device)).argmax(-1), q
 
 
@@ -265,56 +244,10 @@ def _accept(
     q: Tensor,
     p: Tensor,
     drafted: Tensor,
-    temperature: float,
-    top_p: float,
-    top_k: int | None,
+    request: Request,
     noise: Noise,
 ) -> tuple[Tensor, Tensor]:
-    if temperature == 0:
+    if request.temperature == 0:
         return acceptance(drafts, q, p, drafted, None)
-    p = truncate(p.flatten(0, 1), temperature, top_p, top_k).view(p.shape)
+    p = truncate(p.flatten(0, 1), request.temperature, request.top_p, request.top_k).view(p.shape)
     return acceptance(drafts, q, p, drafted, noise)
-
-
-class _Rows:
-    """New tokens of each row, and where it ends: at an end token, a stop, its length or the context's."""
-
-    def __init__(
-        self,
-        prompts: Sequence[Tensor],
-        max_new_tokens: int,
-        context_length: int | None,
-        end_token_ids: Sequence[int],
-        stop: Stop | None,
-        callback: Callback | None,
-    ) -> None:
-        self.new_tokens: list[list[int]] = [[] for _ in prompts]
-        self.lengths = [len(prompt) for prompt in prompts]
-        self.limits = [
-            max_new_tokens if context_length is None else min(max_new_tokens, context_length - length)
-            for length in self.lengths
-        ]
-        self.end_token_ids, self.stop, self.callback = end_token_ids, stop, callback
-
-    def end(self, row: int) -> int:
-        """First position of the row that is not wanted."""
-        return self.lengths[row] + self.limits[row]
-
-    def add(self, row: int, tokens: Sequence[int]) -> bool:
-        """Add tokens up to the one that ends the row; whether one did."""
-        new, ended, before = self.new_tokens[row], False, len(self.new_tokens[row])
-        for token in tokens:
-            new.append(token)
-            kept = len(new) if token in self.end_token_ids else None
-            if kept is None and self.stop is not None:
-                kept = self.stop(row, new)
-            if kept is None and len(new) == self.limits[row]:
-                kept = len(new)
-            if kept is not None:
-                del new[kept:]
-                ended = True
-                break
-        if self.callback is not None and len(new) > before:
-            first = self.lengths[row]
-            self.callback(row, list(range(first + before, first + len(new))), new[before:])
-        return ended

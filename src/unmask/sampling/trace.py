@@ -17,7 +17,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from unmask.sampling.commit import Candidates, Selector, Threshold
-from unmask.sampling.output import Callback
+from unmask.sampling.request import Callback
 
 
 class Guess(NamedTuple):

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from unmask.core.denoiser import DiffusionConfig, Network
 from unmask.core.noise import Key, integer
 from unmask.data.documents import Corpus
-from unmask.sampling import sample_autoregressive, sample_blocks
+from unmask.sampling import Request, sample_autoregressive, sample_blocks
 
 LONGEST_PROMPT = 32
 _BATCH = 64
@@ -65,15 +65,15 @@ def roll_out(
         for i in range(len(documents), len(documents) + _BATCH):
             length = 1 + integer(min(LONGEST_PROMPT, max_length - 1), (*key_of, "length", i))
             few.append(torch.from_numpy(prompts[(first + i) % len(prompts)][:length].astype("int64")))
-        options: dict[str, Any] = {
-            "max_new_tokens": max_length, "context_length": max_length, "temperature": temperature,
-            "seed": integer(2**31, (*key_of, "text", len(documents))), "end_token_ids": end_token_ids,
-        }  # fmt: skip
+        request = Request(
+            max_new_tokens=max_length, context_length=max_length, temperature=temperature,
+            seed=integer(2**31, (*key_of, "text", len(documents))), end_token_ids=end_token_ids,
+        )  # fmt: skip
         if student is None:
-            written = sample_autoregressive(network, few, **options).new_tokens
+            written = sample_autoregressive(network, few, request).new_tokens
         else:
             clock = _Clock(len(few), max_length)
-            written = sample_blocks(network, student, few, callback=clock, **options).new_tokens
+            written = sample_blocks(network, student, few, replace(request, callback=clock)).new_tokens
             assert student.block_size is not None
             given += clock.committed(few, written, student.block_size, (*key_of, "step", len(documents)))
         new = [np.concatenate([p.numpy(), n]).astype(np.int32) for p, n in zip(few, written, strict=True)]

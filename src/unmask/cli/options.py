@@ -1,0 +1,78 @@
+"""The options of decoding, once for all commands: `generate`, `chat`, `infill` and `evaluate --tasks` take theirs here.
+
+None of them has a default of its own: what is not given is left to the library, and what is given to a mode that does
+not read it is refused by the library, with the mode's name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+DECODER: dict[str, Any] = {
+    "mode": Annotated[
+        str | None, typer.Option(help="diffusion, ar or speculative; by default what the checkpoint is.")
+    ],
+    "block_size": Annotated[int | None, typer.Option(help="Decode in blocks of another size.")],
+    "max_denoising_steps": Annotated[int | None, typer.Option(help="Forwards per block at most.")],
+    "confidence_threshold": Annotated[
+        float | None, typer.Option(help="Commit tokens of higher probability: 1 is one a forward, 0 a block.")
+    ],
+    "window": Annotated[
+        int | None, typer.Option(help="Masked positions of a block that a forward sees; faster, and worse.")
+    ],
+    "draft_length": Annotated[
+        str | None, typer.Option(help="Positions drafted at a time in speculative mode, or auto.")
+    ],
+    "guidance_scale": Annotated[float | None, typer.Option(help="Of classifier-free guidance; 1 is none.")],
+}
+"""Options of the decoders of `unmask.sampling`."""
+
+SAMPLING: dict[str, Any] = {
+    "temperature": Annotated[float | None, typer.Option(help="0, the default, is greedy.")],
+    "top_p": Annotated[float | None, typer.Option(help="Sample from the smallest set of tokens with this mass.")],
+    "top_k": Annotated[int | None, typer.Option(help="Sample from so many tokens at most.")],
+    "stop": Annotated[list[str] | None, typer.Option(help="End where this text appears; can be repeated.")],
+    "seed": Annotated[int | None, typer.Option(help="The same seed gives the same text.")],
+}
+"""Options of every decoder."""
+
+
+def takes_decoding(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add these options of the tables to a command, which gets those that were given as two dictionaries.
+
+    `decoder` holds keywords of `DiffusionLM.decoder`, `sampling` keywords of `DiffusionLM.generate`.
+    """
+    added = {name: (DECODER | SAMPLING)[name] for name in names}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def call(**arguments: Any) -> None:
+            given = {name: value for name in names if (value := arguments.pop(name)) is not None}
+            decoder = {name: value for name, value in given.items() if name in DECODER}
+            sampling = {_KEYWORDS.get(name, name): value for name, value in given.items() if name in SAMPLING}
+            command(**arguments, decoder=_with_length(decoder), sampling=sampling)
+
+        own = inspect.signature(command, eval_str=True)
+        kept = [entry for name, entry in own.parameters.items() if name not in ("decoder", "sampling")]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        new = [inspect.Parameter(name, kind, default=None, annotation=what) for name, what in added.items()]
+        call.__name__, call.__doc__, call.__module__ = command.__name__, command.__doc__, command.__module__
+        call.__signature__ = own.replace(parameters=[entry.replace(kind=kind) for entry in kept] + new)  # type: ignore[attr-defined]
+        call.__annotations__ = {entry.name: entry.annotation for entry in kept} | added
+        return call
+
+    return decorate
+
+
+_KEYWORDS = {"stop": "stop_strings"}
+
+
+def _with_length(decoder: dict[str, Any]) -> dict[str, Any]:
+    """draft_length is a number, or the word auto."""
+    length = decoder.get("draft_length")
+    if length is not None and length.lstrip("-").isdigit():
+        return decoder | {"draft_length": int(length)}
+    return decoder

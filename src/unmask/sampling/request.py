@@ -1,0 +1,83 @@
+"""What every decoder is asked, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from unmask.sampling.tokens import check_sampling
+
+Stop = Callable[[int, list[int]], int | None]
+"""(row, its new tokens so far, from the first) -> how many of them to keep if the row ends there, else None."""
+
+Callback = Callable[[int, list[int], list[int]], None]
+"""(row, absolute positions, tokens) at each commit."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """How much to write, how to draw tokens, and where a row ends; the same for every decoder.
+
+    max_new_tokens: of a row. temperature: 0 is greedy. top_p, top_k: sample from the smallest set of tokens with that
+    mass, from that many tokens. seed: the noise of a token is a function of (seed, row, position). end_token_ids: a row
+    ends with any of them. stop: ends a row by its tokens. callback: called at each commit. batch_size: rows that decode
+    at a time, all unless given; the next prompt takes the place of a row that ends. context_length: positions of the
+    model, None without a limit. Raises ValueError for a value out of range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int = 0
+    end_token_ids: Sequence[int] = ()
+    stop: Stop | None = None
+    callback: Callback | None = None
+    batch_size: int | None = None
+    context_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size {self.batch_size} must be at least 1: it is how many rows decode at a time")
+        check_sampling(self.temperature, self.top_p, self.top_k)
+
+    def limit(self, prompt_length: int) -> int:
+        """New tokens that a row may have: max_new_tokens, less where the context ends before."""
+        if self.context_length is None:
+            return self.max_new_tokens
+        return min(self.max_new_tokens, self.context_length - prompt_length)
+
+    def kept(self, row: int, new_tokens: list[int]) -> int | None:
+        """How many of a row's new tokens stay if one of them ends it, up to and with that one; None if none does.
+
+        Both an end token and `stop` may end a row; `stop` sees the tokens up to the first end token.
+        """
+        end = first_end(new_tokens, self.end_token_ids)
+        if self.stop is None or not new_tokens:
+            return end
+        stopped = self.stop(row, new_tokens[:end])
+        return end if stopped is None else stopped
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """New tokens of each row, up to and with the one that ended it, and the forwards each row needed alone.
+
+    num_forwards: (rows,) passes after the prefill: denoising, and cache writes that no denoising pass carried.
+    num_prefill_forwards: (rows,) 0 or 1, twice that with guidance. cycle_gains: speculation only, (rows, longest + 1),
+    how many cycles of the row gained j tokens: its new tokens are sum_j j * cycle_gains[:, j].
+    """
+
+    new_tokens: list[list[int]]
+    num_forwards: Tensor
+    num_prefill_forwards: Tensor
+    cycle_gains: Tensor | None = None
+
+
+def first_end(tokens: Sequence[int], end_token_ids: Sequence[int]) -> int | None:
+    """Length up to and with the first end token, or None."""
+    return next((i + 1 for i, token in enumerate(tokens) if token in end_token_ids), None)

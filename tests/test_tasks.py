@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from unmask.lab.tasks import (
     ITEMS,
+    LONG_TASKS,
+    LONG_WORDS,
     SPLITS,
     TASKS,
     WORDS,
@@ -37,7 +39,10 @@ def test_drawn_problems_belong_to_their_split_and_are_answered(task: str, seed: 
             assert problem.check(f" {problem.answer}\n")
             assert not problem.check(problem.answer + " a")
             assert not problem.check("")
-            assert set((problem.prompt + problem.answer).split()) <= set(WORDS)
+            words = (problem.prompt + problem.answer).split()
+            assert set(words) <= set(LONG_WORDS if task in LONG_TASKS else WORDS)
+            if task in LONG_TASKS:
+                assert 16 <= len(problem.answer.split()) <= 48
 
 
 def test_no_problem_is_in_two_splits() -> None:
@@ -72,6 +77,25 @@ def test_splits_have_their_shares() -> None:
             ["1 +4 -2", "+1 +4", "+1 +4 -2 +0", "+5 -2", "-1 +4 +2", "+4 -1"],
         ),
         ("plan 0 : 2 2 4 > ", ["+2 +2 -4", "-2 -2 +4"], ["+2 -2", "+2 -2 +4"]),
+        ("sort 12 5 40 > ", ["5 12 40"], ["12 40 5", "12 5 40", "5 12", "5 12 40 40"]),
+        (
+            "sum 2 9 5 + 8 0 7 > ",
+            ["5 7 0 = 12 ; 9 0 1 = 10 ; 2 8 1 = 11 ; 1 1 0 2"],
+            [
+                "1 1 0 2",
+                "5 7 0 = 12 ; 9 0 1 = 10 ; 2 8 1 = 11 ; 1 1 0 3",
+                "5 7 0 = 12 ; 9 0 0 = 9 ; 2 8 0 = 10 ; 1 0 9 2",
+            ],
+        ),
+        (
+            "record drinks tea , is aged 31 > ",
+            ['{ " age " : 31 , " drink " : " tea " }'],
+            [
+                '{ " drink " : " tea " , " age " : 31 }',
+                '{ " age " : " 31 " , " drink " : " tea " }',
+                '{ " age " : 31 }',
+            ],
+        ),
     ],
 )
 def test_answers_are_judged(prompt: str, right: list[str], wrong: list[str]) -> None:
@@ -99,8 +123,8 @@ def test_written_problems_are_supervised_examples(tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="task 'sort' is unknown: use one of copy, reverse"):
-        next(draw("sort", "train", 0))
+    with pytest.raises(ValueError, match="task 'sing' is unknown: use one of copy, reverse"):
+        next(draw("sing", "train", 0))
     with pytest.raises(ValueError, match="split 'dev' is unknown: use one of train, valid, test"):
         next(draw("copy", "dev", 0))
     with pytest.raises(ValueError, match="prompt 'Once upon a time' is no problem of a task"):

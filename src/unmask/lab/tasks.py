@@ -8,6 +8,8 @@ Splits are disjoint by construction: a hash of the problem's canonical form deci
 draws, and no other seed, puts a test problem into training data. Knows no model and no torch.
 
 Notation: an item is one of 16 letters. Results of `chain` are taken modulo 10. Words are what stands between spaces.
+LONG_TASKS have answers of 16 to 48 words, in a vocabulary of their own (LONG_WORDS): there parallel decoding has more
+to win.
 """
 
 from __future__ import annotations
@@ -30,6 +32,21 @@ SIGN = " > "
 WORDS = (*["copy", "reverse", "replace", "shuffle", "chain", "plan", ":", ">"], *ITEMS, *map(str, range(-26, 37)),
          *(f"+{digit}" for digit in range(1, 10)))  # fmt: skip
 """Every word of every problem and answer: the vocabulary of a word-level tokenizer."""
+
+FIELDS = {
+    "name": ("is called", ("ada", "ben", "cleo", "dan", "eva", "finn", "gina", "hugo", "ida", "jon")),
+    "age": ("is aged", tuple(map(str, range(20, 60)))),
+    "city": ("lives in", ("bern", "cairo", "delhi", "lima", "oslo", "paris", "rome", "tokyo", "turin", "quito")),
+    "job": ("works as", ("baker", "cook", "judge", "nurse", "painter", "pilot", "poet", "smith", "tailor", "vet")),
+    "pet": ("keeps a", ("cat", "crow", "dog", "fish", "goat", "hen", "horse", "mouse", "newt", "owl")),
+    "drink": ("drinks", ("beer", "cider", "cocoa", "coffee", "juice", "milk", "rum", "tea", "water", "wine")),
+}
+"""Of `record`: each field, how a sentence says it, and its values."""
+
+LONG_WORDS = (*["sort", "sum", "record", ">", "+", "=", ",", ":", ";", "{", "}", '"'], *map(str, range(100)), *FIELDS,
+              *dict.fromkeys(word for says, values in FIELDS.values() for word in (*says.split(" "), *values)
+                             if not word.isdigit()))  # fmt: skip
+"""Every word of the long problems and their answers."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +138,66 @@ def _check_plan(_task: str, given: str, text: str) -> bool:
     return sorted(term[1] for term in terms) == sorted(numbers.split(" ")) and sum(map(int, terms)) == int(target)
 
 
+# --- tasks with long answers
+
+
+def _draw_sort(rng: random.Random, _task: str) -> Problem:
+    numbers = rng.sample(range(100), rng.randint(16, 32))
+    return Problem(f"sort {' '.join(map(str, numbers))}{SIGN}", " ".join(map(str, sorted(numbers))))
+
+
+def _check_sort(_task: str, given: str, text: str) -> bool:
+    return text.split(" ") == sorted(given.split(" "), key=int)
+
+
+def _draw_sum(rng: random.Random, _task: str) -> Problem:
+    """Two numbers of 3 to 6 digits, most significant first."""
+    digits = rng.randint(3, 6)
+    a, b = (" ".join(str(rng.randint(0, 9)) for _ in range(digits)) for _ in "ab")
+    return Problem(f"sum {a} + {b}{SIGN}", _added(f"{a} + {b}"))
+
+
+def _added(given: str) -> str:
+    """The sum written out: from the last column on, carry, digits and their sum; then the number."""
+    a, b = (term.split(" ") for term in given.split(" + "))
+    carry = 0
+    columns: list[str] = []
+    number: list[str] = []
+    for x, y in zip(reversed(a), reversed(b), strict=True):
+        total = int(x) + int(y) + carry
+        columns.append(f"{x} {y} {carry} = {total}")
+        carry, digit = divmod(total, 10)
+        number.insert(0, str(digit))
+    return f"{' ; '.join(columns)} ; {' '.join([str(carry), *number])}"
+
+
+def _check_sum(_task: str, given: str, text: str) -> bool:
+    return text == _added(given)
+
+
+def _draw_record(rng: random.Random, _task: str) -> Problem:
+    """A sentence of clauses in any order; the record names the fields in theirs."""
+    fields = rng.sample(list(FIELDS), rng.randint(3, 6))
+    given = " , ".join(f"{FIELDS[field][0]} {rng.choice(FIELDS[field][1])}" for field in fields)
+    return Problem(f"record {given}{SIGN}", _filled(given))
+
+
+def _filled(given: str) -> str:
+    values = {}
+    for clause in given.split(" , "):
+        says, value = clause.rsplit(" ", 1)
+        values[next(field for field, (words, _) in FIELDS.items() if words == says)] = value
+    said = [f'" {field} " : ' + (values[field] if field == "age" else f'" {values[field]} "')
+            for field in FIELDS if field in values]  # fmt: skip
+    return f"{{ {' , '.join(said)} }}"
+
+
+def _check_record(_task: str, given: str, text: str) -> bool:
+    return text == _filled(given)
+
+
+LONG_TASKS = ("sort", "sum", "record")
+
 TASKS: dict[str, tuple[Callable[[random.Random, str], Problem], Callable[[str, str, str], bool]]] = {
     "copy": (_draw_items, _check_items),
     "reverse": (_draw_items, _check_items),
@@ -128,6 +205,9 @@ TASKS: dict[str, tuple[Callable[[random.Random, str], Problem], Callable[[str, s
     "shuffle": (_draw_items, _check_items),
     "chain": (_draw_chain, _check_chain),
     "plan": (_draw_plan, _check_plan),
+    "sort": (_draw_sort, _check_sort),
+    "sum": (_draw_sum, _check_sum),
+    "record": (_draw_record, _check_record),
 }
 
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from unmask.conversion import adapt, recipes
     from unmask.evaluation.likelihood import LikelihoodOutput
     from unmask.hf import UnsupportedModelError
-    from unmask.model import DiffusionLM, SampleOutput, load
+    from unmask.loading import load
+    from unmask.model import DiffusionLM, SampleOutput
 
 __all__ = [
     "DiffusionLM",
@@ -28,6 +29,7 @@ __all__ = [
 _HOMES = {
     "LikelihoodOutput": "unmask.evaluation.likelihood",
     "UnsupportedModelError": "unmask.hf",
+    "load": "unmask.loading",
     "adapt": "unmask.conversion",
     "recipes": "unmask.conversion",
 }

@@ -22,7 +22,8 @@ from unmask.core.finite import check_weights
 from unmask.data.documents import Corpus, HubStream, find_files, load_corpus, local_files
 from unmask.evaluation import likelihood
 from unmask.hf import lora
-from unmask.model import DiffusionLM, load
+from unmask.loading import load
+from unmask.model import DiffusionLM
 from unmask.plain_json import to_json
 from unmask.progress import progress
 from unmask.run_folder import claim, ordinary_permissions, releases_folders, write_text, writing

@@ -20,13 +20,13 @@ from unmask import hf
 from unmask.core.attention import Pattern
 from unmask.core.denoiser import DiffusionConfig
 from unmask.core.drafter import Drafter
-from unmask.core.finite import check_weights, versions
-from unmask.data.plain_text import encode, ids_of, rendered_ids
-from unmask.data.supervised import apply_template
+from unmask.core.finite import FiniteWeights
+from unmask.data.plain_text import encode, ids_of
+from unmask.data.prompts import Prompts, StopStrings, new_text, prompt_rows
 from unmask.evaluation import likelihood
 from unmask.evaluation.embed import embed, named_pattern
 from unmask.evaluation.likelihood import LikelihoodOutput
-from unmask.hf import lora
+from unmask.infilling import best_length, span_lengths
 from unmask.progress import progress
 from unmask.sampling import (
     Blocks,
@@ -38,8 +38,6 @@ from unmask.sampling import (
     choose_decoder,
 )
 from unmask.sampling.request import Callback
-
-Prompts = str | Sequence[str] | Sequence[dict[str, str]] | Sequence[Sequence[dict[str, str]]] | Tensor
 
 
 @dataclass(frozen=True)
@@ -91,25 +89,15 @@ class DiffusionLM:
         self.model, self.tokenizer, self.diffusion = model, tokenizer, diffusion
         self.drafter, self.base = drafter, base
         self.network = self._network(None)
-        self._checked: Any = None
+        self._weights = FiniteWeights()
 
     def _check_weights(self) -> None:
-        """Raise ValueError for weights that are not finite; looked at once for as long as nobody changes them."""
-        now = self._weights_version()
-        if now is None or now != self._checked:
-            check_weights(self.model, "the model")
-            if self.drafter is not None:
-                check_weights(self.drafter, "the drafter")
-            self._checked = now
+        """Raise ValueError for weights that are not finite."""
+        self._weights.check({"the model": self.model, "the drafter": self.drafter})
 
-    def _weights_version(self) -> Any:
-        """What changes whenever a weight does, None where that cannot be told."""
-        parts = [versions(part) for part in (self.model, self.drafter) if part is not None]
-        return None if None in parts else parts
-
-    def _known_finite(self) -> DiffusionLM:
+    def known_finite(self) -> DiffusionLM:
         """This object, whose weights were looked at when they were loaded."""
-        self._checked = self._weights_version()
+        self._weights.trust({"the model": self.model, "the drafter": self.drafter})
         return self
 
     def _network(self, forward: Any) -> hf.HFNetwork:
@@ -178,13 +166,13 @@ class DiffusionLM:
         self._check_guidance(decoder)
         rows = self.prompt_ids(prompts, attention_mask)
         self._check_room(rows)
-        stops = _stop_strings(stop_strings)
+        stop = StopStrings(self.tokenizer, rows, stop_strings)
         request = Request(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=_seed(seed),
             end_token_ids=hf.end_token_ids(self.model, self.tokenizer), callback=callback, batch_size=batch_size,
-            stop=_StopStrings(self, rows, stops) if stops else None, context_length=self.network.context_length,
+            stop=stop if stop.strings else None, context_length=self.network.context_length,
         )  # fmt: skip
-        return self._output(rows, decoder(self.network, self.diffusion, rows, request), stops)
+        return self._output(rows, decoder(self.network, self.diffusion, rows, request), stop)
 
     def infill(
         self,
@@ -229,14 +217,14 @@ class DiffusionLM:
         self._check_weights()
         self._check_guidance(decoder)
         before, after = self._around(prefix, suffix)
-        lengths = self._span_lengths(num_tokens, before, after)
+        lengths = span_lengths(num_tokens, before, after, self.network.context_length)
         if num_samples is not None and len(lengths) == 1:
             raise ValueError(f"num_samples={num_samples} compares candidate lengths: give several num_tokens")
-        stops = _stop_strings(stop_strings)
+        stop = StopStrings(self.tokenizer, before, stop_strings)
         request = Request(
             max_new_tokens=max(lengths), temperature=temperature, top_p=top_p, top_k=top_k, seed=_seed(seed),
             end_token_ids=stop_tokens, callback=callback, context_length=self.network.context_length,
-            stop=_StopStrings(self, before, stops) if stops else None,
+            stop=stop if stop.strings else None,
         )  # fmt: skip
         candidates, steps = [], decoder.max_denoising_steps
         for length in lengths:
@@ -246,9 +234,11 @@ class DiffusionLM:
             candidates.append(decoder(self.network, config, before, span, suffixes=after))
         sampled = candidates[0]
         if len(candidates) > 1:
-            scored = config.with_block_size(block_size)
-            sampled = self._best_length(scored, before, after, candidates, num_samples or 8, request.seed)
-        return self._output(before, sampled, stops, after)
+            sampled = best_length(
+                self.network, config.with_block_size(decoder.block_size), before, after, candidates,
+                num_samples=num_samples or 8, seed=request.seed,
+            )  # fmt: skip
+        return self._output(before, sampled, stop, after)
 
     def _infill_config(self, mode: str | Decoder | None, attention: str | None) -> DiffusionConfig:
         """What the checkpoint is read as when a span is filled."""
@@ -275,20 +265,6 @@ class DiffusionLM:
         after = [ids_of(self.tokenizer, text, add_special_tokens=False) for text in suffixes]
         return self.prompt_ids(prefixes), [torch.tensor(ids, dtype=torch.long) for ids in after]
 
-    def _span_lengths(self, num_tokens: int | Sequence[int], before: list[Tensor], after: list[Tensor]) -> list[int]:
-        """The candidate lengths of the spans, checked against the context."""
-        lengths = [num_tokens] if isinstance(num_tokens, int) else list(num_tokens)
-        if not lengths or min(lengths) < 1:
-            raise ValueError(f"num_tokens {num_tokens} must be at least 1: there is nothing to fill in")
-        context = self.network.context_length
-        longest = max(len(p) + len(s) for p, s in zip(before, after, strict=True)) + max(lengths)
-        if context is not None and longest > context:
-            raise ValueError(
-                f"prefix, {max(lengths)} tokens and suffix make {longest}, more than the model's context of {context}: "
-                "shorten them"
-            )
-        return lengths
-
     def _check_room(self, prompts: Sequence[Tensor]) -> None:
         """Raise ValueError for a prompt that fills the model's context."""
         context = self.network.context_length
@@ -307,60 +283,14 @@ class DiffusionLM:
                 "embedding: leave it at 1, or convert the model whole"
             )
 
-    def _best_length(
-        self,
-        config: DiffusionConfig,
-        before: list[Tensor],
-        after: list[Tensor],
-        candidates: list[SampledTokens],
-        num_samples: int,
-        seed: int,
-    ) -> SampledTokens:
-        """For each row the candidate of lowest NELBO per token of what follows the prefix, forwards added up."""
-        scores = []
-        for filled in candidates:
-            texts = [
-                torch.cat([p, torch.tensor(new, dtype=torch.long), s])
-                for p, new, s in zip(before, filled.new_tokens, after, strict=True)
-            ]
-            bounds = likelihood.continuation_nelbo(
-                self.network, config, texts, [len(p) for p in before], num_samples=num_samples, seed=seed
-            )
-            scores.append([bound.nats / bound.num_tokens for bound in bounds])
-        best = [min(range(len(candidates)), key=lambda c: scores[c][row]) for row in range(len(before))]
-        return SampledTokens(
-            [candidates[c].new_tokens[row] for row, c in enumerate(best)],
-            torch.stack([filled.num_forwards + num_samples for filled in candidates]).sum(0),
-            torch.stack([filled.num_prefill_forwards for filled in candidates]).sum(0),
-        )
-
     def prompt_ids(self, prompts: Prompts, attention_mask: Tensor | None = None) -> list[Tensor]:
         """The tokens of each prompt, (length,) int64 of at least one token: an empty prompt is the begin token.
 
         Raises ValueError for token ids outside the vocabulary, and for no prompts.
         """
-        if isinstance(prompts, Tensor):
-            real = torch.ones_like(prompts) if attention_mask is None else attention_mask
-            rows = [row[keep.bool()].to(torch.long) for row, keep in zip(prompts, real, strict=True)]
-        else:
-            items: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-            if items and isinstance(items[0], dict):
-                items = [items]
-            rows = [torch.tensor(self._encode(item), dtype=torch.long) for item in items]
-        if not rows:
-            raise ValueError("prompts is empty: give at least one")
-        tokens = self.model.get_input_embeddings().weight.shape[0]
-        for row in rows:
-            if len(row) and not 0 <= int(row.min()) <= int(row.max()) < tokens:
-                odd = next(int(i) for i in row if not 0 <= i < tokens)
-                raise ValueError(f"prompt token id {odd} is outside the model's vocabulary of {tokens} tokens")
+        num_tokens = self.model.get_input_embeddings().weight.shape[0]
+        rows = prompt_rows(self.tokenizer, prompts, attention_mask, num_tokens)
         return [row if len(row) else self.begin_token() for row in rows]
-
-    def _encode(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            return ids_of(self.tokenizer, prompt)
-        text = apply_template(self.tokenizer, prompt, tokenize=False, add_generation_prompt=True)
-        return rendered_ids(self.tokenizer, text)
 
     def begin_token(self) -> Tensor:
         """(1,) int64, where an unconditional text starts: the begin token, else the end token."""
@@ -372,20 +302,13 @@ class DiffusionLM:
         return torch.tensor([begin], dtype=torch.long)
 
     def new_text(self, prompt: Tensor, new: Sequence[int]) -> str:
-        """The text that `new` tokens add to the prompt's; decoded together, since a token's text may depend
-        on the one before it."""
-        before = self.tokenizer.decode(prompt.tolist(), skip_special_tokens=True)
-        whole = self.tokenizer.decode([*prompt.tolist(), *new], skip_special_tokens=True)
-        return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(new)
+        """The text that `new` tokens add to the prompt's."""
+        return new_text(self.tokenizer, prompt, new)
 
     def _output(
-        self, prompts: list[Tensor], sampled: SampledTokens, stops: list[str], suffixes: list[Tensor] | None = None
+        self, prompts: list[Tensor], sampled: SampledTokens, stop: StopStrings, suffixes: list[Tensor] | None = None
     ) -> SampleOutput:
-        texts = []
-        for prompt, new in zip(prompts, sampled.new_tokens, strict=True):
-            text = self.new_text(prompt, new)
-            cut = min((at for at in (text.find(s) for s in stops) if at >= 0), default=len(text))
-            texts.append(text[:cut])
+        texts = [stop.cut(self.new_text(p, new)) for p, new in zip(prompts, sampled.new_tokens, strict=True)]
         pad = self.tokenizer.pad_token_id
         if pad is None:
             pad = next(iter(hf.end_token_ids(self.model, self.tokenizer)), 0)
@@ -440,31 +363,9 @@ class DiffusionLM:
             )
 
     def _documents(self, texts: str | Sequence[str]) -> list[likelihood.Document]:
-        """Exactly tokenizer(text), with the UTF-8 bytes that each token spells."""
         self._check_weights()
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts:
-            raise ValueError("texts is empty: give at least one document")
-        offsets = bool(self.tokenizer.is_fast)
-        encoded = encode(self.tokenizer, texts, return_offsets_mapping=offsets)
-        documents = []
-        for i, text in enumerate(texts):
-            ids = encoded["input_ids"][i]
-            if offsets:
-                spelt = [len(text[a:b].encode()) for a, b in encoded["offset_mapping"][i]]
-            else:
-                spelt = [len(self.tokenizer.decode([token], skip_special_tokens=True).encode()) for token in ids]
-            if spelt:  # white space that the tokenizer drops belongs to the text all the same
-                spelt[-1] += len(text.encode()) - sum(spelt)
-            if self.diffusion is not None and self.diffusion.mask_token_id in ids:
-                raise ValueError(
-                    f"document {i + 1} holds the mask token {self.tokenizer.mask_token!r} as a word of its own, "
-                    "which has probability 0: take it out, or convert with a mask token of its own"
-                )
-            documents.append(
-                likelihood.Document(torch.tensor(ids, dtype=torch.long), torch.tensor(spelt, dtype=torch.long))
-            )
-        return documents
+        mask_token_id = None if self.diffusion is None else self.diffusion.mask_token_id
+        return likelihood.documents_of(self.tokenizer, [texts] if isinstance(texts, str) else texts, mask_token_id)
 
     def _num_windows(self, documents: Sequence[likelihood.Document]) -> int:
         context = self.network.context_length
@@ -529,83 +430,6 @@ class DiffusionLM:
         hf.save_pretrained(folder, self.model, self.tokenizer, self.diffusion)
 
 
-def _stop_strings(stop_strings: str | Sequence[str] | None) -> list[str]:
-    stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
-    if any(not stop for stop in stops):
-        raise ValueError("stop string '' is empty: it would end every row before it begins")
-    return stops
-
-
 def _seed(seed: int | None) -> int:
     """The seed, or one that nobody chose."""
     return secrets.randbits(31) if seed is None else seed
-
-
-class _StopStrings:
-    """Ends a row at the first token whose text completes a stop string."""
-
-    def __init__(self, lm: DiffusionLM, prompts: list[Tensor], stops: list[str]) -> None:
-        self.lm, self.prompts, self.stops = lm, prompts, stops
-
-    def __call__(self, row: int, new: list[int]) -> int | None:
-        def stopped(n: int) -> bool:
-            text = self.lm.new_text(self.prompts[row], new[:n])
-            return any(stop in text for stop in self.stops)
-
-        if not stopped(len(new)):
-            return None
-        return next(n for n in range(1, len(new) + 1) if stopped(n))
-
-
-def _check_chain(name: str | Path) -> None:
-    """Adapters may stand on adapters, but not in a circle."""
-    seen, at = {Path(name).resolve()}, lora.adapter_base(name)
-    while at is not None:
-        if Path(at).resolve() in seen:
-            raise ValueError(f"adapter {str(name)!r} ends at no model: its bases go round in a circle by {at!r}")
-        seen.add(Path(at).resolve())
-        at = lora.adapter_base(at)
-
-
-def load(
-    name: str | Path,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | str | None = None,
-    attn_implementation: str | None = None,
-    device_map: Any = None,
-    quantization_config: Any = None,
-    trust_remote_code: bool = False,
-) -> DiffusionLM:
-    """Load a folder or hub id, converted or not; refuse a model whose attention cannot be controlled.
-
-    An adapter's folder is its base with the adapter merged into it; a drafter's is its base with the drafter on it.
-    trust_remote_code: run Python code that the folder brings; without it such a folder is refused. Raises ValueError
-    with the file or the weights that are not what they should be.
-    """
-    options: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "attn_implementation": attn_implementation,
-        "device_map": device_map,
-        "quantization_config": quantization_config,
-        "trust_remote_code": trust_remote_code,
-    }
-    adapted_base = lora.adapter_base(name)
-    if adapted_base is not None:
-        _check_chain(name)
-        lm = load(adapted_base, **options)
-        lora.load_adapter(lm.model, name)
-        check_weights(lm.model, f"model {str(name)!r}")
-        tokenizer = hf.load_tokenizer(name, trust_remote_code=trust_remote_code)
-        hf.check_tokenizer(name, lm.model, tokenizer)
-        return DiffusionLM(lm.model, tokenizer, hf.read_diffusion(lm.model))._known_finite()
-    base = hf.read_base(name)
-    if base is not None:
-        model, tokenizer, diffusion, drafter = hf.load_drafter(name, base, **options)
-        hf.probe(model)
-        hf.check_tokenizer(name, model, tokenizer)
-        return DiffusionLM(model, tokenizer, diffusion, drafter=drafter, base=base)._known_finite()
-    model, tokenizer = hf.load_pretrained(name, **options)
-    hf.probe(model)
-    hf.check_tokenizer(name, model, tokenizer)
-    return DiffusionLM(model, tokenizer, hf.read_diffusion(model))._known_finite()

@@ -84,7 +84,33 @@ def check_weights(model: Any, what: str) -> None:
         )
 
 
-def versions(model: Any) -> tuple[tuple[int, int], ...] | None:
+class FiniteWeights:
+    """Looks at weights once for as long as nobody changes them."""
+
+    def __init__(self) -> None:
+        self._seen: Any = None
+
+    def check(self, parts: dict[str, Any]) -> None:
+        """Raise ValueError for a part whose weights are not finite; parts: a name and a module, or None, of each."""
+        now = self._version(parts)
+        if now is None or now != self._seen:
+            for what, part in parts.items():
+                if part is not None:
+                    check_weights(part, what)
+            self._seen = now
+
+    def trust(self, parts: dict[str, Any]) -> None:
+        """Take the weights, as they are now, to be finite."""
+        self._seen = self._version(parts)
+
+    @staticmethod
+    def _version(parts: dict[str, Any]) -> Any:
+        """What changes whenever a weight does, None where that cannot be told."""
+        found = [_versions(part) for part in parts.values() if part is not None]
+        return None if None in found else found
+
+
+def _versions(model: Any) -> tuple[tuple[int, int], ...] | None:
     """What changes whenever a parameter does; None where torch does not count changes."""
     try:
         return tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from unmask.core.corruption import Corruption, mask_exact, segments
 from unmask.core.denoiser import DiffusionConfig, Network, score_ar
 from unmask.core.noise import uniforms
 from unmask.core.objectives import predictable, token_nll
+from unmask.data.plain_text import encode
 from unmask.evaluation.clean import read_clean, score_noisy
 
 Progress = Callable[[int], None]
@@ -51,6 +53,33 @@ class Document:
     ids: Tensor
     num_bytes: Tensor
     loss_mask: Tensor | None = None
+
+
+def documents_of(tokenizer: Any, texts: Sequence[str], mask_token_id: int | None) -> list[Document]:
+    """Exactly tokenizer(text) of each text, with the UTF-8 bytes that each token spells.
+
+    Raises ValueError for no texts, and for a text that holds the mask token, which has probability 0.
+    """
+    if not texts:
+        raise ValueError("texts is empty: give at least one document")
+    offsets = bool(tokenizer.is_fast)
+    encoded = encode(tokenizer, list(texts), return_offsets_mapping=offsets)
+    documents = []
+    for i, text in enumerate(texts):
+        ids = encoded["input_ids"][i]
+        if offsets:
+            spelt = [len(text[a:b].encode()) for a, b in encoded["offset_mapping"][i]]
+        else:
+            spelt = [len(tokenizer.decode([token], skip_special_tokens=True).encode()) for token in ids]
+        if spelt:  # white space that the tokenizer drops belongs to the text all the same
+            spelt[-1] += len(text.encode()) - sum(spelt)
+        if mask_token_id in ids:
+            raise ValueError(
+                f"document {i + 1} holds the mask token {tokenizer.mask_token!r} as a word of its own, "
+                "which has probability 0: take it out, or convert with a mask token of its own"
+            )
+        documents.append(Document(torch.tensor(ids, dtype=torch.long), torch.tensor(spelt, dtype=torch.long)))
+    return documents
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from unmask.data.documents import find_files, load_corpus, local_files
 from unmask.lab.measures import MEASURES, Budget, HeldOut, Subject, hold_out
 from unmask.lab.report import write_report
 from unmask.lab.tasks import check
-from unmask.model import DiffusionLM, load
+from unmask.loading import load
+from unmask.model import DiffusionLM
 from unmask.plain_json import to_json
 from unmask.progress import progress
 from unmask.run_folder import checkpoints, claim, damage, releases_folders, write_text, writing

@@ -40,7 +40,8 @@ from unmask.lab.frontier import (
 )
 from unmask.lab.oracle import speed_of_light
 from unmask.lab.tasks import problems
-from unmask.model import DiffusionLM, load
+from unmask.loading import load
+from unmask.model import DiffusionLM
 from unmask.plain_json import to_json
 from unmask.progress import Advance, progress
 from unmask.run_folder import claim, releases_folders, write_text, writing

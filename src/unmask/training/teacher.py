@@ -6,7 +6,8 @@ import copy
 
 from unmask import hf
 from unmask.core.denoiser import Network
-from unmask.model import DiffusionLM, load
+from unmask.loading import load
+from unmask.model import DiffusionLM
 
 
 def load_teacher(lm: DiffusionLM, name: str | None, *, trust_remote_code: bool = False) -> DiffusionLM | None:

@@ -1,0 +1,60 @@
+"""Spans between a prefix and a suffix: their candidate lengths, and which of them to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unmask.core.denoiser import DiffusionConfig, Network
+from unmask.evaluation.likelihood import continuation_nelbo
+from unmask.sampling import SampledTokens
+
+
+def span_lengths(
+    num_tokens: int | Sequence[int], before: Sequence[Tensor], after: Sequence[Tensor], context_length: int | None
+) -> list[int]:
+    """The candidate lengths of the spans; raises ValueError for none, and where the longest exceeds the context."""
+    lengths = [num_tokens] if isinstance(num_tokens, int) else list(num_tokens)
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"num_tokens {num_tokens} must be at least 1: there is nothing to fill in")
+    longest = max(len(p) + len(s) for p, s in zip(before, after, strict=True)) + max(lengths)
+    if context_length is not None and longest > context_length:
+        raise ValueError(
+            f"prefix, {max(lengths)} tokens and suffix make {longest}, more than the model's context of "
+            f"{context_length}: shorten them"
+        )
+    return lengths
+
+
+def best_length(
+    network: Network,
+    config: DiffusionConfig,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    candidates: Sequence[SampledTokens],
+    *,
+    num_samples: int,
+    seed: int,
+) -> SampledTokens:
+    """For each row the candidate of lowest NELBO per token of what follows the prefix; its forwards are those of all.
+
+    num_samples: masks, and so forwards, that score a candidate.
+    """
+    scores = []
+    for filled in candidates:
+        texts = [
+            torch.cat([p, torch.tensor(new, dtype=torch.long), s])
+            for p, new, s in zip(before, filled.new_tokens, after, strict=True)
+        ]
+        bounds = continuation_nelbo(
+            network, config, texts, [len(p) for p in before], num_samples=num_samples, seed=seed
+        )
+        scores.append([bound.nats / bound.num_tokens for bound in bounds])
+    best = [min(range(len(candidates)), key=lambda c: scores[c][row]) for row in range(len(before))]
+    return SampledTokens(
+        [candidates[c].new_tokens[row] for row, c in enumerate(best)],
+        torch.stack([filled.num_forwards + num_samples for filled in candidates]).sum(0),
+        torch.stack([filled.num_prefill_forwards for filled in candidates]).sum(0),
+    )

@@ -1,0 +1,67 @@
+"""`load`: from a folder or a hub id to a `DiffusionLM`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmask import hf
+from unmask.core.finite import check_weights
+from unmask.hf import lora
+from unmask.model import DiffusionLM
+
+
+def _check_chain(name: str | Path) -> None:
+    """Adapters may stand on adapters, but not in a circle."""
+    seen, at = {Path(name).resolve()}, lora.adapter_base(name)
+    while at is not None:
+        if Path(at).resolve() in seen:
+            raise ValueError(f"adapter {str(name)!r} ends at no model: its bases go round in a circle by {at!r}")
+        seen.add(Path(at).resolve())
+        at = lora.adapter_base(at)
+
+
+def load(
+    name: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
+    trust_remote_code: bool = False,
+) -> DiffusionLM:
+    """Load a folder or hub id, converted or not; refuse a model whose attention cannot be controlled.
+
+    An adapter's folder is its base with the adapter merged into it; a drafter's is its base with the drafter on it.
+    trust_remote_code: run Python code that the folder brings; without it such a folder is refused. Raises ValueError
+    with the file or the weights that are not what they should be.
+    """
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "device_map": device_map,
+        "quantization_config": quantization_config,
+        "trust_remote_code": trust_remote_code,
+    }
+    adapted_base = lora.adapter_base(name)
+    if adapted_base is not None:
+        _check_chain(name)
+        lm = load(adapted_base, **options)
+        lora.load_adapter(lm.model, name)
+        check_weights(lm.model, f"model {str(name)!r}")
+        tokenizer = hf.load_tokenizer(name, trust_remote_code=trust_remote_code)
+        hf.check_tokenizer(name, lm.model, tokenizer)
+        return DiffusionLM(lm.model, tokenizer, hf.read_diffusion(lm.model)).known_finite()
+    base = hf.read_base(name)
+    if base is not None:
+        model, tokenizer, diffusion, drafter = hf.load_drafter(name, base, **options)
+        hf.probe(model)
+        hf.check_tokenizer(name, model, tokenizer)
+        return DiffusionLM(model, tokenizer, diffusion, drafter=drafter, base=base).known_finite()
+    model, tokenizer = hf.load_pretrained(name, **options)
+    hf.probe(model)
+    hf.check_tokenizer(name, model, tokenizer)
+    return DiffusionLM(model, tokenizer, hf.read_diffusion(model)).known_finite()

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
 from unmask import hf
-from unmask.core.denoiser import DiffusionConfig
+from unmask.core.network import DiffusionConfig
 from unmask.core.noise import gumbels
 
 hf_logging.set_verbosity_error()

@@ -15,7 +15,7 @@ from conftest import MASK, SUPPORTED, random_tokens, tiny_model
 from decode import sample_bidirectional
 
 from unmask import hf
-from unmask.core.denoiser import DiffusionConfig
+from unmask.core.network import DiffusionConfig
 from unmask.core.noise import Key, uniforms
 from unmask.sampling import Ancestral, Canvas, Confidence, Remask
 

@@ -12,7 +12,7 @@ from conftest import STORIES, VOCABULARY
 
 import unmask
 from unmask.core.attention import Layout, causal
-from unmask.core.denoiser import Past
+from unmask.core.network import GrowingCache
 
 RUN = {"max_tokens": 500, "max_length": 32, "block_size": 4, "batch_size": 4, "log_every": 1, "eval_every": 1,
        "eval_documents": 2, "save_every": 2, "show_progress": False}  # fmt: skip
@@ -36,7 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def cached_logits(lm: unmask.DiffusionLM) -> torch.Tensor:
     """Logits of a second half after a cached first one."""
     ids = torch.arange(3, 19)[None] % VOCABULARY
-    past = Past(lm.network.new_cache(), _layout(0, 0))
+    past = GrowingCache(lm.network.new_cache(), _layout(0, 0))
     with torch.no_grad():
         lm.network(ids[:, :8], _layout(0, 8), causal, past=past)
         past.layout = _layout(0, 8)

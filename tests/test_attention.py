@@ -21,7 +21,7 @@ def packed(length: int = 22) -> Layout:
 
 
 def both_streams(layout: Layout) -> Layout:
-    return layout._replace(noisy=torch.ones_like(layout.noisy)).then(layout)
+    return layout._replace(noisy=torch.ones_like(layout.noisy)).concat(layout)
 
 
 def by_definition(name: str, q: tuple[int, bool], kv: tuple[int, bool]) -> bool:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from unmask import hf
 from unmask.core.attention import Layout, bidirectional
-from unmask.core.denoiser import DiffusionConfig
+from unmask.core.network import DiffusionConfig
 from unmask.core.noise import uniform
 from unmask.sampling import Ancestral, Canvas, Confidence, Entropy, EntropyBound, Margin, Random, Remask, Threshold
 

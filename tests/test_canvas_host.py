@@ -10,7 +10,7 @@ import torch
 from conftest import MASK, block_config, network, random_tokens
 from decode import sample_canvases
 
-from unmask.core.denoiser import DiffusionConfig
+from unmask.core.network import DiffusionConfig
 from unmask.sampling import Ancestral, Remask
 from unmask.settings import load_recipe
 

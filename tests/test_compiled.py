@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from unmask import hf
 from unmask.core.attention import Layout, causal
-from unmask.core.denoiser import begin, verify
+from unmask.core.decoding import begin, verify
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.hf.fast.graphs import CompiledPasses
 from unmask.hf.fast.shortcuts import layers_of
@@ -140,7 +140,7 @@ def test_memory_that_would_not_do_is_not_used_again() -> None:
     decode(PROMPTS[1:3])
     with torch.no_grad():
         past = begin(compiled, causal, PROMPTS[1:3])
-        past.reach(12)
+        past.set_columns(12)
         assert verify(compiled, past, torch.full((2, 1), 5), Layout.of(past.lengths[:, None])).isfinite().any()
 
 
@@ -160,7 +160,7 @@ def test_an_interrupted_pass_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
             sample_autoregressive(compiled, PROMPTS[1:3], max_new_tokens=4)
     assert torch.equal(compiled.model(ids).logits, before)
     assert torch.equal(pickle.loads(pickle.dumps(compiled.model))(ids).logits, before)
-    assert not hasattr(compiled.config, "unmask_place")
+    assert not hasattr(compiled.config, "unmask_cache_index")
 
 
 def test_layers_compiled_for_training_decode_as_they_are() -> None:
@@ -180,8 +180,8 @@ def test_what_takes_no_fixed_shape_runs_as_it_is() -> None:
     past = begin(compiled, causal, PROMPTS[:3])
     assert counters["stats"]["unique_graphs"] == 0  # prefills come in every length
     assert compiled.compiled.takes(past)
-    assert compiled.compiled.takes(past.at([0, 1, 2, 1]))
-    assert not compiled.compiled.takes(past.at([1, 2]))
+    assert compiled.compiled.takes(past.for_rows([0, 1, 2, 1]))
+    assert not compiled.compiled.takes(past.for_rows([1, 2]))
     past.columns = 1000
     assert not compiled.compiled.takes(past)
 

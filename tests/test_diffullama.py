@@ -18,8 +18,9 @@ import unmask
 from unmask import hf
 from unmask.core.attention import Layout, bidirectional, causal, dense
 from unmask.core.corruption import Corruption
-from unmask.core.denoiser import DiffusionConfig, score
+from unmask.core.network import DiffusionConfig
 from unmask.core.objectives import diffusion_loss, predictable, token_nll
+from unmask.core.scoring import score
 from unmask.data.documents import Batch
 from unmask.settings import Settings, load_recipe, resolve
 from unmask.training.loop import annealing, corruptions, step_loss

@@ -61,7 +61,7 @@ def test_joint_loss_with_a_teacher_equals_its_parts_by_hand(distance: str) -> No
     got = joint_loss(student, CONFIG, x0, layout, corruption, 0.3, teacher=teacher, distance=distance)
     p, own = (net.model(x0).logits[:, :-1, :MASK].log_softmax(-1) for net in (teacher, student))
     ar = (p.exp() * (p - own)).sum()
-    both = layout._replace(noisy=~layout.noisy).then(layout)
+    both = layout._replace(noisy=~layout.noisy).concat(layout)
     xt = corruption.apply(x0, MASK)
     q = student(torch.cat([xt, x0], 1), both, CONFIG.pattern)[:, 1:12, :MASK].log_softmax(-1)
     each = {
@@ -203,7 +203,7 @@ def test_offset_step_equals_each_document_behind_its_own_padding(shift: bool) ->
 
                 return config.pattern(on_grid(q), on_grid(kv))
 
-            both = layout._replace(noisy=~layout.noisy).then(layout)
+            both = layout._replace(noisy=~layout.noisy).concat(layout)
             xt = x0.clone()
             xt[:, 1:] = MASK
             logits = net(torch.cat([xt, x0], 1), both, pattern)[0, :, :MASK].log_softmax(-1)

@@ -26,7 +26,7 @@ import unmask
 from unmask import hf
 from unmask.core.attention import Layout
 from unmask.core.corruption import Corruption
-from unmask.core.denoiser import begin, denoise, draft, score, score_ar, score_distilled, score_joint
+from unmask.core.decoding import begin, denoise, draft
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.core.objectives import (
     DISTANCES,
@@ -38,6 +38,7 @@ from unmask.core.objectives import (
     joint_loss,
     predictable,
 )
+from unmask.core.scoring import score, score_ar, score_distilled, score_joint
 from unmask.data.documents import Batch
 from unmask.settings import Settings, at_step, load_recipe, resolve
 from unmask.training.loop import step_loss
@@ -79,7 +80,7 @@ def masks_of(layout: Layout) -> Corruption:
 def test_clean_rows_are_bit_identical_with_the_adapter_on_and_off(name: str) -> None:
     model, config = tiny_model(SUPPORTED[name]()), causal_config()
     clean = Layout.of(torch.arange(12).expand(2, 12))
-    both = clean._replace(noisy=torch.ones_like(clean.noisy)).then(clean)
+    both = clean._replace(noisy=torch.ones_like(clean.noisy)).concat(clean)
     ids = torch.cat([torch.full((2, 12), MASK), random_tokens(2, 12)], dim=1)
     off = hf.HFNetwork(model, MASK)(ids, both, config.pattern)
     net, drafter = gated(model)
@@ -104,11 +105,11 @@ def test_places_have_masks_of_their_own_in_every_pass() -> None:
     one = score(net, config, xt, x0, layout, wanted)
     past = begin(net, config.pattern, x0[:, :8])
     past.columns = 12
-    block = layout.at(..., slice(8, 12))
+    block = layout.subset(..., slice(8, 12))
     assert (denoise(net, config, past, xt[:, 8:], block, wanted[:, 8:]) - one).abs().max() < 1e-10
     past = begin(net, config.pattern, x0[:, :7])
     past.columns = 12
-    _, drafted = draft(net, config, past, x0[:, 7:8], layout.at(..., slice(7, 8)), block)
+    _, drafted = draft(net, config, past, x0[:, 7:8], layout.subset(..., slice(7, 8)), block)
     assert (drafted[0] - one).abs().max() < 1e-10
     assert (score(net, replace(config, mask_rows=1), xt, x0, layout, wanted) - one).abs().max() > 1e-2
 
@@ -207,8 +208,8 @@ def test_long_distilled_pass_in_chunks_equals_the_dense_one() -> None:
     x0, wanted = random_tokens(1, 320), predictable(layout)
     xt = x0.masked_fill(wanted, MASK)
     fast = score_distilled(net, causal_config(), xt, x0, layout, wanted)
-    assert net.routes.chunked
-    net.routes = hf.Routes()
+    assert net.fast_paths.chunked
+    net.fast_paths = hf.FastPaths()
     for a, b in zip(fast, score_distilled(net, causal_config(), xt, x0, layout, wanted), strict=True):
         assert (a - b)[..., :MASK].abs().max() < 1e-5 * b[..., :MASK].abs().max()
 

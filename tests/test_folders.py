@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import unmask
 from unmask import cli, hf
-from unmask.core.denoiser import DiffusionConfig
 from unmask.core.drafter import DrafterConfig
+from unmask.core.network import DiffusionConfig
 
 Damage = Callable[[Path], None]
 

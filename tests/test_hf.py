@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import unmask
 from unmask import hf
 from unmask.core.attention import PADDING, Layout, block_causal, causal
-from unmask.core.denoiser import begin, denoise, score
+from unmask.core.decoding import begin, denoise
+from unmask.core.scoring import score
 
 
 def exact(name: str):
@@ -53,7 +54,7 @@ def test_two_stream_pass_equals_each_block_after_its_clean_prefix(name: str, cle
         rows = []
         for start in range(0, 18, 4):
             end = min(start + 4, 18)
-            at = layout.at(slice(None), slice(start, end))
+            at = layout.subset(slice(None), slice(start, end))
             past = begin(network, config.pattern, x0[:, :start], keep_logits=shift)
             past.columns = end
             rows.append(denoise(network, config, past, xt[:, start:end], at, wanted[:, start:end]))
@@ -66,7 +67,7 @@ def test_strictly_causal_clean_half_equals_ar_logits(name: str) -> None:
     config = block_config(4, clean="causal")
     x0 = random_tokens(2, 18)
     layout = Layout.of(torch.arange(18).expand(2, 18))
-    both = layout._replace(noisy=torch.ones_like(layout.noisy)).then(layout)
+    both = layout._replace(noisy=torch.ones_like(layout.noisy)).concat(layout)
     with torch.no_grad():
         stock = model(input_ids=x0, use_cache=False).logits
         passed = hf.HFNetwork(model)(torch.cat([torch.full_like(x0, MASK), x0], 1), both, config.pattern)

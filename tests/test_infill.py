@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import unmask
 from unmask import cli
 from unmask.core.attention import Layout, bidirectional
-from unmask.core.denoiser import DiffusionConfig
+from unmask.core.network import DiffusionConfig
 from unmask.evaluation.likelihood import Document, continuation_nelbo, nelbo
 from unmask.sampling import Ancestral, Confidence, Random, Remask, Threshold
 

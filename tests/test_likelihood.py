@@ -12,8 +12,8 @@ from conftest import MASK, STORIES, block_config, network, random_tokens
 import unmask
 from unmask.core.attention import PADDING, Layout
 from unmask.core.corruption import mask_exact, segments
-from unmask.core.denoiser import score
 from unmask.core.objectives import ar_loss, diffusion_loss, predictable
+from unmask.core.scoring import score
 from unmask.evaluation.clean import read_clean, score_noisy
 from unmask.evaluation.likelihood import Document, nelbo, nll
 from unmask.settings import Settings, resolve

@@ -10,8 +10,8 @@ from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
 from unmask import hf
 from unmask.core.attention import PADDING, Layout, annealed, block_causal
 from unmask.core.corruption import Corruption, mask_complementary, mask_exact, segments
-from unmask.core.denoiser import DiffusionConfig
 from unmask.core.drafter import DrafterConfig
+from unmask.core.network import DiffusionConfig
 from unmask.core.objectives import (
     LossOutput,
     ar_loss,
@@ -23,7 +23,7 @@ from unmask.core.objectives import (
 )
 
 LENGTH = 144
-ALL = hf.Routes(chunked=True, last_rows=True, readout=True)
+ALL = hf.FastPaths(chunked=True, last_rows=True, head_sum=True)
 
 
 def packed() -> tuple[torch.Tensor, Layout]:
@@ -55,10 +55,10 @@ def measured(network: hf.HFNetwork, loss_of) -> tuple[torch.Tensor, list[torch.T
     return loss.sum.detach(), list(torch.autograd.grad(loss.sum / 100, parameters, allow_unused=True))
 
 
-def assert_same(network: hf.HFNetwork, loss_of, relative: float, routes: hf.Routes = ALL) -> None:
-    network.routes = hf.Routes()
+def assert_same(network: hf.HFNetwork, loss_of, relative: float, fast_paths: hf.FastPaths = ALL) -> None:
+    network.fast_paths = hf.FastPaths()
     loss, grads = measured(network, loss_of)
-    network.routes = routes
+    network.fast_paths = fast_paths
     fast_loss, fast_grads = measured(network, loss_of)
     assert abs(fast_loss - loss) <= relative * abs(loss)
     scale = max(g.abs().max() for g in grads if g is not None)
@@ -82,20 +82,20 @@ def test_loss_and_gradients_match_the_plain_pass(name: str, objective: str, shif
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_routes_are_found_on_a_tiny_instance(name: str) -> None:
-    routes = hf.find_routes(tiny_model(SUPPORTED[name]()))
+    fast_paths = hf.probe_fast_paths(tiny_model(SUPPORTED[name]()))
     if name == "gemma2":  # its attention caps scores, which no kernel here does
-        assert routes == hf.Routes()
+        assert fast_paths == hf.FastPaths()
     else:
-        assert routes == ALL
+        assert fast_paths == ALL
 
 
 def test_a_head_whose_logits_are_changed_behind_it_is_not_summed() -> None:
     granite = tiny_model(tf.GraniteConfig(**SUPPORTED["granite"]().to_dict() | {"logits_scaling": 4.0}))
-    assert hf.find_routes(granite) == replace(ALL, readout=False)
+    assert hf.probe_fast_paths(granite) == replace(ALL, head_sum=False)
     network = hf.HFNetwork(granite, MASK)
     loss_of = objectives(False)["two_stream"]
     network.model.config.max_position_embeddings = 160
-    assert_same(network, loss_of, 1e-5, replace(ALL, readout=False))
+    assert_same(network, loss_of, 1e-5, replace(ALL, head_sum=False))
 
 
 def test_gated_rows_of_the_last_layer_are_adapted_alone(tokenizer_and_model) -> None:
@@ -117,9 +117,9 @@ def test_gated_rows_of_the_last_layer_are_adapted_alone(tokenizer_and_model) -> 
         lambda net: diffusion_loss(net, config, x0, layout, drawn),
         lambda net: distill_loss(net, config, x0, layout, drawn, "tv"),
     ):
-        network.routes, results = hf.Routes(), []
-        for routes in (hf.Routes(), ALL):
-            network.routes = routes
+        network.fast_paths, results = hf.FastPaths(), []
+        for fast_paths in (hf.FastPaths(), ALL):
+            network.fast_paths = fast_paths
             loss = loss_of(network).sum
             results.append((loss.detach(), torch.autograd.grad(loss, list(drafter.parameters()))))
         (slow, slow_grads), (fast, fast_grads) = results
@@ -208,9 +208,9 @@ def test_shortcuts_run_under_autocast(objective: str) -> None:
     config.max_position_embeddings = 160
     network = hf.HFNetwork(tiny_model(config).train(), MASK)
     loss_of = objectives(False)[objective]
-    network.routes = hf.Routes()
+    network.fast_paths = hf.FastPaths()
     loss, grads = measured(network, loss_of)
-    network.routes = ALL
+    network.fast_paths = ALL
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded, rounded_grads = measured(network, loss_of)
     assert abs(rounded - loss) < 0.01 * loss

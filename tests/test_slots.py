@@ -11,7 +11,7 @@ from decode import sample_autoregressive, sample_blocks
 
 from unmask import hf
 from unmask.core.attention import Layout, bidirectional, block_causal, causal, lookahead, window
-from unmask.core.denoiser import begin, denoise
+from unmask.core.decoding import begin, denoise
 from unmask.hf.fast import kv_cache as slots
 from unmask.sampling import Confidence
 
@@ -44,7 +44,7 @@ def test_rows_on_ragged_slots_equal_whole_texts(name: str, implementation: str, 
     more = random_tokens(len(slot), 4, seed=5)
     place = torch.tensor([LENGTHS[s] + 4 * slot[:i].count(s) for i, s in enumerate(slot)])[:, None] + torch.arange(4)
     past.columns = int(place.max()) + 1
-    got = net(more, Layout.of(place), causal, past=past.at(rows))
+    got = net(more, Layout.of(place), causal, past=past.for_rows(rows))
     written: dict[int, torch.Tensor] = dict(enumerate(prompts))
     for i, s in enumerate(slot):
         written[s] = torch.cat([written[s], more[i]])
@@ -153,7 +153,7 @@ def test_a_pass_elsewhere_gets_a_mask_of_its_own() -> None:
     past = begin(net, causal, texts)
     past.columns = 10
     for slot in (0, 1, 0):
-        got = net(more, Layout.of(torch.tensor([[6, 7]])), causal, past=past.at([slot]))[0]
+        got = net(more, Layout.of(torch.tensor([[6, 7]])), causal, past=past.for_rows([slot]))[0]
         whole = torch.cat([texts[slot], more[0]])
         place = torch.cat([torch.arange(len(texts[slot])), torch.tensor([6, 7])])
         expected = net(whole[None], Layout.of(place[None]), causal)[0, -2:]

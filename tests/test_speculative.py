@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unmask import hf
 from unmask.core.attention import Layout, causal, dense, drafting, two_stream
-from unmask.core.denoiser import begin, draft, verify
+from unmask.core.decoding import begin, draft, verify
 from unmask.sampling import Coupled, Rejection
 from unmask.sampling.speculative import Noise, adapted_length
 
@@ -145,7 +145,7 @@ def test_adapted_length_follows_the_last_cycle() -> None:
 
 
 def test_patterns_of_a_causal_noisy_block_equal_double_loops() -> None:
-    layout = Layout.of(torch.arange(9)[None], noisy=True).then(Layout.of(torch.arange(9)[None]))
+    layout = Layout.of(torch.arange(9)[None], noisy=True).concat(Layout.of(torch.arange(9)[None]))
     got = dense(two_stream(4, "causal", "causal"), layout, layout)[0]
     start = dense(drafting("causal"), layout, layout)[0]
     for row in range(18):
@@ -166,7 +166,7 @@ def test_drafting_pattern_equals_two_stream_on_an_aligned_block() -> None:
     for noisy in ("bidirectional", "causal"):
         clean = Layout.of(torch.arange(8)[None])
         block = Layout.of(torch.arange(8, 12)[None], noisy=True)
-        both = clean.then(block)
+        both = clean.concat(block)
         assert torch.equal(dense(drafting(noisy), both, both), dense(two_stream(4, "causal", noisy), both, both))
 
 
@@ -196,14 +196,15 @@ def test_draft_after_ragged_acceptance_equals_a_fresh_prefix(name: str) -> None:
 @pytest.mark.parametrize("shift", [False, True])
 @torch.no_grad()
 def test_draft_equals_the_training_pass_on_an_aligned_block(shift: bool) -> None:
-    from unmask.core.denoiser import begin, score, score_ar
+    from unmask.core.decoding import begin
+    from unmask.core.scoring import score, score_ar
 
     net, config, x0 = network(), causal_config(shift=shift), random_tokens(1, 12)
     layout, wanted = Layout.of(torch.arange(12)[None]), torch.arange(12)[None] >= 8
     xt = x0.masked_fill(wanted, MASK)
     past = begin(net, causal, x0[:, :7])
     past.columns = 12
-    given = net, config, past, x0[:, 7:8], layout.at(..., slice(7, 8)), layout.at(..., slice(8, 12))
+    given = net, config, past, x0[:, 7:8], layout.subset(..., slice(7, 8)), layout.subset(..., slice(8, 12))
     ar, drafted = draft(*given)
     assert (drafted[0] - score(net, config, xt, x0, layout, wanted))[:, :MASK].abs().max() < 1e-10
     first = layout.position == 8

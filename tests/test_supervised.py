@@ -344,7 +344,7 @@ def test_a_prompt_is_no_target() -> None:
     stock = net.model(
         input_ids=batch.x0[:, :11], labels=batch.x0[:, :11].masked_fill(~batch.loss_mask[:, :11], -100)
     ).loss
-    alone = step_loss(net, chosen, None, Batch(batch.x0[:, :11], batch.layout.at(..., slice(0, 11)),
+    alone = step_loss(net, chosen, None, Batch(batch.x0[:, :11], batch.layout.subset(..., slice(0, 11)),
                                                batch.loss_mask[:, :11]), 0, torch.arange(1))  # fmt: skip
     assert float(alone.sum.detach()) == pytest.approx(7 * float(stock.detach()), rel=1e-6)  # stock: float32
     assert int(loss.count) == 17

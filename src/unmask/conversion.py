@@ -16,9 +16,9 @@ import torch
 import transformers
 
 from unmask import hf
-from unmask.core.denoiser import DiffusionConfig
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.core.finite import check_weights
+from unmask.core.network import DiffusionConfig
 from unmask.data.documents import Corpus, HubStream, find_files, load_corpus, local_files
 from unmask.evaluation import likelihood
 from unmask.hf import lora

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unmask.core.denoiser import DiffusionConfig, Network
+from unmask.core.network import DiffusionConfig, Network
 from unmask.evaluation.likelihood import continuation_nelbo
 from unmask.sampling import SampledTokens
 

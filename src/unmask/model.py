@@ -18,9 +18,9 @@ from torch import Tensor
 
 from unmask import hf
 from unmask.core.attention import Pattern
-from unmask.core.denoiser import DiffusionConfig
 from unmask.core.drafter import Drafter
 from unmask.core.finite import FiniteWeights
+from unmask.core.network import DiffusionConfig
 from unmask.data.plain_text import encode, ids_of
 from unmask.data.prompts import Prompts, StopStrings, new_text, prompt_rows
 from unmask.evaluation import likelihood

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
 
-from unmask.core.denoiser import DiffusionConfig
+from unmask.core.network import DiffusionConfig
 from unmask.core.objectives import DISTANCES
 
 LORA_TRAINABLE = ("embeddings", "norms", "head")

@@ -47,26 +47,26 @@ class Layout(NamedTuple):
         """True where a token is no padding."""
         return self.document != PADDING
 
-    def at(self, *index: Any) -> Layout:
+    def subset(self, *index: Any) -> Layout:
         """The same indexing applied to all three tensors."""
         return Layout(*(field[index] for field in self))
 
-    def then(self, other: Layout) -> Layout:
+    def concat(self, other: Layout) -> Layout:
         """This layout followed by `other` along the last dimension."""
         return Layout(*(torch.cat(pair, dim=-1) for pair in zip(self, other, strict=True)))
 
-    def same(self, other: Layout) -> bool:
-        """Whether both are the same three tensors: a layout that comes again, for which a mask may be known."""
+    def is_same(self, other: Layout) -> bool:
+        """Whether both are the same three tensors: the same layout again, for which a mask may be known."""
         return all(a is b for a, b in zip(self, other, strict=True))
 
     def to(self, device: torch.device) -> Layout:
-        """The layout on `device`; one that comes again, the same tensors, is the same tensors there."""
+        """The layout on `device`; the same tensors again give the same tensors there."""
         if self.position.device == device:
             return self
-        return self.once(device, lambda: Layout(*(to_device(field, device) for field in self)))
+        return self.cached(device, lambda: Layout(*(to_device(field, device) for field in self)))
 
-    def once(self, what: Any, make: Callable[[], Layout]) -> Layout:
-        """`make()`, a layout of new tensors, once for a layout that comes again: masks are told by those tensors."""
+    def cached(self, what: Any, make: Callable[[], Layout]) -> Layout:
+        """`make()`, made once for the same layout: masks are kept by the identity of its tensors."""
         made = _made.setdefault(self.position, {})
         known = made.get(what)
         if known is None or known[0] is not self.document or known[1] is not self.noisy:
@@ -83,7 +83,7 @@ _made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 Pattern = Callable[[Layout, Layout], Tensor]
 """(query layout, key layout), broadcastable -> bool tensor, True = the query attends to the key.
 
-Those without tensors of their own are made once, so that masks can be told by them."""
+Those without tensors of their own are made once, so that masks can be kept by the identity of their pattern."""
 
 
 def causal(q: Layout, kv: Layout) -> Tensor:
@@ -214,14 +214,14 @@ def intersect(*patterns: Pattern) -> Pattern:
 def dense(pattern: Pattern, q: Layout, kv: Layout) -> Tensor:
     """The pattern as a bool tensor (batch, queries, keys), True = attend."""
     q, kv = (Layout(x.position.int(), x.document.int(), x.noisy) for x in (q, kv))  # half the memory to walk
-    return pattern(q.at(..., slice(None), None), kv.at(..., None, slice(None)))
+    return pattern(q.subset(..., slice(None), None), kv.subset(..., None, slice(None)))
 
 
 def block_mask(pattern: Pattern, q: Layout, kv: Layout) -> BlockMask:
     """The pattern as FlexAttention's BlockMask, for (batch, queries) against (batch, keys)."""
 
     def mask_mod(b: Tensor, _h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return pattern(q.at(b, q_idx), kv.at(b, kv_idx))
+        return pattern(q.subset(b, q_idx), kv.subset(b, kv_idx))
 
     (batch, queries), keys = q.position.shape, kv.position.shape[1]
     return create_block_mask(mask_mod, batch, None, queries, keys, device=str(q.position.device))

@@ -53,7 +53,7 @@ class Corruption:
         """xt: the clean tokens with the mask token where they are corrupted."""
         return x0.masked_fill(self.masked, mask_token_id)
 
-    def sparing(self, tokens: Tensor) -> Corruption:
+    def excluding(self, tokens: Tensor) -> Corruption:
         """The same without the positions where `tokens` (batch, length) is True: out of the loss."""
         return Corruption(self.masked & ~tokens, self.weight * ~tokens)
 

@@ -88,20 +88,20 @@ class FiniteWeights:
     """Looks at weights once for as long as nobody changes them."""
 
     def __init__(self) -> None:
-        self._seen: Any = None
+        self._masks_of: Any = None
 
     def check(self, parts: dict[str, Any]) -> None:
         """Raise ValueError for a part whose weights are not finite; parts: a name and a module, or None, of each."""
         now = self._version(parts)
-        if now is None or now != self._seen:
+        if now is None or now != self._masks_of:
             for what, part in parts.items():
                 if part is not None:
                     check_weights(part, what)
-            self._seen = now
+            self._masks_of = now
 
     def trust(self, parts: dict[str, Any]) -> None:
         """Take the weights, as they are now, to be finite."""
-        self._seen = self._version(parts)
+        self._masks_of = self._version(parts)
 
     @staticmethod
     def _version(parts: dict[str, Any]) -> Any:

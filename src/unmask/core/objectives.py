@@ -1,7 +1,7 @@
 """Training objectives, as sums and counts.
 
 Every loss comes back as (sum, count) so that a mean over micro-batches, accumulation steps and ranks is
-one division of two totals, the same for every split. Knows a network only through `denoiser`.
+one division of two totals, the same for every split. Knows a network only through `network` and `scoring`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,9 @@ from torch.nn.functional import cross_entropy
 
 from unmask.core.attention import Layout, Pattern
 from unmask.core.corruption import Corruption, segments
-from unmask.core.denoiser import (
-    DiffusionConfig,
-    Network,
-    Past,
-    ar_pass,
-    distilled_pass,
-    joint_pass,
-    noisy_pass,
-    run,
-    run_sum,
-    score,
-    score_ar,
-    scoring_pass,
-)
 from unmask.core.head_loss import RowLoss
+from unmask.core.network import DiffusionConfig, GrowingCache, Network, run, run_sum
+from unmask.core.scoring import ar_pass, distilled_pass, joint_pass, noisy_pass, score, score_ar, scoring_pass
 from unmask.core.transfer import to_device
 
 
@@ -160,7 +148,7 @@ def shared_loss(
             "use one mask at a time"
         )
     wanted = predictable(layout, loss_mask)
-    past = Past(network.new_cache(), layout.at(..., slice(0, 0)))
+    past = GrowingCache(network.new_cache(), layout.subset(..., slice(0, 0)))
     if alpha is None:
         total = torch.zeros((), device=network.device)
         network(x0, layout, config.pattern, rows=torch.zeros(0, dtype=torch.long, device=x0.device), past=past)

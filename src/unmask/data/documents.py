@@ -407,7 +407,7 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> Batch:
         loss_mask = None if self.loss_mask is None else self.loss_mask[start:stop]
-        return Batch(self.x0[start:stop], self.layout.at(slice(start, stop)), loss_mask)
+        return Batch(self.x0[start:stop], self.layout.subset(slice(start, stop)), loss_mask)
 
 
 class Packer:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from unmask.core.corruption import mask_bernoulli, segments
-from unmask.core.denoiser import DiffusionConfig, Network
+from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import uniforms
 from unmask.core.objectives import predictable, token_nll
 from unmask.data.plain_text import ids_of

@@ -1,6 +1,6 @@
 """The clean half of a two-stream pass, run once for many masks: what makes a bound cheap, above all a continuation's.
 
-`denoiser.score` runs [noisy | clean] whole for each mask. The clean stream never sees the noisy one, so here it
+`scoring.score` runs [noisy | clean] whole for each mask. The clean stream never sees the noisy one, so here it
 runs once, and each mask costs the blocks alone that it can touch.
 """
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from unmask.core.attention import PADDING, Layout
-from unmask.core.denoiser import DiffusionConfig, Network, Past, noisy_pass, run
+from unmask.core.network import DiffusionConfig, GrowingCache, Network, run
+from unmask.core.scoring import noisy_pass
 
 
 @dataclass
@@ -23,7 +24,7 @@ class CleanRead:
     first: (batch, length) bool, positions that clean rows score (with the shift, a block's first), by `first_logits`.
     """
 
-    past: Past
+    past: GrowingCache
     columns: Tensor
     layout: Layout
     first: Tensor
@@ -46,10 +47,10 @@ def read_clean(network: Network, config: DiffusionConfig, x0: Tensor, layout: La
     columns = start[:, None] + torch.arange(max(1, int((stop - start).max())), device=device)
     inside = columns < stop[:, None]
     columns = columns.clamp_max(length - 1)
-    there = layout.at(torch.arange(batch, device=device)[:, None], columns)
+    there = layout.subset(torch.arange(batch, device=device)[:, None], columns)
     first = wanted & (layout.position % config.block_size == 0) if config.shift else torch.zeros_like(wanted)
     row = torch.arange(batch * length, device=device).view(batch, length)
-    past = Past(network.new_cache(), layout.at(..., slice(0, 0)))
+    past = GrowingCache(network.new_cache(), layout.subset(..., slice(0, 0)))
     first_logits = network(x0, layout, config.pattern, rows=row[first] - 1, past=past)
     past.layout = layout
     there = there._replace(document=torch.where(inside, there.document, PADDING))

@@ -21,9 +21,10 @@ from torch.nn.functional import cross_entropy
 
 from unmask.core.attention import PADDING, Layout
 from unmask.core.corruption import Corruption, mask_exact, segments
-from unmask.core.denoiser import DiffusionConfig, Network, score_ar
+from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import uniforms
 from unmask.core.objectives import predictable, token_nll
+from unmask.core.scoring import score_ar
 from unmask.data.plain_text import encode
 from unmask.evaluation.clean import read_clean, score_noisy
 

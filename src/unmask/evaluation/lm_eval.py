@@ -23,7 +23,7 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from torch.nn.functional import cross_entropy
 
 from unmask.core.attention import causal
-from unmask.core.denoiser import Network
+from unmask.core.network import Network
 from unmask.core.noise import seed_for
 from unmask.core.objectives import predictable
 from unmask.data.plain_text import ids_of, rendered_ids
@@ -370,7 +370,7 @@ def continuation_log_p(
     for windows, x0, layout, loss_mask in batches(documents, None, batch_tokens, network.device):
         wanted = predictable(layout, loss_mask)
         rows = wanted[:, 1:].flatten().nonzero()[:, 0]
-        logits = network(x0[:, :-1], layout.at(..., slice(None, -1)), causal, rows=rows)
+        logits = network(x0[:, :-1], layout.subset(..., slice(None, -1)), causal, rows=rows)
         target = x0[wanted]
         sums = row_sums(cross_entropy(logits, target, reduction="none"), wanted)
         misses = row_sums(logits.argmax(-1) != target, wanted)

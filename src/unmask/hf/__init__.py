@@ -22,13 +22,33 @@ from unmask.hf.checkpoint import (
     without_dropout,
     write_diffusion,
 )
-from unmask.hf.network import HFNetwork, Routes, UnsupportedModelError, checkpoint_layers, replicate
-from unmask.hf.probes import find_routes, probe, probe_network, sees_position_differences
+from unmask.hf.network import FastPaths, HFNetwork, UnsupportedModelError, checkpoint_layers, replicate
+from unmask.hf.probes import probe, probe_fast_paths, probe_network, sees_position_differences
 
 __all__ = [
-    "Base", "HFNetwork", "Routes", "UnsupportedModelError", "add_drafter", "add_mask_token",
-    "check_tokenizer", "checkpoint_layers", "end_token_ids", "find_routes", "fingerprint", "load_drafter",
-    "load_pretrained", "load_tokenizer", "probe", "probe_network", "read_base", "read_config",
-    "read_diffusion", "replicate", "save_drafter", "save_pretrained", "sees_position_differences",
-    "without_dropout", "write_diffusion",
+    "Base",
+    "FastPaths",
+    "HFNetwork",
+    "UnsupportedModelError",
+    "add_drafter",
+    "add_mask_token",
+    "check_tokenizer",
+    "checkpoint_layers",
+    "end_token_ids",
+    "fingerprint",
+    "load_drafter",
+    "load_pretrained",
+    "load_tokenizer",
+    "probe",
+    "probe_fast_paths",
+    "probe_network",
+    "read_base",
+    "read_config",
+    "read_diffusion",
+    "replicate",
+    "save_drafter",
+    "save_pretrained",
+    "sees_position_differences",
+    "without_dropout",
+    "write_diffusion",
 ]  # fmt: skip

@@ -21,9 +21,9 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from unmask.core.denoiser import DiffusionConfig
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.core.finite import check_weights
+from unmask.core.network import DiffusionConfig
 from unmask.hf.folders import BUILDING, check_folder, first_line, parse, read_object, read_tensors
 from unmask.plain_json import to_json
 from unmask.run_folder import ordinary_permissions

@@ -28,12 +28,12 @@ from unmask.core.attention import (
     same_document,
     window,
 )
-from unmask.core.denoiser import Pass, Past, Prefix, run
 from unmask.core.head_loss import RowLoss, whole_sum
+from unmask.core.network import GrowingCache, Pass, SlotCacheState, run
 from unmask.core.transfer import to_device
 from unmask.hf.fast.chunked import CHUNK
 from unmask.hf.fast.graphs import CompiledPasses
-from unmask.hf.fast.kv_cache import SLOTS, Place, SlotCache, SlotMemory, placed
+from unmask.hf.fast.kv_cache import SLOTS, CacheIndex, SlotCache, SlotMemory, using_index
 from unmask.hf.fast.recompute import rebuilding
 from unmask.hf.fast.shortcuts import CHUNKED, head_rows, head_sum, last_layer_rows, layers_of, plain_layers
 
@@ -65,28 +65,28 @@ def in_turn(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @dataclass(frozen=True)
-class Routes:
+class FastPaths:
     """Which shortcuts a model takes: see `shortcuts`."""
 
     chunked: bool = False
     last_rows: bool = False
-    readout: bool = False
+    head_sum: bool = False
 
 
 @dataclass
-class _Standing:
-    """The place of a pass on slots: what tells it from others, and what is worked out for it."""
+class PassPlan:
+    """A pass on slots: its key, and what is computed once for all passes of the same key, lengths and layout."""
 
-    told: Any
+    key: Any
     lengths: Tensor
     layout: Layout
     keys: Layout
-    place: Place
+    index: CacheIndex
     masks: dict[tuple[Pattern, str], Any] = field(default_factory=dict)
 
 
 class HFNetwork:
-    """A stock causal LM as a `denoiser.Network`.
+    """A stock causal LM as a `core.network.Network`.
 
     mask_token_id: its logit is -inf in everything this returns; None for an untouched AR model.
     forward: what runs the model, if not the model itself (a DDP or FSDP wrapper around it).
@@ -113,7 +113,7 @@ class HFNetwork:
         self.cache_keyword = cache_keyword(model)
         self.lock = lock_of(model)
         self._masks: deque[tuple[Pattern, Layout, Layout, str, Any]] = deque(maxlen=2)
-        self._stood: _Standing | None = None
+        self._plan: PassPlan | None = None
         self.compiled: CompiledPasses | None = None
 
     @property
@@ -144,9 +144,9 @@ class HFNetwork:
         pattern: Pattern,
         *,
         rows: Tensor | None = None,
-        past: Past | Prefix | None = None,
+        past: GrowingCache | SlotCacheState | None = None,
     ) -> Tensor:
-        if isinstance(past, Prefix) and self.compiled is not None and self.compiled.takes(past):
+        if isinstance(past, SlotCacheState) and self.compiled is not None and self.compiled.takes(past):
             with self.lock:
                 logits = self.compiled(input_ids, layout, pattern, rows, past)
         else:
@@ -163,9 +163,9 @@ class HFNetwork:
         self._run(input_ids, layout, pattern, None, None, lambda _: head_input(self.head, read))
         return read[0]
 
-    def weighted_sum(self, passed: Pass, row_loss: RowLoss, weight: Tensor, past: Past | None = None) -> Tensor:
+    def weighted_sum(self, passed: Pass, row_loss: RowLoss, weight: Tensor, past: GrowingCache | None = None) -> Tensor:
         """sum_i weight_i * row_loss(logits of row i), without whole logits where the head allows it."""
-        if not self.routes.readout or type(self.head) is not torch.nn.Linear or hasattr(self.head, "_hf_hook"):
+        if not self.fast_paths.head_sum or type(self.head) is not torch.nn.Linear or hasattr(self.head, "_hf_hook"):
             return whole_sum(run(self, passed, past), row_loss, weight)
         head = functools.partial(
             head_sum, self.head, row_loss=row_loss, weight=weight, mask_token_id=self.mask_token_id
@@ -179,24 +179,24 @@ class HFNetwork:
         layout: Layout,
         pattern: Pattern,
         rows: Tensor | None,
-        past: Past | Prefix | None,
+        past: GrowingCache | SlotCacheState | None,
         head: Callable[[Tensor | slice | None], AbstractContextManager[None]],
     ) -> Tensor:
         """What the head puts out; `head` says what it does with which of the rows that it gets."""
         gate = nullcontext() if self.gate is None else self.gate(layout.noisy)  # which may read it, so not moved yet
         device = self.device
         input_ids, rows = to_device(input_ids, device), None if rows is None else to_device(rows, device)
-        if isinstance(past, Prefix):
-            standing = self._stand(past, layout, device)
-            shortcuts, layout = self._on_slots(past, standing.place, rows), standing.layout.to(device)
-            see = functools.partial(self._seen, standing, pattern, device)
+        if isinstance(past, SlotCacheState):
+            plan = self._plan_pass(past, layout, device)
+            shortcuts, layout = self._on_slots(past, plan.index, rows), plan.layout.to(device)
+            see = functools.partial(self._masks_of, plan, pattern, device)
         else:
             keys = layout if past is None else past.keys(layout)
             shortcuts, layout = self._shortcuts(layout, rows), layout.to(device)
             see = functools.partial(self.attention_argument, pattern, layout, keys.to(device))
         memory = rebuilding() if torch.is_grad_enabled() else nullcontext()
         cached = {} if past is None else {self.cache_keyword: past.cache}
-        before = past.cache.get_seq_length() if isinstance(past, Past) else 0
+        before = past.cache.get_seq_length() if isinstance(past, GrowingCache) else 0
         with shortcuts as kept, head(kept), gate, memory:
             out: Tensor = self.forward(
                 input_ids=input_ids,
@@ -205,8 +205,8 @@ class HFNetwork:
                 use_cache=past is not None,
                 **cached,
             ).logits
-        if isinstance(past, Prefix):
-            written = standing.place.written
+        if isinstance(past, SlotCacheState):
+            written = plan.index.written
         else:
             written = past is None or past.cache.get_seq_length() == before + input_ids.shape[1]
         if not written:
@@ -217,10 +217,10 @@ class HFNetwork:
         return out
 
     @functools.cached_property
-    def routes(self) -> Routes:
-        from unmask.hf.probes import find_routes  # which tries them on networks of its own
+    def fast_paths(self) -> FastPaths:
+        from unmask.hf.probes import probe_fast_paths  # which tries them on networks of its own
 
-        return find_routes(self.model)
+        return probe_fast_paths(self.model)
 
     @contextmanager
     def _shortcuts(self, layout: Layout, rows: Tensor | None) -> Iterator[Tensor | slice | None]:
@@ -230,13 +230,13 @@ class HFNetwork:
         # Checkpointed layers run again in the backward pass, when the hooks of this pass are gone.
         again = self.model.training and getattr(layer, "gradient_checkpointing", False)
         fixed = again or getattr(layer, "_compiled_call_impl", None) is not None
-        if length < 2 * CHUNK or self.device.type != "cpu" or fixed or not self.routes.chunked:
+        if length < 2 * CHUNK or self.device.type != "cpu" or fixed or not self.fast_paths.chunked:
             yield rows
             return
         before = self.config._attn_implementation
         self.config._attn_implementation = CHUNKED
         try:
-            if layer is None or not self.routes.last_rows or rows is None or len(rows) > 0.8 * batch * length:
+            if layer is None or not self.fast_paths.last_rows or rows is None or len(rows) > 0.8 * batch * length:
                 yield rows
                 return
 
@@ -248,44 +248,46 @@ class HFNetwork:
         finally:
             self.config._attn_implementation = before
 
-    def _stand(self, past: Prefix, layout: Layout, device: torch.device) -> _Standing:
-        """Where a pass on slots stands, keys and target included: as the last one, where that is the same place."""
-        memory, known = past.cache.memory, self._stood
-        told = past.rows, past.columns, memory.capacity, layout.position.device
+    def _plan_pass(self, past: SlotCacheState, layout: Layout, device: torch.device) -> PassPlan:
+        """The plan of a pass on slots; the last plan again where nothing has moved."""
+        memory, known = past.cache.memory, self._plan
+        key = past.rows, past.columns, memory.capacity, layout.position.device
         if (
             known is not None
-            and known.told == told
+            and known.key == key
             and torch.equal(known.lengths, past.lengths)
             and all(map(torch.equal, layout, known.layout))
         ):
-            memory.slots, memory.now = len(past.lengths), known.place
+            memory.slots, memory.now = len(past.lengths), known.index
             return known
         column = torch.where(layout.real, layout.position, -1)
-        place = past.cache.place(past.rows, column, past.columns, len(past.lengths), device)
-        told = past.rows, past.columns, memory.capacity, layout.position.device  # it may have grown
-        self._stood = _Standing(told, past.lengths.clone(), layout, past.keys(layout), place)
-        return self._stood
+        index = past.cache.locate(past.rows, column, past.columns, len(past.lengths), device)
+        key = past.rows, past.columns, memory.capacity, layout.position.device  # it may have grown
+        self._plan = PassPlan(key, past.lengths.clone(), layout, past.keys(layout), index)
+        return self._plan
 
-    def _seen(self, standing: _Standing, pattern: Pattern, device: torch.device) -> Any:
-        """The masks of a pass on slots, made once for all that stand there."""
+    def _masks_of(self, plan: PassPlan, pattern: Pattern, device: torch.device) -> Any:
+        """The masks of a pass on slots, made once for each plan."""
         key = pattern, self.config._attn_implementation
-        if key not in standing.masks:
-            q, kv = standing.layout.to(device), standing.keys.to(device)
-            standing.masks[key] = self.form(self.patterns(pattern), q, kv)
-        return standing.masks[key]
+        if key not in plan.masks:
+            q, kv = plan.layout.to(device), plan.keys.to(device)
+            plan.masks[key] = self.form(self.patterns(pattern), q, kv)
+        return plan.masks[key]
 
     @contextmanager
-    def _on_slots(self, past: Prefix, place: Place, rows: Tensor | None) -> Iterator[Tensor | slice | None]:
+    def _on_slots(
+        self, past: SlotCacheState, index: CacheIndex, rows: Tensor | None
+    ) -> Iterator[Tensor | slice | None]:
         """Attend to the slots of a pass where they lie, where the model takes it; yields where the wanted rows are."""
-        memory, place.written = past.cache.memory, False
-        with self.slot_attention(memory), placed(self.config, place), plain_layers(self.model):
+        memory, index.written = past.cache.memory, False
+        with self.slot_attention(memory), using_index(self.config, index), plain_layers(self.model):
             yield rows
         memory.whole = True
 
     @contextmanager
     def slot_attention(self, memory: SlotMemory) -> Iterator[None]:
         """Attention that knows slots, where the model takes it; else it is handed the keys of each row."""
-        direct, before = self.routes.chunked, self.config._attn_implementation
+        direct, before = self.fast_paths.chunked, self.config._attn_implementation
         memory.gathers = not direct
         if direct:
             self.config._attn_implementation = SLOTS
@@ -301,7 +303,7 @@ class HFNetwork:
         """
         implementation = self.config._attn_implementation
         for known, queries, keys, made_for, argument in self._masks:
-            if (known, made_for) == (pattern, implementation) and queries.same(q) and keys.same(kv):
+            if (known, made_for) == (pattern, implementation) and queries.is_same(q) and keys.is_same(kv):
                 return argument
         with torch.inference_mode(False):  # a later pass may learn
             argument = self.form(self.patterns(pattern), q, kv)
@@ -387,6 +389,6 @@ def replicate(network: HFNetwork) -> HFNetwork:
     memo |= {id(b): b for b in model.buffers()}
     twin = copy.copy(network)
     twin.model = twin.forward = copy.deepcopy(model, memo)
-    twin._masks, twin._stood, twin.compiled, twin.lock = deque(maxlen=2), None, None, lock_of(twin.model)
+    twin._masks, twin._plan, twin.compiled, twin.lock = deque(maxlen=2), None, None, lock_of(twin.model)
     twin.head, twin.config = twin.model.get_output_embeddings(), twin.model.config.get_text_config()
     return twin

@@ -1,6 +1,6 @@
 """What a model does with masks and position ids, measured on a tiny instance of the same configuration class.
 
-No list of supported architectures: `probe` refuses what cannot be controlled, `find_routes` tries each shortcut.
+No list of supported architectures: `probe` refuses what cannot be controlled, `probe_fast_paths` tries each shortcut.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from unmask.core.attention import (
     two_stream,
     window,
 )
-from unmask.core.denoiser import Pass, run
+from unmask.core.network import Pass, run
 from unmask.hf.fast.chunked import CHUNK
 from unmask.hf.folders import BUILDING, first_line
-from unmask.hf.network import HFNetwork, Routes, UnsupportedModelError
+from unmask.hf.network import FastPaths, HFNetwork, UnsupportedModelError
 
 _PROBE_WINDOW = 5
 _TINY: dict[str, Any] = {
@@ -76,11 +76,11 @@ def probe(model: Any) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _probe_routes(kind: Hashable, config: str) -> Routes:
+def _probe_fast_paths(kind: Hashable, config: str) -> FastPaths:
     try:
         network = HFNetwork(_tiny_model(kind, config, "sdpa"))
     except Exception:  # whatever it is, the model goes without
-        return Routes()
+        return FastPaths()
     length = 2 * CHUNK
     layout = Layout.of(torch.arange(length).expand(2, length) % 40)
     tokens = torch.arange(2 * length).view(2, length) % 50 + 3
@@ -90,22 +90,22 @@ def _probe_routes(kind: Hashable, config: str) -> Routes:
     def loss(logits: Tensor, _part: slice) -> Tensor:  # curved, so that scaled logits are not a scaled loss
         return logits.logsumexp(-1)
 
-    def same(routes: Routes) -> bool:
-        network.routes = routes
+    def same(fast_paths: FastPaths) -> bool:
+        network.fast_paths = fast_paths
         try:
-            got = network.weighted_sum(passed, loss, weight) if routes.readout else run(network, passed)
+            got = network.weighted_sum(passed, loss, weight) if fast_paths.head_sum else run(network, passed)
         except Exception:
             return False
-        expected = loss(logits, slice(None)).sum() if routes.readout else logits
+        expected = loss(logits, slice(None)).sum() if fast_paths.head_sum else logits
         return got.shape == expected.shape and bool((got - expected).abs().max() <= 1e-5 * expected.abs().max())
 
     with torch.inference_mode():
-        network.routes = routes = Routes()
+        network.fast_paths = fast_paths = FastPaths()
         logits = run(network, passed)
-        for name in ("chunked", "last_rows", "readout"):
-            tried = replace(routes, **{name: True})
-            routes = tried if same(tried) else routes
-    return routes
+        for name in ("chunked", "last_rows", "head_sum"):
+            tried = replace(fast_paths, **{name: True})
+            fast_paths = tried if same(tried) else fast_paths
+    return fast_paths
 
 
 @functools.lru_cache(maxsize=64)
@@ -165,7 +165,7 @@ def probe_network(network: HFNetwork) -> str | None:
     if not gap <= tolerance:
         return f"a causal mask changes its logits by {gap:.1e}, so the mask replaces more than it should"
 
-    both = Layout.of(clean.position, noisy=True).then(clean)
+    both = Layout.of(clean.position, noisy=True).concat(clean)
     pattern = two_stream(block)
     base = network(tokens, both, pattern)
     changed = tokens.repeat(2 * length, 1)
@@ -250,13 +250,13 @@ def _layers(config: Any) -> str:
     return "".join(f"Its {text}. " for text in odd)
 
 
-def find_routes(model: Any) -> Routes:
+def probe_fast_paths(model: Any) -> FastPaths:
     """The shortcuts under which a tiny instance of the model's class gives the same logits."""
     config = model.config.get_text_config()
-    routes = _probe_routes(_kind(model), _tiny_json(config))
+    fast_paths = _probe_fast_paths(_kind(model), _tiny_json(config))
     if config._attn_implementation != "sdpa" or getattr(config, "attention_dropout", 0.0):
-        return Routes(readout=routes.readout)
-    return routes
+        return FastPaths(head_sum=fast_paths.head_sum)
+    return fast_paths
 
 
 def sees_position_differences(model: Any) -> bool:

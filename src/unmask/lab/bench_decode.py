@@ -18,7 +18,8 @@ from torch import Tensor
 
 from unmask import hf
 from unmask.core.attention import Layout
-from unmask.core.denoiser import DiffusionConfig, begin, denoise
+from unmask.core.decoding import begin, denoise
+from unmask.core.network import DiffusionConfig
 from unmask.lab.bench_train import Case, clocks, make_model, medians
 from unmask.sampling import Confidence, Request, SampledTokens, sample_autoregressive, sample_blocks, sample_speculative
 from unmask.sampling.speculative import Noise
@@ -230,7 +231,7 @@ def weight_bound(model: Any, compiled: bool = False, *, prefix: int = 512, block
     ids = random_prompts(model, 1, prefix)
     with torch.inference_mode():
         past = begin(network, config.pattern, [ids[0]], columns=prefix + block_size)
-        past.reach(prefix + block_size)
+        past.set_columns(prefix + block_size)
         xt = torch.full((1, block_size), config.mask_token_id, device=ids.device)
         layout = Layout.of(prefix + torch.arange(block_size)[None])
         wanted = torch.ones(1, block_size, dtype=torch.bool)

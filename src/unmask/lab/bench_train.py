@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from unmask import hf
 from unmask.core.attention import Layout
 from unmask.core.corruption import Corruption, mask_exact, noise_levels, position_noise, segments
-from unmask.core.denoiser import DiffusionConfig
 from unmask.core.drafter import Drafter, DrafterConfig, target_modules
+from unmask.core.network import DiffusionConfig
 from unmask.core.objectives import diffusion_loss, distill_loss, predictable, shared_loss
 from unmask.version import __version__
 
@@ -142,7 +142,7 @@ def train_steps(
     ours = "flex_attention" if network.device.type == "cuda" and clean is not None else implementation
     step = 0
 
-    parts = [(part, layout.at(part)) for part in torch.arange(rows).split(micro or rows)]
+    parts = [(part, layout.subset(part)) for part in torch.arange(rows).split(micro or rows)]
     count = int(predictable(layout).sum())
 
     def loss(part: Tensor, where: Layout) -> Tensor:

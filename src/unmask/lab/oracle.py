@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from unmask.core.attention import Layout
-from unmask.core.denoiser import DiffusionConfig, Network, begin, denoise, score
+from unmask.core.decoding import begin, denoise
+from unmask.core.network import DiffusionConfig, Network
+from unmask.core.scoring import score
 from unmask.sampling.commit import token_confidence
 from unmask.sampling.request import first_end
 
@@ -124,7 +126,7 @@ def speed_of_light(
     while start < end:
         size = width if context_length is None else min(width, context_length - start)
         layout = Layout.of(start + torch.arange(size)[None])
-        past.reach(start + size)
+        past.set_columns(start + size)
         position = layout.position[0]
         masked = (position >= given) & (position < end)
         xt = torch.full((size,), config.mask_token_id)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unmask.core.attention import Layout, causal
-from unmask.core.denoiser import Network
+from unmask.core.network import Network
 from unmask.sampling.request import Request, SampledTokens
 from unmask.sampling.scheduler import AutoregressiveRows
 from unmask.sampling.tokens import choose_tokens, token_noise
@@ -27,7 +27,7 @@ def sample_autoregressive(network: Network, prompts: Sequence[Tensor], request: 
         if not scheduler.rows:
             break
         position = past.lengths[:, None].clone()
-        past.reach(int(position.max()) + 1)
+        past.set_columns(int(position.max()) + 1)
         logits = network(state.last, Layout.of(position), causal, rows=torch.arange(len(position)), past=past)
         past.lengths += 1
         noise = None

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from unmask.core.attention import PADDING, Layout
-from unmask.core.denoiser import DiffusionConfig, Network, denoise, prefill
+from unmask.core.decoding import denoise, prefill
+from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import uniform
 from unmask.core.transfer import to_device
 from unmask.sampling.commit import Candidates, Selector, Threshold, token_confidence
@@ -158,7 +159,7 @@ class _Batch:
     def denoise(self, masked: Tensor) -> Tensor:
         """Logits (masked.sum(), vocabulary) of the masked positions; finished blocks are cached by the same forward."""
         past, columns = self.scheduler.past, self.layout.position.shape[1]
-        past.reach(max(self.starts) + columns)
+        past.set_columns(max(self.starts) + columns)
         uncached = [slot for slot, start in enumerate(self.starts) if self.cached[slot] < start]
         finished = (uncached, self.before[to_device(torch.tensor(uncached), self.device)]) if uncached else None
         seen = self.xt[:, :columns]

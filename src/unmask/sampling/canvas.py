@@ -1,6 +1,6 @@
 """Whole-canvas sampling: every forward sees the full text, given tokens on either side of what is filled in.
 
-One forward a step and no cache: bidirectional attention changes every key with every commit. Prefix
+One forward a step and no cache: bidirectional attention changes every key with every commit. SlotCacheState
 continuation, infilling and unconditional text differ only in which tokens of a `Canvas` are given. A canvas
 begins with a given token, as every document does in training: the begin token where there is no other.
 """
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from unmask.core.attention import PADDING, Layout
-from unmask.core.denoiser import DiffusionConfig, Network, score
+from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import gumbels, uniform
+from unmask.core.scoring import score
 from unmask.core.transfer import to_device
 from unmask.sampling.commit import Ancestral, Candidates, Selector, Threshold, token_confidence
 from unmask.sampling.guidance import guide
@@ -97,7 +98,7 @@ def sample_bidirectional(
     draws = torch.zeros_like(xt)
 
     rows, step = masked.any(-1).nonzero()[:, 0], 0
-    where, order = layout.at(rows), to_device(priority[rows], device)
+    where, order = layout.subset(rows), to_device(priority[rows], device)
     confidence = torch.zeros_like(order)
     while len(rows):
         here, before = masked[rows], xt[rows]
@@ -169,7 +170,7 @@ def sample_bidirectional(
         going = masked[rows].any(-1)
         if not bool(going.all()):  # else all that says where rows stand, masks included, stands too
             rows = rows[going]
-            where, order = layout.at(rows), to_device(priority[rows], device)
+            where, order = layout.subset(rows), to_device(priority[rows], device)
 
     new_tokens = [xt[i][place[:n]].tolist() for i, (place, n) in enumerate(zip(places, num_new, strict=True))]
     return SampledTokens(new_tokens, num_forwards, torch.zeros(batch, dtype=torch.long))

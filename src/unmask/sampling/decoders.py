@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unmask.core.denoiser import DiffusionConfig, Network
+from unmask.core.network import DiffusionConfig, Network
 from unmask.sampling.autoregressive import sample_autoregressive
 from unmask.sampling.block import sample_blocks
 from unmask.sampling.canvas import Canvas, sample_bidirectional, sample_canvases

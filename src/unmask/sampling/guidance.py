@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unmask.core.attention import Layout, Pattern
-from unmask.core.denoiser import Network, Past, Prefix
+from unmask.core.network import GrowingCache, Network, SlotCacheState
 from unmask.core.transfer import to_device
 
 
@@ -35,9 +35,9 @@ class _Caches:
     given: Any
     bare: Any
 
-    def select(self, keep: Tensor) -> None:
-        self.given.select(keep)
-        self.bare.select(keep)
+    def keep_slots(self, keep: Tensor) -> None:
+        self.given.keep_slots(keep)
+        self.bare.keep_slots(keep)
 
 
 class GuidedNetwork:
@@ -67,9 +67,9 @@ class GuidedNetwork:
         pattern: Pattern,
         *,
         rows: Tensor | None = None,
-        past: Past | Prefix | None = None,
+        past: GrowingCache | SlotCacheState | None = None,
     ) -> Tensor:
-        assert isinstance(past, Prefix)
+        assert isinstance(past, SlotCacheState)
         lengths = self.prompt_lengths if past.rows is None else self.prompt_lengths[list(past.rows)]
         hidden = layout.real & (layout.position > 0) & (layout.position < lengths[:, None])
         bare = input_ids.masked_fill(to_device(hidden, input_ids.device), self.mask_token_id)

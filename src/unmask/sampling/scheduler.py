@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from unmask.core.attention import causal
-from unmask.core.denoiser import Network, Prefix, prefill
+from unmask.core.decoding import prefill
+from unmask.core.network import Network, SlotCacheState
 from unmask.core.transfer import to_device
 from unmask.sampling.request import Request
 
@@ -27,7 +28,7 @@ class Scheduler:
         slots = min(num_rows, batch_size or num_rows)
         self.waiting = deque(range(num_rows))
         self.rows: list[int] = [-1] * slots
-        self.past = Prefix.empty(network, slots, columns)
+        self.past = SlotCacheState.empty(network, slots, columns)
 
     def release(self, slot: int) -> None:
         """The row in this slot has ended."""
@@ -49,7 +50,7 @@ class Scheduler:
         self.rows = [self.rows[slot] for slot in keep]
         stay = torch.tensor(keep, dtype=torch.long)
         if keep:
-            self.past.select(stay)
+            self.past.keep_slots(stay)
         return [keep.index(slot) for slot in new], stay
 
 

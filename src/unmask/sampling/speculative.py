@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from unmask.core.attention import PADDING, Layout
-from unmask.core.denoiser import DiffusionConfig, Network, draft, verify
+from unmask.core.decoding import draft, verify
+from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import uniforms
 from unmask.core.transfer import to_device
 from unmask.sampling.request import Request, SampledTokens
@@ -173,7 +174,7 @@ def sample_speculative(
         start, width = torch.tensor(starts), max(drafts_of)
         position = start[:, None] + torch.arange(width)
         drafted = torch.arange(width) < torch.tensor(drafts_of)[:, None]
-        past.reach(max(starts) + width)
+        past.set_columns(max(starts) + width)
         layout = _placed(position, drafted, start)
         ar_logits, q = draft(network, config, past, state.last, Layout.of(start[:, None] - 1), layout, anchor=anchor)
         num_forwards[rows] += 1
@@ -195,7 +196,7 @@ def sample_speculative(
                 position, start = position[keep], start[keep]
                 drafts, q, ar_logits = (x[some_rows] for x in (drafts, q, ar_logits))
             placed = _placed(position[:, :wide], wanted, start)
-            after = verify(network, past.at(keep if len(keep) < len(rows) else None), drafts[:, :wide], placed)
+            after = verify(network, past.for_rows(keep if len(keep) < len(rows) else None), drafts[:, :wide], placed)
             num_forwards[rows[keep]] += 1
             p = torch.cat([ar_logits[:, None], after], dim=1)
             some = Noise(request.seed, rows[keep], noise.position[keep, : wide + 1])

@@ -36,8 +36,8 @@ from unmask.core.corruption import (
     position_noise,
     segments,
 )
-from unmask.core.denoiser import DiffusionConfig, Network
 from unmask.core.finite import StepWatch, check_weights
+from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import Key, bernoulli, uniforms
 from unmask.core.objectives import (
     LossOutput,
@@ -160,7 +160,7 @@ def step_loss(
         batch = offset_blocks(batch, settings, step, rows)
     # A reused mask token that stands in the text by nature is seen as a mask and never predicted.
     natural = batch.x0 == config.mask_token_id
-    drawn = [c.sparing(natural) for c in corruptions(settings, batch.layout, step, rows, batch.loss_mask)]
+    drawn = [c.excluding(natural) for c in corruptions(settings, batch.layout, step, rows, batch.loss_mask)]
     read = batch.loss_mask  # what the clean rows predict
     if settings.objective == "joint":
         read = ~natural if read is None else read & ~natural

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unmask.core.denoiser import DiffusionConfig, Network
+from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import Key, integer
 from unmask.data.documents import Corpus
 from unmask.sampling import Request, sample_autoregressive, sample_blocks

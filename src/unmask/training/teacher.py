@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 from unmask import hf
-from unmask.core.denoiser import Network
+from unmask.core.network import Network
 from unmask.loading import load
 from unmask.model import DiffusionLM
 

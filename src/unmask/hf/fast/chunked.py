@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 CHUNK = 64
 """Queries at a time: few waste little on the rim of a mask, many waste little on calls."""
-_GRAIN = 32
+_ROUND_TO = 32
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -219,8 +219,8 @@ def _first_alike(masks: list[Tensor]) -> Any:
 def _split(mask: Tensor, offset: int, rows: slice, key_rows: slice, dtype: torch.dtype) -> list[Tile]:
     """Tiles of one mask (queries, keys) whose first query stands at `offset`."""
     queries, keys = mask.shape
-    padded = pad(mask, (0, -keys % _GRAIN, 0, -queries % CHUNK))
-    used = padded.unflatten(-1, (-1, _GRAIN)).any(-1).unflatten(0, (-1, CHUNK)).any(1)  # (tiles, grains)
+    padded = pad(mask, (0, -keys % _ROUND_TO, 0, -queries % CHUNK))
+    used = padded.unflatten(-1, (-1, _ROUND_TO)).any(-1).unflatten(0, (-1, CHUNK)).any(1)  # (tiles, grains)
     tiles: list[Tile] = []
     first = offset
     for index, grains in enumerate(used.tolist()):
@@ -243,7 +243,7 @@ def _runs(grains: list[bool], keys: int) -> Spans:
     runs: list[tuple[int, int]] = []
     for index, used in enumerate(grains):
         if used:
-            begin, end = index * _GRAIN, min((index + 1) * _GRAIN, keys)
+            begin, end = index * _ROUND_TO, min((index + 1) * _ROUND_TO, keys)
             if runs and runs[-1][1] == begin:
                 begin = runs.pop()[0]
             runs.append((begin, end))

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from unmask.core.attention import PADDING, Layout, Pattern
-from unmask.core.denoiser import Prefix, slot_keys
+from unmask.core.network import SlotCacheState, slot_keys
 from unmask.core.transfer import to_device
-from unmask.hf.fast.kv_cache import Part, Place, SlotCache, SlotMemory, flat_target, grained, placed
+from unmask.hf.fast.kv_cache import CacheIndex, Part, SlotCache, SlotMemory, flat_target, round_columns, using_index
 from unmask.hf.fast.shortcuts import plain_layers
 
 _SHAPES = 256
@@ -59,7 +59,7 @@ class CompiledPasses:
         large = [memory for memory in self._free if memory.holds(slots, columns)]
         memory = min(large, key=lambda m: m.room * m.capacity, default=None)
         if memory is None:
-            memory = SlotMemory(_power_of_two(slots), grained(columns))
+            memory = SlotMemory(_power_of_two(slots), round_columns(columns))
             self._free[:] = [m for m in self._free if not memory.holds(m.room, m.capacity)]  # it serves for those
         else:
             self._free.remove(memory)
@@ -68,7 +68,7 @@ class CompiledPasses:
         weakref.finalize(cache, _give_back, memory, self._free)
         return cache
 
-    def takes(self, past: Prefix) -> bool:
+    def takes(self, past: SlotCacheState) -> bool:
         """Whether a pass is over all slots in order, and perhaps over some of them once more."""
         slots, rows, memory = len(past.lengths), past.rows, past.cache.memory
         if not memory.whole or not memory.holds(slots, past.columns):
@@ -76,7 +76,7 @@ class CompiledPasses:
         return rows is None or (len(rows) > slots and list(rows[:slots]) == list(range(slots)))
 
     def __call__(
-        self, input_ids: Tensor, layout: Layout, pattern: Pattern, rows: Tensor | None, past: Prefix
+        self, input_ids: Tensor, layout: Layout, pattern: Pattern, rows: Tensor | None, past: SlotCacheState
     ) -> Tensor:
         """Logits (len(rows), vocabulary) of a pass that it takes; without rows (batch, length, vocabulary)."""
         network, memory, slots = self.network, past.cache.memory, len(past.lengths)
@@ -107,8 +107,8 @@ class CompiledPasses:
             parts: list[Part] = [(0, room, None)]
             if more:
                 parts.append((room, room + more, None if everyone else slot[room:]))
-            memory.slots, memory.now = room, Place(target, parts, memory.capacity)
-            with placed(network.config, memory.now):
+            memory.slots, memory.now = room, CacheIndex(target, parts, memory.capacity)
+            with using_index(network.config, memory.now):
                 logits: Tensor = forward(input_ids, layout.position, attention_mask, past.cache)
         if scored is not None:
             return logits[:scored].clone()  # a graph's output is overwritten when it runs again
@@ -156,7 +156,7 @@ def _filled_up(
     source = [*range(slots), *[-1] * (room - slots), *range(slots, batch), *[-1] * (more - batch + slots)]
     row, column = torch.tensor(source)[:, None], torch.arange(width)
     index = row.clamp_min(0), column.clamp_max(length - 1)
-    layout = layout.at(*index)
+    layout = layout.subset(*index)
     filler = (row < 0) | (column >= length)
     there = tuple(to_device(x, input_ids.device) for x in index)
     return input_ids[there], layout._replace(document=layout.document.masked_fill(filler, PADDING))

@@ -34,16 +34,16 @@ Part = tuple[int, int, Tensor | None]
 
 
 @dataclass
-class Place:
-    """Where the tokens of one pass go: flat (slot, column) of each, the parts of its rows, the columns it reads."""
+class CacheIndex:
+    """Slots and columns of one pass: flat (slot, column) of each token, the parts of its rows, the columns it reads."""
 
     target: Tensor
     parts: list[Part]
     columns: int
     additive: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Masks, and as what they are added: kept with them, since it is by their address that they are told."""
+    """Additive form of each boolean mask, keyed by address; the mask is stored too so the address stays valid."""
     written: bool = False
-    """Whether a layer has put keys and values there; not kept by compiled passes, which follow one that does."""
+    """Whether a layer has written keys and values; not set by compiled passes, which follow a pass that does."""
 
 
 @dataclass
@@ -52,14 +52,14 @@ class SlotMemory:
 
     room, capacity: slots and columns that have memory, or will have with the first pass; more are added when needed.
     slots: those in use. gathers: hand the model the keys of each row instead of those of each slot, for attention that
-    knows no slots. now: where the present pass stands. whole: a pass has gone through all layers.
+    knows no slots. now: the index of the present pass. whole: a pass has gone through all layers.
     """
 
     room: int = 0
     capacity: int = 0
     slots: int = 0
     gathers: bool = True
-    now: Place | None = None
+    now: CacheIndex | None = None
     whole: bool = False
     layers: list[Any] = field(default_factory=list)
 
@@ -74,42 +74,42 @@ class SlotMemory:
 
 
 class SlotCache(Cache):
-    """transformers' cache interface over slots; `place` comes before each pass."""
+    """transformers' cache interface over slots; `locate` comes before each pass."""
 
     def __init__(self, memory: SlotMemory | None = None) -> None:
         self.memory = memory = memory or SlotMemory()
         super().__init__(layer_class_to_replicate=functools.partial(_SlotLayer, memory))
         self.layers = memory.layers
 
-    def place(
+    def locate(
         self, rows: Sequence[int] | None, column: Tensor, columns: int, slots: int, device: torch.device
-    ) -> Place:
-        """Say where the next pass stands.
+    ) -> CacheIndex:
+        """Say which slots and columns the next pass writes and reads.
 
         rows: slot of each row of the pass, None for row i in slot i. column: (rows, length) on the host, -1 for
         tokens that nothing will read. columns: how many of them the pass sees. device: the model's.
         """
         memory = self.memory
         if columns > memory.capacity:
-            memory.capacity = grained(columns)
+            memory.capacity = round_columns(columns)
         slot = torch.arange(slots) if rows is None else torch.tensor(rows)
         target = to_device(flat_target(slot, column, memory.capacity), device)
-        place = Place(target, _parts(rows, slots, device), columns)
+        place = CacheIndex(target, _parts(rows, slots, device), columns)
         memory.slots, memory.now = slots, place
         return place
 
-    def select(self, keep: Tensor) -> None:
+    def keep_slots(self, keep: Tensor) -> None:
         """Keep these slots, in this order."""
         for layer in self.layers:
-            layer.select(keep)
+            layer.keep_slots(keep)
 
     @property
     def is_compileable(self) -> bool:
         return False
 
 
-def grained(columns: int) -> int:
-    """So many columns or a few more, in steps of the grain."""
+def round_columns(columns: int) -> int:
+    """The number of columns rounded up to a multiple of `GRAIN`."""
     return -(-columns // GRAIN) * GRAIN
 
 
@@ -170,7 +170,7 @@ class _SlotLayer(CacheLayerMixin):
             memory.now.written = True
         return self._put(self.keys, key_states, memory.now), self._put(self.values, value_states, memory.now)
 
-    def _put(self, buffer: Tensor, new: Tensor, place: Place) -> Tensor:
+    def _put(self, buffer: Tensor, new: Tensor, place: CacheIndex) -> Tensor:
         new = new.detach() if new.requires_grad else new
         buffer.flatten(0, 1).index_copy_(0, place.target, new.transpose(1, 2).flatten(0, 1))
         seen = buffer[: self.memory.slots, : place.columns].transpose(1, 2)
@@ -178,7 +178,7 @@ class _SlotLayer(CacheLayerMixin):
             return seen
         return torch.cat([seen if index is None else seen[index] for _, _, index in place.parts])
 
-    def select(self, keep: Tensor) -> None:
+    def keep_slots(self, keep: Tensor) -> None:
         if self.is_initialized:
             for buffer in (self.keys, self.values):  # in place, so that addresses stay what they are
                 buffer[: len(keep)] = buffer[to_device(keep, buffer.device)]
@@ -198,17 +198,17 @@ class _SlotLayer(CacheLayerMixin):
 
 
 @contextmanager
-def placed(config: Any, place: Place) -> Iterator[None]:
+def using_index(config: Any, place: CacheIndex) -> Iterator[None]:
     """Within the context `slot_attention` in models of this configuration reads the keys of this pass's slots.
 
     The configuration is what the attention of a model can see of its surroundings; compilers cannot follow a
     context variable.
     """
-    config.unmask_place = place
+    config.unmask_cache_index = place
     try:
         yield
     finally:
-        del config.unmask_place
+        del config.unmask_cache_index
 
 
 def slot_attention(
@@ -228,7 +228,7 @@ def slot_attention(
     """
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported in decoding: set it to 0")
-    place: Place = module.config.unmask_place
+    place: CacheIndex = module.config.unmask_cache_index
     compiling = torch.compiler.is_compiling()
     long = query.device.type == "cpu" and query.shape[2] >= 2 * CHUNK and attention_mask.numel() > 1 and not compiling
     out = []
@@ -250,7 +250,7 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scaling: flo
     return scaled_dot_product_attention(folded, k, v, attn_mask=added, scale=scaling).reshape(*q.shape[:3], v.shape[3])
 
 
-def _additive(mask: Tensor, begin: int, q: Tensor, k: Tensor, place: Place) -> Tensor:
+def _additive(mask: Tensor, begin: int, q: Tensor, k: Tensor, place: CacheIndex) -> Tensor:
     """The mask as it is added to the scores of `_grouped`, made once for the layers of a pass."""
 
     def added() -> Tensor:

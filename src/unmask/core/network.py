@@ -1,0 +1,239 @@
+"""The one interface between a network and everything that trains, scores or decodes with it.
+
+A `Network` maps tokens, their layout and a pattern to logits, alone or on top of a cache. Knows no architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from unmask.core.attention import PADDING, Layout, Pattern, bidirectional, block_causal, two_stream
+from unmask.core.head_loss import RowLoss, whole_sum
+from unmask.core.transfer import to_device
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """What a converted network was trained to be; the object `diffusion` of a checkpoint's config.json.
+
+    attention: "bidirectional" | "block_causal" (one stream, noisy context) | "two_stream" (clean context).
+    clean_attention: "causal" | "block_causal" for two streams, else None.
+    shift: position i is scored by row i - 1, as in AR models, instead of row i.
+    noisy_attention: "bidirectional" | "causal" inside a noisy block of two streams.
+    mask_rows: embeddings of the mask, ids mask_token_id + 0, 1, ...: one for each place in the block (a
+    drafter's), or one for all.
+    """
+
+    mask_token_id: int
+    attention: str
+    clean_attention: str | None
+    block_size: int | None
+    shift: bool
+    recipe: str
+    version: str
+    noisy_attention: str = "bidirectional"
+    mask_rows: int = 1
+
+    def __post_init__(self) -> None:
+        if self.attention not in ("bidirectional", "block_causal", "two_stream"):
+            raise ValueError(f"attention {self.attention!r} is unknown: use bidirectional, block_causal or two_stream")
+        if (self.attention == "two_stream") != (self.clean_attention is not None):
+            raise ValueError(
+                f"clean_attention {self.clean_attention!r} does not go with attention {self.attention!r}: "
+                "two_stream needs 'causal' or 'block_causal', the others none"
+            )
+        if self.clean_attention not in (None, "causal", "block_causal"):
+            raise ValueError(f"clean_attention {self.clean_attention!r} is unknown: use causal or block_causal")
+        if self.mask_rows < 1:
+            raise ValueError(f"mask_rows {self.mask_rows} must be at least 1")
+        if self.noisy_attention not in ("bidirectional", "causal"):
+            raise ValueError(f"noisy_attention {self.noisy_attention!r} is unknown: use bidirectional or causal")
+        if self.noisy_attention == "causal" and self.attention != "two_stream":
+            raise ValueError(f"noisy_attention 'causal' needs two_stream attention, not {self.attention!r}")
+        if self.attention != "bidirectional" and (self.block_size is None or self.block_size < 1):
+            raise ValueError(f"block_size {self.block_size} must be at least 1 for {self.attention} attention")
+
+    def with_block_size(self, block_size: int | None) -> DiffusionConfig:
+        """The same network read with another block size; None changes nothing."""
+        return self if block_size is None else replace(self, block_size=block_size)
+
+    @property
+    def segment_size(self) -> int | None:
+        """Tokens that share a noise level when the bound is measured: a block of two streams, else a document.
+
+        Only a clean context makes blocks independent given what they see; one noisy stream is one canvas.
+        """
+        return self.block_size if self.attention == "two_stream" else None
+
+    @property
+    def pattern(self) -> Pattern:
+        if self.attention == "bidirectional":
+            return bidirectional
+        assert self.block_size is not None
+        if self.attention == "block_causal":
+            return block_causal(self.block_size)
+        return two_stream(self.block_size, self.clean_attention or "block_causal", self.noisy_attention)
+
+    @property
+    def serves_ar(self) -> bool:
+        """Whether the clean stream is the AR model itself, so that one cache serves every mode."""
+        return self.attention == "two_stream" and self.clean_attention == "causal"
+
+
+class Cache(Protocol):
+    """Keys and values in slots; `hf.fast.kv_cache.SlotCache` is one."""
+
+    def locate(self, rows: Sequence[int] | None, column: Tensor, columns: int, slots: int, device: torch.device) -> Any:
+        """Say which slots and columns the next pass writes and reads."""
+
+    def keep_slots(self, keep: Tensor) -> None:
+        """Keep these slots."""
+
+
+@dataclass
+class GrowingCache:
+    """A cache that a pass appends its keys and values to, and the layout of the tokens in it."""
+
+    cache: Any
+    layout: Layout
+    _last: tuple[Layout, Layout, Layout] | None = None
+
+    def keys(self, layout: Layout) -> Layout:
+        """The layout of the keys of a pass over `layout`; the same tensors for the same layouts."""
+        if self._last is None or not (self._last[0].is_same(self.layout) and self._last[1].is_same(layout)):
+            self._last = self.layout, layout, self.layout.concat(layout)
+        return self._last[2]
+
+
+_ROUND_TO = 64
+
+
+@dataclass
+class SlotCacheState:
+    """The state of rows that are being decoded, each in a slot: positions 0 .. lengths[s] - 1 of slot s are cached.
+
+    A token at position p stands in column p of its slot. lengths: (slots,) on the host, as are the layouts of passes:
+    positions are known there. columns: how many a pass reads and writes, for all rows.
+    next_logits: (slots, vocab), of the last cached row, kept only where the shift reads them.
+    rows: the slot of each row of a pass, None for row i in slot i. round_to: `set_columns` rounds up to its multiples.
+    """
+
+    cache: Any
+    lengths: Tensor
+    columns: int = 0
+    next_logits: Tensor | None = None
+    rows: Sequence[int] | None = None
+    round_to: int = 1
+
+    @classmethod
+    def empty(cls, network: Network, slots: int, columns: int) -> SlotCacheState:
+        """Empty slots of at most this many columns."""
+        round_to = 1 if network.device.type == "cpu" else _ROUND_TO  # masks are aligned then, and shapes few
+        return cls(network.new_slots(slots, columns), torch.zeros(slots, dtype=torch.long), round_to=round_to)
+
+    def for_rows(self, rows: Sequence[int] | None) -> SlotCacheState:
+        """The state for a pass whose row i is in slot rows[i]; a slot may come more than once."""
+        return replace(self, rows=rows)
+
+    def set_columns(self, columns: int) -> None:
+        """Let passes read and write this many columns, rounded up."""
+        self.columns = -(-columns // self.round_to) * self.round_to
+
+    def keys(self, layout: Layout) -> Layout:
+        """The layout (slots, or rows if given, columns) of the keys of a pass over `layout`."""
+        rows = None if self.rows is None else torch.tensor(self.rows)
+        return slot_keys(layout, rows, self.lengths, self.columns)
+
+    def keep_slots(self, keep: Tensor) -> None:
+        """Keep these slots, in this order; keep: their numbers, on the host."""
+        self.cache.keep_slots(keep)
+        self.lengths = self.lengths[keep]
+        if self.next_logits is not None:
+            self.next_logits = self.next_logits[to_device(keep, self.next_logits.device)]
+
+
+def slot_keys(layout: Layout, rows: Tensor | None, lengths: Tensor, columns: int) -> Layout:
+    """The layout (slots, or rows if given, columns) of the keys of a pass over `layout`.
+
+    rows: the slot of each row, None for row i in slot i. lengths: (slots,), columns that are cached and clean.
+    """
+    (slots,), device = lengths.shape, lengths.device
+    column = torch.arange(columns, device=device).expand(slots, -1)
+    document = torch.where(column < lengths[:, None], 0, PADDING)
+    noisy = torch.zeros_like(document, dtype=torch.bool)
+    slot = torch.arange(slots, device=device) if rows is None else rows
+    spare = (0, 1)  # a column for padding
+    index = (slot[:, None], layout.position.where(layout.real, columns))
+    document = pad(document, spare).index_put(index, layout.document)[:, :-1]
+    noisy = pad(noisy, spare).index_put(index, layout.noisy)[:, :-1]
+    kv = Layout(column, document, noisy)
+    return kv if rows is None else kv.subset(rows)
+
+
+class Network(Protocol):
+    """Tokens, their layout and a pattern -> logits; implemented by `hf.HFNetwork` and by toys in tests.
+
+    Logits are on `device`. Inputs may be on the host, where indices are computed without waiting for the device.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_cache(self) -> Any:
+        """An empty cache that grows by whole passes, for `GrowingCache`."""
+
+    def new_slots(self, slots: int, columns: int) -> Any:
+        """An empty cache for a `SlotCacheState` of so many slots, which will reach so many columns at most."""
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        layout: Layout,
+        pattern: Pattern,
+        *,
+        rows: Tensor | None = None,
+        past: GrowingCache | SlotCacheState | None = None,
+    ) -> Tensor:
+        """Logits of row i of the pass in place i; `rows` are flat indices into (batch * length).
+
+        With `past`, queries also see its tokens where the pattern allows, and their keys and values go into
+        `past.cache`; `past.layout` or `past.lengths` is left to the caller.
+        """
+
+
+@runtime_checkable
+class SummingNetwork(Network, Protocol):
+    """A network that takes its logits apart where a loss only needs their weighted sum."""
+
+    def weighted_sum(self, passed: Pass, row_loss: RowLoss, weight: Tensor, past: GrowingCache | None = None) -> Tensor:
+        """sum_i weight_i * row_loss(logits of row i), differentiable once; `weight` and what the loss holds are not."""
+
+
+class Pass(NamedTuple):
+    """What a network is called with."""
+
+    input_ids: Tensor
+    layout: Layout
+    pattern: Pattern
+    rows: Tensor
+
+
+def run(network: Network, passed: Pass, past: GrowingCache | None = None) -> Tensor:
+    """The logits of a pass."""
+    input_ids, layout, pattern, rows = passed
+    return network(input_ids, layout, pattern, rows=rows, past=past)
+
+
+def run_sum(
+    network: Network, passed: Pass, row_loss: RowLoss, weight: Tensor, past: GrowingCache | None = None
+) -> Tensor:
+    """sum_i weight_i * row_loss(logits of row i) of a pass, the logits never whole where the network can do that."""
+    if isinstance(network, SummingNetwork):
+        return network.weighted_sum(passed, row_loss, weight, past)
+    return whole_sum(run(network, passed, past), row_loss, weight)

@@ -38,7 +38,7 @@ def prefill(
     slots, lengths = torch.tensor(list(rows)), torch.tensor([len(prompt) for prompt in prompts])
     if lengths.any():
         ids = pad_sequence([prompt.cpu() for prompt in prompts], batch_first=True)
-        # What fills up a shorter prompt stands behind it, where no prompt looks, and is not counted as cached.
+        # Right padding: causal rows never attend to it and `lengths` excludes it.
         layout = Layout.of(torch.arange(ids.shape[1]).expand_as(ids))
         past.set_columns(max(past.columns, ids.shape[1]))
         last = torch.arange(len(lengths)) * ids.shape[1] + lengths - 1
@@ -60,56 +60,80 @@ def denoise(
     wanted: Tensor,
     finished: tuple[Sequence[int], Tensor] | None = None,
 ) -> Tensor:
-    """Logits of the wanted positions of the active blocks xt (slots, width) on top of the cached prefixes.
+    """Logits (wanted.sum(), vocab) of the wanted positions of the active blocks xt (slots, width) on their prefixes.
 
-    xt and the finished tokens are on the network's device, `layout` and `wanted` on the host.
-
-    A block sees itself and its prefix whole, and is not kept in the cache. `finished` holds the clean tokens
-    (n, block) that stand between cache and active block in these n slots: they run in the same forward, as rows
-    of their own which the active rows see, and stay, which is exactly the two forwards done apart.
+    xt and the finished tokens are on the network's device, `layout` and `wanted` on the host. A block sees itself and
+    its prefix whole, and is not kept in the cache. finished: slots whose last block is not cached yet, and the clean
+    tokens (n, block) of those blocks. They run in the same forward, as rows of their own that the active rows see, and
+    stay cached, which is exactly two forwards in one.
     """
     slots, width = xt.shape
     if config.attention == "two_stream":
         xt, layout = masks_by_place(config, xt, layout), all_noisy(layout)
-    rows: list[int] | None = None
+    rows = None
     if finished is not None:
-        behind, tokens = finished
-        late, size = torch.tensor(list(behind)), tokens.shape[1]
-        chunks = -(-size // width)  # rows as wide as the active ones, so that nothing is padded for them
-        place = past.lengths[late, None] + torch.arange(chunks * width)
-        inside = (torch.arange(chunks * width) < size).expand_as(place)
-        clean = Layout.of(torch.where(inside, place, 0), torch.where(inside, 0, PADDING))
-        cut = [x.unflatten(1, (chunks, width)).transpose(0, 1).flatten(0, 1) for x in
-               (pad(tokens, (0, chunks * width - size)), *clean)]  # fmt: skip
-        xt = torch.cat([xt, cut[0]])
-        layout = Layout(*(torch.cat(pair) for pair in zip(layout, cut[1:], strict=True)))
-        rows = [*range(slots), *list(behind) * chunks]
-    index = torch.arange(slots * width).view(slots, width) - int(config.shift)
+        clean, clean_layout = _finished_rows(past, *finished, width)
+        xt, layout = torch.cat([xt, clean]), _stacked(layout, clean_layout)
+        rows = [*range(slots), *list(finished[0]) * (len(clean) // len(finished[0]))]
+    row = torch.arange(slots * width).view(slots, width)
     if not config.shift:
-        scoring = index[wanted]
-    else:  # a block's first position is scored by the row before it, in this forward and in those after it
-        scoring = index[:, 1:][wanted[:, 1:]]
+        scoring = row[wanted]
+    else:  # row i - 1 scores position i; a block's first position is scored by a clean row, kept in next_logits
+        scoring = row[:, :-1][wanted[:, 1:]]
         if finished is not None:
-            first = slots + (chunks - 1) * len(behind)
-            boundary = (first + torch.arange(len(behind))) * width + (size - 1) % width
-            scoring = torch.cat([boundary, scoring])
+            scoring = torch.cat([_last_clean_rows(slots, width, *finished), scoring])
     logits = network(xt, layout, config.pattern, rows=scoring, past=past.for_rows(rows))
     if finished is not None:
-        past.lengths[late] += size
-    if not config.shift:
-        return logits
-    if finished is not None:
-        if past.next_logits is None:
-            past.next_logits = logits.new_zeros(slots, logits.shape[-1])
-        past.next_logits[to_device(late, logits.device)], logits = logits[: len(behind)], logits[len(behind) :]
-    if past.next_logits is None:  # nothing stands before the blocks: their first positions are never wanted
+        cached = torch.tensor(list(finished[0]))
+        past.lengths[cached] += finished[1].shape[1]
+        if config.shift:
+            logits = _keep_next(past, cached, logits)
+    return _with_first_positions(past, logits, wanted) if config.shift else logits
+
+
+def _finished_rows(past: SlotCacheState, slots: Sequence[int], tokens: Tensor, width: int) -> tuple[Tensor, Layout]:
+    """Finished blocks (n, block) as rows as wide as the active ones, (chunks * n, width): so these need no padding."""
+    size = tokens.shape[1]
+    chunks = -(-size // width)
+    column = torch.arange(chunks * width)
+    position = past.lengths[torch.tensor(list(slots)), None] + column
+    inside = (column < size).expand_as(position)
+    layout = Layout.of(torch.where(inside, position, 0), torch.where(inside, 0, PADDING))
+    padded = pad(tokens, (0, chunks * width - size))
+    ids, *parts = (x.unflatten(1, (chunks, width)).transpose(0, 1).flatten(0, 1) for x in (padded, *layout))
+    return ids, Layout(*parts)
+
+
+def _stacked(layout: Layout, below: Layout) -> Layout:
+    """The batch rows of both layouts."""
+    return Layout(*(torch.cat(pair) for pair in zip(layout, below, strict=True)))
+
+
+def _last_clean_rows(slots: int, width: int, finished: Sequence[int], tokens: Tensor) -> Tensor:
+    """Flat rows of the last token of each finished block, (n,), in a pass of `denoise`."""
+    size, n = tokens.shape[1], len(finished)
+    first = slots + (-(-size // width) - 1) * n
+    return (first + torch.arange(n)) * width + (size - 1) % width
+
+
+def _keep_next(past: SlotCacheState, slots: Tensor, logits: Tensor) -> Tensor:
+    """Keep the logits of the last clean rows, which come first, for their slots; returns the others."""
+    if past.next_logits is None:
+        past.next_logits = logits.new_zeros(len(past.lengths), logits.shape[-1])
+    past.next_logits[to_device(slots, logits.device)] = logits[: len(slots)]
+    return logits[len(slots) :]
+
+
+def _with_first_positions(past: SlotCacheState, logits: Tensor, wanted: Tensor) -> Tensor:
+    """The logits of all wanted positions, with those of the blocks' first positions out of `past.next_logits`."""
+    if past.next_logits is None:  # a block at position 0: its first position is never wanted
         return logits
     out = logits.new_empty(int(wanted.sum()), logits.shape[-1])
-    first_place = torch.zeros_like(wanted)
-    first_place[:, 0] = True
-    is_first = first_place[wanted]
-    begins, rest, slot = (to_device(x.nonzero()[:, 0], out.device) for x in (is_first, ~is_first, wanted[:, 0]))
-    out[begins], out[rest] = past.next_logits[slot], logits
+    is_first = torch.zeros_like(wanted)
+    is_first[:, 0] = True
+    is_first = is_first[wanted]
+    first, rest, slot = (to_device(x.nonzero()[:, 0], out.device) for x in (is_first, ~is_first, wanted[:, 0]))
+    out[first], out[rest] = past.next_logits[slot], logits
     return out
 
 

@@ -36,8 +36,6 @@ def by_definition(name: str, q: tuple[int, bool], kv: tuple[int, bool]) -> bool:
         return abs(i - j) < 3
     if name == "annealed":
         return j <= i or bool(OPENED[i, j])
-    if name == "lookahead":
-        return j - i <= 3
     if q_noisy:
         return j // B == i // B if kv_noisy else j // B < i // B
     if kv_noisy:
@@ -52,7 +50,6 @@ PATTERNS = {
     "block_causal": attention.block_causal(B),
     "window": attention.window(3),
     "annealed": attention.annealed(OPENED),
-    "lookahead": attention.lookahead(3),
     "two_stream block_causal": attention.two_stream(B),
     "two_stream causal": attention.two_stream(B, "causal"),
 }

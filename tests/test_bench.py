@@ -70,11 +70,11 @@ def test_cases_are_named_as_promised(model, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("kind", "draws"), [("two_stream", 1), ("two_stream", 2), ("bidirectional", 1), ("drafter", 1)]
+    ("kind", "num_masks"), [("two_stream", 1), ("two_stream", 2), ("bidirectional", 1), ("drafter", 1)]
 )
-def test_steps_leave_no_gradient(kind: str, draws: int, tokenizer_and_model: Path) -> None:
+def test_steps_leave_no_gradient(kind: str, num_masks: int, tokenizer_and_model: Path) -> None:
     model = bench.make_model(str(tokenizer_and_model))
-    steps = bench.train_steps(model, kind, 4, 2, 16, draws=draws)
+    steps = bench.train_steps(model, kind, 4, 2, 16, num_masks=num_masks)
     for step in steps.values():
         step()
         assert all(p.grad is None for p in model.parameters())

@@ -115,3 +115,20 @@ def test_an_empty_name_is_not_the_working_folder(tokenizer_and_model: Path, stor
     for data, setting in sources:
         with pytest.raises(ValueError, match="'' is empty"):
             unmask.adapt(tokenizer_and_model, data, output_dir=tmp_path / "x", **SHORT, **setting)
+
+
+def test_a_run_of_an_older_version_goes_on_under_todays_names(
+    tokenizer_and_model: Path, stories: Path, tmp_path: Path
+) -> None:
+    run, record = tmp_path / "run", tmp_path / "run" / "run.json"
+    options = SHORT | {"show_progress": False, "num_masks": 2, "max_tokens": 128}
+    unmask.adapt(tokenizer_and_model, stories, output_dir=run, **options)
+    new = json.loads(record.read_text())
+    old = {name: value for name, value in new["settings"].items() if name != "num_masks"} | {"draws": 2}
+    record.write_text(json.dumps(new | {"settings": old | {"anneal_form": "entries"}}))
+    unmask.adapt(tokenizer_and_model, stories, output_dir=run, resume=True, **options)
+    with pytest.raises(ValueError, match="its num_masks is 2, not 3"):
+        unmask.adapt(tokenizer_and_model, stories, output_dir=run, resume=True, **(options | {"num_masks": 3}))
+    record.write_text(json.dumps(new | {"settings": old | {"anneal_form": "window"}}))
+    with pytest.raises(ValueError, match="anneal_form='window' is no longer offered"):
+        unmask.adapt(tokenizer_and_model, stories, output_dir=run, resume=True, **options)

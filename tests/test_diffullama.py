@@ -185,20 +185,11 @@ def test_one_matrix_a_step_or_one_a_forward() -> None:
     assert torch.equal(opened(again, 3, row=4), opened(again, 3, row=4))
 
 
-def test_window_form_opens_a_contiguous_stretch() -> None:
-    chosen = settings(anneal_steps=8, anneal_form="window")
-    for step in range(9):
-        reach = math.ceil(min(1.0, (step + 1) / 8) * 32)
-        expected = torch.ones(32, 32, dtype=torch.bool).tril(reach)
-        assert torch.equal(opened(chosen, step)[0], expected)
-
-
-@pytest.mark.parametrize("form", ["entries", "window"])
-def test_the_future_reaches_the_first_row_only_through_what_is_open(form: str) -> None:
+def test_the_future_reaches_the_first_row_only_through_what_is_open() -> None:
     net, x = network(), random_tokens(1, 32)
     other = x.clone()
     other[0, -1] = 5 if int(x[0, -1]) != 5 else 6
-    chosen = settings(anneal_steps=4, anneal_form=form)
+    chosen = settings(anneal_steps=4)
     for pattern, moves in (
         (causal, False),
         (annealing(chosen, 1, torch.tensor([0]), CPU), True),
@@ -225,7 +216,7 @@ def test_training_runs_under_the_annealed_mask_and_scores_under_the_open_one() -
     assert float(plain.sum) == pytest.approx(float((drawn.weight[drawn.masked] * expected).sum()), rel=1e-9)
 
 
-@pytest.mark.parametrize("split", [{}, {"loss_normaliser": "masked", "micro_batch_size": 2}, {"anneal_form": "window"}])
+@pytest.mark.parametrize("split", [{}, {"loss_normaliser": "masked", "micro_batch_size": 2}])
 def test_every_split_of_an_annealed_step_gives_the_same_loss(split: dict) -> None:
     net, batch = network(), Batch(random_tokens(8, 32), one_document(8, 32))
     chosen = settings(anneal_steps=5, **split)
@@ -256,20 +247,18 @@ RUN = {"max_tokens": 3000, "max_length": 64, "batch_size": 4, "log_every": 1, "s
        "eval_every": 4, "show_progress": False}  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["entries", "window"])
 def test_an_interrupted_run_resumes_inside_the_annealing(
-    form: str, tokenizer_and_model: Path, stories: Path, tmp_path: Path
+    tokenizer_and_model: Path, stories: Path, tmp_path: Path
 ) -> None:
-    run = RUN | {"anneal_form": form}
-    straight = unmask.adapt(tokenizer_and_model, stories, "diffullama", tmp_path / "straight", **run)
+    straight = unmask.adapt(tokenizer_and_model, stories, "diffullama", tmp_path / "straight", **RUN)
     cut = tmp_path / "cut"
-    unmask.adapt(tokenizer_and_model, stories, "diffullama", cut, **(run | {"keep_checkpoints": 99}))
+    unmask.adapt(tokenizer_and_model, stories, "diffullama", cut, **(RUN | {"keep_checkpoints": 99}))
     for checkpoint in cut.glob("checkpoint-*"):
         if int(checkpoint.name.removeprefix("checkpoint-")) > 3:  # annealing ends at step 8
             shutil.rmtree(checkpoint)
     (cut / "model.safetensors").unlink()
     (cut / "run.json").write_text(json.dumps(json.loads((cut / "run.json").read_text()) | {"finished": False}))
-    resumed = unmask.adapt(tokenizer_and_model, stories, "diffullama", cut, resume=True, **run)
+    resumed = unmask.adapt(tokenizer_and_model, stories, "diffullama", cut, resume=True, **RUN)
     expected = straight.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())
 
@@ -317,7 +306,7 @@ def test_any_length_will_do_without_blocks() -> None:
     ("overrides", "message"),
     [
         ({"anneal_steps": 0}, "anneal_steps=0 must be positive"),
-        ({"anneal_form": "spiral"}, "anneal_form='spiral' is unknown"),
+        ({"anneal_form": "entries"}, "setting 'anneal_form' is unknown"),
         ({"loss_normaliser": "rows"}, "loss_normaliser='rows' is unknown"),
         ({"min_noise_level": 1.0}, r"min_noise_level=1.0 must lie in \[0, 1\)"),
         ({"attention": "block_causal"}, "anneal_steps=100 opens a causal mask towards attention='bidirectional'"),

@@ -85,7 +85,7 @@ def test_the_second_draw_of_a_seed_is_no_other_seeds_first() -> None:
     layout = Layout.of(torch.arange(32).expand(2, 32))
     options = {"block_size": 4, "batch_size": 2, "max_length": 32}
     first = corruptions(Settings("test", seed=1_000_003, **options), layout, 0, torch.arange(2))
-    both = corruptions(Settings("test", seed=0, draws=2, **options), layout, 0, torch.arange(2))
+    both = corruptions(Settings("test", seed=0, num_masks=2, **options), layout, 0, torch.arange(2))
     assert not torch.equal(both[1].masked, first[0].masked)
     assert not torch.equal(both[1].masked, both[0].masked)
 

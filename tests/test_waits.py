@@ -41,14 +41,13 @@ STEPS: dict[str, tuple[Any, dict[str, Any]]] = {
     "two streams, checkpointed": (block_config(), {"gradient_checkpointing": True}),
     "complementary": (block_config(), {"complementary": True}),
     "complementary, shift": (block_config(shift=True), {"complementary": True}),
-    "two draws": (block_config(), {"draws": 2}),
-    "two draws, joint": (CAUSAL, {"draws": 2, "objective": "joint"}),
+    "two masks": (block_config(), {"num_masks": 2}),
+    "two masks, joint": (CAUSAL, {"num_masks": 2, "objective": "joint"}),
     "block-causal": (block_config(attention="block_causal", clean=None), {}),
     "block-causal, shift": (block_config(attention="block_causal", clean=None, shift=True), {}),
     "bidirectional": (ONE_STREAM, {}),
     "bidirectional, shift": (replace(ONE_STREAM, shift=True), {}),
     "annealed": (replace(ONE_STREAM, shift=True), {"anneal_steps": 9, "loss_normaliser": "masked"}),
-    "annealed window": (ONE_STREAM, {"anneal_steps": 9, "anneal_form": "window"}),
     "joint": (CAUSAL, {"objective": "joint"}),
     "joint, kl": (CAUSAL, {"objective": "joint", "distance": "kl", "teacher_top_k": 5}),
     "joint, teacher": (SHIFTED, {"objective": "joint", "teacher": "parent"}),
@@ -191,8 +190,8 @@ def test_a_layout_that_comes_again_gets_the_same_mask_on_its_device(implementati
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize(("name", "masks"), [("complementary, shift", 1), ("two draws", 2), ("two draws, joint", 2)])
-def test_draws_of_a_step_share_their_masks(name: str, masks: int, device: str) -> None:
+@pytest.mark.parametrize(("name", "masks"), [("complementary, shift", 1), ("two masks", 2), ("two masks, joint", 2)])
+def test_masks_of_a_step_share_their_attention_masks(name: str, masks: int, device: str) -> None:
     """With the shift each draw is a pass over both streams, else one over the noisy stream after a clean pass."""
     step, made = Step(name, device), []
     original = step.network.form

@@ -27,7 +27,15 @@ from unmask.model import DiffusionLM
 from unmask.plain_json import to_json
 from unmask.progress import progress
 from unmask.run_folder import claim, ordinary_permissions, releases_folders, write_text, writing
-from unmask.settings import RULE_TEXT, Settings, diffusion_config, load_recipe, recipe_names, resolve
+from unmask.settings import (
+    RULE_TEXT,
+    Settings,
+    diffusion_config,
+    load_recipe,
+    recipe_names,
+    resolve,
+    under_current_names,
+)
 from unmask.training.loop import (
     Evaluator,
     Progress,
@@ -497,7 +505,7 @@ def _read_run(output_dir: Path, resume: bool) -> dict[str, Any] | None:
             run: dict[str, Any] = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{str(path)!r} is no JSON ({error}): choose another output folder") from error
-        return run
+        return run | {"settings": under_current_names(run["settings"])}
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"output folder {str(output_dir)!r} holds something else: choose an empty or new one")
     return None

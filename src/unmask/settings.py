@@ -31,7 +31,7 @@ class Settings:
     block from there to block_size over the run. random_offset: the block grid of each document begins at a random
     place of a block, as drafts do. half_life: of position-dependent masking, inf is uniform. min_noise_level: t is
     drawn from (it, 1]. loss_normaliser: divide by the predictable "tokens" (unbiased) or the "masked" ones of the
-    micro-batch (DiffuLLaMA's code). anneal_steps, anneal_form, anneal_redraw: see `annealing`; 1 is full attention at
+    micro-batch (DiffuLLaMA's code). anneal_steps, anneal_redraw: see `annealing`; 1 is full attention at
     once. self_prompts, self_tokens, self_temperature: of --data self, the file whose documents' beginnings the model
     continues, how many tokens it writes (max_tokens unless given), and how. self_mode: "ar", or "diffusion", where
     masks are what was still masked at a random step of the text's own making (OPDLM). self_every: write anew with the
@@ -40,7 +40,7 @@ class Settings:
     instead of the weights, scaled by lora_alpha / lora_rank (lora_alpha None: twice the rank); lora_trainable: what is
     trained beside them; lora_merge=false saves a PEFT adapter, not a model. batch_size counts rows of max_length in
     one optimiser step, micro_batch_size those that run at once on one device. eval_every: steps, by default a tenth of
-    the run. draws: that many masks of the same rows in every step (pairs of masks with complementary); two streams
+    the run. num_masks: that many masks of the same rows in every step (pairs of masks with complementary); two streams
     without shift run over the clean tokens once for all of them. max_nonfinite_steps: so many steps whose loss or
     gradient is not finite are skipped, one more ends the run.
     """
@@ -66,11 +66,10 @@ class Settings:
     noise_level: str = "block"
     masking: str = "exact"
     complementary: bool = False
-    draws: int = 1
+    num_masks: int = 1
     min_noise_level: float = 0.0
     loss_normaliser: str = "tokens"
     anneal_steps: int = 1
-    anneal_form: str = "entries"
     anneal_redraw: bool = False
     half_life: float | None = None
     mask_token: str | None = None
@@ -127,7 +126,6 @@ class Settings:
             "distance": DISTANCES,
             "masking": ("exact", "bernoulli", "all"),
             "loss_normaliser": ("tokens", "masked"),
-            "anneal_form": ("entries", "window"),
             "self_mode": ("ar", "diffusion"),
             "mixed_precision": ("no", "bf16", "fp16"),
         }
@@ -137,7 +135,7 @@ class Settings:
         for name in ("block_size", "max_length", "batch_size", "micro_batch_size", "log_every", "eval_every",
                      "save_every", "keep_checkpoints", "eval_samples", "max_tokens", "learning_rate", "half_life",
                      "max_grad_norm", "anneal_steps", "lora_rank", "lora_alpha", "drafter_rank", "drafter_scale",
-                     "first_block_size", "self_tokens", "self_every", "teacher_top_k", "draws"):  # fmt: skip
+                     "first_block_size", "self_tokens", "self_every", "teacher_top_k", "num_masks"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive")
@@ -266,6 +264,16 @@ def _typed(name: str, value: Any, annotation: str) -> Any:
         if kind in kinds and type(value) is python:
             return value
     raise ValueError(f"setting {name}={value!r} has the wrong type: it takes {annotation}")
+
+
+def under_current_names(stored: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an older run.json under their names of today; ValueError for a run that used a retired one."""
+    if stored.get("anneal_form", "entries") != "entries":
+        raise ValueError(
+            f"anneal_form={stored['anneal_form']!r} is no longer offered: finish this run with the version that began it"
+        )
+    renamed = {"draws": "num_masks"}
+    return {renamed.get(name, name): value for name, value in stored.items() if name != "anneal_form"}
 
 
 _SMALL, _LARGE = 100e6, 1e9

@@ -55,7 +55,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "ar": {"recipe": "ar"},
     "efficient-dlm": {"recipe": "efficient-dlm"},
     "efficient-dlm, half life": {"recipe": "efficient-dlm", "half_life": 0.3},
-    "efficient-dlm, two draws": {"recipe": "efficient-dlm", "draws": 2},
+    "efficient-dlm, two draws": {"recipe": "efficient-dlm", "num_masks": 2},
     "efficient-dlm, growing blocks": {"recipe": "efficient-dlm", "first_block_size": 2},
     "efficient-dlm, complementary": {"recipe": "efficient-dlm", "complementary": True},
     "efficient-dlm, padding": {"recipe": "efficient-dlm", "predict_padding": True, "max_length": 92},

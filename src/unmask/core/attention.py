@@ -151,19 +151,6 @@ def annealed(opened: Tensor) -> Pattern:
 
 
 @functools.cache
-def lookahead(reach: int) -> Pattern:
-    """A token sees everything before it and the `reach` tokens after it; 0 is causal.
-
-    The contiguous reading of DiffuLLaMA's annealing (2410.17891, section 3.3, its prose).
-    """
-
-    def pattern(q: Layout, kv: Layout) -> Tensor:
-        return kv.position <= q.position + reach
-
-    return pattern
-
-
-@functools.cache
 def drafting(noisy: str = "bidirectional") -> Pattern:
     """One noisy block that starts anywhere, after clean tokens that all stand before it.
 

@@ -113,12 +113,12 @@ def synchronize() -> None:
 
 
 def train_steps(
-    model: Any, kind: str, block_size: int, rows: int, length: int, micro: int | None = None, draws: int = 1
+    model: Any, kind: str, block_size: int, rows: int, length: int, micro: int | None = None, num_masks: int = 1
 ) -> dict[str, Callable[[], None]]:
     """One forward and backward of the AR loss as Hugging Face computes it, and of ours.
 
     micro: of ours, in micro-batches of so many rows, whose gradients add up to the same.
-    draws: more than 1 of "two_stream", so many masks on one clean pass.
+    num_masks: more than 1 of "two_stream", so many masks on one clean pass.
 
     kind: "two_stream" or "bidirectional" for a diffusion loss, "drafter" for gated adapters of rank 16 on the
     frozen model's attention outputs, distilled in total variation with every token masked. On a GPU our passes
@@ -149,8 +149,8 @@ def train_steps(
         if kind == "drafter":
             masked = predictable(where)
             return distill_loss(network, config, x0[part], where, Corruption(masked, masked.float()), "tv").sum
-        drawn = [draw(step * draws + i, part, where) for i in range(draws)]
-        if draws > 1:
+        drawn = [draw(step * num_masks + i, part, where) for i in range(num_masks)]
+        if num_masks > 1:
             return shared_loss(network, config, x0[part], where, drawn).sum
         return diffusion_loss(network, config, x0[part], where, drawn[0]).sum
 
@@ -192,18 +192,18 @@ class Step:
     rows: int = 4
     length: int = 512
     micro: int | None = MICRO
-    draws: int = 1
+    num_masks: int = 1
     changes: dict[str, Any] = field(default_factory=dict)
 
     def steps(self, shape: str, *, trust_remote_code: bool = False) -> dict[str, Callable[[], None]]:
         model = make_model(shape, trust_remote_code=trust_remote_code, **self.changes)
-        return train_steps(model, self.kind, self.block_size, self.rows, self.length, self.micro, self.draws)
+        return train_steps(model, self.kind, self.block_size, self.rows, self.length, self.micro, self.num_masks)
 
 
 TRAIN_CASES = {
     "block_step": Step("two_stream"),
     "block_step_whole": Step("two_stream", micro=None),
-    "block_step_draws2": Step("two_stream", draws=2),
+    "block_step_draws2": Step("two_stream", num_masks=2),
     "bidirectional_step": Step("bidirectional"),
     "drafter_step": Step("drafter"),
     "two_stream_1024": Step("two_stream", length=1024, changes={"num_hidden_layers": 4, "vocab_size": 1024}),
@@ -226,7 +226,7 @@ def bench_train(shape: str, rounds: int = 5, *, trust_remote_code: bool = False)
     """Training steps: `ratio` is ours over AR's (lower is better)."""
     cases: list[Case] = []
     for name, step in TRAIN_CASES.items():
-        steps, n = step.steps(shape, trust_remote_code=trust_remote_code), step.draws
+        steps, n = step.steps(shape, trust_remote_code=trust_remote_code), step.num_masks
         ours, baseline, ratio, wall_ratio = measure(steps["diffusion"], steps["ar"], rounds)
         unit = "seconds per step" if n == 1 else "seconds per mask, AR's per step"
         speed = step.rows * step.length / (ours / n)

@@ -26,7 +26,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from unmask import hf
-from unmask.core.attention import Layout, Pattern, annealed, lookahead
+from unmask.core.attention import Layout, Pattern, annealed
 from unmask.core.corruption import (
     Corruption,
     mask_bernoulli,
@@ -65,9 +65,9 @@ Evaluator = Callable[[Any], dict[str, float]]
 def corruptions(
     settings: Settings, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None = None
 ) -> list[Corruption]:
-    """The masks of these rows of the global batch at an optimiser step: `draws` of them, or pairs of them."""
+    """The masks of these rows of the global batch at an optimiser step: `num_masks` of them, or pairs of them."""
     drawn = []
-    for draw in range(settings.draws):
+    for draw in range(settings.num_masks):
         drawn += _corruptions(settings, layout, step, rows, loss_mask, draw)
     return drawn
 
@@ -120,18 +120,15 @@ def _opened(length: int, ratio: float, key: Key, device: torch.device) -> Tensor
 def annealing(settings: Settings, step: int, rows: Tensor, device: torch.device) -> Pattern | None:
     """The pattern of an optimiser step while attention opens up; None once it is fully bidirectional.
 
-    r = min(1, (step + 1) / anneal_steps) (DiffuLLaMA 2410.17891, section 3.3). anneal_form "entries": every
-    entry above the diagonal is open with probability r, one max_length x max_length matrix a step, on
-    positions inside documents; with `anneal_redraw` one for each micro-batch, told apart by its first row.
-    "window": the next ceil(r * max_length) positions are open. A function of the step alone, so that a resumed
-    run goes on where it stopped.
+    r = min(1, (step + 1) / anneal_steps) (DiffuLLaMA 2410.17891, section 3.3): every entry above the diagonal
+    is open with probability r, one max_length x max_length matrix a step, on positions inside documents; with
+    `anneal_redraw` one for each micro-batch, keyed by its first row. A function of the step alone, so that a
+    resumed run goes on where it stopped.
     """
     assert settings.max_length is not None
     ratio = (step + 1) / settings.anneal_steps
     if ratio >= 1:
         return None
-    if settings.anneal_form == "window":
-        return lookahead(math.ceil(ratio * settings.max_length))
     key: Key = ("anneal", settings.seed, step)
     if settings.anneal_redraw:
         key += (int(rows[0]),)
@@ -147,7 +144,7 @@ def step_loss(
     rows: Tensor,
     teacher: Network | None = None,
 ) -> LossOutput:
-    """Loss (sum, count) of these rows; a mean over draws where a pair of masks is drawn.
+    """Loss (sum, count) of these rows; a mean over masks where several are drawn.
 
     loss_normaliser "masked": the sum is that of DiffuLLaMA's released code, sum (1/t) CE / masked tokens of
     the micro-batch, times the count, so that dividing by the step's count gives the mean over micro-batches.

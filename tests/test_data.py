@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from unmask.core.attention import PADDING
-from unmask.data.documents import Corpus, Packer, PackState, find_files, load_corpus, read_documents
+from unmask.data.documents import Corpus, find_files, load_corpus, read_documents
+from unmask.data.packing import Packer, PackState
 
 
 def corpus(*lengths: int) -> Corpus:

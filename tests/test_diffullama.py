@@ -17,13 +17,13 @@ from transformers import AutoTokenizer
 import unmask
 from unmask import hf
 from unmask.core.attention import Layout, bidirectional, causal, dense
+from unmask.core.batch import Batch
 from unmask.core.corruption import Corruption
 from unmask.core.network import DiffusionConfig
 from unmask.core.objectives import diffusion_loss, predictable, token_nll
 from unmask.core.scoring import score
-from unmask.data.documents import Batch
 from unmask.settings import Settings, load_recipe, resolve
-from unmask.training.loop import annealing, corruptions, step_loss
+from unmask.training.step import annealing, corruptions, step_loss
 
 SHIFTED = DiffusionConfig(MASK, "bidirectional", None, None, True, "test", "0")
 CPU = torch.device("cpu")

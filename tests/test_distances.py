@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unmask.core.objectives import draft_distance
+from unmask.core.distances import draft_distance
 
 DISTANCES = ("kl", "tv", "kl+tv", "lk")
 

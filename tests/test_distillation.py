@@ -16,12 +16,14 @@ from conftest import MASK, STORIES, SUPPORTED, block_config, network, random_tok
 import unmask
 from unmask import hf
 from unmask.core.attention import Layout, dense
+from unmask.core.batch import Batch
 from unmask.core.corruption import Corruption, segments
-from unmask.core.objectives import ar_loss, draft_distance, joint_loss, predictable
-from unmask.data.documents import Batch, load_corpus
+from unmask.core.distances import draft_distance
+from unmask.core.objectives import ar_loss, joint_loss, predictable
+from unmask.data.documents import load_corpus
 from unmask.settings import Settings, load_recipe, resolve
-from unmask.training.loop import corruptions, offset_blocks, step_loss
 from unmask.training.rollouts import roll_out
+from unmask.training.step import corruptions, offset_blocks, step_loss
 
 CONFIG = block_config(4, clean="causal")
 RUN = {"show_progress": False, "max_tokens": 2000, "max_length": 64, "block_size": 4, "batch_size": 4}

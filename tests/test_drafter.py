@@ -25,23 +25,15 @@ from transformers import AutoModelForCausalLM
 import unmask
 from unmask import hf
 from unmask.core.attention import Layout
+from unmask.core.batch import Batch
 from unmask.core.corruption import Corruption
 from unmask.core.decoding import begin, denoise, draft
+from unmask.core.distances import DISTANCES, draft_distance
 from unmask.core.drafter import Drafter, DrafterConfig
-from unmask.core.objectives import (
-    DISTANCES,
-    ar_loss,
-    diffusion_loss,
-    distill_loss,
-    draft_distance,
-    draft_failure,
-    joint_loss,
-    predictable,
-)
+from unmask.core.objectives import ar_loss, diffusion_loss, distill_loss, draft_failure, joint_loss, predictable
 from unmask.core.scoring import score, score_ar, score_distilled, score_joint
-from unmask.data.documents import Batch
 from unmask.settings import Settings, at_step, load_recipe, resolve
-from unmask.training.loop import step_loss
+from unmask.training.step import step_loss
 
 RUN = {"show_progress": False, "max_tokens": 3000, "max_length": 64, "block_size": 4, "batch_size": 4}
 

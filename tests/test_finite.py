@@ -22,6 +22,7 @@ from unmask.plain_json import to_json
 from unmask.sampling import EntropyBound
 from unmask.settings import Settings
 from unmask.training import loop as training
+from unmask.training.checkpoints import latest_checkpoint, read_state
 
 RUN = {"max_tokens": 1500, "max_length": 64, "block_size": 4, "batch_size": 4, "log_every": 1, "save_every": 2,
        "show_progress": False, "eval_documents": 0}  # fmt: skip
@@ -101,7 +102,7 @@ def test_a_step_that_is_not_finite_is_skipped_where_that_is_allowed(
     spoilt(monkeypatch, 1, 3)
     with pytest.raises(ValueError, match="step 4 has a loss of nan"):
         unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", tmp_path / "two", max_nonfinite_steps=1, **options)
-    state = training.read_state(training.latest_checkpoint(tmp_path / "two"))
+    state = read_state(latest_checkpoint(tmp_path / "two"))
     assert (state.step, state.skipped) == (2, 1)
 
 

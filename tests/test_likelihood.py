@@ -17,7 +17,7 @@ from unmask.core.scoring import score
 from unmask.evaluation.clean import read_clean, score_noisy
 from unmask.evaluation.likelihood import Document, nelbo, nll
 from unmask.settings import Settings, resolve
-from unmask.training.loop import corruptions
+from unmask.training.step import corruptions
 
 
 def document(length: int, seed: int = 0) -> Document:

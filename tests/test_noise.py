@@ -12,7 +12,7 @@ from scipy import stats
 from unmask.core.attention import Layout
 from unmask.core.noise import Key, _signed, _words, bernoulli, bits, gumbels, integer, philox, uniform, uniforms
 from unmask.settings import Settings
-from unmask.training.loop import corruptions
+from unmask.training.step import corruptions
 
 KEYS: list[Key] = [("token", 0, 0, 0, 0), ("token", -5, 3, 7, 1), ("level", 2**70, 1, 2), ("a", 1), ("a", -1)]
 

@@ -15,7 +15,7 @@ import torch
 
 import unmask
 from unmask import run_folder
-from unmask.training.loop import latest_checkpoint, read_state
+from unmask.training.checkpoints import latest_checkpoint, read_state
 
 RUN = {"max_tokens": 2000, "max_length": 64, "block_size": 4, "batch_size": 4, "log_every": 1, "save_every": 2,
        "show_progress": False, "eval_documents": 2, "eval_every": 4, "keep_checkpoints": 9}  # fmt: skip

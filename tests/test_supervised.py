@@ -19,12 +19,15 @@ from transformers import AutoTokenizer
 
 import unmask
 from unmask.core.attention import PADDING, Layout
+from unmask.core.batch import Batch
 from unmask.core.objectives import diffusion_loss
-from unmask.data.documents import Batch, Corpus, Packer, PackState, load_corpus, read_examples
+from unmask.data.documents import Corpus, load_corpus, read_examples
+from unmask.data.packing import Packer, PackState
 from unmask.data.supervised import Completion, Conversation, continue_ids, encode_example
 from unmask.evaluation.likelihood import Document, nelbo, nll
 from unmask.settings import Settings
-from unmask.training.loop import corruptions, count_steps, step_loss
+from unmask.training.loop import count_steps
+from unmask.training.step import corruptions, step_loss
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

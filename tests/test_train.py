@@ -19,10 +19,10 @@ from torch._dynamo.utils import counters
 
 import unmask
 from unmask.core.attention import PADDING, Layout
-from unmask.data.documents import Batch
+from unmask.core.batch import Batch
 from unmask.hf.fast.shortcuts import layers_of
 from unmask.settings import Settings, load_recipe, recipe_names, resolve
-from unmask.training.loop import learning_rate_at, step_loss
+from unmask.training.step import learning_rate_at, step_loss
 
 
 def ragged_batch(rows: int = 8, length: int = 16) -> Batch:

@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from unmask import hf
 from unmask.core.attention import PADDING, Layout, causal
+from unmask.core.batch import Batch
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.core.objectives import LossOutput
-from unmask.data.documents import Batch
 from unmask.sampling import Candidates, Threshold
 from unmask.settings import Settings
-from unmask.training.loop import step_loss
+from unmask.training.step import step_loss
 
 CAUSAL = block_config(clean="causal")
 SHIFTED = block_config(clean="causal", shift=True)

@@ -36,17 +36,8 @@ from unmask.settings import (
     resolve,
     under_current_names,
 )
-from unmask.training.loop import (
-    Evaluator,
-    Progress,
-    append_metrics,
-    check_machine,
-    count_steps,
-    in_training,
-    latest_checkpoint,
-    read_state,
-    train,
-)
+from unmask.training.checkpoints import append_metrics, latest_checkpoint, read_state
+from unmask.training.loop import Evaluator, Progress, check_machine, count_steps, in_training, train
 from unmask.training.ranks import join
 from unmask.training.rollouts import roll_out
 from unmask.training.teacher import freeze, load_teacher

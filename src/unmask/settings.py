@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
 
+from unmask.core.distances import DISTANCES
 from unmask.core.network import DiffusionConfig
-from unmask.core.objectives import DISTANCES
 
 LORA_TRAINABLE = ("embeddings", "norms", "head")
 
@@ -270,7 +270,7 @@ def under_current_names(stored: dict[str, Any]) -> dict[str, Any]:
     """Settings of an older run.json under their names of today; ValueError for a run that used a retired one."""
     if stored.get("anneal_form", "entries") != "entries":
         raise ValueError(
-            f"anneal_form={stored['anneal_form']!r} is no longer offered: finish this run with the version that began it"
+            f"anneal_form={stored['anneal_form']!r} is not offered now: finish this run with the version that began it"
         )
     renamed = {"draws": "num_masks"}
     return {renamed.get(name, name): value for name, value in stored.items() if name != "anneal_form"}

@@ -6,16 +6,18 @@ one division of two totals, the same for every split. Knows a network only throu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 from unmask.core.attention import Layout, Pattern
+from unmask.core.batch import Batch
 from unmask.core.corruption import Corruption, segments
+from unmask.core.distances import draft_distance
 from unmask.core.head_loss import RowLoss
 from unmask.core.network import DiffusionConfig, GrowingCache, Network, run, run_sum
 from unmask.core.scoring import ar_pass, distilled_pass, joint_pass, noisy_pass, score, score_ar, scoring_pass
@@ -103,8 +105,8 @@ def joint_loss(
     Both terms are means over the predictable tokens (a mask's weights average 1 over them), so they share one
     count, and alpha weighs nats per token against nats per token whatever the noise level. Equals
     `ar_loss` + alpha * `diffusion_loss` of two passes.
-    teacher: a frozen AR model; L_AR is then the clean rows' KL from its law, which pulls at nothing where the
-    AR model is still what it was. distance: other than "ce", the noisy rows follow the AR law of their tokens,
+    teacher: a frozen AR model; L_AR is then the clean rows' KL from its distribution, whose gradient is 0 where
+    the AR model is unchanged. distance: other than "ce", the noisy rows follow the AR distribution of their tokens,
     the teacher's or else the clean rows' own, instead of the text (OPDLM 2606.06712).
     """
     wanted, masked = predictable(layout, loss_mask), corruption.masked
@@ -116,15 +118,15 @@ def joint_loss(
         return LossOutput(run_sum(network, passed, _nll(torch.cat([x0[masked], x0[wanted]])), weight), wanted.sum())
     logits = run(network, passed)
     logits, ar_logits = logits[:count], logits[count:]
-    law = ar_logits.detach()
+    reference = ar_logits.detach()
     if teacher is None:
         ar = cross_entropy(ar_logits, to_device(x0[wanted], logits.device), reduction="sum")
     else:
         with torch.no_grad():
-            law = score_ar(teacher, x0, layout, wanted)
-        ar = draft_distance(law, ar_logits, x0[wanted], "kl", top_k).sum()
+            reference = score_ar(teacher, x0, layout, wanted)
+        ar = draft_distance(reference, ar_logits, x0[wanted], "kl", top_k).sum()
     drafted, weight = (to_device(x, logits.device) for x in (masked[wanted].nonzero()[:, 0], corruption.weight[masked]))
-    values = draft_distance(law[drafted], logits, x0[masked], distance, top_k)
+    values = draft_distance(reference[drafted], logits, x0[masked], distance, top_k)
     return LossOutput(ar + alpha * (weight * values).sum(), wanted.sum())
 
 
@@ -133,7 +135,7 @@ def shared_loss(
     config: DiffusionConfig,
     x0: Tensor,
     layout: Layout,
-    corruptions: list[Corruption],
+    corruptions: Sequence[Corruption],
     alpha: float | None = None,
     loss_mask: Tensor | None = None,
 ) -> LossOutput:
@@ -177,7 +179,7 @@ def distill_loss(
     *,
     top_k: int | None = None,
 ) -> LossOutput:
-    """sum_i w_i * distance(p_i, q_i): p_i the AR law of token i on the clean stream, q_i the draft's.
+    """sum_i w_i * distance(p_i, q_i): p_i the AR distribution of token i on the clean stream, q_i the draft's.
 
     With the shift, a block's first position is the AR row itself: it counts, with a distance of 0. The
     distance "reach" is `draft_failure` + 0.1 KL (ours), and it leaves a block's first position out as well:
@@ -220,126 +222,138 @@ def draft_failure(acceptance: Tensor, layout: Layout, block_size: int) -> Tensor
     return 1 - (total[..., 1:] - total.gather(-1, first)).exp()
 
 
-DISTANCES = ("ce", "kl", "tv", "kl+tv", "lk", "reach")
+# --- the objective of a run
 
 
-def draft_distance(
-    p_logits: Tensor, q_logits: Tensor, target: Tensor, distance: str, top_k: int | None = None
-) -> Tensor:
-    """How far a draft law q is from its verifier's p, (n,) from logits (n, vocab); gradients reach q alone.
+class Objective(Protocol):
+    """The loss of a batch under some masks: (network, config, batch, corruptions, pattern) -> LossOutput.
 
-    "ce": -log q(target), the text's own token. "kl": KL(p || q). "tv": 1/2 sum |p - q| = 1 - the acceptance
-    rate of rejection sampling. "kl+tv": 0.01 KL + TV (Uno 2609.04010). "lk": lam KL + (1 - lam) TV
-    - log q(argmax p), lam = exp(-acceptance / 2) detached (Nemotron-Labs 2607.05722, section 2.7, over the
-    whole vocabulary at temperature 1).
-    top_k: compare the laws on p's k likeliest tokens and one bucket for the rest of both: a lower bound on KL
-    and TV, 0 where q = p, and the distance itself where k is the vocabulary.
-    """
-    if distance not in DISTANCES[:-1]:
-        raise ValueError(f"distance {distance!r} is unknown: use one of {', '.join(DISTANCES[:-1])}")
-    if distance == "ce":
-        return cross_entropy(q_logits, to_device(target, q_logits.device), reduction="none")
-    distances: Tensor = _Distance.apply(q_logits, p_logits.detach(), distance, top_k)
-    return distances
-
-
-_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
-"""Logits at a time: what a CPU's cache holds, what keeps a GPU busy and is small beside the logits themselves."""
-
-
-class _Distance(torch.autograd.Function):
-    """A distance other than "ce", (n,) from logits (n, vocab), with the closed gradient of q's, taken with the value.
-
-    Some rows at a time, so that nothing else of the logits' size is made, but for the gradient where it is wanted.
+    config: what the network is read as, None for an AR model. corruptions: of the batch's rows, one or more; the loss
+    is their mean. pattern: an annealed mask, else the config's.
     """
 
-    @staticmethod
-    def forward(ctx: Any, q_logits: Tensor, p_logits: Tensor, distance: str, top_k: int | None) -> Tensor:
-        vocabulary = q_logits.shape[-1]
-        k = None if top_k is None or top_k >= vocabulary else top_k
-        slope = torch.empty_like(q_logits) if ctx.needs_input_grad[0] else None
-        total = q_logits.new_empty(len(q_logits))
-        rows = max(1, _AT_ONCE.get(q_logits.device.type, 2**18) // vocabulary)
-        for start in range(0, len(q_logits), rows):
-            part = slice(start, start + rows)
-            out = None if slope is None else slope[part]
-            if distance == "tv" and k is None:
-                total[part] = _excess(q_logits[part], p_logits[part], out)
-            else:
-                total[part] = _by_buckets(q_logits[part], p_logits[part], distance, k, out)
-        ctx.save_for_backward(slope)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
-        return slope.mul_(grad[:, None]), None, None, None  # in place: saved tensors know if they are asked for twice
+    def __call__(
+        self,
+        network: Network,
+        config: DiffusionConfig | None,
+        batch: Batch,
+        corruptions: Sequence[Corruption],
+        pattern: Pattern | None = None,
+    ) -> LossOutput: ...
 
 
-def _excess(q_logits: Tensor, p_logits: Tensor, slope: Tensor | None) -> Tensor:
-    """sum relu(q - p), (n,): what q has above p is as much as it has below. Writes the gradient into `slope`.
+@dataclass(frozen=True)
+class NextToken:
+    """L_AR = sum_i -log p(x_i | x_<i), see `ar_loss`."""
 
-    The gradient is q * (a - sum(q a)) with a = [q > p].
+    def __call__(
+        self,
+        network: Network,
+        config: DiffusionConfig | None,
+        batch: Batch,
+        corruptions: Sequence[Corruption],
+        pattern: Pattern | None = None,
+    ) -> LossOutput:
+        del config, corruptions, pattern
+        return ar_loss(network, batch.x0, batch.layout, batch.loss_mask)
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """L_diffusion = sum_i w_i * -log p(x_i | xt), see `diffusion_loss`.
+
+    by_masked: the sum is that of DiffuLLaMA's released code, sum (1/t) CE / masked tokens of the batch, times the
+    count, so that dividing by a step's count gives the mean over its batches. shares: masks may share one clean pass.
     """
-    q, above = q_logits.softmax(-1), p_logits.softmax(-1)
-    total = torch.sub(q, above, out=above).relu_().sum(-1)
-    if slope is not None:
-        own = above.sign_().mul_(q)
-        torch.addcmul(own, q, own.sum(-1, keepdim=True), value=-1, out=slope)
-    return total
+
+    by_masked: bool = False
+    shares: bool = True
+
+    def __call__(
+        self,
+        network: Network,
+        config: DiffusionConfig | None,
+        batch: Batch,
+        corruptions: Sequence[Corruption],
+        pattern: Pattern | None = None,
+    ) -> LossOutput:
+        assert config is not None
+        if self.shares and pattern is None and not self.by_masked and shares_clean_pass(config, corruptions):
+            return shared_loss(network, config, batch.x0, batch.layout, corruptions, None, batch.loss_mask)
+        losses = []
+        for corruption in corruptions:
+            loss = diffusion_loss(network, config, batch.x0, batch.layout, corruption, pattern, batch.loss_mask)
+            if self.by_masked:
+                loss = LossOutput(loss.sum * loss.count / corruption.masked.sum().clamp_min(1), loss.count)
+            losses.append(loss)
+        return _mean(losses)
 
 
-def _by_buckets(q_logits: Tensor, p_logits: Tensor, distance: str, k: int | None, slope: Tensor | None) -> Tensor:
-    """A distance (n,) of laws on p's k likeliest tokens and one bucket for the rest; k None: on every token.
+@dataclass(frozen=True)
+class Joint:
+    """L_AR + alpha * L_diffusion, see `joint_loss`; the mask token itself is predicted by neither."""
 
-    Writes the gradient into `slope`. With a_s = df / dlog q_s of a bucket s, that of a token i in s is
-    q(i | s) * (a_s - q_s * sum(a)). Buckets are compared in float64: where the rest is small, q - p of the
-    likeliest token is as small, and float32 has no digits left for it.
-    """
-    top = rest = None
-    if k is None:
-        log_p, log_q, best = p_logits.log_softmax(-1), q_logits.log_softmax(-1), p_logits.argmax(-1, keepdim=True)
-    else:
-        top = p_logits.topk(k).indices
-        best = torch.zeros_like(top[:, :1])  # among the tokens: the rest, however likely, is no token
-        (log_p, _), (log_q, rest) = (_with_rest(logits, top) for logits in (p_logits, q_logits))
-    p, q = log_p.exp(), log_q.exp()
-    tv = 0.5 * (p - q).abs().sum(-1)
-    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
-    lam = (-0.5 * (1 - tv)).exp()
-    shares: dict[str, tuple[Any, Any]] = {
-        "kl": (1.0, 0.0),
-        "tv": (0.0, 1.0),
-        "kl+tv": (0.01, 1.0),
-        "lk": (lam, 1 - lam),
-    }
-    of_kl, of_tv = shares[distance]
-    total: Tensor = tv if distance == "tv" else of_kl * kl + of_tv * tv  # KL may be infinite
-    if distance == "lk":
-        total = total - log_q.gather(-1, best)[:, 0]
-    if slope is None:
-        return total
-    if distance == "lk":
-        of_kl, of_tv = lam[:, None], 1 - lam[:, None]
-    a = (0.5 * of_tv) * q * (q - p).sign() - of_kl * p
-    if distance == "lk":
-        a = a.scatter_add(-1, best, -torch.ones_like(a[:, :1]))
-    a = a - q * a.sum(-1, keepdim=True)
-    if top is None or rest is None:
-        slope.copy_(a)
-    else:
-        a = a.to(slope.dtype)
-        torch.mul(rest, a[:, -1:], out=slope).scatter_(-1, top, a[:, :-1])
-    return total
+    alpha: float
+    teacher: Network | None = None
+    distance: str = "ce"
+    top_k: int | None = None
+    shares: bool = True
+
+    def __call__(
+        self,
+        network: Network,
+        config: DiffusionConfig | None,
+        batch: Batch,
+        corruptions: Sequence[Corruption],
+        pattern: Pattern | None = None,
+    ) -> LossOutput:
+        del pattern
+        assert config is not None
+        learnt = batch.x0 != config.mask_token_id
+        if batch.loss_mask is not None:
+            learnt = learnt & batch.loss_mask
+        plain = self.teacher is None and self.distance == "ce"
+        if self.shares and plain and shares_clean_pass(config, corruptions):
+            return shared_loss(network, config, batch.x0, batch.layout, corruptions, self.alpha, learnt)
+        return _mean([
+            joint_loss(network, config, batch.x0, batch.layout, corruption, self.alpha, learnt, teacher=self.teacher,
+                       distance=self.distance, top_k=self.top_k)
+            for corruption in corruptions
+        ])  # fmt: skip
 
 
-def _with_rest(logits: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the tokens `top` (n, k), and of all the others together: (n, k + 1) float64.
+@dataclass(frozen=True)
+class Distill:
+    """sum_i w_i * distance(p_i, q_i) of a drafter on a frozen base, see `distill_loss`."""
 
-    Also the law of the others among themselves, (n, vocab), 0 on `top` (and everywhere if the others have no mass).
-    """
-    others = logits.scatter(-1, top, -torch.inf)
-    mass = others.logsumexp(-1, keepdim=True)
-    parts = torch.cat([logits.gather(-1, top), mass], dim=-1).double()
-    return parts.log_softmax(-1), others.sub_(mass.clamp_min(torch.finfo(mass.dtype).min)).exp_()
+    distance: str
+    top_k: int | None = None
+
+    def __call__(
+        self,
+        network: Network,
+        config: DiffusionConfig | None,
+        batch: Batch,
+        corruptions: Sequence[Corruption],
+        pattern: Pattern | None = None,
+    ) -> LossOutput:
+        del pattern
+        assert config is not None
+        return _mean([
+            distill_loss(network, config, batch.x0, batch.layout, corruption, self.distance, batch.loss_mask,
+                         top_k=self.top_k)
+            for corruption in corruptions
+        ])  # fmt: skip
+
+
+def shares_clean_pass(config: DiffusionConfig, corruptions: Sequence[Corruption]) -> bool:
+    """Whether several masks run on one pass over the clean tokens: two streams without shift, see `shared_loss`."""
+    return len(corruptions) > 1 and config.attention == "two_stream" and not config.shift
+
+
+def _mean(losses: Sequence[LossOutput]) -> LossOutput:
+    """The mean of the sums; every mask of the same rows has the same count."""
+    total = losses[0].sum
+    for loss in losses[1:]:
+        total = total + loss.sum
+    return LossOutput(total / len(losses), losses[0].count)

@@ -1,24 +1,17 @@
-"""Text files and hub data sets -> documents -> packed rows of one length.
-
-A row holds pieces of documents with their document ids and positions, so that attention can keep them apart.
-A text longer than what is left of a row is cut there, and the rest is a document of its own; a supervised
-example is never cut. Everything an iterator needs to go on where it stopped is (epoch, document, offset).
-"""
+"""Text files and hub data sets to documents of token ids."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from unmask.core.attention import PADDING, Layout
 from unmask.core.noise import seed_for
 from unmask.data.plain_text import SpecialTextError, encode
 from unmask.data.supervised import (
@@ -269,80 +262,99 @@ def load_corpus(
     max_documents: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
-    """Read and tokenise files, in batches of documents; `progress` is told the bytes of text done.
+    """Read and tokenise files, in batches of documents; `progress` gets the bytes of text of each batch.
 
     A supervised example longer than `max_length` is a ValueError, or left out with `skip_invalid`.
     """
-    pieces: list[Document] = []
-    digest = hashlib.sha256()
+    reader = _Tokenised(tokenizer, end_token_id, skip_invalid, max_length)
+    pieces = reader.documents
+    for path in files:
+        before = len(pieces)
+        examples = read_examples(path, text_column=text_column, skip_invalid=skip_invalid)
+        while batch := list(itertools.islice(examples, _room(max_documents, len(pieces)))):
+            num_bytes = reader.add(batch, path)
+            if progress is not None:
+                progress(num_bytes)
+        if len(pieces) == before and (max_documents is None or before < max_documents):
+            raise ValueError(f"data file {str(path)!r} holds no documents")
+    return reader.corpus()
 
-    def tokenized(texts: list[str], path: Path) -> list[np.ndarray | None]:
+
+_BATCH = 256
+"""Documents that are tokenised at a time."""
+
+
+def _room(max_documents: int | None, documents: int) -> int:
+    """Examples to read next."""
+    return _BATCH if max_documents is None else max(0, min(_BATCH, max_documents - documents))
+
+
+class _Tokenised:
+    """Documents read so far, and the digest of their texts."""
+
+    def __init__(self, tokenizer: Any, end_token_id: int | None, skip_invalid: bool, max_length: int | None) -> None:
+        self.tokenizer, self.end_token_id = tokenizer, end_token_id
+        self.skip_invalid, self.max_length = skip_invalid, max_length
+        self.documents: list[Document] = []
+        self._digest = hashlib.sha256()
+
+    def add(self, examples: Sequence[Example], path: Path) -> int:
+        """Tokenise the examples of a file, in their order; how many bytes of text they are."""
+        texts = iter(self._texts([example for example in examples if isinstance(example, str)], path))
+        num_bytes = 0
+        for example in examples:
+            raw = (example if isinstance(example, str) else repr(example)).encode()
+            self._digest.update(len(raw).to_bytes(8, "little") + raw)
+            num_bytes += len(raw)
+            if not isinstance(example, str):
+                self.documents += self._supervised(example, path)
+                continue
+            ids = next(texts)
+            if ids is not None:
+                self.documents.append(Document(ids))
+        return num_bytes
+
+    def _texts(self, texts: list[str], path: Path) -> list[np.ndarray | None]:
         """Ids of each text, None for one that is left out."""
         try:
-            return list(tokenize(tokenizer, texts, end_token_id))
+            return list(tokenize(self.tokenizer, texts, self.end_token_id))
         except SpecialTextError as error:
-            if not skip_invalid:
+            if not self.skip_invalid:
                 raise ValueError(f"data file {str(path)!r}: {error}, or keep the rest with skip_invalid=true") from None
         if len(texts) == 1:
             return [None]
         half = len(texts) // 2
-        return tokenized(texts[:half], path) + tokenized(texts[half:], path)
+        return self._texts(texts[:half], path) + self._texts(texts[half:], path)
 
-    def flush(examples: list[Example], path: Path) -> None:
-        texts = iter(tokenized([e for e in examples if isinstance(e, str)], path))
-        done = 0
-        for example in examples:
-            raw = (example if isinstance(example, str) else repr(example)).encode()
-            digest.update(len(raw).to_bytes(8, "little") + raw)
-            done += len(raw)
-            if isinstance(example, str):
-                ids_of_text = next(texts)
-                if ids_of_text is not None:
-                    pieces.append(Document(ids_of_text))
-                continue
-            try:
-                encoded = encode_example(tokenizer, example, end_token_id)
-                for ids, loss_mask in encoded:
-                    if max_length is not None and len(ids) > max_length:
-                        raise InvalidRecordError(f"makes {len(ids)} tokens: raise max_length={max_length}")
-                    if not any(loss_mask):
-                        raise InvalidRecordError("has a completion without tokens")
-            except (InvalidRecordError, SpecialTextError) as error:
-                if not skip_invalid:
-                    colon = ":" if isinstance(error, SpecialTextError) else ""
-                    raise ValueError(
-                        f"data file {str(path)!r}: the example {_shortened(repr(example))}{colon} {error}; "
-                        "mend it, or keep the rest with skip_invalid=true"
-                    ) from None
-                continue
-            pieces.extend(Document(np.asarray(ids, dtype=np.int32), np.asarray(mask)) for ids, mask in encoded)
-        if progress is not None:
-            progress(done)
+    def _supervised(self, example: Any, path: Path) -> list[Document]:
+        """The documents of a supervised example; none for one that is left out."""
+        try:
+            encoded = encode_example(self.tokenizer, example, self.end_token_id)
+            for ids, loss_mask in encoded:
+                if self.max_length is not None and len(ids) > self.max_length:
+                    raise InvalidRecordError(f"makes {len(ids)} tokens: raise max_length={self.max_length}")
+                if not any(loss_mask):
+                    raise InvalidRecordError("has a completion without tokens")
+        except (InvalidRecordError, SpecialTextError) as error:
+            if self.skip_invalid:
+                return []
+            colon = ":" if isinstance(error, SpecialTextError) else ""
+            raise ValueError(
+                f"data file {str(path)!r}: the example {_shortened(repr(example))}{colon} {error}; "
+                "mend it, or keep the rest with skip_invalid=true"
+            ) from None
+        return [Document(np.asarray(ids, dtype=np.int32), np.asarray(mask)) for ids, mask in encoded]
 
-    for path in files:
-        before = len(pieces)
-        examples: list[Example] = []
-        for example in read_examples(path, text_column=text_column, skip_invalid=skip_invalid):
-            if max_documents is not None and len(pieces) + len(examples) >= max_documents:
-                break
-            examples.append(example)
-            if len(examples) == 256:
-                flush(examples, path)
-                examples = []
-        if examples:
-            flush(examples, path)
-        if len(pieces) == before and (max_documents is None or before < max_documents):
-            raise ValueError(f"data file {str(path)!r} holds no documents")
-    lengths = np.array([len(piece.ids) for piece in pieces], dtype=np.int64)
-    given = None
-    if any(piece.loss_mask is not None for piece in pieces):
-        given = np.concatenate([np.zeros(len(ids), bool) if mask is None else ~mask for ids, mask in pieces])
-    return Corpus(
-        np.concatenate([piece.ids for piece in pieces]),
-        np.concatenate([[0], lengths.cumsum()]),
-        digest.hexdigest()[:16],
-        given,
-    )
+    def corpus(self) -> Corpus:
+        """All documents in one array."""
+        lengths = np.array([len(document.ids) for document in self.documents], dtype=np.int64)
+        given = None
+        if any(document.loss_mask is not None for document in self.documents):
+            parts = [np.zeros(len(ids), bool) if mask is None else ~mask for ids, mask in self.documents]
+            given = np.concatenate(parts)
+        tokens = np.concatenate([document.ids for document in self.documents])
+        offsets = np.concatenate([[0], lengths.cumsum()])
+        return Corpus(tokens, offsets, self._digest.hexdigest()[:16], given)
 
 
 def _shortened(text: str, width: int = 70) -> str:
@@ -379,100 +391,3 @@ class HubStream:
                 texts = []
         if texts:
             yield from map(Document, tokenize(self.tokenizer, texts, self.end_token_id))
-
-
-# --- token ids -> packed rows
-
-
-@dataclass(frozen=True)
-class PackState:
-    """Where the next row begins: which document of which epoch, and how far into it."""
-
-    epoch: int = 0
-    document: int = 0
-    offset: int = 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Packed rows: x0 (batch, length), where its tokens stand, and which are learnt (bool; None is all)."""
-
-    x0: Tensor
-    layout: Layout
-    loss_mask: Tensor | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.layout.real.sum())
-
-    def rows(self, start: int, stop: int) -> Batch:
-        loss_mask = None if self.loss_mask is None else self.loss_mask[start:stop]
-        return Batch(self.x0[start:stop], self.layout.subset(slice(start, stop)), loss_mask)
-
-
-class Packer:
-    """Rows of `max_length` tokens from a corpus or stream, epoch after epoch, resumable at any row.
-
-    The last row of an epoch is filled up from the next one; with `epochs` the stream ends, and its last row
-    is padded. So is a row whose rest is too short for the supervised example that comes next.
-    """
-
-    def __init__(
-        self,
-        source: Corpus | HubStream,
-        max_length: int,
-        *,
-        seed: int,
-        epochs: int | None = None,
-        state: PackState | None = None,
-    ) -> None:
-        self.source, self.max_length, self.seed, self.epochs = source, max_length, seed, epochs
-        self.state = state or PackState()
-        self._documents = self._walk(self.state)
-        self._rest = Document(np.zeros(0, dtype=np.int64))
-
-    def _walk(self, state: PackState) -> Iterator[tuple[PackState, Document]]:
-        epoch, start, offset = state.epoch, state.document, state.offset
-        while self.epochs is None or epoch < self.epochs:
-            empty = start == 0
-            for number, whole in enumerate(self.source.stream(self.seed, epoch, start), start):
-                yield PackState(epoch, number, offset), whole.after(offset)
-                empty, offset = False, 0
-            if empty:
-                raise ValueError("the training data holds no documents")
-            epoch, start = epoch + 1, 0
-
-    def batch(self, size: int) -> Batch | None:
-        """The next `size` rows, at the end filled up with padding, or None when nothing is left.
-
-        Always `size` rows, so that every rank of a distributed step has its share to run.
-        """
-        ids = np.zeros((size, self.max_length), dtype=np.int64)
-        position = np.tile(np.arange(self.max_length), (size, 1))
-        document = np.full((size, self.max_length), PADDING, dtype=np.int64)
-        learnt = np.ones((size, self.max_length), dtype=bool)
-        row = column = number = 0
-        while row < size:
-            rest, loss_mask = self._rest
-            if not len(rest):
-                following = next(self._documents, None)
-                if following is None:
-                    break
-                self.state, self._rest = following
-                continue
-            if loss_mask is not None and 0 < self.max_length - column < len(rest) <= self.max_length:
-                row, column, number = row + 1, 0, 0
-                continue
-            take = min(len(rest), self.max_length - column)
-            piece = slice(column, column + take)
-            ids[row, piece], position[row, piece], document[row, piece] = rest[:take], np.arange(take), number
-            if loss_mask is not None:
-                learnt[row, piece] = loss_mask[:take]
-            self._rest, column, number = self._rest.after(take), column + take, number + 1
-            self.state = replace(self.state, offset=self.state.offset + take)
-            if column == self.max_length:
-                row, column, number = row + 1, 0, 0
-        if row + column == 0:
-            return None
-        x0, where, owner = (torch.from_numpy(array) for array in (ids, position, document))
-        return Batch(x0, Layout.of(where, owner), None if learnt.all() else torch.from_numpy(learnt))

@@ -1,0 +1,95 @@
+"""Documents to packed rows of one length.
+
+A row holds pieces of documents with their document ids and positions, so that attention can keep them apart.
+A text longer than what is left of a row is cut there, and the rest is a document of its own; a supervised
+example is never cut. Everything an iterator needs to go on where it stopped is (epoch, document, offset).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from unmask.core.attention import PADDING, Layout
+from unmask.core.batch import Batch
+from unmask.data.documents import Corpus, Document, HubStream
+
+
+@dataclass(frozen=True)
+class PackState:
+    """Where the next row begins: which document of which epoch, and how far into it."""
+
+    epoch: int = 0
+    document: int = 0
+    offset: int = 0
+
+
+class Packer:
+    """Rows of `max_length` tokens from a corpus or stream, epoch after epoch, resumable at any row.
+
+    The last row of an epoch is filled up from the next one; with `epochs` the stream ends, and its last row
+    is padded. So is a row whose rest is too short for the supervised example that comes next.
+    """
+
+    def __init__(
+        self,
+        source: Corpus | HubStream,
+        max_length: int,
+        *,
+        seed: int,
+        epochs: int | None = None,
+        state: PackState | None = None,
+    ) -> None:
+        self.source, self.max_length, self.seed, self.epochs = source, max_length, seed, epochs
+        self.state = state or PackState()
+        self._documents = self._walk(self.state)
+        self._rest = Document(np.zeros(0, dtype=np.int64))
+
+    def _walk(self, state: PackState) -> Iterator[tuple[PackState, Document]]:
+        epoch, start, offset = state.epoch, state.document, state.offset
+        while self.epochs is None or epoch < self.epochs:
+            empty = start == 0
+            for number, whole in enumerate(self.source.stream(self.seed, epoch, start), start):
+                yield PackState(epoch, number, offset), whole.after(offset)
+                empty, offset = False, 0
+            if empty:
+                raise ValueError("the training data holds no documents")
+            epoch, start = epoch + 1, 0
+
+    def batch(self, size: int) -> Batch | None:
+        """The next `size` rows, at the end filled up with padding, or None when nothing is left.
+
+        Always `size` rows, so that every rank of a distributed step has its share to run.
+        """
+        ids = np.zeros((size, self.max_length), dtype=np.int64)
+        position = np.tile(np.arange(self.max_length), (size, 1))
+        document = np.full((size, self.max_length), PADDING, dtype=np.int64)
+        learnt = np.ones((size, self.max_length), dtype=bool)
+        row = column = number = 0
+        while row < size:
+            rest, loss_mask = self._rest
+            if not len(rest):
+                following = next(self._documents, None)
+                if following is None:
+                    break
+                self.state, self._rest = following
+                continue
+            if loss_mask is not None and 0 < self.max_length - column < len(rest) <= self.max_length:
+                row, column, number = row + 1, 0, 0
+                continue
+            take = min(len(rest), self.max_length - column)
+            piece = slice(column, column + take)
+            ids[row, piece], position[row, piece], document[row, piece] = rest[:take], np.arange(take), number
+            if loss_mask is not None:
+                learnt[row, piece] = loss_mask[:take]
+            self._rest, column, number = self._rest.after(take), column + take, number + 1
+            self.state = replace(self.state, offset=self.state.offset + take)
+            if column == self.max_length:
+                row, column, number = row + 1, 0, 0
+        if row + column == 0:
+            return None
+        x0, where, owner = (torch.from_numpy(array) for array in (ids, position, document))
+        return Batch(x0, Layout.of(where, owner), None if learnt.all() else torch.from_numpy(learnt))

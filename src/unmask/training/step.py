@@ -1,0 +1,150 @@
+"""One optimiser step's noise, pattern and loss, as functions of (seed, step, row in the global batch).
+
+So no split of a batch into micro-batches, threads or processes changes a run, and a resumed run stays what it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from unmask.core.attention import Layout, Pattern, annealed
+from unmask.core.batch import Batch
+from unmask.core.corruption import (
+    Corruption,
+    mask_bernoulli,
+    mask_complementary,
+    mask_exact,
+    noise_levels,
+    position_noise,
+    segments,
+)
+from unmask.core.network import DiffusionConfig, Network
+from unmask.core.noise import Key, bernoulli, uniforms
+from unmask.core.objectives import Diffusion, Distill, Joint, LossOutput, NextToken, Objective, predictable
+from unmask.settings import Settings
+
+
+def objective_of(settings: Settings, teacher: Network | None = None) -> Objective:
+    """The loss that the settings of a conversion train; teacher: of the joint objective."""
+    # A shared clean pass keeps a graph through its cache, which recomputed or compiled layers would not have.
+    shares = not settings.gradient_checkpointing and not settings.compile_layers
+    if settings.objective == "joint":
+        return Joint(settings.alpha, teacher, settings.distance, settings.teacher_top_k, shares)
+    if settings.objective == "distill":
+        return Distill(settings.distance, settings.teacher_top_k)
+    return Diffusion(settings.loss_normaliser == "masked", shares)
+
+
+def step_loss(
+    network: Network,
+    settings: Settings,
+    config: DiffusionConfig | None,
+    batch: Batch,
+    step: int,
+    rows: Tensor,
+    teacher: Network | None = None,
+) -> LossOutput:
+    """Loss (sum, count) of these rows of the global batch; a mean over masks where several are drawn.
+
+    rows: (batch,) their numbers in the global batch. config: None trains the AR model.
+    """
+    if config is None:
+        return NextToken()(network, None, batch, ())
+    if config.block_size is not None:
+        config = config.with_block_size(settings.block_size)  # a curriculum's blocks are smaller
+    if settings.random_offset:
+        batch = offset_blocks(batch, settings, step, rows)
+    # A reused mask token that stands in the text by nature is seen as a mask and never predicted.
+    natural = batch.x0 == config.mask_token_id
+    drawn = [c.excluding(natural) for c in corruptions(settings, batch.layout, step, rows, batch.loss_mask)]
+    pattern = annealing(settings, step, rows, network.device)
+    return objective_of(settings, teacher)(network, config, batch, drawn, pattern)
+
+
+def corruptions(
+    settings: Settings, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None = None
+) -> list[Corruption]:
+    """The masks of these rows of the global batch at an optimiser step: `num_masks` of them, or pairs of them."""
+    drawn = []
+    for draw in range(settings.num_masks):
+        drawn += _corruptions(settings, layout, step, rows, loss_mask, draw)
+    return drawn
+
+
+def _corruptions(
+    settings: Settings, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None, draw: int
+) -> list[Corruption]:
+    assert settings.batch_size is not None
+    assert settings.block_size is not None
+    by_block = settings.noise_level == "block"
+    device, length = layout.position.device, layout.position.shape[1]
+    segment = segments(layout, settings.block_size) if by_block else torch.zeros_like(layout.position)
+    # Stratified levels of neighbouring rows are alike, which a loss divided within micro-batches would feel.
+    strata = settings.batch_size if settings.loss_normaliser == "tokens" else 1
+    t = noise_levels(settings.seed, step, rows, strata, length, draw).to(device)
+    t = settings.min_noise_level + (1 - settings.min_noise_level) * t
+    noise = position_noise(settings.seed, step, rows, length, draw).to(device)
+    maskable = predictable(layout, loss_mask)
+    if settings.masking == "all":
+        return [Corruption(maskable, maskable.float())]
+    if settings.masking == "bernoulli":
+        return [mask_bernoulli(t, noise, segment, maskable)]
+    size = settings.block_size if by_block else length
+    place = (layout.position % size + 1) / size
+    half_life = math.inf if settings.half_life is None else settings.half_life
+    if settings.complementary:
+        return list(mask_complementary(t, noise, segment, maskable, place=place, half_life=half_life))
+    return [mask_exact(t, noise, segment, maskable, place=place, half_life=half_life)]
+
+
+def offset_blocks(batch: Batch, settings: Settings, step: int, rows: Tensor) -> Batch:
+    """The batch with each document on a block grid of its own, begun at one of block_size places.
+
+    A document's positions all move by its offset. Rotary attention sees differences alone, so only the blocks
+    change; what was the document's first token stays given.
+    """
+    assert settings.block_size is not None
+    position, document, noisy = batch.layout
+    draws = uniforms([("offset", settings.seed, step, row) for row in rows.tolist()], position.shape[1])
+    offset = (draws.to(document.device).gather(-1, document.clamp_min(0)) * settings.block_size).long()
+    return Batch(batch.x0, Layout(position + offset, document, noisy), predictable(batch.layout, batch.loss_mask))
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(length: int, ratio: float, key: Key, device: torch.device) -> Tensor:
+    """Each entry True with probability `ratio`, drawn on `device`; kept, since a step's micro-batches share it."""
+    return bernoulli(length, length, probability=ratio, key=key, device=device)
+
+
+def annealing(settings: Settings, step: int, rows: Tensor, device: torch.device) -> Pattern | None:
+    """The pattern of an optimiser step while attention opens up; None once it is fully bidirectional.
+
+    r = min(1, (step + 1) / anneal_steps) (DiffuLLaMA 2410.17891, section 3.3): every entry above the diagonal
+    is open with probability r, one max_length x max_length matrix a step, on positions inside documents; with
+    `anneal_redraw` one for each micro-batch, keyed by its first row. A function of the step alone, so that a
+    resumed run goes on where it stopped.
+    """
+    assert settings.max_length is not None
+    ratio = (step + 1) / settings.anneal_steps
+    if ratio >= 1:
+        return None
+    key: Key = ("anneal", settings.seed, step)
+    if settings.anneal_redraw:
+        key += (int(rows[0]),)
+    return annealed(_opened(settings.max_length, ratio, key, device))
+
+
+def learning_rate_at(settings: Settings, step: int, total_steps: int) -> float:
+    """Linear warm-up, then a cosine from learning_rate to learning_rate * min_learning_rate_ratio."""
+    assert settings.learning_rate is not None
+    assert settings.min_learning_rate_ratio is not None
+    warmup = max(1, round(settings.warmup_ratio * total_steps))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    floor = settings.min_learning_rate_ratio
+    return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -1,0 +1,49 @@
+"""The backward pass of a small model spread over the threads of a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unmask.core.batch import Batch
+from unmask.core.objectives import LossOutput
+
+
+class ThreadedBackward:
+    """Threads that each run the forward and backward pass of some rows, with one thread of kernels each.
+
+    A small model's operations are too small to be split over threads, and its rows are not. Gradients are summed in
+    the order of the rows, so that a run remains a function of its seed. replicate: makes a network that shares the
+    weights and not the gradients.
+    """
+
+    def __init__(self, network: Any, replicate: Callable[[Any], Any]) -> None:
+        self.networks = [network] + [replicate(network) for _ in range(torch.get_num_threads() - 1)]
+        self.pool = ThreadPoolExecutor(len(self.networks), initializer=lambda: torch.set_num_threads(1))
+
+    def run(self, loss_of: Callable[..., LossOutput], batch: Batch, rows: Tensor, scale: float) -> Tensor:
+        """The detached loss sum of the rows; `scale` times its gradient is added to the first network's model."""
+        size = -(-len(rows) // len(self.networks))
+
+        def work(index: int) -> Tensor:
+            part = slice(index * size, (index + 1) * size)
+            loss = loss_of(self.networks[index], batch=batch.rows(part.start, part.stop), rows=rows[part])
+            (loss.sum * scale).backward()
+            return loss.sum.detach().double()
+
+        sums = list(self.pool.map(work, range(-(-len(rows) // size))))
+        first, *others = (list(network.model.parameters()) for network in self.networks)
+        for other in others:
+            for parameter, twin in zip(first, other, strict=True):
+                if twin.grad is not None:
+                    parameter.grad = twin.grad if parameter.grad is None else parameter.grad.add_(twin.grad)
+                    twin.grad = None
+        return torch.stack(sums).sum()
+
+    def close(self) -> None:
+        """End the threads."""
+        self.pool.shutdown()

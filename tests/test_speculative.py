@@ -12,7 +12,8 @@ from unmask import hf
 from unmask.core.attention import Layout, causal, dense, drafting, two_stream
 from unmask.core.decoding import begin, draft, verify
 from unmask.sampling import Coupled, Rejection
-from unmask.sampling.speculative import Noise, adapted_length
+from unmask.sampling.acceptance import Noise
+from unmask.sampling.speculative import adapted_length
 
 LENGTHS = (1, 4, 6, 11, 3, 9, 2, 17)
 
@@ -122,7 +123,7 @@ class Echo:
 
 
 class Kept:
-    def select(self, keep: Tensor) -> None: ...
+    def keep_slots(self, keep: Tensor) -> None: ...
 
 
 @pytest.mark.parametrize("draft_length", [1, 4, 7])

@@ -22,7 +22,7 @@ from unmask.core.decoding import begin, denoise
 from unmask.core.network import DiffusionConfig
 from unmask.lab.bench_train import Case, clocks, make_model, medians
 from unmask.sampling import Confidence, Request, SampledTokens, sample_autoregressive, sample_blocks, sample_speculative
-from unmask.sampling.speculative import Noise
+from unmask.sampling.acceptance import Noise
 from unmask.version import __version__
 
 PROMPT, NEW = 32, 128

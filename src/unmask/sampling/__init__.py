@@ -1,5 +1,6 @@
 """Decoders, the commit rules they take, and what they are asked."""
 
+from unmask.sampling.acceptance import Acceptance, Coupled, Rejection
 from unmask.sampling.autoregressive import sample_autoregressive
 from unmask.sampling.block import sample_blocks
 from unmask.sampling.canvas import Canvas, sample_bidirectional, sample_canvases
@@ -18,7 +19,7 @@ from unmask.sampling.commit import (
 from unmask.sampling.decoders import Autoregressive, Blocks, Decoder, Speculative, WholeCanvas, choose_decoder
 from unmask.sampling.remask import Remask
 from unmask.sampling.request import Request, SampledTokens
-from unmask.sampling.speculative import Acceptance, Coupled, Rejection, sample_speculative
+from unmask.sampling.speculative import sample_speculative
 from unmask.sampling.trace import Guess, Step, Trace
 
 __all__ = [

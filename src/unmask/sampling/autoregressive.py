@@ -23,7 +23,7 @@ def sample_autoregressive(network: Network, prompts: Sequence[Tensor], request: 
     state = AutoregressiveRows(network, prompts, request)
     scheduler, past = state.scheduler, state.scheduler.past
     while True:
-        state.admit()
+        state.admit_rows()
         if not scheduler.rows:
             break
         position = past.lengths[:, None].clone()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from unmask.core.transfer import to_device
 from unmask.sampling.commit import Ancestral, Candidates, Selector, Threshold, token_confidence
 from unmask.sampling.guidance import guide
 from unmask.sampling.remask import Remask
-from unmask.sampling.request import Request, SampledTokens, Stop, first_end
+from unmask.sampling.request import Request, SampledTokens, Stop
 from unmask.sampling.tokens import choose_tokens
 
 _LEFT, _BACK = -1, -2
@@ -71,109 +71,201 @@ def sample_bidirectional(
     row_numbers: the rows' numbers for noise and callback, 0, 1, ... unless given.
     Memory: with temperature > 0, 8 bytes x open places x vocabulary of noise.
     """
-    device, batch = network.device, len(canvases)
-    sizes = [len(canvas.tokens) for canvas in canvases]
-    # What stands where is on the host, where it can be read; the device has what follows from logits.
-    xt = torch.full((batch, max(sizes)), config.mask_token_id)
-    masked = torch.zeros_like(xt, dtype=torch.bool)
-    priority = torch.zeros(xt.shape, dtype=torch.float64)
-    numbers = list(range(batch)) if row_numbers is None else list(row_numbers)
-    for i, (canvas, n) in enumerate(zip(canvases, sizes, strict=True)):
-        masked[i, :n] = ~canvas.given.cpu()
-        xt[i, :n] = torch.where(masked[i, :n], config.mask_token_id, canvas.tokens.cpu())
-        priority[i, :n] = uniform(n, key=("order", request.seed, numbers[i], 0))
-    budgets = _budgets(masked, max_denoising_steps, select, remask)
+    numbers = range(len(canvases)) if row_numbers is None else row_numbers
+    state = _Filling(network, config, canvases, request, numbers, guidance_scale)
+    budgets = _budgets(state.masked, max_denoising_steps, select, remask)
     select = select or Threshold()
-
-    index = torch.arange(xt.shape[1])
-    inside = index < torch.tensor(sizes)[:, None]
-    layout = Layout.of(torch.where(inside, index, 0), torch.where(inside, 0, PADDING))
-    hidden = inside & ~masked & (index > 0)
-    open_ = masked.clone()
-    places = [row.nonzero()[:, 0] for row in open_]
-    num_new = [len(place) for place in places]
-    num_forwards = torch.zeros(batch, dtype=torch.long)
-    noise: Tensor | None = None
-    slot = open_.flatten().cumsum(0).view_as(xt) - 1  # where a place's noise stands
-    draws = torch.zeros_like(xt)
-
-    rows, step = masked.any(-1).nonzero()[:, 0], 0
-    where, order = layout.subset(rows), to_device(priority[rows], device)
-    confidence = torch.zeros_like(order)
-    while len(rows):
-        here, before = masked[rows], xt[rows]
-        there = to_device(here, device)
-        progress = None if budgets is None else _progress(budgets[rows], step + 1, device)
-        # Of each place: the token it gets, _LEFT, or _BACK where a token is taken back.
-        news = torch.full(here.shape, _LEFT, device=device)
-        if bool(here.any()):
-            logits = score(network, config, before, before, where, here)
-            if guidance_scale != 1:
-                bare = before.masked_fill(hidden[rows], config.mask_token_id)
-                logits = guide(logits, score(network, config, bare, bare, where, here), guidance_scale)
-            num_forwards[rows[here.any(-1)]] += 1 if guidance_scale == 1 else 2
-            if request.temperature > 0 and noise is None:
-                keys = [("token", request.seed, numbers[i], p, 0) for i, p in open_.nonzero().tolist()]
-                noise = gumbels(keys, logits.shape[-1], device)
-            chosen_noise = None if noise is None else noise[to_device(slot[rows][here], device)]
-            tokens = choose_tokens(logits, request.temperature, request.top_p, chosen_noise, request.top_k)
-            found = token_confidence(logits, there, tokens)
-            if remask is None:
-                at_least = torch.zeros_like(rows)
-                if budgets is not None:
-                    at_least = -(-here.sum(-1) // (budgets[rows] - step).clamp_min(1))
-                candidates = Candidates(there, found, logits, order, progress)
-                commit = select(candidates, to_device(at_least, device))
-                news = torch.where(commit, news.masked_scatter(there, tokens), news)
-        if remask is not None:
+    while len(state.rows):
+        proposal = state.propose()
+        last = state.step + 1 == max_denoising_steps
+        if remask is None:
+            changes = state.commit_by_rule(proposal, select, budgets)
+        else:
             assert budgets is not None
-            assert isinstance(progress, float)
-            generated = to_device(open_[rows] & ~here, device)
-            reveal, again = remask.rates(step / int(budgets[0]), progress, generated, confidence)
-            drawn = torch.ones(here.shape, dtype=torch.float64)
-            for k, i in enumerate(rows.tolist()):
-                drawn[k, : sizes[i]] = uniform(sizes[i], key=("remask", request.seed, numbers[i], step))
-            chance = to_device(drawn, device)
-            if bool(here.any()):
-                commit = there & (chance < reveal)
-                confidence = torch.where(commit, found, confidence)
-                news = torch.where(commit, news.masked_scatter(there, tokens), news)
-            news = news.masked_fill(generated & (chance < again), _BACK)
-        read = news.cpu()  # the one wait for the device
+            changes = state.remask_by_chance(proposal, remask, int(budgets[0]))
+        committed = state.apply(changes)
+        state.report(committed)
+        if remask is None or last:
+            state.end_rows(committed.any(-1) | last)
+        if remask is None:
+            state.retire()
+        elif last:
+            break
+    return state.sampled()
+
+
+class _Proposal(NamedTuple):
+    """Of the masked positions of the rows, in their order: logits (n, vocab), a token each, and its confidence.
+
+    masked: (rows, length) bool on the device. confidence: (rows, length) float64, 0 elsewhere.
+    """
+
+    masked: Tensor
+    logits: Tensor
+    tokens: Tensor
+    confidence: Tensor
+
+
+class _Filling:
+    """The text of all canvases, and the rows that are not filled in yet; a step is one call of each method.
+
+    On the host, (batch, length): xt int64; masked, open bool, open what was to be filled in at the beginning; redrawn
+    int64, how often a position was taken back. rows: (n,) the batch rows that still go on. layout: of those rows.
+    On the device, of those rows: priority (n, length) float64 uniforms; confidence (n, length), of each token when it
+    was revealed (remasking only).
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        config: DiffusionConfig,
+        canvases: Sequence[Canvas],
+        request: Request,
+        numbers: Sequence[int],
+        guidance_scale: float,
+    ) -> None:
+        self.network, self.config, self.request = network, config, request
+        self.numbers, self.guidance_scale, self.device = list(numbers), guidance_scale, network.device
+        self.sizes = [len(canvas.tokens) for canvas in canvases]
+        self.xt = torch.full((len(canvases), max(self.sizes)), config.mask_token_id)
+        self.masked = torch.zeros_like(self.xt, dtype=torch.bool)
+        self.all_priority = torch.zeros(self.xt.shape, dtype=torch.float64)
+        for i, (canvas, n) in enumerate(zip(canvases, self.sizes, strict=True)):
+            self.masked[i, :n] = ~canvas.given.cpu()
+            self.xt[i, :n] = torch.where(self.masked[i, :n], config.mask_token_id, canvas.tokens.cpu())
+            self.all_priority[i, :n] = uniform(n, key=("order", request.seed, self.numbers[i], 0))
+        index = torch.arange(self.xt.shape[1])
+        inside = index < torch.tensor(self.sizes)[:, None]
+        self.all_layout = Layout.of(torch.where(inside, index, 0), torch.where(inside, 0, PADDING))
+        self.prompt = inside & ~self.masked & (index > 0)  # what the other branch of guidance does not see
+        self.open = self.masked.clone()
+        self.places = [row.nonzero()[:, 0] for row in self.open]
+        self.num_new = [len(place) for place in self.places]
+        self.num_forwards = torch.zeros(len(canvases), dtype=torch.long)
+        self.noise: Tensor | None = None
+        self.noise_row = self.open.flatten().cumsum(0).view_as(self.xt) - 1  # of `noise`, for each open position
+        self.redrawn = torch.zeros_like(self.xt)
+        self.step = 0
+        self._keep(self.masked.any(-1).nonzero()[:, 0])
+        self.confidence = torch.zeros_like(self.priority)
+
+    def propose(self) -> _Proposal | None:
+        """Tokens for the masked positions by one forward, two with guidance; None where nothing is masked."""
+        request, masked, xt = self.request, self.masked[self.rows], self.xt[self.rows]
+        if not bool(masked.any()):
+            return None
+        logits = score(self.network, self.config, xt, xt, self.layout, masked)
+        if self.guidance_scale != 1:
+            bare = xt.masked_fill(self.prompt[self.rows], self.config.mask_token_id)
+            unconditional = score(self.network, self.config, bare, bare, self.layout, masked)
+            logits = guide(logits, unconditional, self.guidance_scale)
+        self.num_forwards[self.rows[masked.any(-1)]] += 1 if self.guidance_scale == 1 else 2
+        noise = None
+        if request.temperature > 0:
+            if self.noise is None:
+                keys = [("token", request.seed, self.numbers[i], p, 0) for i, p in self.open.nonzero().tolist()]
+                self.noise = gumbels(keys, logits.shape[-1], self.device)
+            noise = self.noise[to_device(self.noise_row[self.rows][masked], self.device)]
+        tokens = choose_tokens(logits, request.temperature, request.top_p, noise, request.top_k)
+        on_device = to_device(masked, self.device)
+        return _Proposal(on_device, logits, tokens, token_confidence(logits, on_device, tokens))
+
+    def commit_by_rule(self, proposal: _Proposal | None, select: Selector, budgets: Tensor | None) -> Tensor:
+        """The changes of this step where a rule commits: (rows, length) on the device, a token or `_LEFT`.
+
+        budgets: forwards of each row of the batch.
+        """
+        assert proposal is not None
+        at_least, progress = torch.zeros_like(self.rows), None
+        if budgets is not None:
+            own = budgets[self.rows]
+            at_least = -(-self.masked[self.rows].sum(-1) // (own - self.step).clamp_min(1))
+            progress = _progress(own, self.step + 1, self.device)
+        candidates = Candidates(proposal.masked, proposal.confidence, proposal.logits, self.priority, progress)
+        commit = select(candidates, to_device(at_least, self.device))
+        return self._revealed(proposal, commit)
+
+    def remask_by_chance(self, proposal: _Proposal | None, remask: Remask, num_steps: int) -> Tensor:
+        """The changes of this step where chance reveals tokens and takes them back: a token, `_LEFT` or `_BACK`."""
+        generated = to_device(self.open[self.rows] & ~self.masked[self.rows], self.device)
+        progress, after = self.step / num_steps, (self.step + 1) / num_steps
+        reveal, again = remask.rates(progress, after, generated, self.confidence)
+        drawn = torch.ones(generated.shape, dtype=torch.float64)
+        for k, i in enumerate(self.rows.tolist()):
+            key = ("remask", self.request.seed, self.numbers[i], self.step)
+            drawn[k, : self.sizes[i]] = uniform(self.sizes[i], key=key)
+        chance = to_device(drawn, self.device)
+        changes = self._unchanged(generated)
+        if proposal is not None:
+            commit = proposal.masked & (chance < reveal)
+            self.confidence = torch.where(commit, proposal.confidence, self.confidence)
+            changes = self._revealed(proposal, commit)
+        return changes.masked_fill(generated & (chance < again), _BACK)
+
+    def apply(self, changes: Tensor) -> Tensor:
+        """Write the changes into the text; which positions were committed, (rows, length) bool on the host."""
+        read = changes.cpu()  # the one wait for the device
         committed, back = read >= 0, read == _BACK
-        xt[rows] = torch.where(committed, read, before).masked_fill(back, config.mask_token_id)
-        masked[rows] = (here & ~committed) | back
+        rows, before = self.rows, self.xt[self.rows]
+        self.xt[rows] = torch.where(committed, read, before).masked_fill(back, self.config.mask_token_id)
+        self.masked[rows] = (self.masked[rows] & ~committed) | back
         if bool(back.any()):
-            draws[rows] += back
-            if noise is not None:
-                for i, j in zip(rows[back.nonzero()[:, 0]].tolist(), back.nonzero()[:, 1].tolist(), strict=True):
-                    key = ("token", request.seed, numbers[i], j, int(draws[i, j]))
-                    noise[int(slot[i, j])] = gumbels([key], noise.shape[-1], device)[0]
-        step += 1
-        last = step == max_denoising_steps
+            self._redraw(back)
+        self.step += 1
+        return committed
 
-        for i, row in enumerate(rows.tolist()):
-            if request.callback is not None and bool(committed[i].any()):
-                request.callback(numbers[row], index[committed[i]].tolist(), xt[row][committed[i]].tolist())
-            if (remask is None or last) and bool(committed[i].any() | last):
-                # Only what everything before it is committed for can end a row.
-                waiting = masked[row][places[row]].nonzero()[:, 0]
-                known = int(waiting[0]) if len(waiting) else len(places[row])
-                new = xt[row][places[row][:known]].tolist()
-                kept = request.kept(row, new)
-                if kept is not None:
-                    num_new[row], masked[row] = kept, False
-        if remask is not None:
-            if last:
-                break
-            continue
-        going = masked[rows].any(-1)
-        if not bool(going.all()):  # else all that says where rows stand, masks included, stands too
-            rows = rows[going]
-            where, order = layout.subset(rows), to_device(priority[rows], device)
+    def report(self, committed: Tensor) -> None:
+        """Give the commits of each row to the callback."""
+        if self.request.callback is None:
+            return
+        for i, row in enumerate(self.rows.tolist()):
+            position = committed[i].nonzero()[:, 0].tolist()
+            if position:
+                self.request.callback(self.numbers[row], position, self.xt[row][committed[i]].tolist())
 
-    new_tokens = [xt[i][place[:n]].tolist() for i, (place, n) in enumerate(zip(places, num_new, strict=True))]
-    return SampledTokens(new_tokens, num_forwards, torch.zeros(batch, dtype=torch.long))
+    def end_rows(self, looked_at: Tensor) -> None:
+        """End those of the rows (n,) bool with an end token or a stop, before which everything is committed."""
+        for row in self.rows[looked_at].tolist():
+            places = self.places[row]
+            waiting = self.masked[row][places].nonzero()[:, 0]
+            known = int(waiting[0]) if len(waiting) else len(places)
+            kept = self.request.kept(row, self.xt[row][places[:known]].tolist())
+            if kept is not None:
+                self.num_new[row], self.masked[row] = kept, False
+
+    def retire(self) -> None:
+        """Drop the rows that are filled in or have ended; with none to drop, layout and masks stay the same ones."""
+        going = self.masked[self.rows].any(-1)
+        if not bool(going.all()):
+            self._keep(self.rows[going])
+
+    def sampled(self) -> SampledTokens:
+        """The tokens of the open positions of each canvas."""
+        new_tokens = [
+            self.xt[i][place[:n]].tolist() for i, (place, n) in enumerate(zip(self.places, self.num_new, strict=True))
+        ]
+        return SampledTokens(new_tokens, self.num_forwards, torch.zeros(len(new_tokens), dtype=torch.long))
+
+    def _keep(self, rows: Tensor) -> None:
+        self.rows, self.layout = rows, self.all_layout.subset(rows)
+        self.priority = to_device(self.all_priority[rows], self.device)
+
+    def _unchanged(self, like: Tensor) -> Tensor:
+        return torch.full(like.shape, _LEFT, device=self.device)
+
+    def _revealed(self, proposal: _Proposal, commit: Tensor) -> Tensor:
+        """The proposed tokens where `commit` is True."""
+        unchanged = self._unchanged(commit)
+        return torch.where(commit, unchanged.masked_scatter(proposal.masked, proposal.tokens), unchanged)
+
+    def _redraw(self, back: Tensor) -> None:
+        """New noise for the positions of the rows that were taken back."""
+        self.redrawn[self.rows] += back
+        if self.noise is None:
+            return
+        for i, j in zip(self.rows[back.nonzero()[:, 0]].tolist(), back.nonzero()[:, 1].tolist(), strict=True):
+            key = ("token", self.request.seed, self.numbers[i], j, int(self.redrawn[i, j]))
+            self.noise[int(self.noise_row[i, j])] = gumbels([key], self.noise.shape[-1], self.device)[0]
 
 
 def sample_canvases(
@@ -190,43 +282,38 @@ def sample_canvases(
     """Continue ragged prompts by whole canvases of `canvas_size` new tokens, one after the other.
 
     By default one canvas holds all max_new_tokens. A canvas sees all that stands before it and nothing beyond
-    itself. max_denoising_steps is that of each canvas. `options` go to
-    `sample_bidirectional`.
+    itself. max_denoising_steps is that of each canvas. `options` go to `sample_bidirectional`.
     """
     size = min(canvas_size or request.max_new_tokens, request.max_new_tokens)
     if max_denoising_steps is not None and max_denoising_steps > size and remask is None:
         raise ValueError(_too_many(max_denoising_steps, size))
-    batch = len(prompts)
     new_tokens: list[list[int]] = [[] for _ in prompts]
-    num_forwards = torch.zeros(batch, dtype=torch.long)
+    num_forwards = torch.zeros(len(prompts), dtype=torch.long)
     limits = [request.limit(len(prompt)) for prompt in prompts]
-    waiting = [i for i in range(batch) if limits[i] > 0]
-    at_a_time = max(1, len(waiting)) if request.batch_size is None else request.batch_size
+    waiting = [i for i in range(len(prompts)) if limits[i] > 0]
+    at_a_time = request.batch_size or max(1, len(waiting))
     for begin in range(0, len(waiting), at_a_time):
         rows = waiting[begin : begin + at_a_time]
         while rows:
             wanted = [min(size, limits[i] - len(new_tokens[i])) for i in rows]
-            canvases = [
-                Canvas.around(torch.cat([prompts[i].cpu(), torch.tensor(new_tokens[i], dtype=torch.long)]), n)
-                for i, n in zip(rows, wanted, strict=True)
-            ]
+            texts = [torch.cat([prompts[i].cpu(), torch.tensor(new_tokens[i], dtype=torch.long)]) for i in rows]
             steps: int | list[int] | None = max_denoising_steps
             if max_denoising_steps is not None and remask is None:
-                steps = [min(max_denoising_steps, n) for n in wanted]  # of each: batch-mates have more room, or less
+                steps = [min(max_denoising_steps, n) for n in wanted]  # of each: other rows have more room, or less
             filled = sample_bidirectional(
-                network, config, canvases, replace(request, stop=_after(new_tokens, rows, request.stop)),
+                network, config, [Canvas.around(text, n) for text, n in zip(texts, wanted, strict=True)],
+                replace(request, stop=_after(new_tokens, rows, request.stop)),
                 max_denoising_steps=steps, remask=remask, row_numbers=rows, **options,
             )  # fmt: skip
             num_forwards[rows] += filled.num_forwards
             going = []
             for i, n, new in zip(rows, wanted, filled.new_tokens, strict=True):
                 new_tokens[i] = new_tokens[i] + new
-                ended = len(new) < n or first_end(new, request.end_token_ids) is not None
-                ended = ended or (request.stop is not None and request.stop(i, new_tokens[i]) is not None)
+                ended = len(new) < n or request.kept(i, new_tokens[i]) is not None
                 if not ended and len(new_tokens[i]) < limits[i]:
                     going.append(i)
             rows = going
-    return SampledTokens(new_tokens, num_forwards, torch.zeros(batch, dtype=torch.long))
+    return SampledTokens(new_tokens, num_forwards, torch.zeros(len(prompts), dtype=torch.long))
 
 
 def _after(done: list[list[int]], rows: list[int], stop: Stop | None) -> Stop | None:
@@ -234,12 +321,12 @@ def _after(done: list[list[int]], rows: list[int], stop: Stop | None) -> Stop | 
     if stop is None:
         return None
 
-    def here(row: int, new: list[int]) -> int | None:
+    def stop_of_canvas(row: int, new: list[int]) -> int | None:
         before = done[rows[row]]
         kept = stop(rows[row], [*before, *new])
         return None if kept is None else max(0, kept - len(before))
 
-    return here
+    return stop_of_canvas
 
 
 def _progress(budgets: Tensor, step: int, device: torch.device) -> float | Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from unmask.core.network import DiffusionConfig, Network
+from unmask.sampling.acceptance import Acceptance
 from unmask.sampling.autoregressive import sample_autoregressive
 from unmask.sampling.block import sample_blocks
 from unmask.sampling.canvas import Canvas, sample_bidirectional, sample_canvases
@@ -24,7 +25,7 @@ from unmask.sampling.commit import Selector, Threshold
 from unmask.sampling.guidance import check_guidance
 from unmask.sampling.remask import Remask
 from unmask.sampling.request import Request, SampledTokens
-from unmask.sampling.speculative import Acceptance, sample_speculative
+from unmask.sampling.speculative import sample_speculative
 
 
 @dataclass(frozen=True)

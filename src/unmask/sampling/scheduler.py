@@ -68,7 +68,7 @@ class AutoregressiveRows:
         self.scheduler = Scheduler(network, len(prompts), request.batch_size, columns)
         self.last = torch.zeros(len(self.scheduler.rows), 1, dtype=torch.long, device=network.device)
 
-    def admit(self) -> tuple[list[int], Tensor | None]:
+    def admit_rows(self) -> tuple[list[int], Tensor | None]:
         """`Scheduler.admit`, with the new rows' prompts prefilled up to their last tokens."""
         new, stay = self.scheduler.admit()
         if stay is not None:

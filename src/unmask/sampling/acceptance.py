@@ -1,0 +1,101 @@
+"""Acceptance rules: how many drafts stay, and the token after them, so that the output is AR sampling's.
+
+Notation: k drafts d_1..d_k drawn from draft distributions q_1..q_k, and AR distributions p_1..p_(k+1), where p_j
+follows d_1..d_(j-1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from unmask.core.noise import uniforms
+from unmask.sampling.tokens import token_noise
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Where the random numbers of some tokens come from: (seed, row, absolute position) of each.
+
+    rows: (batch,). position: (batch, n) of the first n tokens after the verified ones.
+    """
+
+    seed: int
+    rows: Tensor
+    position: Tensor
+
+    def gumbel(self, vocabulary: int, width: int, purpose: str = "token", device: torch.device | None = None) -> Tensor:
+        return token_noise(vocabulary, self.seed, self.rows, self.position[:, :width], purpose, device)
+
+    def accept(self, width: int) -> Tensor:
+        """float64 uniforms (batch, width)."""
+        places = self.position[:, :width].tolist()
+        keys = [("accept", self.seed, row, p) for row, of in zip(self.rows.tolist(), places, strict=True) for p in of]
+        return uniforms(keys, 1).view(len(places), -1)
+
+
+class Acceptance(Protocol):
+    """(drafts (b, k), q logits (b, k, v), p logits (b, k + 1, v), drafted (b, k) bool) -> (accepted, next).
+
+    accepted (b,): how many drafts of each row's `drafted` prefix are kept; next (b,): the token after them.
+    The logits are those of the distributions that were sampled from: divided by the temperature, cut by top-p. Without
+    noise, at temperature 0, each is its likeliest token.
+    """
+
+    def __call__(
+        self, drafts: Tensor, q: Tensor, p: Tensor, drafted: Tensor, noise: Noise | None
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """Accept a draft while it is the token that AR sampling would draw with the same noise (2408.07978).
+
+    d_j = argmax(log q_j + g_j), a_j = argmax(log p_j + g_j), g_j the Gumbel noise of position j; every token
+    that comes out is an a_j. So the output is AR sampling's own, token for token, whatever the drafter, and
+    P(accept) >= (1 - TV) / (1 + TV).
+    """
+
+    def __call__(
+        self, drafts: Tensor, q: Tensor, p: Tensor, drafted: Tensor, noise: Noise | None
+    ) -> tuple[Tensor, Tensor]:
+        del q  # the drafts were drawn with this noise, which is all that matters
+        if noise is None:
+            return accept_matching(drafts, p.argmax(-1), drafted)
+        g = noise.gumbel(p.shape[-1], p.shape[1], device=p.device)
+        return accept_matching(drafts, (p.double() + g).argmax(-1), drafted)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Accept d_j with probability min(1, p_j(d_j) / q_j(d_j)), else draw from max(p_j - q_j, 0), normalised.
+
+    Leviathan et al. 2211.17192, algorithm 1: exact for any q_j that d_j was really drawn from; the rate is
+    1 - TV(p_j, q_j). The output has AR's distribution and not AR's tokens: its noise is used differently.
+    """
+
+    def __call__(
+        self, drafts: Tensor, q: Tensor, p: Tensor, drafted: Tensor, noise: Noise | None
+    ) -> tuple[Tensor, Tensor]:
+        if noise is None:
+            return accept_matching(drafts, p.argmax(-1), drafted)
+        q_probs, p_probs = q.double().softmax(-1), p.double().softmax(-1)
+        q_draft, p_draft = (x[:, : drafts.shape[1]].gather(-1, drafts[..., None])[..., 0] for x in (q_probs, p_probs))
+        passes = noise.accept(drafts.shape[1]).to(p.device) * q_draft < p_draft
+        accepted = (drafted & passes).long().cumprod(-1).sum(-1)
+        index = accepted[:, None, None].expand(-1, 1, p.shape[-1])
+        residual = p_probs.gather(1, index)[:, 0]
+        tried = torch.nn.functional.pad(drafted, (0, 1)).gather(1, accepted[:, None])  # a draft stood there, refused
+        refused = torch.nn.functional.pad(q_probs, (0, 0, 0, 1)).gather(1, index)[:, 0]
+        residual = torch.where(tried, (residual - refused).clamp_min(0), residual)
+        g = noise.gumbel(p.shape[-1], p.shape[1], "residual", p.device).gather(1, index)[:, 0]
+        return accepted, (residual.log() + g).argmax(-1)
+
+
+def accept_matching(drafts: Tensor, targets: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+    """Accept while draft and target agree; the target after them is the next token. targets: (b, k + 1)."""
+    accepted = (drafted & (drafts == targets[:, :-1])).long().cumprod(-1).sum(-1)
+    return accepted, targets.gather(1, accepted[:, None])[:, 0]

@@ -102,7 +102,8 @@ def main() -> None:
 
     import unmask
     from unmask.cli.adapt import split_settings
-    from unmask.settings import load_recipe, resolve
+    from unmask.recipe import load_recipe
+    from unmask.resolve import resolve
 
     torch.set_num_threads(1)
     _, settings = split_settings(options.settings)

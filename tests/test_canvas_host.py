@@ -11,8 +11,8 @@ from conftest import MASK, block_config, network, random_tokens
 from decode import sample_canvases
 
 from unmask.core.network import DiffusionConfig
+from unmask.recipe import load_recipe
 from unmask.sampling import Ancestral, Remask
-from unmask.settings import load_recipe
 
 CONFIG = DiffusionConfig(MASK, "bidirectional", None, None, True, "test", "0")
 

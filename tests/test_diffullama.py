@@ -22,7 +22,9 @@ from unmask.core.corruption import Corruption
 from unmask.core.network import DiffusionConfig
 from unmask.core.objectives import diffusion_loss, predictable, token_nll
 from unmask.core.scoring import score
-from unmask.settings import Settings, load_recipe, resolve
+from unmask.recipe import load_recipe
+from unmask.resolve import resolve
+from unmask.settings import Settings
 from unmask.training.step import annealing, corruptions, step_loss
 
 SHIFTED = DiffusionConfig(MASK, "bidirectional", None, None, True, "test", "0")
@@ -305,11 +307,11 @@ def test_any_length_will_do_without_blocks() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"anneal_steps": 0}, "anneal_steps=0 must be positive"),
+        ({"anneal_steps": 0}, "anneal_steps=0 must be above 0"),
         ({"anneal_form": "entries"}, "setting 'anneal_form' is unknown"),
         ({"loss_normaliser": "rows"}, "loss_normaliser='rows' is unknown"),
-        ({"min_noise_level": 1.0}, r"min_noise_level=1.0 must lie in \[0, 1\)"),
-        ({"attention": "block_causal"}, "anneal_steps=100 opens a causal mask towards attention='bidirectional'"),
+        ({"min_noise_level": 1.0}, "min_noise_level=1.0 must be at least 0 and below 1"),
+        ({"attention": "block_causal", "anneal_steps": 9}, "anneal_steps=9 needs attention='bidirectional'"),
     ],
 )
 def test_bad_settings_are_named(overrides: dict, message: str) -> None:

@@ -21,7 +21,9 @@ from unmask.core.corruption import Corruption, segments
 from unmask.core.distances import draft_distance
 from unmask.core.objectives import ar_loss, joint_loss, predictable
 from unmask.data.documents import load_corpus
-from unmask.settings import Settings, load_recipe, resolve
+from unmask.recipe import load_recipe
+from unmask.resolve import resolve
+from unmask.settings import Settings
 from unmask.training.rollouts import roll_out
 from unmask.training.step import corruptions, offset_blocks, step_loss
 
@@ -283,17 +285,17 @@ def test_adapt_on_trajectories_rolls_out_anew_and_resumes_exactly(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: load_recipe("drafter", teacher="parent"), "teacher='parent' needs objective='joint', not 'distill'"),
+        (lambda: load_recipe("drafter", teacher="parent"), "teacher='parent' needs objective='joint'; recipe"),
         (lambda: load_recipe("tri-mode", distance="reach"), "distance='reach' needs objective='distill'"),
-        (lambda: load_recipe("tri-mode", teacher_top_k=0), "teacher_top_k=0 must be positive"),
+        (lambda: load_recipe("tri-mode", teacher_top_k=0), "teacher_top_k=0 must be above 0"),
         (lambda: load_recipe("efficient-dlm", random_offset=True), "random_offset=true needs clean_attention='causal'"),
-        (lambda: load_recipe("tri-mode", self_mode="diffusion"), "use masking='all', not 'exact'"),
+        (lambda: load_recipe("tri-mode", self_mode="diffusion", self_prompts="x"), "use masking='all', not 'exact'"),
         (
-            lambda: load_recipe("tri-mode", self_mode="diffusion", masking="all"),
+            lambda: load_recipe("tri-mode", self_mode="diffusion", self_prompts="x", masking="all"),
             "it needs objective='joint' and teacher=FOLDER",
         ),
         (lambda: load_recipe("tri-mode", self_mode="flow"), "self_mode='flow' is unknown"),
-        (lambda: load_recipe("tri-mode", self_every=3), "self_every=3 needs --data self"),
+        (lambda: load_recipe("tri-mode", self_every=3), "self_every=3 needs self_prompts"),
     ],
 )
 def test_bad_values_are_named(make, message: str) -> None:

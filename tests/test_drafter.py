@@ -32,7 +32,9 @@ from unmask.core.distances import DISTANCES, draft_distance
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.core.objectives import ar_loss, diffusion_loss, distill_loss, draft_failure, joint_loss, predictable
 from unmask.core.scoring import score, score_ar, score_distilled, score_joint
-from unmask.settings import Settings, at_step, load_recipe, resolve
+from unmask.recipe import load_recipe
+from unmask.resolve import at_step, resolve
+from unmask.settings import Settings
 from unmask.training.step import step_loss
 
 RUN = {"show_progress": False, "max_tokens": 3000, "max_length": 64, "block_size": 4, "batch_size": 4}
@@ -408,12 +410,12 @@ def test_speculation_needs_a_causal_clean_half(converted: Path, tokenizer_and_mo
     ("make", "message"),
     [
         (lambda: load_recipe("tri-mode", clean_attention="block_causal"), "objective='joint' needs attention"),
-        (lambda: load_recipe("tri-mode", alpha=-1.0), "alpha=-1.0 must not be negative"),
+        (lambda: load_recipe("tri-mode", alpha=-1.0), "alpha=-1.0 must be at least 0"),
         (lambda: load_recipe("drafter", distance="l2"), "distance='l2' is unknown"),
         (lambda: load_recipe("tri-mode", mask_per_place=True), "mask_per_place=true needs objective='distill'"),
-        (lambda: load_recipe("drafter", gradient_checkpointing=True), "gradient_checkpointing=true does not go"),
-        (lambda: load_recipe("drafter", compile_layers=True), "compile_layers=true does not go"),
-        (lambda: load_recipe("drafter", drafter_rank=0), "drafter_rank=0 must be positive"),
+        (lambda: load_recipe("drafter", gradient_checkpointing=True), "gradient_checkpointing=true needs objective="),
+        (lambda: load_recipe("drafter", compile_layers=True), "compile_layers=true needs objective="),
+        (lambda: load_recipe("drafter", drafter_rank=0), "drafter_rank=0 must be above 0"),
         (
             lambda: resolve(load_recipe("tri-mode", block_size=12, first_block_size=5), 10**6, 512),
             "first_block_size=5 does not double to block_size=12",

@@ -16,7 +16,8 @@ from unmask.core.objectives import ar_loss, diffusion_loss, predictable
 from unmask.core.scoring import score
 from unmask.evaluation.clean import read_clean, score_noisy
 from unmask.evaluation.likelihood import Document, nelbo, nll
-from unmask.settings import Settings, resolve
+from unmask.resolve import resolve
+from unmask.settings import Settings
 from unmask.training.step import corruptions
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import unmask
 from unmask.hf import lora
-from unmask.settings import load_recipe
+from unmask.recipe import load_recipe
 
 ALL = ("embeddings", "norms", "head")
 RUN = {"max_tokens": 3000, "max_length": 64, "block_size": 4, "batch_size": 4, "save_every": 4, "log_every": 1,
@@ -156,7 +156,7 @@ def test_bad_requests_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=r"lora_trainable='norms,haed': 'haed' is unknown: use any of embeddings"):
         load_recipe("efficient-dlm", lora_rank=4, lora_trainable="norms,haed")
-    with pytest.raises(ValueError, match="lora_rank=0 must be positive"):
+    with pytest.raises(ValueError, match="lora_rank=0 must be above 0"):
         load_recipe("efficient-dlm", lora_rank=0)
     with pytest.raises(ValueError, match=r"lora_rank=4: '.*experts.*' holds several layers in one tensor"):
         lora.add_lora(tiny_model(SUPPORTED["mixtral"]()), 4, 8.0, (), seed=0)

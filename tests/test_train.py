@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,7 @@ import unmask
 from unmask.core.attention import PADDING, Layout
 from unmask.core.batch import Batch
 from unmask.hf.fast.shortcuts import layers_of
-from unmask.settings import Settings, load_recipe, recipe_names, resolve
+from unmask.settings import Settings
 from unmask.training.step import learning_rate_at, step_loss
 
 
@@ -235,7 +233,7 @@ def test_compiled_layers_give_the_same_run(
         assert not counters["graph_break"]
 
 
-# --- settings
+# --- the learning rate
 
 
 def test_schedule_warms_up_and_falls_to_its_floor() -> None:
@@ -245,56 +243,3 @@ def test_schedule_warms_up_and_falls_to_its_floor() -> None:
     assert max(rates) == rates[9] == rates[10] == 1.0
     assert rates[100] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
-def test_small_parents_get_measured_values_and_large_ones_the_papers() -> None:
-    recipe = load_recipe("efficient-dlm")
-    small, middle, large = (resolve(recipe, n, None) for n in (10**6, int(10**8.5), 4 * 10**9))
-    assert large.learning_rate == 1e-5
-    assert large.min_learning_rate_ratio == pytest.approx(0.3)
-    assert large.half_life == pytest.approx(0.1)
-    assert small.half_life == math.inf
-    assert small.learning_rate > middle.learning_rate > large.learning_rate
-    assert middle.learning_rate == pytest.approx(math.sqrt(small.learning_rate * large.learning_rate), rel=0.05)
-    assert resolve(replace(recipe, learning_rate=3e-3), 10**6, None).learning_rate == 3e-3
-    joint = load_recipe("tri-mode")
-    assert [resolve(joint, n, None).learning_rate for n in (10**6, 4 * 10**9)] == [1e-3, 1e-5]
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_resolves_at_every_size(name: str) -> None:
-    for parameters in (10**5, 10**8, 5 * 10**8, 10**10):
-        chosen = resolve(load_recipe(name), parameters, 2048)
-        assert chosen.max_length % chosen.block_size == 0
-        assert chosen.micro_batch_size <= chosen.batch_size
-    assert name in unmask.recipes()
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: load_recipe("nope"), "recipe 'nope' is unknown"),
-        (lambda: load_recipe("efficient-dlm", lerning_rate=1), "setting 'lerning_rate' is unknown"),
-        (lambda: load_recipe("efficient-dlm", batch_size="many"), "batch_size='many' has the wrong type"),
-        (lambda: load_recipe("efficient-dlm", attention="full"), "attention='full' is unknown"),
-        (lambda: load_recipe("efficient-dlm", max_tokens=0), "max_tokens=0 must be positive"),
-        (lambda: load_recipe("efficient-dlm", half_life=-1.0), "half_life=-1.0 must be positive"),
-        (
-            lambda: load_recipe("efficient-dlm", half_life=0.1, masking="bernoulli"),
-            "half_life=0.1 needs masking='exact'",
-        ),
-        (
-            lambda: load_recipe("efficient-dlm", half_life=math.inf, masking="bernoulli", complementary=True),
-            "complementary=true needs",
-        ),
-        (
-            lambda: resolve(Settings("x", max_length=30, block_size=8), 10**6, None),
-            "max_length=30 is no multiple of block_size=8",
-        ),
-        (lambda: resolve(Settings("x", max_length=64), 10**6, 32), "max_length=64 exceeds the model's context of 32"),
-        (lambda: resolve(Settings("x", block_size=64), 10**6, 32), "block_size=64 exceeds"),
-    ],
-)
-def test_bad_settings_are_named(make, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from unmask.version import __version__
 
 if TYPE_CHECKING:
-    from unmask.conversion import adapt, recipes
+    from unmask.conversion import adapt
     from unmask.evaluation.likelihood import LikelihoodOutput
     from unmask.hf import UnsupportedModelError
     from unmask.loading import load
     from unmask.model import DiffusionLM, SampleOutput
+    from unmask.recipe import recipes
 
 __all__ = [
     "DiffusionLM",
@@ -31,7 +32,7 @@ _HOMES = {
     "UnsupportedModelError": "unmask.hf",
     "load": "unmask.loading",
     "adapt": "unmask.conversion",
-    "recipes": "unmask.conversion",
+    "recipes": "unmask.recipe",
 }
 
 

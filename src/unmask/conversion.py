@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,16 +25,10 @@ from unmask.loading import load
 from unmask.model import DiffusionLM
 from unmask.plain_json import to_json
 from unmask.progress import progress
+from unmask.recipe import load_recipe, under_current_names
+from unmask.resolve import RULE_TEXT, Resolved, diffusion_config, resolve
 from unmask.run_folder import claim, ordinary_permissions, releases_folders, write_text, writing
-from unmask.settings import (
-    RULE_TEXT,
-    Settings,
-    diffusion_config,
-    load_recipe,
-    recipe_names,
-    resolve,
-    under_current_names,
-)
+from unmask.settings import TABLE, CorruptionSettings, DataSettings, EvaluationSettings, Settings, to_plain, unmet
 from unmask.training.checkpoints import append_metrics, latest_checkpoint, read_state
 from unmask.training.loop import Evaluator, Progress, check_machine, count_steps, in_training, train
 from unmask.training.ranks import join
@@ -44,15 +37,6 @@ from unmask.training.teacher import freeze, load_teacher
 from unmask.version import __version__
 
 IN_MEMORY = "a model in memory"
-
-
-def recipes() -> dict[str, dict[str, Any]]:
-    """Recipe name -> its settings; those left to the parent's size are None, infinity is "inf"."""
-    return {name: _plain(load_recipe(name)) for name in recipe_names()}
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    return {name: "inf" if value == math.inf else value for name, value in asdict(settings).items()}
 
 
 @releases_folders
@@ -76,23 +60,23 @@ def adapt(
     same run; a finished run is loaded and returned, or extended by a larger max_tokens. trust_remote_code: run Python
     code that the model's folder brings. Returns the adapted model, in eval mode.
     """
-    own_settings = {} if recipe is not None else _kept(model)
-    chosen = load_recipe(recipe or own_settings.pop("recipe", "efficient-dlm"), **(own_settings | settings))
+    kept = {} if recipe is not None else _kept(model)
+    asked = load_recipe(recipe or kept.pop("recipe", "efficient-dlm"), kept, **settings)
     output_dir = Path(output_dir)
     sources = [data] if isinstance(data, str | Path) else list(data)
     if not sources:
         raise ValueError("data is empty: give at least one file, folder or hub id")
-    if chosen.lora_rank is not None:
+    if asked.lora_rank is not None:
         lora.require_peft()
     own = [str(source) for source in sources] == ["self"]
-    if own != (chosen.self_prompts is not None) or (own and not (chosen.self_tokens or chosen.max_tokens)):
+    if own != (asked.self_prompts is not None) or (own and not (asked.self_tokens or asked.max_tokens)):
         raise ValueError(
-            f"data {[str(source) for source in sources]} with self_prompts={chosen.self_prompts!r}: text of the "
+            f"data {[str(source) for source in sources]} with self_prompts={asked.self_prompts!r}: text of the "
             "model's own needs --data self alone, self_prompts=FILE for its beginnings, and --max-tokens or self_tokens"
         )
     # Before anything slow.
-    files = local_files([chosen.self_prompts], "self_prompts") if own and chosen.self_prompts else find_files(sources)
-    held_out_files = local_files([chosen.eval_data], "eval_data") if chosen.eval_data is not None else None
+    files = local_files([asked.self_prompts], "self_prompts") if own and asked.self_prompts else find_files(sources)
+    held_out_files = local_files([asked.eval_data], "eval_data") if asked.eval_data is not None else None
     previous = _read_run(output_dir, resume)
 
     ranks = join()
@@ -105,26 +89,24 @@ def adapt(
     if device is not None:
         lm.model.to(device)
     name = str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
-    if chosen.lora_rank is not None and not chosen.lora_merge and name == IN_MEMORY:
+    if asked.lora_rank is not None and not asked.lora_merge and name == IN_MEMORY:
         raise ValueError("lora_merge=false: an adapter needs the name of its base, and this model is in memory only")
     parent = {"name": name, "class": type(lm.model).__name__, "fingerprint": hf.fingerprint(lm.model)}
     if lm.drafter is not None:
         raise ValueError(f"model {name!r} is a drafter on a frozen base: adapt the base itself")
-    _check_mask_stays(lm, chosen, name)
-    if chosen.objective == "distill" and lm.diffusion is not None:
+    _check_mask_stays(lm, asked, name)
+    if asked.objective == "distill" and lm.diffusion is not None:
         raise ValueError(f"model {name!r} is converted already: a drafter needs an untouched AR model as its base")
-    if chosen.objective == "distill" and chosen.lora_rank is not None:
-        raise ValueError(f"lora_rank={chosen.lora_rank} does not go with objective='distill': use drafter_rank")
-    if chosen.random_offset and not hf.sees_position_differences(lm.model):
+    if asked.random_offset and not hf.sees_position_differences(lm.model):
         raise ValueError(
             f"random_offset=true moves a document's positions, which {type(lm.model).__name__} sees as such: it needs "
             "a model with rotary positions"
         )
-    teacher = load_teacher(lm, chosen.teacher, trust_remote_code=trust_remote_code)
-    if chosen.block_size is None and lm.diffusion is not None:
-        chosen = replace(chosen, block_size=lm.diffusion.block_size)
+    teacher = load_teacher(lm, asked.teacher, trust_remote_code=trust_remote_code)
+    if asked.block_size is None and lm.diffusion is not None:
+        asked = replace(asked, block_size=lm.diffusion.block_size)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
-    chosen = resolve(chosen, sum(p.numel() for p in lm.model.parameters()), lm.network.context_length, vocabulary)
+    chosen = resolve(asked, sum(p.numel() for p in lm.model.parameters()), lm.network.context_length, vocabulary)
     check_machine(chosen, ranks.num_processes, ranks.device)
     end_token_id = _end_token_id(lm, chosen)
 
@@ -140,7 +122,7 @@ def adapt(
         source = _roll_out(lm, chosen, source, output_dir.parent, parent["fingerprint"], end_token_id, show_progress)
     run: dict[str, Any] = {
         "parent": parent,
-        "settings": _plain(chosen),
+        "settings": to_plain(chosen),
         "data": {
             "sources": [str(s) for s in sources],
             "fingerprint": source.fingerprint,
@@ -297,7 +279,7 @@ def _kept(model: str | Path | DiffusionLM) -> dict[str, Any]:
     return kept | ({"anneal_steps": 1} if kept.get("attention") == "bidirectional" else {})  # it is open already
 
 
-def _check_mask_stays(lm: DiffusionLM, settings: Settings, name: str) -> None:
+def _check_mask_stays(lm: DiffusionLM, settings: CorruptionSettings, name: str) -> None:
     """A converted model has its mask token for good."""
     if lm.diffusion is None:
         return
@@ -322,7 +304,7 @@ def _changes(before: DiffusionConfig | None, after: DiffusionConfig | None) -> s
 
 
 def _tokenise(
-    lm: DiffusionLM, settings: Settings, files: list[Path], end_token_id: int | None, show_progress: bool
+    lm: DiffusionLM, settings: DataSettings, files: list[Path], end_token_id: int | None, show_progress: bool
 ) -> Corpus:
     with progress("tokenise", sum(file.stat().st_size for file in files), show=show_progress) as advance:
         return load_corpus(
@@ -338,7 +320,7 @@ def _tokenise(
 
 def _roll_out(
     lm: DiffusionLM,
-    settings: Settings,
+    settings: Resolved,
     prompts: Corpus,
     folder: Path,
     author: str,
@@ -349,8 +331,6 @@ def _roll_out(
     """Text of the model's own after the beginnings of `prompts`, as much as the steps until the next one need."""
     asked = settings.self_tokens or settings.max_tokens
     assert asked is not None
-    assert settings.max_length is not None
-    assert settings.batch_size is not None
     if settings.self_every is not None:
         asked = min(asked, settings.self_every * settings.batch_size * settings.max_length)
     # The main process writes the file, the others read it.
@@ -381,7 +361,7 @@ def _trained_alone(model: Any, drafter: Drafter | None) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _end_token_id(lm: DiffusionLM, settings: Settings) -> int | None:
+def _end_token_id(lm: DiffusionLM, settings: DataSettings) -> int | None:
     if settings.end_token is not None:
         ids = lm.tokenizer.get_vocab().get(settings.end_token)
         if ids is None:
@@ -412,7 +392,7 @@ def _held_out(
     return _num_held_out(settings, files, source)
 
 
-def _num_held_out(settings: Settings, files: list[Path] | None, source: Any) -> int:
+def _num_held_out(settings: EvaluationSettings, files: list[Path] | None, source: Any) -> int:
     """Documents that are cut off the end of the training data to evaluate on; a part of what the run trains on."""
     if files is not None or isinstance(source, HubStream):
         return 0
@@ -443,8 +423,7 @@ def _without_masks(document: likelihood.Document, mask_token_id: int) -> likelih
     return replace(document, loss_mask=~natural if document.loss_mask is None else document.loss_mask & ~natural)
 
 
-def _filled_up(source: Any, settings: Settings, end_token_id: int | None) -> Corpus:
-    assert settings.max_length is not None
+def _filled_up(source: Any, settings: Resolved, end_token_id: int | None) -> Corpus:
     if not isinstance(source, Corpus) or end_token_id is None:
         lacks = "an end token, which this model lacks" if end_token_id is None else "files, not a streamed data set"
         raise ValueError(f"predict_padding=true needs {lacks}")
@@ -519,6 +498,8 @@ def _check_same_run(output_dir: Path, previous: dict[str, Any] | None, run: dict
             continue
         if key == "model" and before[key].get("fingerprint") == now[key]["fingerprint"]:
             continue  # the same weights, wherever they lie
+        if key in TABLE and unmet(key, run["settings"]) is not None:
+            continue  # neither run reads it
         if key not in _FREE and before.get(key) != now[key]:
             raise ValueError(
                 f"output folder {str(output_dir)!r} holds a different run: its {key} is {before.get(key)!r}, "

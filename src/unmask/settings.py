@@ -1,208 +1,297 @@
-"""Settings: everything that defines a run besides the model and the data; recipes; what resolves from a size.
+"""The table of settings: everything that defines a run besides the model and the data.
 
-A recipe is a TOML file of settings. It knows no model and no text: numbers in, numbers out.
+A line says of each setting its default, what it is, which values it takes, and what other settings must be for a run
+to read it. Groups are dataclasses that `Settings` inherits: names are unique, so that `adapt(**settings)`,
+SETTING=VALUE, recipes and run.json are flat, and a function may ask for one group. Imports no torch.
 """
 
 from __future__ import annotations
 
 import math
-import tomllib
-from dataclasses import dataclass, fields, replace
-from importlib import resources
-from typing import Any
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
 
-from unmask.core.distances import DISTANCES
-from unmask.core.network import DiffusionConfig
+# --- how a setting is described
 
+
+class Need(NamedTuple):
+    """What another setting must be. says: what follows its name in a message, such as "='joint'"."""
+
+    says: str
+    holds: Callable[[Any], bool]
+
+
+def above(bound: float) -> Need:
+    """The other setting is above this number."""
+    return Need(f" above {bound}", lambda value: value is not None and value > bound)
+
+
+SET = Need("", lambda value: value is not None)
+"""The other setting has a value."""
+
+LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "above": ("above", operator.gt), "least": ("at least", operator.ge),
+    "most": ("at most", operator.le), "below": ("below", operator.lt),
+}  # fmt: skip
+"""A limit's name -> its words and what it asks of value and bound."""
+
+
+def setting(
+    default: Any,
+    says: str,
+    *,
+    one_of: tuple[str, ...] = (),
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    infinite: bool = False,
+    either: tuple[dict[str, Any], ...] = (),
+    **needs: str | tuple[str, ...] | Need,
+) -> Any:
+    """A dataclass field with its description.
+
+    says: what it is. one_of: the texts that it may be. above, least, most, below: limits of a number; infinite: it may
+    be infinity. needs: other settings, which come earlier in the table -> a value, several values, or a `Need`; a run
+    reads this setting only if all of them hold, and one of `either` where that is given.
+    """
+    bounds = {"above": above, "least": least, "most": most, "below": below}
+    metadata = {
+        "says": says,
+        "one_of": one_of,
+        "limits": {name: bound for name, bound in bounds.items() if bound is not None},
+        "infinite": infinite,
+        "needs": _needs(needs),
+        "either": tuple(map(_needs, either)),
+    }
+    return field(default=default, metadata=metadata)
+
+
+def _needs(named: dict[str, Any]) -> dict[str, Need]:
+    return {name: need if isinstance(need, Need) else _value_in(need) for name, need in named.items()}
+
+
+def _value_in(values: str | tuple[str, ...]) -> Need:
+    *others, last = (values,) if isinstance(values, str) else values
+    says = f"={', '.join(map(repr, others))} or {last!r}" if others else f"={last!r}"
+    return Need(says, lambda value: value == last or value in others)
+
+
+ALL_DIFFUSION = ("two_stream", "block_causal", "bidirectional")
+DISTANCES = ("ce", "kl", "tv", "kl+tv", "lk", "reach")
 LORA_TRAINABLE = ("embeddings", "norms", "head")
 
+# --- the table
+# fmt: off
 
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSettings:
+    """What a token sees, and which row predicts it."""
+
+    attention: str = setting(
+        "two_stream", "two_stream: noisy blocks after clean tokens; block_causal: after noisy tokens; bidirectional: "
+        "the whole row is one canvas; ar: next-token training", one_of=(*ALL_DIFFUSION, "ar"))
+    clean_attention: str | None = setting(
+        None, "attention among clean tokens", one_of=("causal", "block_causal"), attention="two_stream")
+    noisy_attention: str = setting(
+        "bidirectional", "attention inside a noisy block", one_of=("bidirectional", "causal"), attention="two_stream")
+    shift: bool = setting(
+        False, "row i - 1 predicts token i, as in an AR model, instead of row i", attention=ALL_DIFFUSION)
+    block_size: int | None = setting(None, "tokens of a block, of which max_length is a multiple", above=0)
+    anneal_steps: int = setting(
+        1, "steps over which causal attention opens to bidirectional; 1 opens it at once", above=0,
+        attention="bidirectional")
+    anneal_redraw: bool = setting(
+        False, "draw which entries are open for each micro-batch instead of each step", attention="bidirectional",
+        anneal_steps=above(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """The loss, and whose predictions it follows."""
+
+    objective: str = setting(
+        "diffusion", "diffusion; joint: next-token loss + alpha x diffusion; distill: a drafter on the frozen model, "
+        "which is its teacher", one_of=("diffusion", "joint", "distill"))
+    alpha: float = setting(0.3, "weight of the diffusion term", least=0, objective="joint")
+    distance: str = setting(
+        "ce", "what noisy rows minimise: ce, the text's cross-entropy, or a distance from the teacher's distribution; "
+        "reach is for drafters alone", one_of=DISTANCES, objective=("joint", "distill"))
+    teacher: str | None = setting(
+        None, 'frozen AR model whose distribution the clean rows keep to: "parent" or a folder', objective="joint")
+    teacher_top_k: int | None = setting(
+        None, "likeliest tokens that a distance compares, the rest in one bucket: 64 for vocabularies above 65,536, "
+        "else all", above=0, objective=("joint", "distill"),
+        either=({"teacher": SET}, {"distance": DISTANCES[1:]}))
+    loss_normaliser: str = setting(
+        "tokens", "divide the loss by all predictable tokens (unbiased), or the masked ones of a micro-batch, as "
+        "DiffuLLaMA's code does", one_of=("tokens", "masked"), attention=ALL_DIFFUSION,
+        objective="diffusion")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterSettings:
+    """The drafter: gated low-rank adapters that act on noisy rows alone."""
+
+    drafter_rank: int = setting(32, "rank of the adapters", above=0, objective="distill")
+    drafter_scale: float = setting(64.0, "the adapters' output is scaled by this / rank", above=0, objective="distill")
+    drafter_targets: str = setting(
+        "all", "linear maps with an adapter: all, or endings of their names with commas between", objective="distill")
+    mask_per_place: bool = setting(
+        False, "give each place of a block a mask embedding of its own", objective="distill")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorruptionSettings:
+    """Which tokens are masked in a step, and by what."""
+
+    masking: str = setting(
+        "exact", "exact: ceil(t n) of n tokens; bernoulli: each with probability t; all: every token",
+        one_of=("exact", "bernoulli", "all"), attention=ALL_DIFFUSION)
+    noise_level: str = setting(
+        "block", "what shares one noise level t: each block, or the whole sequence", one_of=("block", "sequence"),
+        attention=ALL_DIFFUSION, masking=("exact", "bernoulli"))
+    min_noise_level: float = setting(
+        0.0, "t is drawn from (this, 1]; exact masks take 0 alone, since their weights need every t", least=0, below=1,
+        attention=ALL_DIFFUSION, masking="bernoulli")
+    half_life: float | None = setting(
+        math.inf, "masks prefer the end of a block, the more so the smaller this is; inf is uniform", above=0,
+        infinite=True, attention=ALL_DIFFUSION, masking="exact")
+    complementary: bool = setting(
+        False, "draw masks in pairs, a mask and its complement", attention=ALL_DIFFUSION, masking="exact")
+    num_masks: int = setting(
+        1, "masks (or pairs) of the same rows in a step; two streams without shift run over the clean tokens once for "
+        "all of them", above=0, attention=ALL_DIFFUSION, masking=("exact", "bernoulli"))
+    first_block_size: int | None = setting(
+        None, "blocks double from this size to block_size over the run", above=0,
+        either=({"attention": ("two_stream", "block_causal")}, {"attention": "bidirectional", "noise_level": "block"}))
+    random_offset: bool = setting(
+        False, "begin the block grid of each document at a random place, as drafts do; needs rotary positions",
+        attention="two_stream", clean_attention="causal")
+    mask_token: str | None = setting(
+        None, "text of the mask token; one that the vocabulary has is reused; unset adds one", attention=ALL_DIFFUSION)
+    mask_init: str | None = setting(
+        None, "token whose embedding the mask token begins with; unset: the mean of all", attention=ALL_DIFFUSION,
+        objective=("diffusion", "joint"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Text to rows of tokens."""
+
+    max_length: int | None = setting(None, "tokens of a row", above=0)
+    text_column: str = setting("text", "column of the text in .jsonl, .parquet and hub data")
+    split: str = setting("train", "split of a hub data set")
+    skip_invalid: bool = setting(False, "leave out records of a file that cannot be used, instead of stopping")
+    end_token: str | None = setting(None, "token that ends a document; unset: the tokenizer's own")
+    predict_padding: bool = setting(
+        False, "one document a row, filled up with end tokens that are masked and predicted; needs files")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """Text that the model writes itself (--data self)."""
+
+    self_prompts: str | None = setting(None, "file whose documents' beginnings the model continues; needs --data self")
+    self_tokens: int | None = setting(None, "tokens to write; unset: max_tokens", above=0, self_prompts=SET)
+    self_temperature: float = setting(0.0, "temperature of the writing", least=0, self_prompts=SET)
+    self_mode: str = setting(
+        "ar", "ar, or diffusion: masks are then what was still masked at a random step of the writing",
+        one_of=("ar", "diffusion"), self_prompts=SET)
+    self_every: int | None = setting(
+        None, "write anew with the current weights after every so many steps; unset: once", above=0, self_prompts=SET)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Adapters that are trained instead of the weights (PEFT)."""
+
+    lora_rank: int | None = setting(
+        None, "rank of the adapters; unset: all weights are trained", above=0, objective=("diffusion", "joint"))
+    lora_alpha: float | None = setting(
+        None, "the adapters' output is scaled by this / rank; unset: twice the rank", above=0, lora_rank=SET)
+    lora_trainable: str = setting(
+        ",".join(LORA_TRAINABLE), "parts that are trained beside the adapters, with commas between", lora_rank=SET)
+    lora_merge: bool = setting(True, "save a whole model; false saves a PEFT adapter", lora_rank=SET)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimiserSettings:
+    """AdamW, its learning rate and its batches."""
+
+    max_tokens: int | None = setting(None, "clean, unpadded tokens to train on; unset: one pass over the data", above=0)
+    batch_size: int | None = setting(None, "rows of max_length tokens in an optimiser step", above=0)
+    learning_rate: float | None = setting(None, "highest learning rate, after the warm-up", above=0)
+    min_learning_rate_ratio: float | None = setting(
+        None, "a cosine falls to this part of the learning rate", least=0, most=1)
+    warmup_ratio: float = setting(0.02, "part of the steps in which the learning rate rises", least=0, most=1)
+    weight_decay: float = setting(0.01, "decay of matrices; vectors have none", least=0)
+    beta1: float = setting(0.9, "AdamW's decay of the mean", least=0, below=1)
+    beta2: float = setting(0.95, "AdamW's decay of the variance", least=0, below=1)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0)
+    max_nonfinite_steps: int = setting(
+        0, "steps that may be skipped because their loss or gradient is not finite; one more ends the run", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Figures on held-out documents during the run."""
+
+    eval_data: str | None = setting(
+        None, "file or folder to evaluate on; unset: the last 1% of the documents, held out of training")
+    eval_documents: int = setting(32, "documents to evaluate on, at most; 0 evaluates nothing", least=0)
+    eval_samples: int = setting(
+        2, "masks of each document", above=0, attention=ALL_DIFFUSION, eval_documents=above(0))
+    eval_every: int | None = setting(
+        None, "steps between evaluations; unset: a tenth of the run", above=0, eval_documents=above(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Speed, memory, and what the run leaves in its folder."""
+
+    seed: int = setting(0, "of the order of the data, the noise and new weights")
+    micro_batch_size: int | None = setting(None, "rows that run at once on one device", above=0)
+    mixed_precision: str = setting(
+        "no", "no (float32), or the type that passes compute in", one_of=("no", "bf16", "fp16"))
+    gradient_checkpointing: bool = setting(
+        False, "compute layers again in the backward pass, for memory", objective=("diffusion", "joint"))
+    compile_layers: bool = setting(False, "compile the layers with torch.compile", objective=("diffusion", "joint"))
+    log_every: int = setting(10, "steps between rows of metrics.jsonl", above=0)
+    save_every: int = setting(500, "steps between checkpoints", above=0)
+    keep_checkpoints: int = setting(2, "checkpoints to keep, the newest", above=0)
+    report_to: str | None = setting(None, "a tracker that Accelerate knows, such as tensorboard or wandb")
+
+
+# fmt: on
+
+
+# A dataclass takes the fields of its last base first.
 @dataclass(frozen=True)
-class Settings:
-    """Everything that defines a run besides the model and the data. None means: resolved from the model.
-
-    attention "ar" trains the next-token loss instead. noise_level: "block" | "sequence" shares t. masking: "exact"
-    draws ceil(t n) of n tokens, "bernoulli" each with probability t, "all" is t = 1. objective: "diffusion", "joint"
-    (next-token loss + alpha * diffusion) or "distill" (a drafter: gated adapters of drafter_rank on a frozen base,
-    pulled by `distance` to the base's next-token law; mask_per_place gives each place in the block a mask embedding of
-    its own). teacher: "parent" or a folder, a frozen AR model whose law the "joint" clean rows keep to, instead of the
-    text's tokens; with a `distance` other than "ce" the noisy rows as well. teacher_top_k: distances on that many
-    tokens and a bucket for the rest (None: 64 for vocabularies beyond 65,536, else all). first_block_size: double the
-    block from there to block_size over the run. random_offset: the block grid of each document begins at a random
-    place of a block, as drafts do. half_life: of position-dependent masking, inf is uniform. min_noise_level: t is
-    drawn from (it, 1]. loss_normaliser: divide by the predictable "tokens" (unbiased) or the "masked" ones of the
-    micro-batch (DiffuLLaMA's code). anneal_steps, anneal_redraw: see `annealing`; 1 is full attention at
-    once. self_prompts, self_tokens, self_temperature: of --data self, the file whose documents' beginnings the model
-    continues, how many tokens it writes (max_tokens unless given), and how. self_mode: "ar", or "diffusion", where
-    masks are what was still masked at a random step of the text's own making (OPDLM). self_every: write anew with the
-    current weights every so many steps. predict_padding: one document a row, filled up with end tokens that are
-    corrupted and predicted (DiffuLLaMA's fine-tuning), instead of packed rows. lora_rank: train adapters of this rank
-    instead of the weights, scaled by lora_alpha / lora_rank (lora_alpha None: twice the rank); lora_trainable: what is
-    trained beside them; lora_merge=false saves a PEFT adapter, not a model. batch_size counts rows of max_length in
-    one optimiser step, micro_batch_size those that run at once on one device. eval_every: steps, by default a tenth of
-    the run. num_masks: that many masks of the same rows in every step (pairs of masks with complementary); two streams
-    without shift run over the clean tokens once for all of them. max_nonfinite_steps: so many steps whose loss or
-    gradient is not finite are skipped, one more ends the run.
-    """
+class Settings(
+    RunSettings,
+    EvaluationSettings,
+    OptimiserSettings,
+    LoraSettings,
+    RolloutSettings,
+    DataSettings,
+    CorruptionSettings,
+    DrafterSettings,
+    ObjectiveSettings,
+    AttentionSettings,
+):
+    """All groups, and the recipe's name. Values are in range and go together; some of them a run may not read."""
 
     recipe: str
-    # what is learnt
-    attention: str = "two_stream"
-    clean_attention: str | None = None
-    block_size: int | None = None
-    shift: bool = False
-    noisy_attention: str = "bidirectional"
-    objective: str = "diffusion"
-    alpha: float = 0.3
-    distance: str = "ce"
-    teacher: str | None = None
-    teacher_top_k: int | None = None
-    drafter_rank: int = 32
-    drafter_scale: float = 64.0
-    drafter_targets: str = "all"
-    mask_per_place: bool = False
-    first_block_size: int | None = None
-    random_offset: bool = False
-    noise_level: str = "block"
-    masking: str = "exact"
-    complementary: bool = False
-    num_masks: int = 1
-    min_noise_level: float = 0.0
-    loss_normaliser: str = "tokens"
-    anneal_steps: int = 1
-    anneal_redraw: bool = False
-    half_life: float | None = None
-    mask_token: str | None = None
-    mask_init: str | None = None
-    # data
-    max_length: int | None = None
-    text_column: str = "text"
-    split: str = "train"
-    skip_invalid: bool = False
-    end_token: str | None = None
-    predict_padding: bool = False
-    self_prompts: str | None = None
-    self_tokens: int | None = None
-    self_temperature: float = 0.0
-    self_mode: str = "ar"
-    self_every: int | None = None
-    eval_data: str | None = None
-    eval_documents: int = 32
-    eval_samples: int = 2
-    # adapters
-    lora_rank: int | None = None
-    lora_alpha: float | None = None
-    lora_trainable: str = "embeddings,norms,head"
-    lora_merge: bool = True
-    # optimisation
-    max_tokens: int | None = None
-    batch_size: int | None = None
-    micro_batch_size: int | None = None
-    learning_rate: float | None = None
-    min_learning_rate_ratio: float | None = None
-    warmup_ratio: float = 0.02
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.95
-    max_grad_norm: float = 1.0
-    max_nonfinite_steps: int = 0
-    mixed_precision: str = "no"
-    gradient_checkpointing: bool = False
-    compile_layers: bool = False
-    seed: int = 0
-    # bookkeeping
-    log_every: int = 10
-    eval_every: int | None = None
-    save_every: int = 500
-    keep_checkpoints: int = 2
-    report_to: str | None = None
 
     def __post_init__(self) -> None:
-        choices = {
-            "attention": ("two_stream", "block_causal", "bidirectional", "ar"),
-            "noise_level": ("block", "sequence"),
-            "noisy_attention": ("bidirectional", "causal"),
-            "objective": ("diffusion", "joint", "distill"),
-            "distance": DISTANCES,
-            "masking": ("exact", "bernoulli", "all"),
-            "loss_normaliser": ("tokens", "masked"),
-            "self_mode": ("ar", "diffusion"),
-            "mixed_precision": ("no", "bf16", "fp16"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
-        for name in ("block_size", "max_length", "batch_size", "micro_batch_size", "log_every", "eval_every",
-                     "save_every", "keep_checkpoints", "eval_samples", "max_tokens", "learning_rate", "half_life",
-                     "max_grad_norm", "anneal_steps", "lora_rank", "lora_alpha", "drafter_rank", "drafter_scale",
-                     "first_block_size", "self_tokens", "self_every", "teacher_top_k", "num_masks"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be positive")
-        _check_floats(self)
-        for name in self.trainable:
-            if name not in LORA_TRAINABLE:
-                raise ValueError(
-                    f"lora_trainable={self.lora_trainable!r}: {name!r} is unknown: use any of "
-                    f"{', '.join(LORA_TRAINABLE)}, with commas between"
-                )
-        if not 0 <= self.min_noise_level < 1:
-            raise ValueError(f"min_noise_level={self.min_noise_level} must lie in [0, 1)")
-        if self.min_noise_level > 0 and self.masking == "exact":
-            raise ValueError(
-                f"min_noise_level={self.min_noise_level} makes the weights n / k of masking='exact' wrong, for few "
-                "masks are drawn too seldom: use masking='bernoulli', or min_noise_level=0"
-            )
-        if self.loss_normaliser == "masked" and self.objective == "joint":
-            raise ValueError(
-                "loss_normaliser='masked' would divide the AR term of objective='joint' by masked tokens, which it "
-                "does not speak of: use loss_normaliser='tokens'"
-            )
-        if self.anneal_steps > 1 and self.attention != "bidirectional":
-            raise ValueError(
-                f"anneal_steps={self.anneal_steps} opens a causal mask towards attention='bidirectional', "
-                f"not towards {self.attention!r}: use anneal_steps=1"
-            )
-        if not self.alpha >= 0:
-            raise ValueError(f"alpha={self.alpha} must not be negative")
-        if self.objective != "diffusion" and (self.attention, self.clean_attention) != ("two_stream", "causal"):
-            raise ValueError(
-                f"objective={self.objective!r} needs attention='two_stream' with clean_attention='causal', "
-                f"not {self.attention!r} with {self.clean_attention!r}"
-            )
-        if self.mask_per_place and self.objective != "distill":
-            raise ValueError(f"mask_per_place=true needs objective='distill', not {self.objective!r}")
-        for name in ("gradient_checkpointing", "compile_layers"):  # layers on top of a cache are each another function
-            if self.objective == "distill" and getattr(self, name):
-                raise ValueError(f"{name}=true does not go with objective='distill': leave it out")
-        if self.teacher is not None and self.objective != "joint":
-            raise ValueError(
-                f"teacher={self.teacher!r} needs objective='joint', not {self.objective!r} "
-                "(a drafter's teacher is its base)"
-            )
-        if self.objective == "joint" and self.distance == "reach":
-            raise ValueError(f"distance={self.distance!r} needs objective='distill', not 'joint'")
-        if self.random_offset and self.clean_attention != "causal":
-            raise ValueError(
-                f"random_offset=true needs clean_attention='causal', not {self.clean_attention!r}: only drafts begin "
-                "anywhere in a block"
-            )
-        if self.self_mode == "diffusion" and (self.masking, self.random_offset) != ("all", False):
-            raise ValueError(
-                f"self_mode='diffusion' brings masks of its own: use masking='all', not {self.masking!r}, and no "
-                "random_offset"
-            )
-        if self.self_mode == "diffusion" and self.objective != "distill" and self.teacher is None:
-            raise ValueError(
-                f"self_mode='diffusion' teaches another model's law, not the student's own words: with objective="
-                f"{self.objective!r} it needs objective='joint' and teacher=FOLDER, the AR model"
-            )
-        if self.self_every is not None and self.self_prompts is None:
-            raise ValueError(f"self_every={self.self_every} needs --data self with self_prompts=FILE")
-        if self.complementary and self.masking != "exact":
-            raise ValueError("complementary=true needs masking='exact'")
-        if self.half_life is not None and math.isfinite(self.half_life) and self.masking != "exact":
-            raise ValueError(f"half_life={self.half_life} needs masking='exact': Bernoulli masks have no order")
+        for name in TABLE:
+            check_value(name, getattr(self, name))
+        for check in (_check_lora_trainable, _check_clean_half, _check_reach, _check_own_states):
+            check(self)
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -210,166 +299,108 @@ class Settings:
         return tuple(name.strip() for name in self.lora_trainable.split(",") if name.strip())
 
 
-def _check_floats(settings: Settings) -> None:
-    """Every float finite (but half_life, where infinity is uniform masking) and in its range."""
-    for entry in fields(settings):
-        value = getattr(settings, entry.name)
-        if isinstance(value, float) and not math.isfinite(value) and (entry.name, value) != ("half_life", math.inf):
-            raise ValueError(f"{entry.name}={value} must be finite")
-    for name, high in (("beta1", 1.0), ("beta2", 1.0)):
-        if not 0 <= getattr(settings, name) < high:
-            raise ValueError(f"{name}={getattr(settings, name)} must lie in [0, 1)")
-    for name in ("warmup_ratio", "min_learning_rate_ratio"):
-        value = getattr(settings, name)
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} must lie in [0, 1]")
-    for name in ("weight_decay", "alpha", "self_temperature", "eval_documents", "max_nonfinite_steps"):
-        if not getattr(settings, name) >= 0:
-            raise ValueError(f"{name}={getattr(settings, name)} must not be negative")
+GROUPS = Settings.__bases__[::-1]
+"""The groups in the order of the table."""
+TABLE = {entry.name: entry for group in GROUPS for entry in fields(group)}
+"""Name -> field of every setting, in order."""
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes shipped with the package."""
-    folder = resources.files("unmask") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+def to_plain(settings: Settings) -> dict[str, Any]:
+    """Flat values for JSON: infinity is "inf"."""
+    return {name: "inf" if value == math.inf else value for name, value in asdict(settings).items()}
 
 
-def recipe_summary(name: str) -> str:
-    """A recipe's first line: what it reproduces."""
-    text = (resources.files("unmask") / "recipes" / f"{name}.toml").read_text()
-    return text.splitlines()[0].removeprefix("# ")
+# --- values
 
 
-def load_recipe(name: str, **overrides: Any) -> Settings:
-    """Settings of a recipe with overrides; unknown names and values of the wrong type are errors."""
-    if name not in recipe_names():
-        raise ValueError(f"recipe {name!r} is unknown: use one of {', '.join(recipe_names())}")
-    text = (resources.files("unmask") / "recipes" / f"{name}.toml").read_text()
-    values = tomllib.loads(text) | overrides
-    known = {f.name: str(f.type) for f in fields(Settings)}
-    for key, value in values.items():
-        if key not in known or key == "recipe":
-            raise ValueError(f"setting {key!r} is unknown: use one of {', '.join(k for k in known if k != 'recipe')}")
-        values[key] = _typed(key, value, known[key])
-    return Settings(recipe=name, **values)
+def shown(value: Any) -> str:
+    """A value as SETTING=VALUE takes it, texts in quotes."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def _typed(name: str, value: Any, annotation: str) -> Any:
-    kinds = [kind.strip() for kind in annotation.split("|")]
-    if value is None and "None" in kinds:
-        return None
-    if "float" in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    for kind, python in (("bool", bool), ("int", int), ("float", float), ("str", str)):
-        if kind in kinds and type(value) is python:
-            return value
-    raise ValueError(f"setting {name}={value!r} has the wrong type: it takes {annotation}")
+def limits_of(metadata: Mapping[str, Any]) -> str:
+    """A field's limits in words, such as "at least 0 and below 1"."""
+    return " and ".join(f"{LIMITS[name][0]} {bound:g}" for name, bound in metadata["limits"].items())
 
 
-def under_current_names(stored: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an older run.json under their names of today; ValueError for a run that used a retired one."""
-    if stored.get("anneal_form", "entries") != "entries":
+def check_value(name: str, value: Any) -> None:
+    """Raise ValueError for a value of the right type that the setting does not take."""
+    if value is None:
+        return
+    metadata = TABLE[name].metadata
+    if metadata["one_of"] and value not in metadata["one_of"]:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(metadata['one_of'])}")
+    if isinstance(value, float) and not math.isfinite(value) and not (metadata["infinite"] and value == math.inf):
+        raise ValueError(f"{name}={value} must be finite")
+    if not all(LIMITS[limit][1](value, bound) for limit, bound in metadata["limits"].items()):
+        raise ValueError(f"{name}={value} must be {limits_of(metadata)}")
+
+
+def _check_lora_trainable(settings: Settings) -> None:
+    for part in settings.trainable:
+        if part not in LORA_TRAINABLE:
+            raise ValueError(
+                f"lora_trainable={settings.lora_trainable!r}: {part!r} is unknown: use any of "
+                f"{', '.join(LORA_TRAINABLE)}, with commas between"
+            )
+
+
+def _check_clean_half(settings: Settings) -> None:
+    """Other objectives than diffusion read AR rows off the clean stream."""
+    attention = (settings.attention, settings.clean_attention)
+    if settings.objective != "diffusion" and attention != ("two_stream", "causal"):
         raise ValueError(
-            f"anneal_form={stored['anneal_form']!r} is not offered now: finish this run with the version that began it"
+            f"objective={settings.objective!r} needs attention='two_stream' with clean_attention='causal', "
+            f"not {settings.attention!r} with {settings.clean_attention!r}"
         )
-    renamed = {"draws": "num_masks"}
-    return {renamed.get(name, name): value for name, value in stored.items() if name != "anneal_form"}
 
 
-_SMALL, _LARGE = 100e6, 1e9
-_RULE: dict[str, tuple[float, float]] = {
-    # measured on parents below 100M parameters; published for parents from 1B
-    "learning_rate": (4e-3, 1e-5),
-    "joint_learning_rate": (1e-3, 1e-5),  # faster, and the AR model wanders off (results/tri-mode)
-    "min_learning_rate_ratio": (0.02, 0.3),
-    "batch_tokens": (1024, 2**21),
-    "max_length": (512, 4096),
-    "block_size": (8, 16),
-    "micro_batch_tokens": (16384, 4096),
-}
+def _check_reach(settings: Settings) -> None:
+    """How far a draft reaches is the drafter's measure alone."""
+    if settings.objective == "joint" and settings.distance == "reach":
+        raise ValueError("distance='reach' needs objective='distill', not 'joint'")
 
 
-FULL_VOCABULARY, TEACHER_TOP_K = 65_536, 64
-"""Up to so many tokens a teacher's whole law is compared, beyond them its likeliest ones."""
+def _check_own_states(settings: Settings) -> None:
+    """Masks of self_mode="diffusion" are states of the student's own decoding, which the text does not answer."""
+    if settings.self_mode != "diffusion":
+        return
+    if settings.masking != "all" or settings.random_offset:
+        raise ValueError(
+            f"self_mode='diffusion' brings masks of its own: use masking='all', not {settings.masking!r}, and no "
+            "random_offset"
+        )
+    if settings.objective != "distill" and settings.teacher is None:
+        raise ValueError(
+            "self_mode='diffusion' teaches another model's distribution, not the student's own words: with objective="
+            f"{settings.objective!r} it needs objective='joint' and teacher=FOLDER, the AR model"
+        )
 
 
-def resolve(
-    settings: Settings, num_parameters: int, context_length: int | None, vocabulary: int | None = None
-) -> Settings:
-    """Fill what depends on the parent's size.
+# --- conditions
 
-    Up to 100M parameters our measured values, from 1B the published ones, between them interpolated in the
-    logarithms of size and value: value = small * (large / small)^s, s = log(N / 100M) / log(10) in [0, 1].
-    half_life, infinite for small parents and 0.1 for large ones, is 0.1 / s.
+
+def unmet(name: str, values: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
+    """What keeps a run with these values (of all settings) from reading a setting; None if it reads it.
+
+    Returns the condition in words, such as "objective='joint'", and the names of the settings in it.
     """
-    s = min(1.0, max(0.0, math.log(num_parameters / _SMALL) / math.log(_LARGE / _SMALL)))
-    ruled = {name: small * (large / small) ** s for name, (small, large) in _RULE.items()}
-    block = settings.block_size or 2 ** round(math.log2(ruled["block_size"]))
-    if settings.attention == "bidirectional" and settings.noise_level == "sequence":
-        block = settings.block_size or 1  # no blocks: any length will do
-    length = settings.max_length
-    if length is None:
-        length = 2 ** round(math.log2(ruled["max_length"]))
-        if context_length is not None:
-            length = min(length, context_length)
-        length = length // block * block
-    elif length % block:
-        raise ValueError(f"max_length={length} is no multiple of block_size={block}")
-    if context_length is not None and length > context_length:
-        raise ValueError(f"max_length={length} exceeds the model's context of {context_length}")
-    if length < block:
-        raise ValueError(f"block_size={block} exceeds max_length={length}")
-    first = settings.first_block_size
-    if first is not None and block not in (first << n for n in range(block.bit_length())):
-        raise ValueError(f"first_block_size={first} does not double to block_size={block}")
-    batch = settings.batch_size or max(1, round(ruled["batch_tokens"] / length))
-    rate = "joint_learning_rate" if settings.objective == "joint" else "learning_rate"
-    top_k = settings.teacher_top_k
-    if top_k is None and vocabulary is not None and vocabulary > FULL_VOCABULARY:
-        top_k = TEACHER_TOP_K
-    return replace(
-        settings,
-        teacher_top_k=top_k,
-        block_size=block,
-        max_length=length,
-        batch_size=batch,
-        micro_batch_size=min(settings.micro_batch_size or max(1, round(ruled["micro_batch_tokens"] / length)), batch),
-        half_life=(0.1 / s if s else math.inf) if settings.half_life is None else settings.half_life,
-        learning_rate=settings.learning_rate or float(f"{ruled[rate]:.2g}"),
-        min_learning_rate_ratio=(
-            ruled["min_learning_rate_ratio"]
-            if settings.min_learning_rate_ratio is None
-            else settings.min_learning_rate_ratio
-        ),
-    )
+    needs, either = TABLE[name].metadata["needs"], TABLE[name].metadata["either"]
+    failed = [other for other, need in needs.items() if not need.holds(values[other])]
+    if failed:
+        return " and ".join(other + needs[other].says for other in failed), tuple(failed)
+    if not either or any(_all_hold(needs, values) for needs in either):
+        return None
+    names = dict.fromkeys(other for needs in either for other in needs)
+    return condition({}, either), tuple(names)
 
 
-RULE_TEXT = (
-    "learning rate, batch and length: our measured values up to 100M parameters, the paper's from 1B, "
-    "log-interpolated between"
-)
+def _all_hold(needs: Mapping[str, Need], values: Mapping[str, Any]) -> bool:
+    return all(need.holds(values[other]) for other, need in needs.items())
 
 
-def diffusion_config(settings: Settings, mask_token_id: int, version: str) -> DiffusionConfig:
-    """What a checkpoint trained with these (resolved) settings says of itself."""
-    return DiffusionConfig(
-        mask_token_id=mask_token_id,
-        attention=settings.attention,
-        clean_attention=settings.clean_attention,
-        block_size=None if settings.attention == "bidirectional" else settings.block_size,
-        shift=settings.shift,
-        recipe=settings.recipe,
-        version=version,
-        noisy_attention=settings.noisy_attention,
-        mask_rows=settings.block_size if settings.mask_per_place and settings.block_size else 1,
-    )
-
-
-def at_step(settings: Settings, step: int, total_steps: int) -> Settings:
-    """The settings of one step: with first_block_size, blocks double in equal parts of the run."""
-    if settings.first_block_size is None:
-        return settings
-    assert settings.block_size is not None
-    stages = (settings.block_size // settings.first_block_size).bit_length()
-    stage = min(stages - 1, step * stages // max(1, total_steps))
-    return replace(settings, block_size=settings.first_block_size << stage, first_block_size=None)
+def condition(needs: Mapping[str, Need], either: tuple[Mapping[str, Need], ...]) -> str:
+    """The whole condition in words; empty for a setting that every run reads."""
+    words = [other + need.says for other, need in needs.items()]
+    words += [", or ".join(condition(alternative, ()) for alternative in either)] if either else []
+    return " and ".join(words)

@@ -83,7 +83,7 @@ def recipes(
 ) -> None:
     """List the recipes, or the settings of one."""
     import unmask
-    from unmask.settings import recipe_summary
+    from unmask.recipe import recipe_summary
 
     found = unmask.recipes()
     if name is not None and name not in found:

@@ -32,8 +32,10 @@ from unmask.loading import load
 from unmask.model import DiffusionLM
 from unmask.plain_json import to_json
 from unmask.progress import progress
+from unmask.recipe import differences, load_recipe
+from unmask.resolve import resolve
 from unmask.run_folder import checkpoints, claim, damage, releases_folders, write_text, writing
-from unmask.settings import Settings, load_recipe, resolve
+from unmask.settings import Settings
 
 PARENT = "parent"
 """The arm under whose name the untouched parent is measured."""
@@ -42,6 +44,7 @@ PARENT = "parent"
 @dataclass(frozen=True)
 class Study:
     """What is compared. settings: recipe and settings that arms share. arms: name -> what sets it apart.
+    An arm takes those of the shared settings that its run reads; one of its own that it does not read is an error.
 
     points: checkpoints of each run, the last one included; `along` is measured at all of them, `measures` at the
     last. max_tokens: of every arm alike. answers: the held-out text is problems of `unmask.lab.tasks`. A setting of
@@ -80,13 +83,13 @@ class Study:
 
     def run_settings(self, arm: str, seed: int) -> Settings:
         """The settings of one run; raises ValueError where the recipe or a setting is wrong."""
-        values = {"max_tokens": self.max_tokens} | self.settings | self.arms[arm] | {"seed": seed}
-        if "recipe" not in values:
+        shared, own = dict(self.settings), dict(self.arms[arm])
+        recipe = own.pop("recipe", shared.pop("recipe", None))
+        if recipe is None:
             raise ValueError(f"arm {arm!r} of study {self.name!r} names no recipe")
-        recipe = values.pop("recipe")
-        if values["max_tokens"] != self.max_tokens:
+        if (shared | own).get("max_tokens", self.max_tokens) != self.max_tokens:
             raise ValueError(f"arm {arm!r} of study {self.name!r} sets max_tokens: all arms train on equally many")
-        return load_recipe(recipe, **{k: None if v == "none" else v for k, v in values.items()})
+        return load_recipe(recipe, shared, **own | {"seed": seed, "max_tokens": self.max_tokens})
 
     def runs(self) -> Iterator[tuple[str, int]]:
         """(arm, seed), all arms of a seed before the next seed."""
@@ -218,14 +221,11 @@ def _train(
 ) -> None:
     settings = study.run_settings(arm, seed)
     sized = resolve(settings, sum(p.numel() for p in parent.model.parameters()), parent.network.context_length)
-    assert sized.max_tokens is not None
-    assert sized.batch_size is not None
-    assert sized.max_length is not None
-    steps = -(-sized.max_tokens // (sized.batch_size * sized.max_length))
+    steps = -(-study.max_tokens // (sized.batch_size * sized.max_length))
     every = -(-steps // study.points)
-    given = {f.name: getattr(settings, f.name) for f in fields(Settings) if f.name != "recipe"}
     # Evaluation is the study's own, on checkpoints: none during training.
-    given |= {"save_every": every, "keep_checkpoints": study.points + 1, "eval_every": 10**9, "eval_documents": 4}
+    given = differences(settings) | {"save_every": every, "keep_checkpoints": study.points + 1}
+    given |= {"eval_every": 10**9, "eval_documents": 4}
     if show_progress:
         print(f"study {study.name}: train {arm} with seed {seed}", file=sys.stderr)
     adapt(

@@ -30,8 +30,9 @@ from unmask.core.objectives import predictable
 from unmask.data.documents import Corpus, HubStream
 from unmask.data.packing import Packer, PackState
 from unmask.hf.fast.shortcuts import compile_layers
+from unmask.resolve import Resolved, at_step
 from unmask.run_folder import newest_whole
-from unmask.settings import Settings, at_step
+from unmask.settings import OptimiserSettings, RunSettings
 from unmask.training.checkpoints import (
     TrainState,
     append_metrics,
@@ -65,7 +66,7 @@ class Progress:
 def train(
     model: Any,
     make_network: Callable[[Any], Network],
-    settings: Settings,
+    settings: Resolved,
     config: DiffusionConfig | None,
     source: Corpus | HubStream,
     output_dir: Path,
@@ -77,7 +78,7 @@ def train(
     teacher: Network | None = None,
     renew: Callable[[int], Corpus] | None = None,
 ) -> TrainState:
-    """Train `model`, which is `in_training`, in place and return where it ended. `settings` are resolved ones.
+    """Train `model`, which is `in_training`, in place and return where it ended.
 
     Checkpoints go to output_dir/checkpoint-<step>, metrics to output_dir/metrics.jsonl. With `resume` the
     newest whole checkpoint is continued, bit for bit as if never interrupted on the same hardware. replicate:
@@ -115,7 +116,7 @@ class _Run:
         self,
         model: Any,
         make_network: Callable[[Any], Network],
-        settings: Settings,
+        settings: Resolved,
         config: DiffusionConfig | None,
         source: Corpus | HubStream,
         output_dir: Path,
@@ -162,8 +163,6 @@ class _Run:
     def batches(self, renew: Callable[[int], Corpus] | None) -> Iterator[Batch]:
         """The rows of each step, of all ranks, until max_tokens are seen or the data ends."""
         settings = self.settings
-        assert settings.max_length is not None
-        assert settings.batch_size is not None
         epochs = None if settings.max_tokens is not None else 1
         self.packer = Packer(self.source, settings.max_length, seed=settings.seed, epochs=epochs, state=self.state.data)
         every, begun = settings.self_every or max(1, self.total_steps) * 10**6, None
@@ -210,7 +209,6 @@ class _Run:
     def _backward(self, batch: Batch, count: int) -> Tensor:
         """Gradients of this rank's rows, divided by the step's token count; their loss sum, float64 on the device."""
         accelerator, settings = self.accelerator, at_step(self.settings, self.state.step, self.total_steps)
-        assert settings.micro_batch_size is not None
         share, first = _share(batch, accelerator)
         averaged = accelerator.num_processes if accelerator.distributed_type in _SHARDED else 1
         total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
@@ -295,7 +293,7 @@ def _share(batch: Batch, accelerator: accelerate.Accelerator) -> tuple[Batch, in
 
 
 @contextmanager
-def in_training(model: Any, settings: Settings) -> Iterator[None]:
+def in_training(model: Any, settings: RunSettings) -> Iterator[None]:
     """Within the context the model trains as the settings say; after it, however it ends, it is a stock one again."""
     model.train()
     try:
@@ -313,7 +311,7 @@ def in_training(model: Any, settings: Settings) -> Iterator[None]:
             compile_layers(model, on=False)
 
 
-def token_goal(settings: Settings, source: Corpus | HubStream) -> int:
+def token_goal(settings: OptimiserSettings, source: Corpus | HubStream) -> int:
     """Tokens to train on: max_tokens, else one pass; a stream has no known end."""
     if settings.max_tokens is not None:
         return settings.max_tokens
@@ -322,16 +320,14 @@ def token_goal(settings: Settings, source: Corpus | HubStream) -> int:
     return source.num_tokens
 
 
-def count_steps(settings: Settings, source: Corpus | HubStream) -> int:
+def count_steps(settings: Resolved, source: Corpus | HubStream) -> int:
     """Optimiser steps of the run."""
-    assert settings.max_length is not None
-    assert settings.batch_size is not None
     length = settings.max_length
     per_row = source.tokens_per_row(length) if isinstance(source, Corpus) else length
     return math.ceil(token_goal(settings, source) / (per_row * settings.batch_size))
 
 
-def _optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer:
+def _optimizer(model: Any, settings: OptimiserSettings) -> torch.optim.Optimizer:
     """AdamW; no decay on vectors (norms, biases)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -362,9 +358,8 @@ def _prepare(accelerator: accelerate.Accelerator, model: Any, optimizer: torch.o
     return wrapped, optimizer
 
 
-def check_machine(settings: Settings, ranks: int, device: torch.device) -> None:
+def check_machine(settings: Resolved, ranks: int, device: torch.device) -> None:
     """Raise ValueError where a step's rows cannot be shared out evenly, or a device lacks the precision."""
-    assert settings.batch_size is not None
     if settings.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision='fp16' needs a GPU: use 'bf16' or 'no' on a CPU")
     if settings.batch_size % ranks:

@@ -25,10 +25,10 @@ from unmask.core.corruption import (
 from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import Key, bernoulli, uniforms
 from unmask.core.objectives import Diffusion, Distill, Joint, LossOutput, NextToken, Objective, predictable
-from unmask.settings import Settings
+from unmask.resolve import Resolved
 
 
-def objective_of(settings: Settings, teacher: Network | None = None) -> Objective:
+def objective_of(settings: Resolved, teacher: Network | None = None) -> Objective:
     """The loss that the settings of a conversion train; teacher: of the joint objective."""
     # A shared clean pass keeps a graph through its cache, which recomputed or compiled layers would not have.
     shares = not settings.gradient_checkpointing and not settings.compile_layers
@@ -41,7 +41,7 @@ def objective_of(settings: Settings, teacher: Network | None = None) -> Objectiv
 
 def step_loss(
     network: Network,
-    settings: Settings,
+    settings: Resolved,
     config: DiffusionConfig | None,
     batch: Batch,
     step: int,
@@ -66,7 +66,7 @@ def step_loss(
 
 
 def corruptions(
-    settings: Settings, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None = None
+    settings: Resolved, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None = None
 ) -> list[Corruption]:
     """The masks of these rows of the global batch at an optimiser step: `num_masks` of them, or pairs of them."""
     drawn = []
@@ -76,10 +76,8 @@ def corruptions(
 
 
 def _corruptions(
-    settings: Settings, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None, draw: int
+    settings: Resolved, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None, draw: int
 ) -> list[Corruption]:
-    assert settings.batch_size is not None
-    assert settings.block_size is not None
     by_block = settings.noise_level == "block"
     device, length = layout.position.device, layout.position.shape[1]
     segment = segments(layout, settings.block_size) if by_block else torch.zeros_like(layout.position)
@@ -95,19 +93,17 @@ def _corruptions(
         return [mask_bernoulli(t, noise, segment, maskable)]
     size = settings.block_size if by_block else length
     place = (layout.position % size + 1) / size
-    half_life = math.inf if settings.half_life is None else settings.half_life
     if settings.complementary:
-        return list(mask_complementary(t, noise, segment, maskable, place=place, half_life=half_life))
-    return [mask_exact(t, noise, segment, maskable, place=place, half_life=half_life)]
+        return list(mask_complementary(t, noise, segment, maskable, place=place, half_life=settings.half_life))
+    return [mask_exact(t, noise, segment, maskable, place=place, half_life=settings.half_life)]
 
 
-def offset_blocks(batch: Batch, settings: Settings, step: int, rows: Tensor) -> Batch:
+def offset_blocks(batch: Batch, settings: Resolved, step: int, rows: Tensor) -> Batch:
     """The batch with each document on a block grid of its own, begun at one of block_size places.
 
     A document's positions all move by its offset. Rotary attention sees differences alone, so only the blocks
     change; what was the document's first token stays given.
     """
-    assert settings.block_size is not None
     position, document, noisy = batch.layout
     draws = uniforms([("offset", settings.seed, step, row) for row in rows.tolist()], position.shape[1])
     offset = (draws.to(document.device).gather(-1, document.clamp_min(0)) * settings.block_size).long()
@@ -120,7 +116,7 @@ def _opened(length: int, ratio: float, key: Key, device: torch.device) -> Tensor
     return bernoulli(length, length, probability=ratio, key=key, device=device)
 
 
-def annealing(settings: Settings, step: int, rows: Tensor, device: torch.device) -> Pattern | None:
+def annealing(settings: Resolved, step: int, rows: Tensor, device: torch.device) -> Pattern | None:
     """The pattern of an optimiser step while attention opens up; None once it is fully bidirectional.
 
     r = min(1, (step + 1) / anneal_steps) (DiffuLLaMA 2410.17891, section 3.3): every entry above the diagonal
@@ -128,7 +124,6 @@ def annealing(settings: Settings, step: int, rows: Tensor, device: torch.device)
     `anneal_redraw` one for each micro-batch, keyed by its first row. A function of the step alone, so that a
     resumed run goes on where it stopped.
     """
-    assert settings.max_length is not None
     ratio = (step + 1) / settings.anneal_steps
     if ratio >= 1:
         return None
@@ -138,10 +133,8 @@ def annealing(settings: Settings, step: int, rows: Tensor, device: torch.device)
     return annealed(_opened(settings.max_length, ratio, key, device))
 
 
-def learning_rate_at(settings: Settings, step: int, total_steps: int) -> float:
+def learning_rate_at(settings: Resolved, step: int, total_steps: int) -> float:
     """Linear warm-up, then a cosine from learning_rate to learning_rate * min_learning_rate_ratio."""
-    assert settings.learning_rate is not None
-    assert settings.min_learning_rate_ratio is not None
     warmup = max(1, round(settings.warmup_ratio * total_steps))
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup

@@ -1,0 +1,102 @@
+"""Recipes: TOML files of settings, and the settings of a run that starts from one.
+
+A recipe knows no model and no text: numbers in, numbers out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from importlib import resources
+from typing import Any
+
+from unmask.settings import TABLE, Settings, check_value, shown, to_plain, unmet
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes shipped with the package."""
+    folder = resources.files("unmask") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def recipes() -> dict[str, dict[str, Any]]:
+    """Recipe name -> its settings; those left to the parent's size are None, infinity is "inf"."""
+    return {name: to_plain(load_recipe(name)) for name in recipe_names()}
+
+
+def recipe_summary(name: str) -> str:
+    """A recipe's first line: what it reproduces."""
+    return _text(name).splitlines()[0].removeprefix("# ")
+
+
+def load_recipe(name: str, background: Mapping[str, Any] | None = None, **overrides: Any) -> Settings:
+    """Settings of a recipe with overrides.
+
+    An unknown name, a value of the wrong type or out of range, and an override that the run would not read are
+    errors. background: values that replace the recipe's own. Of both the run takes those that it reads, so that what
+    an override makes pointless needs not be taken back; to take it back is allowed.
+    """
+    own = tomllib.loads(_text(name)) | dict(background or {})
+    changed = {*(background or {}), *overrides}
+    values: dict[str, Any] = {key: entry.default for key, entry in TABLE.items()}
+    for key, value in (own | overrides).items():
+        if key not in TABLE:
+            raise ValueError(_unknown("setting", key, TABLE, "`unmask recipes NAME --all` lists them"))
+        values[key] = _typed(key, value)
+        check_value(key, values[key])
+    for key, entry in TABLE.items():  # conditions speak of earlier settings, whose values are final by now
+        reason = unmet(key, values)
+        if reason is None:
+            continue
+        taken_back = key in own and values[key] == entry.default
+        if key in overrides and values[key] is not None and not taken_back:
+            needed, others = reason
+            whose = f"recipe {name}" if changed.isdisjoint(others) else "this run"
+            present = ", ".join(f"no {o}" if values[o] is None else f"{o}={shown(values[o])}" for o in others)
+            raise ValueError(f"{key}={shown(values[key])} needs {needed}; {whose} has {present}")
+        values[key] = entry.default
+    return Settings(recipe=name, **values)
+
+
+def differences(settings: Settings) -> dict[str, Any]:
+    """What sets these settings apart from their recipe: `load_recipe` with them gives the settings again."""
+    plain = asdict(load_recipe(settings.recipe))
+    return {name: value for name, value in asdict(settings).items() if value != plain[name]}
+
+
+def under_current_names(stored: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an older run.json under their names of today; ValueError for a run that used a retired one."""
+    if stored.get("anneal_form", "entries") != "entries":
+        raise ValueError(
+            f"anneal_form={stored['anneal_form']!r} is no longer offered: finish the run with the version that began it"
+        )
+    renamed = {"draws": "num_masks"}
+    return {renamed.get(name, name): value for name, value in stored.items() if name != "anneal_form"}
+
+
+def _text(name: str) -> str:
+    names = recipe_names()
+    if name not in names:
+        raise ValueError(_unknown("recipe", name, names, f"the recipes are {', '.join(names)}"))
+    return (resources.files("unmask") / "recipes" / f"{name}.toml").read_text()
+
+
+def _unknown(kind: str, name: str, known: Iterable[str], otherwise: str) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"{kind} {name!r} is unknown: " + (f"did you mean {nearest[0]!r}? " if nearest else "") + otherwise
+
+
+def _typed(name: str, value: Any) -> Any:
+    """The value as the setting's type; "none" unsets a setting that may be unset, where a file has no word for it."""
+    annotation = str(TABLE[name].type)
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if value in (None, "none") and "None" in kinds:
+        return None
+    if "float" in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    for kind, python in (("bool", bool), ("int", int), ("float", float), ("str", str)):
+        if kind in kinds and type(value) is python:
+            return value
+    raise ValueError(f"setting {name}={value!r} has the wrong type: it takes {annotation}")

@@ -1,0 +1,125 @@
+"""What the parent's size decides of a run: batch, lengths, learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from unmask.core.network import DiffusionConfig
+from unmask.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved(Settings):
+    """Settings of a run on one parent: what its size decides has a value.
+
+    teacher_top_k alone may stay None: a distance then compares the whole vocabulary.
+    """
+
+    block_size: int
+    max_length: int
+    batch_size: int
+    micro_batch_size: int
+    half_life: float
+    learning_rate: float
+    min_learning_rate_ratio: float
+
+
+OF_SIZE = (*Resolved.__annotations__, "teacher_top_k")
+"""Settings whose value, where none is set, comes from the parent's size."""
+
+_SMALL, _LARGE = 100e6, 1e9
+_RULE: dict[str, tuple[float, float]] = {
+    # measured on parents below 100M parameters; published for parents from 1B
+    "learning_rate": (4e-3, 1e-5),
+    "joint_learning_rate": (1e-3, 1e-5),  # faster, and the AR model wanders off (results/tri-mode)
+    "min_learning_rate_ratio": (0.02, 0.3),
+    "batch_tokens": (1024, 2**21),
+    "max_length": (512, 4096),
+    "block_size": (8, 16),
+    "micro_batch_tokens": (16384, 4096),
+}
+
+
+FULL_VOCABULARY, TEACHER_TOP_K = 65_536, 64
+"""Up to so many tokens a teacher's whole law is compared, beyond them its likeliest ones."""
+
+
+def resolve(
+    settings: Settings, num_parameters: int, context_length: int | None, vocabulary: int | None = None
+) -> Resolved:
+    """Fill what depends on the parent's size; raise ValueError for a length that does not fit block or context.
+
+    Up to 100M parameters our measured values, from 1B the published ones, between them interpolated in the
+    logarithms of size and value: value = small * (large / small)^s, s = log(N / 100M) / log(10) in [0, 1].
+    half_life, infinite for small parents and 0.1 for large ones, is 0.1 / s.
+    """
+    s = min(1.0, max(0.0, math.log(num_parameters / _SMALL) / math.log(_LARGE / _SMALL)))
+    ruled = {name: small * (large / small) ** s for name, (small, large) in _RULE.items()}
+    block = settings.block_size or 2 ** round(math.log2(ruled["block_size"]))
+    if settings.attention == "bidirectional" and settings.noise_level == "sequence":
+        block = settings.block_size or 1  # no blocks: any length will do
+    length = _length(settings.max_length, block, 2 ** round(math.log2(ruled["max_length"])), context_length)
+    first = settings.first_block_size
+    if first is not None and block not in (first << n for n in range(block.bit_length())):
+        raise ValueError(f"first_block_size={first} does not double to block_size={block}")
+    batch = settings.batch_size or max(1, round(ruled["batch_tokens"] / length))
+    rate = "joint_learning_rate" if settings.objective == "joint" else "learning_rate"
+    of_size = {
+        "block_size": block,
+        "max_length": length,
+        "batch_size": batch,
+        "micro_batch_size": max(1, round(ruled["micro_batch_tokens"] / length)),
+        "half_life": 0.1 / s if s else math.inf,
+        "learning_rate": float(f"{ruled[rate]:.2g}"),
+        "min_learning_rate_ratio": ruled["min_learning_rate_ratio"],
+        "teacher_top_k": TEACHER_TOP_K if vocabulary is not None and vocabulary > FULL_VOCABULARY else None,
+    }
+    chosen = {name: value for name, value in vars(settings).items() if value is not None}
+    values = vars(settings) | of_size | chosen
+    return Resolved(**values | {"micro_batch_size": min(values["micro_batch_size"], batch)})
+
+
+def _length(asked: int | None, block: int, ruled: int, context_length: int | None) -> int:
+    """Tokens of a row: what is asked for, else the rule's, within the context and in whole blocks."""
+    length = asked
+    if length is None:
+        length = ruled if context_length is None else min(ruled, context_length)
+        length = length // block * block
+    elif length % block:
+        raise ValueError(f"max_length={length} is no multiple of block_size={block}")
+    if context_length is not None and length > context_length:
+        raise ValueError(f"max_length={length} exceeds the model's context of {context_length}")
+    if length < block:
+        raise ValueError(f"block_size={block} exceeds max_length={length}")
+    return length
+
+
+RULE_TEXT = (
+    "learning rate, batch and length: our measured values up to 100M parameters, the paper's from 1B, "
+    "log-interpolated between"
+)
+
+
+def diffusion_config(settings: Resolved, mask_token_id: int, version: str) -> DiffusionConfig:
+    """What a checkpoint trained with these settings says of itself."""
+    return DiffusionConfig(
+        mask_token_id=mask_token_id,
+        attention=settings.attention,
+        clean_attention=settings.clean_attention,
+        block_size=None if settings.attention == "bidirectional" else settings.block_size,
+        shift=settings.shift,
+        recipe=settings.recipe,
+        version=version,
+        noisy_attention=settings.noisy_attention,
+        mask_rows=settings.block_size if settings.mask_per_place else 1,
+    )
+
+
+def at_step(settings: Resolved, step: int, total_steps: int) -> Resolved:
+    """The settings of one step: with first_block_size, blocks double in equal parts of the run."""
+    if settings.first_block_size is None:
+        return settings
+    stages = (settings.block_size // settings.first_block_size).bit_length()
+    stage = min(stages - 1, step * stages // max(1, total_steps))
+    return replace(settings, block_size=settings.first_block_size << stage, first_block_size=None)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
@@ -131,3 +134,53 @@ def test_unknown_names_are_refused() -> None:
         check("Once upon a time", "b")
     with pytest.raises(ValueError, match="prompt 'copy a b' is no problem of a task"):
         check("copy a b", "a b")
+
+
+# --- the benchmark
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "tasks.py"
+    spec = importlib.util.spec_from_file_location("tasks_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_of_training_hold_every_problem(bench: ModuleType) -> None:
+    """The longest problem, its answer and the end token fit into a row, and the answer into what may be written."""
+    for family in (bench.SHORT, bench.LONG):
+        for problem in problems(family.tasks, "train", 3000):
+            answer = len(problem.answer.split()) + 1
+            assert len(problem.prompt.split()) + answer <= family.length
+            assert answer <= family.new_tokens
+
+
+def test_decoder_is_chosen_on_valid(bench: ModuleType, tmp_path: Path) -> None:
+    """The most tokens per forward within a point of the base; the most accurate where none is; test does not count."""
+    rows = bench.Rows(tmp_path / "rows.jsonl")
+    run = {"family": "short", "arm": "a", "seed": 0, "tokens": 10}
+    accuracy_speed = {"t 0.9": (1.0, 2.0), "t 0.5": (0.98, 4.0), "t 0.2": (0.95, 6.0)}
+    for split, base in (("valid", 0.989), ("test", 0.9)):
+        for decoder, (accuracy, speed) in accuracy_speed.items():
+            found = {"accuracy": accuracy, "tokens_per_forward": speed}
+            rows.add({"measure": "answers", **run, "decoder": decoder, "split": split}, found)
+        found = {"accuracy": base, "tokens_per_forward": 1.0}
+        rows.add({"measure": "answers", **run, "arm": "base", "tokens": 0, "decoder": "ar", "split": split}, found)
+    some = bench.Bench(bench.SHORT, tmp_path, tmp_path, {}, bench.Rows(rows.path))
+    assert some.chosen(run, list(accuracy_speed)) == "t 0.5"
+    assert some.chosen(run, ["t 0.2"]) == "t 0.2"
+    assert len(rows.path.read_text().splitlines()) == 8
+
+
+def test_accuracy_is_the_mean_of_tasks_and_forwards_are_summed(bench: ModuleType) -> None:
+    tasks = {
+        "copy": {"problems": 4, "right": 4, "tokens": 30, "forwards": 10},
+        "chain": {"problems": 2, "right": 1, "tokens": 10, "forwards": 10},
+        "shuffle": {"problems": 2, "right": 0, "tokens": 10, "forwards": 1},
+    }
+    assert bench.summary(tasks, ("copy", "chain")) == {"accuracy": 0.75, "tokens_per_forward": 2.0}

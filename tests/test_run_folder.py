@@ -15,7 +15,7 @@ import torch
 
 import unmask
 from unmask import run_folder
-from unmask.training.checkpoints import latest_checkpoint, read_state
+from unmask.training.checkpoints import checkpoints, damage, latest_checkpoint, read_state
 
 RUN = {"max_tokens": 2000, "max_length": 64, "block_size": 4, "batch_size": 4, "log_every": 1, "save_every": 2,
        "show_progress": False, "eval_documents": 2, "eval_every": 4, "keep_checkpoints": 9}  # fmt: skip
@@ -30,7 +30,7 @@ def adapt(base: Path, stories: Path, folder: Path, **settings: object) -> unmask
 
 
 def steps(folder: Path) -> list[int]:
-    return [int(path.name.removeprefix("checkpoint-")) for path in run_folder.checkpoints(folder)]
+    return [int(path.name.removeprefix("checkpoint-")) for path in checkpoints(folder)]
 
 
 def unfinished(folder: Path, at: int) -> None:
@@ -125,7 +125,7 @@ def test_a_later_damaged_checkpoint_does_not_push_out_good_ones(
     os.truncate(cut / "checkpoint-99" / "model.safetensors", 5)
     adapt(tokenizer_and_model, stories, cut, resume=True, keep_checkpoints=1)
     (last,) = steps(cut)
-    assert run_folder.damage(cut / f"checkpoint-{last}") is None
+    assert damage(cut / f"checkpoint-{last}") is None
 
 
 def test_checkpoints_of_before_are_read(whole: Path, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_checkpoints_of_before_are_read(whole: Path, tmp_path: Path) -> None:
     (folder / "files.json").unlink()
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({key: state[key] for key in ("step", "tokens", "data")}))
-    assert run_folder.damage(folder) is None
+    assert damage(folder) is None
     assert read_state(folder).step == 4
 
 
@@ -223,7 +223,7 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(
         assert "unmask: error: the disk is full: " in done.stderr.splitlines()[-1]
         assert steps(cut) == [2, 4]
         assert not list(cut.glob("*.partial"))
-        assert run_folder.damage(cut / "checkpoint-4") is None
+        assert damage(cut / "checkpoint-4") is None
     adapt(tokenizer_and_model, stories, cut, resume=True)
     same(cut, whole)
 

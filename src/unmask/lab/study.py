@@ -34,8 +34,9 @@ from unmask.plain_json import to_json
 from unmask.progress import progress
 from unmask.recipe import differences, load_recipe
 from unmask.resolve import resolve
-from unmask.run_folder import checkpoints, claim, damage, releases_folders, write_text, writing
+from unmask.run_folder import claim, releases_folders, write_text, writing
 from unmask.settings import Settings
+from unmask.training.checkpoints import checkpoints, damage
 
 PARENT = "parent"
 """The arm under whose name the untouched parent is measured."""

@@ -31,12 +31,12 @@ from unmask.data.documents import Corpus, HubStream
 from unmask.data.packing import Packer, PackState
 from unmask.hf.fast.shortcuts import compile_layers
 from unmask.resolve import Resolved, at_step
-from unmask.run_folder import newest_whole
 from unmask.settings import OptimiserSettings, RunSettings
 from unmask.training.checkpoints import (
     TrainState,
     append_metrics,
     count_rows,
+    newest_whole,
     read_state,
     save_checkpoint,
     trim_metrics,

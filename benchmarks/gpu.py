@@ -5,7 +5,7 @@
 
 Writes rows.jsonl and README.md, a table, into the folder, row by row. After a share of --minutes no new case begins
 (compiling takes most of the time), and the table says what was left out.
-Arithmetic is counted as needed (`bench.needed_flops`) and set against the rate of one large matrix product.
+Arithmetic is counted as needed (`needed_flops`) and set against the rate of one large matrix product.
 """
 
 import argparse
@@ -26,6 +26,33 @@ from unmask.version import __version__
 LENGTH, BLOCK = 4096, 16
 
 
+def needed_flops(config: Any, kind: str, block_size: int, rows: int, length: int) -> float:
+    """Floating-point operations that a step needs: those of matrix products, forward and twice that backward.
+
+    Counted are the pairs that the pattern allows, the head on half of the tokens (as many as are masked on
+    average) for diffusion and on all of them for "ar", and of the last layer the rows that reach the head.
+    """
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    width = config.head_dim * config.num_attention_heads
+    keys = hidden * 2 * config.head_dim * config.num_key_value_heads
+    rest = hidden * width * 2 + 3 * hidden * config.intermediate_size
+    before = (length + block_size) / 2  # keys that a token of a block sees on average, its own block included
+    streams, pairs, read = {
+        "ar": (1, (length + 1) / 2, 1.0),
+        "bidirectional": (1, length, 0.5),
+        "two_stream": (2, before, 0.5),
+    }[kind]
+    whole = (layers - 1) * streams * (keys + rest + 2 * width * pairs)
+    last = streams * keys + read * (rest + 2 * width * pairs)
+    return 6.0 * rows * length * (whole + last + read * hidden * config.vocab_size)
+
+
+def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
+    """Floating-point operations a second of one large square matrix product, the best of a few."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2.0 * size**3 / min(bench.clocks(lambda: a @ b)[torch.cuda.is_available()] for _ in range(8))
+
+
 def training(shape: str, length: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Steps beside AR's, with the share of the matrix-product rate that the needed arithmetic reaches.
 
@@ -33,7 +60,7 @@ def training(shape: str, length: int, rounds: int) -> Iterator[dict[str, Any]]:
     """
     model = bench.make_model(shape)
     device = model.device.type
-    rate = bench.matmul_rate(device, model.dtype, 8192 if device == "cuda" else 1024)
+    rate = matmul_rate(device, model.dtype, 8192 if device == "cuda" else 1024)
     yield {"case": "matmul", "value": rate / 1e12, "unit": "TFLOP/s"}
     rows = max(1, 8192 // length) if device == "cuda" else 1
     for compiled in (False, True):
@@ -46,7 +73,7 @@ def training(shape: str, length: int, rounds: int) -> Iterator[dict[str, Any]]:
                    "unit": "s per step", "compiled": compiled, "tokens_per_second": rows * length / ours}  # fmt: skip
             for name, which, seconds in (("share_of_matmul", kind, ours), ("ar_share_of_matmul", "ar", baseline)):
                 if which != "drafter":
-                    needed = bench.needed_flops(model.config, which, BLOCK, rows, length)
+                    needed = needed_flops(model.config, which, BLOCK, rows, length)
                     row[name] = needed / seconds / rate
             if device == "cuda":
                 row["peak_gib"] = {which: _peak(step) for which, step in steps.items()}

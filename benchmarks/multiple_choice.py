@@ -43,9 +43,9 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
+    from choices import choice_document, mean_over_levels
 
     import unmask
-    from unmask.evaluation.choices import choice_document, mean_over_levels
     from unmask.evaluation.likelihood import nelbo, nll
 
     torch.set_num_threads(1)

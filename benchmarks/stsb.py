@@ -24,9 +24,9 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
+    from sts import read_pairs, sts_spearman
 
     import unmask
-    from unmask.evaluation.sts import read_pairs, sts_spearman
 
     torch.set_num_threads(1)
     lm = unmask.load(options.model)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu import needed_flops
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from unmask.lab import bench_decode as decode
@@ -113,9 +114,9 @@ def test_needed_arithmetic_is_counted_as_by_hand() -> None:
                          intermediate_size=16, vocab_size=32)  # fmt: skip
     keys, rest, head = 8 * 8, 8 * 8 * 2 + 3 * 8 * 16, 8 * 32
     ar = 2 * (keys + rest + 2 * 8 * 6.5) + head  # 12 tokens see 1..12 keys, 6.5 on average
-    assert bench.needed_flops(config, "ar", 4, 3, 12) == 6 * 3 * 12 * ar
+    assert needed_flops(config, "ar", 4, 3, 12) == 6 * 3 * 12 * ar
     both = 2 * (keys + rest + 2 * 8 * 8) + 2 * keys + 0.5 * (rest + 2 * 8 * 8 + head)  # blocks of 4 see 4, 8, 12
-    assert bench.needed_flops(config, "two_stream", 4, 3, 12) == 6 * 3 * 12 * both
+    assert needed_flops(config, "two_stream", 4, 3, 12) == 6 * 3 * 12 * both
 
 
 @pytest.mark.parametrize(("shape", "parameters"), [

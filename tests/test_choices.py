@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from choices import choice_document, mean_over_levels, shrinkage
 from conftest import MASK, STORIES, VOCABULARY, block_config, network, random_tokens
 
 import unmask
 from unmask.core.attention import Layout, causal
 from unmask.core.noise import uniform
-from unmask.evaluation.choices import choice_document, mean_over_levels, shrinkage
 from unmask.evaluation.likelihood import Document, nelbo, nll
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import STORIES, SUPPORTED, random_tokens, tiny_model
 from scipy.stats import spearmanr
+from sts import Pair, read_pairs, spearman, sts_spearman
 from test_cli import run  # noqa: F401 - a fixture
 
 import unmask
 from unmask.core.attention import Layout, bidirectional, block_causal, causal
 from unmask.evaluation.embed import embed
-from unmask.evaluation.sts import Pair, read_pairs, spearman, sts_spearman
 from unmask.hf import HFNetwork
 
 

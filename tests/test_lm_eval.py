@@ -16,11 +16,11 @@ import unmask
 
 pytest.importorskip("lm_eval")
 
+from choices import choice_document
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from unmask.evaluation.choices import choice_document
 from unmask.evaluation.harness import load_tasks, run_tasks
 from unmask.evaluation.likelihood import Document, nelbo
 from unmask.evaluation.lm_eval import HarnessLM

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from choices import choice_document
 from transformers import AutoTokenizer
 
 import unmask
 from unmask.data.documents import load_corpus
 from unmask.data.plain_text import encode, ids_of, rendered_ids
 from unmask.data.supervised import Completion, Conversation, apply_template, encode_example
-from unmask.evaluation.choices import choice_document
 
 CHAT = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content | trim }}</s>{% endfor %}"

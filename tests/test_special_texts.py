@@ -135,7 +135,7 @@ def test_a_reused_mask_is_neither_learnt_nor_scored(parent: Path, tmp_path: Path
 
 
 def test_a_choice_of_probability_0_is_an_error(parent: Path, tmp_path: Path) -> None:
-    from unmask.evaluation.choices import choice_document, mean_over_levels
+    from choices import choice_document, mean_over_levels
 
     text = tmp_path / "w.txt"
     text.write_text("<|endoftext|>".join(["the cat sat on a mat"] * 200))

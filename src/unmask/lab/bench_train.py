@@ -238,33 +238,6 @@ def bench_train(shape: str, rounds: int = 5, *, trust_remote_code: bool = False)
     return cases
 
 
-def needed_flops(config: Any, kind: str, block_size: int, rows: int, length: int) -> float:
-    """Floating-point operations that a step needs: those of matrix products, forward and twice that backward.
-
-    Counted are the pairs that the pattern allows, the head on half of the tokens (as many as are masked on
-    average) for diffusion and on all of them for "ar", and of the last layer the rows that reach the head.
-    """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    width = config.head_dim * config.num_attention_heads
-    keys = hidden * 2 * config.head_dim * config.num_key_value_heads
-    rest = hidden * width * 2 + 3 * hidden * config.intermediate_size
-    before = (length + block_size) / 2  # keys that a token of a block sees on average, its own block included
-    streams, pairs, read = {
-        "ar": (1, (length + 1) / 2, 1.0),
-        "bidirectional": (1, length, 0.5),
-        "two_stream": (2, before, 0.5),
-    }[kind]
-    whole = (layers - 1) * streams * (keys + rest + 2 * width * pairs)
-    last = streams * keys + read * (rest + 2 * width * pairs)
-    return 6.0 * rows * length * (whole + last + read * hidden * config.vocab_size)
-
-
-def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
-    """Floating-point operations a second of one large square matrix product, the best of a few."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2.0 * size**3 / min(clocks(lambda: a @ b)[torch.cuda.is_available()] for _ in range(8))
-
-
 def _peak_growth(shape: str, case: str, which: str, trust_remote_code: bool = False) -> float:
     """Growth of peak memory over three steps, MiB, in a process of its own."""
     code = (

@@ -1,0 +1,208 @@
+"""Commands that measure a checkpoint or make vectors with it: evaluate, embed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unmask.cli.app import Json, TrustRemoteCode, app
+from unmask.cli.options import DECODER, takes_decoding
+from unmask.plain_json import to_json
+
+_OF_TASKS = (
+    "tasks_folder", "limit", "num_fewshot", "batch_size", "max_length", "gen_kwargs", "apply_chat_template",
+    "confirm_run_unsafe_code", "output",
+)  # fmt: skip
+"""Options that mean something with --tasks only, besides those of decoding."""
+
+
+@app.command(
+    epilog="Example: unmask evaluate runs/q --data test.jsonl --num-samples 16 --json; "
+    "unmask evaluate runs/q --tasks arc_easy,hellaswag --limit 200 --output results/q"
+)
+@takes_decoding(*(name for name in DECODER if name != "block_size"))
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="A .txt, .jsonl or .parquet file, or a folder of them; can be repeated."),
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(help="Further data files.", show_default=False)] = None,
+    max_documents: Annotated[int | None, typer.Option(help="Only the first documents.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Score with another block size.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Masks per block of the NELBO.")] = 8,
+    exact: Annotated[bool, typer.Option(help="Enumerate all masks (blocks of up to 4 tokens).")] = False,
+    text_column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files.")] = "text",
+    skip_invalid: Annotated[bool, typer.Option(help="Leave broken documents out instead of stopping.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the masks, and of sampling.")] = 0,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Instead of --data: tasks of lm-evaluation-harness, or task files, with commas between."),
+    ] = None,
+    tasks_folder: Annotated[str | None, typer.Option(help="Tasks: folder with task files of your own.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Tasks: documents of each, or a share below 1.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Tasks: solved examples in the prompt.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Tasks: rows at a time, by default 16.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tasks: a shorter context than the model's.")] = None,
+    gen_kwargs: Annotated[
+        str | None, typer.Option(help="Tasks: NAME=VALUE,... in place of a task's own, as max_gen_toks=64.")
+    ] = None,
+    apply_chat_template: Annotated[bool, typer.Option(help="Tasks: as messages in the chat template.")] = False,
+    confirm_run_unsafe_code: Annotated[bool, typer.Option(help="Tasks: run code that the model wrote.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Tasks: folder for results.json and every sample.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    *,
+    decoder: dict[str, Any],
+    sampling: dict[str, Any],
+) -> None:
+    """Likelihood of text (exact NLL in AR mode, NELBO in diffusion mode), or tasks of lm-evaluation-harness.
+
+    Options of decoding are those of tasks.
+    """
+    del sampling  # a task says itself how it samples
+    given = {
+        name: value
+        for name, value in locals().items()
+        if name in _OF_TASKS and value is not None and value is not False
+    }
+    bound: dict[str, Any] = {"num_samples": num_samples, "exact": exact, "block_size": block_size, "seed": seed}
+    if tasks is not None:
+        if data or more or max_documents is not None:
+            raise ValueError(f"--tasks {tasks} brings its own documents: leave --data, and take fewer with --limit")
+        results = _run_tasks(model, trust_remote_code, tasks, given, bound | decoder)
+        if as_json:
+            shown = {name: value for name, value in results.items() if name not in ("samples", "configs")}
+            print(to_json(shown, default=str))
+        else:
+            from unmask.evaluation.harness import table
+
+            print(table(results))
+        return
+    for name, value in (given | decoder).items():
+        raise ValueError(f"--{name.replace('_', '-')} {value} is for --tasks: leave it out, or name tasks")
+    if not data:
+        raise ValueError("evaluate needs --data FILE, or --tasks NAME of lm-evaluation-harness")
+    texts = _documents([*data, *(more or [])], max_documents, text_column, skip_invalid)
+    figures = _likelihoods(model, trust_remote_code, texts, bound)
+    print(to_json(figures) if as_json else _shown(figures))
+
+
+def _documents(files: Sequence[str], limit: int | None, text_column: str, skip_invalid: bool) -> list[str]:
+    """The first `limit` documents of the files."""
+    from unmask.data.documents import local_files, read_documents
+
+    paths = local_files(files, "data")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--max-documents {limit} must be at least 1")
+    texts: list[str] = []
+    for path in paths:
+        for text in read_documents(path, text_column=text_column, skip_invalid=skip_invalid):
+            if limit is not None and len(texts) >= limit:
+                break
+            texts.append(text)
+        if not texts:
+            raise ValueError(f"data file {str(path)!r} holds no documents")
+    return texts
+
+
+def _likelihoods(model: str, trust_remote_code: bool, texts: list[str], bound: dict[str, Any]) -> dict[str, Any]:
+    """The figures of --json: nats per predicted token and bits per byte, None where the checkpoint has no such mode."""
+    import unmask
+    from unmask.evaluation.likelihood import summarise
+
+    lm = unmask.load(model, trust_remote_code=trust_remote_code)
+    exact, block_size = bound["exact"], bound["block_size"]
+    if lm.diffusion is None and (exact or block_size is not None):
+        raise ValueError(f"model {model!r} is an untouched AR model and has no blocks: leave --block-size and --exact")
+    nll = summarise(lm.nll(texts, show_progress=True))
+    nelbo = None if lm.diffusion is None else summarise(lm.nelbo(texts, show_progress=True, **bound))
+    return {
+        "nll": nll.nats_per_token,
+        "nelbo": nelbo and nelbo.nats_per_token,
+        "nelbo_standard_error": nelbo and (0.0 if exact else nelbo.standard_error),
+        "nll_bits_per_byte": nll.bits_per_byte,
+        "nelbo_bits_per_byte": nelbo and nelbo.bits_per_byte,
+        "num_documents": nll.num_documents,
+        "num_tokens": nll.num_tokens,
+        "num_samples": bound["num_samples"] if nelbo and not exact else None,
+        "block_size": (block_size or lm.diffusion.block_size) if lm.diffusion else None,
+    }
+
+
+def _shown(figures: dict[str, Any]) -> str:
+    """The figures of `_likelihoods` as lines to read."""
+    lines = [
+        f"{figures['num_documents']} documents, {figures['num_tokens']} predicted tokens",
+        f"nll    {figures['nll']:.4f} nats/token  {figures['nll_bits_per_byte']:.4f} bits/byte  (AR mode, exact)",
+    ]
+    if figures["nelbo"] is None:
+        return "\n".join([*lines, "nelbo  none: an untouched AR model has no diffusion mode"])
+    spread = f" ± {figures['nelbo_standard_error']:.4f}" if figures["nelbo_standard_error"] else ""
+    how = "exact enumeration" if figures["num_samples"] is None else f"{figures['num_samples']} masks per block"
+    lines.append(
+        f"nelbo  {figures['nelbo']:.4f}{spread} nats/token  {figures['nelbo_bits_per_byte']:.4f} bits/byte  "
+        f"(diffusion mode, bound, {how})"
+    )
+    return "\n".join(lines)
+
+
+def _run_tasks(
+    model: str, trust_remote_code: bool, tasks: str, given: dict[str, Any], scoring: dict[str, Any]
+) -> dict[str, Any]:
+    """`evaluate --tasks`: `given` are options of tasks, `scoring` those of the bound and of decoding."""
+    try:
+        from unmask.evaluation.harness import load_tasks, run_tasks, write_results
+        from unmask.evaluation.lm_eval import HarnessLM
+    except ImportError as error:
+        raise ValueError(f'--tasks needs lm-evaluation-harness ({error}): pip install "unmask[eval]"') from error
+    loaded = load_tasks([name.strip() for name in tasks.split(",")], given.pop("tasks_folder", None))
+
+    import unmask
+
+    lm = unmask.load(model, trust_remote_code=trust_remote_code)
+    output = given.pop("output", None)
+    size = {name: given.pop(name) for name in ("batch_size", "max_length") if name in given}
+    results = run_tasks(HarnessLM(lm, show_progress=True, **scoring, **size), loaded, **given)
+    if output is not None:
+        write_results(results, output)
+    return results
+
+
+@app.command(epilog="Example: unmask embed runs/q sentences.jsonl --output sentences.npy")
+def embed(
+    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    file: Annotated[Path, typer.Argument(help="A .txt, .jsonl or .parquet file of texts.")],
+    output: Annotated[Path, typer.Option(help=".npy (vectors alone), .jsonl or .parquet (text and embedding).")],
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="causal, bidirectional or block_causal; by default bidirectional if converted, else causal."),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files.")] = "text",
+    skip_invalid: Annotated[bool, typer.Option(help="Leave broken documents out instead of stopping.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Texts as vectors: the mean of the last hidden states, one vector a document, in the file's order."""
+    from unmask.data.documents import local_files, read_documents
+    from unmask.evaluation.embed import check_output, write_embeddings
+
+    check_output(output)
+    files = local_files([file], "file")
+    texts = [text for one in files for text in read_documents(one, text_column=text_column, skip_invalid=skip_invalid)]
+    if not texts:
+        raise ValueError(f"file {str(file)!r} holds no documents")
+
+    import unmask
+
+    lm = unmask.load(model, trust_remote_code=trust_remote_code)
+    vectors = lm.embed(texts, pattern, show_progress=True)
+    write_embeddings(output, texts, vectors)
+    used = pattern or lm.embedding_pattern
+    if as_json:
+        print(to_json({"output": str(output), "num_texts": len(texts), "size": vectors.shape[1], "pattern": used}))
+        return
+    print(f"{len(texts)} vectors of {vectors.shape[1]} ({used}) in {output}")

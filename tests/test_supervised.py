@@ -198,10 +198,10 @@ def test_long_examples_are_named_or_left_out(tokenizer, pairs: Path) -> None:
 
 
 def mixed_corpus(lengths: list[int], prompts: list[int]) -> Corpus:
-    """Documents of tokens 1, 2, 3 ..., the first `prompts[i]` of each given; 0 makes it a text."""
+    """Documents of tokens 1, 2, 3 ..., the first `prompts[i]` of each not learnt; 0 makes it a text."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    given = np.concatenate([np.arange(n) < p for n, p in zip(lengths, prompts, strict=True)])
-    return Corpus(np.arange(1, offsets[-1] + 1, dtype=np.int32), offsets, "test", given)
+    learnt = np.concatenate([np.arange(n) >= p for n, p in zip(lengths, prompts, strict=True)])
+    return Corpus(np.arange(1, offsets[-1] + 1, dtype=np.int32), offsets, "test", learnt)
 
 
 @settings(max_examples=60, deadline=None)
@@ -213,7 +213,7 @@ def mixed_corpus(lengths: list[int], prompts: list[int]) -> Corpus:
 def test_packing_keeps_examples_whole_and_their_masks(documents: list[tuple[int, int]], size: int, steps: int) -> None:
     lengths, prompts = [n for n, _ in documents], [min(p, n - 1) for n, p in documents]
     source = mixed_corpus(lengths, prompts)
-    if not source.given.any():
+    if source.loss_mask.all():
         source = Corpus(source.tokens, source.offsets, "test")
     packer, seen, rows = Packer(source, 16, seed=0, epochs=1), {}, 0
     while (batch := packer.batch(size)) is not None:

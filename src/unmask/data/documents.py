@@ -182,13 +182,22 @@ class Document(NamedTuple):
 class Corpus:
     """Tokenised documents in memory: document i is tokens[offsets[i] : offsets[i + 1]].
 
-    given: bool like tokens, True on tokens that are never learnt (prompts); None where there are none.
+    loss_mask: bool like tokens, False on tokens that are never in a loss (prompts); None where all are.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     fingerprint: str
-    given: np.ndarray | None = None
+    loss_mask: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, documents: Sequence[Document], fingerprint: str) -> Corpus:
+        """The documents in one array."""
+        loss_mask = None
+        if any(document.loss_mask is not None for document in documents):
+            loss_mask = np.concatenate([np.ones(len(ids), bool) if mask is None else mask for ids, mask in documents])
+        offsets = np.cumsum([0, *(len(document.ids) for document in documents)], dtype=np.int64)
+        return cls(np.concatenate([document.ids for document in documents]), offsets, fingerprint, loss_mask)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -201,20 +210,20 @@ class Corpus:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def document(self, index: int) -> Document:
-        """Document i; one without given tokens is a text."""
-        if self.given is None:
+        """Document i; one whose tokens are all learnt is a text, without a mask."""
+        if self.loss_mask is None:
             return Document(self[index])
-        given = self.given[self.offsets[index] : self.offsets[index + 1]]
-        return Document(self[index], ~given if given.any() else None)
+        loss_mask = self.loss_mask[self.offsets[index] : self.offsets[index + 1]]
+        return Document(self[index], None if loss_mask.all() else loss_mask)
 
     def split(self, held_out: int) -> tuple[Corpus, Corpus]:
         """All but the last `held_out` documents, and those."""
         cut = len(self) - held_out
-        at = int(self.offsets[cut])
-        before, after = (None, None) if self.given is None else (self.given[:at], self.given[at:])
+        end = int(self.offsets[cut])
+        first, last = (None, None) if self.loss_mask is None else (self.loss_mask[:end], self.loss_mask[end:])
         return (
-            Corpus(self.tokens[:at], self.offsets[: cut + 1], self.fingerprint, before),
-            Corpus(self.tokens[at:], self.offsets[cut:] - at, self.fingerprint, after),
+            Corpus(self.tokens[:end], self.offsets[: cut + 1], self.fingerprint, first),
+            Corpus(self.tokens[end:], self.offsets[cut:] - end, self.fingerprint, last),
         )
 
     def stream(self, seed: int, epoch: int, start: int) -> Iterator[Document]:
@@ -227,7 +236,7 @@ class Corpus:
 
     def tokens_per_row(self, max_length: int) -> float:
         """Mean tokens that a packed row holds: fewer than its length where examples are not cut."""
-        if self.given is None:
+        if self.loss_mask is None:
             return max_length
         rows = column = 0
         for index in range(len(self)):
@@ -242,13 +251,13 @@ class Corpus:
         """Every document lengthened with `token`, learnt, to `max_length`: DiffuLLaMA's padding (its released code)."""
         documents = [self.document(index) for index in range(len(self))]
         tokens = np.full((len(self), max_length), token, dtype=self.tokens.dtype)
-        given = np.zeros((len(self), max_length), dtype=bool)
+        learnt = np.ones((len(self), max_length), dtype=bool)
         for row, (ids, loss_mask) in enumerate(documents):
             tokens[row, : len(ids)] = ids
             if loss_mask is not None:
-                given[row, : len(ids)] = ~loss_mask
+                learnt[row, : len(ids)] = loss_mask
         offsets = np.arange(len(self) + 1, dtype=np.int64) * max_length
-        return Corpus(tokens.reshape(-1), offsets, self.fingerprint, given.reshape(-1))
+        return Corpus(tokens.reshape(-1), offsets, self.fingerprint, learnt.reshape(-1))
 
 
 def load_corpus(
@@ -346,15 +355,8 @@ class _Tokenised:
         return [Document(np.asarray(ids, dtype=np.int32), np.asarray(mask)) for ids, mask in encoded]
 
     def corpus(self) -> Corpus:
-        """All documents in one array."""
-        lengths = np.array([len(document.ids) for document in self.documents], dtype=np.int64)
-        given = None
-        if any(document.loss_mask is not None for document in self.documents):
-            parts = [np.zeros(len(ids), bool) if mask is None else ~mask for ids, mask in self.documents]
-            given = np.concatenate(parts)
-        tokens = np.concatenate([document.ids for document in self.documents])
-        offsets = np.concatenate([[0], lengths.cumsum()])
-        return Corpus(tokens, offsets, self._digest.hexdigest()[:16], given)
+        """All documents, under the digest of their texts."""
+        return Corpus.of(self.documents, self._digest.hexdigest()[:16])
 
 
 def _shortened(text: str, width: int = 70) -> str:

@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import Key, integer
-from unmask.data.documents import Corpus
+from unmask.data.documents import Corpus, Document
 from unmask.sampling import Request, sample_autoregressive, sample_blocks
 
 LONGEST_PROMPT = 32
 _BATCH = 64
+"""Documents that are written at a time."""
 
 
 def roll_out(
@@ -44,83 +46,111 @@ def roll_out(
 ) -> Corpus:
     """Documents of up to `max_length` tokens, about `num_tokens` in all, kept in `folder`.
 
-    Document i goes on from the first 1 to 32 tokens (drawn from the seed) of document first + i of `prompts`,
-    going round. author: fingerprint of the model; the file's name is a hash of everything that decides its
-    content. student: decode blocks by diffusion as this config says; what is not to be learnt is then all but
-    the tokens that were still masked at one step of each block, drawn among the steps that it took.
+    Document i continues the first 1 to 32 tokens (drawn from the seed) of document first + i of `prompts`, going
+    round. author: fingerprint of the model; the file's name is a hash of everything that decides its content.
+    student: decode blocks by diffusion as this config says; the loss mask then holds the tokens that were still
+    masked at one step of each block, drawn among the steps that it took. progress: called with each batch's tokens.
     """
-    key = repr((author, prompts.fingerprint, num_tokens, max_length, temperature, tuple(end_token_ids), seed))
+    decisive = repr((author, prompts.fingerprint, num_tokens, max_length, temperature, tuple(end_token_ids), seed))
     if student is not None or first:
-        key += repr((first, student))
-    file = folder / f"rollouts-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+        decisive += repr((first, student))
+    file = folder / f"rollouts-{hashlib.sha256(decisive.encode()).hexdigest()[:16]}.npz"
     if file.is_file():
-        saved = np.load(file)
-        return _corpus(saved["tokens"], saved["offsets"], saved.get("given"))
-    key_of: Key = ("rollout", seed, first)
-    documents: list[np.ndarray] = []
-    given: list[np.ndarray] = []
-    made = 0
-    while made < num_tokens:
-        few = []
-        for i in range(len(documents), len(documents) + _BATCH):
-            length = 1 + integer(min(LONGEST_PROMPT, max_length - 1), (*key_of, "length", i))
-            few.append(torch.from_numpy(prompts[(first + i) % len(prompts)][:length].astype("int64")))
+        return _load(file)
+    key: Key = ("rollout", seed, first)
+    documents: list[Document] = []
+    written = 0
+    while written < num_tokens:
+        number = len(documents)
         request = Request(
             max_new_tokens=max_length, context_length=max_length, temperature=temperature,
-            seed=integer(2**31, (*key_of, "text", len(documents))), end_token_ids=end_token_ids,
+            seed=integer(2**31, (*key, "text", number)), end_token_ids=end_token_ids,
         )  # fmt: skip
+        beginnings = [_beginning(prompts, first, number + i, max_length, key) for i in range(_BATCH)]
         if student is None:
-            written = sample_autoregressive(network, few, request).new_tokens
+            batch = _continued(network, beginnings, request)
         else:
-            clock = _Clock(len(few), max_length)
-            written = sample_blocks(network, student, few, replace(request, callback=clock)).new_tokens
-            assert student.block_size is not None
-            given += clock.committed(few, written, student.block_size, (*key_of, "step", len(documents)))
-        new = [np.concatenate([p.numpy(), n]).astype(np.int32) for p, n in zip(few, written, strict=True)]
-        documents += new
-        made += sum(map(len, new))
+            batch = _denoised(network, student, beginnings, request, (*key, "step", number))
+        documents += batch
+        size = sum(len(document.ids) for document in batch)
+        written += size
         if progress is not None:
-            progress(sum(map(len, new)))
-    offsets = np.concatenate([[0], np.cumsum([len(document) for document in documents], dtype=np.int64)])
-    saved = {"tokens": np.concatenate(documents), "offsets": offsets}
-    if given:
-        saved["given"] = np.concatenate(given)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial.npz")
-    np.savez(partial, **saved)
-    partial.replace(file)
-    return _corpus(saved["tokens"], saved["offsets"], saved.get("given"))
+            progress(size)
+    _save(file, Corpus.of(documents, fingerprint=""))
+    return _load(file)
 
 
-class _Clock:
-    """A sampler's callback that notes the step of the row at which each of its positions was committed."""
+def _beginning(prompts: Corpus, first: int, number: int, max_length: int, key: Key) -> Tensor:
+    """The tokens that document `number` starts with, (length,) int64."""
+    length = 1 + integer(min(LONGEST_PROMPT, max_length - 1), (*key, "length", number))
+    return torch.from_numpy(prompts[(first + number) % len(prompts)][:length].astype("int64"))
+
+
+def _continued(network: Network, beginnings: list[Tensor], request: Request) -> list[Document]:
+    """Documents as the AR model writes them, learnt whole."""
+    new_tokens = sample_autoregressive(network, beginnings, request).new_tokens
+    return [Document(_joined(*pair)) for pair in zip(beginnings, new_tokens, strict=True)]
+
+
+def _denoised(
+    network: Network, student: DiffusionConfig, beginnings: list[Tensor], request: Request, key: Key
+) -> list[Document]:
+    """Documents as the student writes them; learnt is what was still masked at one step of each block."""
+    assert student.block_size is not None
+    steps = _CommitSteps(len(beginnings), request.max_new_tokens)
+    new_tokens = sample_blocks(network, student, beginnings, replace(request, callback=steps)).new_tokens
+    documents = []
+    for row, pair in enumerate(zip(beginnings, new_tokens, strict=True)):
+        ids = _joined(*pair)
+        documents.append(Document(ids, steps.still_masked(row, len(ids), student.block_size, key)))
+    return documents
+
+
+def _joined(beginning: Tensor, new_tokens: Sequence[int]) -> np.ndarray:
+    return np.concatenate([beginning.numpy(), new_tokens]).astype(np.int32)
+
+
+class _CommitSteps:
+    """A sampler's callback that records at which step of its row each position was committed.
+
+    of: (rows, length) int64, from 1; 0 on prompts and on what was never committed.
+    """
 
     def __init__(self, rows: int, length: int) -> None:
-        self.steps = [0] * rows
-        self.at = np.zeros((rows, length), dtype=np.int64)
+        self._steps = [0] * rows
+        self.of = np.zeros((rows, length), dtype=np.int64)
 
     def __call__(self, row: int, positions: list[int], _tokens: list[int]) -> None:
-        self.steps[row] += 1
-        self.at[row, positions] = self.steps[row]
+        self._steps[row] += 1
+        self.of[row, positions] = self._steps[row]
 
-    def committed(
-        self, prompts: Sequence[Tensor], new: Sequence[Sequence[int]], block_size: int, key: Key
-    ) -> list[np.ndarray]:
-        """For each document, True on what stood at a random step of its block; prompts stood from the beginning."""
-        documents = []
-        for row, (prompt, tokens) in enumerate(zip(prompts, new, strict=True)):
-            at = self.at[row, : len(prompt) + len(tokens)]
-            given = at == 0
-            for start in range(0, len(at), block_size):
-                block = slice(start, start + block_size)
-                steps = np.unique(at[block][at[block] > 0])
-                if len(steps):
-                    step = steps[integer(len(steps), (*key, row, start))]
-                    given[block] = at[block] < step
-            documents.append(given)
-        return documents
+    def still_masked(self, row: int, length: int, block_size: int, key: Key) -> np.ndarray:
+        """True on the positions of a row that were masked before one step of their block, drawn among its steps."""
+        committed = self.of[row, :length]
+        masked = np.zeros(length, dtype=bool)
+        for start in range(0, length, block_size):
+            block = slice(start, start + block_size)
+            steps = np.unique(committed[block][committed[block] > 0])
+            if len(steps):
+                masked[block] = committed[block] >= steps[integer(len(steps), (*key, row, start))]
+        return masked
 
 
-def _corpus(tokens: np.ndarray, offsets: np.ndarray, given: np.ndarray | None = None) -> Corpus:
+def _save(file: Path, corpus: Corpus) -> None:
+    """Write a corpus whole or not at all."""
+    arrays: dict[str, Any] = {"tokens": corpus.tokens, "offsets": corpus.offsets}
+    if corpus.loss_mask is not None:
+        arrays["given"] = ~corpus.loss_mask
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial.npz")
+    np.savez(partial, **arrays)
+    partial.replace(file)
+
+
+def _load(file: Path) -> Corpus:
+    """A corpus from its file, under a digest of its content."""
+    with np.load(file) as saved:
+        tokens, offsets, given = saved["tokens"], saved["offsets"], saved.get("given")
     content = tokens.tobytes() + offsets.tobytes() + (b"" if given is None else given.tobytes())
-    return Corpus(tokens, offsets, hashlib.sha256(content).hexdigest()[:16], given)
+    fingerprint = hashlib.sha256(content).hexdigest()[:16]
+    return Corpus(tokens, offsets, fingerprint, None if given is None else ~given)

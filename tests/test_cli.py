@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import torch
 from conftest import REFUSED, STORIES, in_a_terminal
 from transformers import AutoModelForCausalLM
 
+import unmask
 from unmask import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,8 +176,14 @@ def test_recipes(run) -> None:
     assert "efficient-dlm" in out
     assert "2512.14067" in out
     code, out, _ = run("recipes", "efficient-dlm")
-    assert "half_life" in out
+    assert "half_life = from the parent's size" in out
+    assert "alpha" not in re.findall(r"(\w+) = ", out)
+    assert "alpha" in re.findall(r"(\w+) = ", run("recipes", "efficient-dlm", "--all")[1])
     assert json.loads(run("recipes", "--json")[1])["efficient-dlm"]["attention"] == "two_stream"
+    assert json.loads(run("recipes", "ar", "--json")[1]) == {"ar": unmask.recipes()["ar"]}
+    code, _, err = run("recipes", "eficient-dlm")
+    assert code == 2
+    assert "did you mean 'efficient-dlm'?" in err
 
 
 @pytest.mark.parametrize(

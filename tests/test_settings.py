@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
 import sys
 import tomllib
 from dataclasses import asdict, fields, replace
@@ -15,10 +16,11 @@ import pytest
 
 import unmask
 from unmask import recipe
+from unmask.cli.recipes import settings_of, settings_page
 from unmask.core import distances
 from unmask.lab.study import Study
 from unmask.recipe import differences, load_recipe, recipe_names
-from unmask.resolve import OF_SIZE, Resolved, resolve
+from unmask.resolve import Resolved, resolve
 from unmask.settings import DISTANCES, GROUPS, TABLE, OptimiserSettings, Settings, unmet
 
 # --- the table
@@ -95,7 +97,7 @@ def test_a_group_is_a_part_of_the_settings() -> None:
         ("drafter", {"self_prompts": "x", "self_mode": "diffusion", "masking": "exact"}, "masking='all', not 'exact'"),
         ("tri-mode", {"self_prompts": "x", "self_mode": "diffusion", "masking": "all"}, "and teacher=FOLDER"),
         ("ar", {"objective": "joint"}, "objective='joint' needs attention='two_stream' with clean_attention='causal'"),
-        ("ar", {"masking": "all"}, "masking='all' needs attention='two_stream', 'block_causal' or 'bidirectional'"),
+        ("ar", {"masking": "all"}, "masking='all' needs attention other than 'ar'; recipe ar has attention='ar'"),
     ],
 )  # fmt: skip
 def test_senseless_settings_are_refused(name: str, overrides: dict[str, Any], message: str) -> None:
@@ -230,13 +232,17 @@ def test_every_setting_is_read_by_some_variant() -> None:
 # --- what a size resolves
 
 
+OF_SIZE = {name for name, entry in TABLE.items() if entry.metadata["of_size"]}
+
+
 def test_resolved_settings_have_a_value_for_all_that_a_size_decides() -> None:
     chosen = load_recipe("efficient-dlm")
     assert all(getattr(chosen, name) is None for name in OF_SIZE)
     sized = resolve(chosen, 10**8, 2048, 100_000)
     assert isinstance(sized, Resolved)
     assert all(getattr(sized, name) is not None for name in OF_SIZE)
-    assert {name for name, value in asdict(sized).items() if value != getattr(chosen, name)} == set(OF_SIZE)
+    assert {name for name, value in asdict(sized).items() if value != getattr(chosen, name)} == OF_SIZE
+    assert {*Resolved.__annotations__, "teacher_top_k"} == OF_SIZE  # which is None for small vocabularies
     assert resolve(sized, 10**9, 2048, 100) == sized
 
 
@@ -276,3 +282,45 @@ def test_every_recipe_resolves_at_every_size(name: str) -> None:
 def test_lengths_that_do_not_fit_are_named(settings: dict[str, Any], context: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(Settings("x", **settings), 10**6, context)
+
+
+# --- what people read
+
+
+def listed(text: str) -> dict[str, str]:
+    """Name -> value of the settings in the listing of a recipe, whose sentences stand further right."""
+    return dict(re.findall(r"^  (\w+) = (.+?)(?:  |$)", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_listing_has_what_the_recipe_reads(name: str) -> None:
+    chosen = load_recipe(name)
+    shown = listed(settings_of(name))
+    assert list(shown) == [key for key in TABLE if unmet(key, vars(chosen)) is None]
+    for key, value in shown.items():
+        size, unset = value == "from the parent's size", value == "unset"
+        assert (size or unset) == (getattr(chosen, key) is None), key
+        assert size == (getattr(chosen, key) is None and key in OF_SIZE), key
+        if not size and not unset:  # as SETTING=VALUE takes it
+            assert tomllib.loads(f"x = {value}")["x"] == getattr(chosen, key)
+
+
+def test_a_listing_of_all_has_the_conditions_of_what_is_not_read() -> None:
+    text = settings_of("efficient-dlm", everything=True, width=1000)
+    assert list(listed(text)) == list(TABLE)
+    lines = {line.split()[0]: line for line in text.splitlines() if " = " in line}
+    assert lines["alpha"].endswith("weight of the diffusion term [not read: needs objective='joint']")
+    assert "not read" not in lines["masking"]
+    needed = "objective='joint' or 'distill', and either teacher, or distance='kl', 'tv', 'kl+tv', 'lk' or 'reach'"
+    assert lines["teacher_top_k"].endswith(f"[not read: needs {needed}]")
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
+    assert page.read_text() == settings_page(), "run: unmask recipes --markdown > docs/settings.md"
+    assert all(f"| `{name}` |" in page.read_text() for name in TABLE)
+
+
+def test_the_table_knows_no_torch() -> None:
+    code = "import sys, unmask.cli.recipes as r; r.settings_page(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

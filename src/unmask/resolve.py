@@ -25,9 +25,6 @@ class Resolved(Settings):
     min_learning_rate_ratio: float
 
 
-OF_SIZE = (*Resolved.__annotations__, "teacher_top_k")
-"""Settings whose value, where none is set, comes from the parent's size."""
-
 _SMALL, _LARGE = 100e6, 1e9
 _RULE: dict[str, tuple[float, float]] = {
     # measured on parents below 100M parameters; published for parents from 1B

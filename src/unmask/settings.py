@@ -48,14 +48,16 @@ def setting(
     most: float | None = None,
     below: float | None = None,
     infinite: bool = False,
+    of_size: bool = False,
     either: tuple[dict[str, Any], ...] = (),
     **needs: str | tuple[str, ...] | Need,
 ) -> Any:
     """A dataclass field with its description.
 
-    says: what it is. one_of: the texts that it may be. above, least, most, below: limits of a number; infinite: it may
-    be infinity. needs: other settings, which come earlier in the table -> a value, several values, or a `Need`; a run
-    reads this setting only if all of them hold, and one of `either` where that is given.
+    says: what it is. one_of: the texts that it may be. above, least, most, below: limits of a number. infinite: it may
+    be infinity. of_size: where it is None, the parent's size decides. needs: other settings, which come earlier in the
+    table -> a value, several values, or a `Need`; a run reads this setting only if all of them hold, and one of
+    `either` where that is given.
     """
     bounds = {"above": above, "least": least, "most": most, "below": below}
     metadata = {
@@ -63,6 +65,7 @@ def setting(
         "one_of": one_of,
         "limits": {name: bound for name, bound in bounds.items() if bound is not None},
         "infinite": infinite,
+        "of_size": of_size,
         "needs": _needs(needs),
         "either": tuple(map(_needs, either)),
     }
@@ -79,7 +82,7 @@ def _value_in(values: str | tuple[str, ...]) -> Need:
     return Need(says, lambda value: value == last or value in others)
 
 
-ALL_DIFFUSION = ("two_stream", "block_causal", "bidirectional")
+DIFFUSION = Need(" other than 'ar'", lambda attention: attention != "ar")
 DISTANCES = ("ce", "kl", "tv", "kl+tv", "lk", "reach")
 LORA_TRAINABLE = ("embeddings", "norms", "head")
 
@@ -93,14 +96,16 @@ class AttentionSettings:
 
     attention: str = setting(
         "two_stream", "two_stream: noisy blocks after clean tokens; block_causal: after noisy tokens; bidirectional: "
-        "the whole row is one canvas; ar: next-token training", one_of=(*ALL_DIFFUSION, "ar"))
+        "the whole row is one canvas; ar: next-token training",
+        one_of=("two_stream", "block_causal", "bidirectional", "ar"))
     clean_attention: str | None = setting(
         None, "attention among clean tokens", one_of=("causal", "block_causal"), attention="two_stream")
     noisy_attention: str = setting(
         "bidirectional", "attention inside a noisy block", one_of=("bidirectional", "causal"), attention="two_stream")
     shift: bool = setting(
-        False, "row i - 1 predicts token i, as in an AR model, instead of row i", attention=ALL_DIFFUSION)
-    block_size: int | None = setting(None, "tokens of a block, of which max_length is a multiple", above=0)
+        False, "row i - 1 predicts token i, as in an AR model, instead of row i", attention=DIFFUSION)
+    block_size: int | None = setting(
+        None, "tokens of a block, of which max_length is a multiple", above=0, of_size=True)
     anneal_steps: int = setting(
         1, "steps over which causal attention opens to bidirectional; 1 opens it at once", above=0,
         attention="bidirectional")
@@ -124,11 +129,11 @@ class ObjectiveSettings:
         None, 'frozen AR model whose distribution the clean rows keep to: "parent" or a folder', objective="joint")
     teacher_top_k: int | None = setting(
         None, "likeliest tokens that a distance compares, the rest in one bucket: 64 for vocabularies above 65,536, "
-        "else all", above=0, objective=("joint", "distill"),
+        "else all", above=0, of_size=True, objective=("joint", "distill"),
         either=({"teacher": SET}, {"distance": DISTANCES[1:]}))
     loss_normaliser: str = setting(
         "tokens", "divide the loss by all predictable tokens (unbiased), or the masked ones of a micro-batch, as "
-        "DiffuLLaMA's code does", one_of=("tokens", "masked"), attention=ALL_DIFFUSION,
+        "DiffuLLaMA's code does", one_of=("tokens", "masked"), attention=DIFFUSION,
         objective="diffusion")
 
 
@@ -150,21 +155,21 @@ class CorruptionSettings:
 
     masking: str = setting(
         "exact", "exact: ceil(t n) of n tokens; bernoulli: each with probability t; all: every token",
-        one_of=("exact", "bernoulli", "all"), attention=ALL_DIFFUSION)
+        one_of=("exact", "bernoulli", "all"), attention=DIFFUSION)
     noise_level: str = setting(
         "block", "what shares one noise level t: each block, or the whole sequence", one_of=("block", "sequence"),
-        attention=ALL_DIFFUSION, masking=("exact", "bernoulli"))
+        attention=DIFFUSION, masking=("exact", "bernoulli"))
     min_noise_level: float = setting(
         0.0, "t is drawn from (this, 1]; exact masks take 0 alone, since their weights need every t", least=0, below=1,
-        attention=ALL_DIFFUSION, masking="bernoulli")
+        attention=DIFFUSION, masking="bernoulli")
     half_life: float | None = setting(
         math.inf, "masks prefer the end of a block, the more so the smaller this is; inf is uniform", above=0,
-        infinite=True, attention=ALL_DIFFUSION, masking="exact")
+        infinite=True, of_size=True, attention=DIFFUSION, masking="exact")
     complementary: bool = setting(
-        False, "draw masks in pairs, a mask and its complement", attention=ALL_DIFFUSION, masking="exact")
+        False, "draw masks in pairs, a mask and its complement", attention=DIFFUSION, masking="exact")
     num_masks: int = setting(
         1, "masks (or pairs) of the same rows in a step; two streams without shift run over the clean tokens once for "
-        "all of them", above=0, attention=ALL_DIFFUSION, masking=("exact", "bernoulli"))
+        "all of them", above=0, attention=DIFFUSION, masking=("exact", "bernoulli"))
     first_block_size: int | None = setting(
         None, "blocks double from this size to block_size over the run", above=0,
         either=({"attention": ("two_stream", "block_causal")}, {"attention": "bidirectional", "noise_level": "block"}))
@@ -172,9 +177,9 @@ class CorruptionSettings:
         False, "begin the block grid of each document at a random place, as drafts do; needs rotary positions",
         attention="two_stream", clean_attention="causal")
     mask_token: str | None = setting(
-        None, "text of the mask token; one that the vocabulary has is reused; unset adds one", attention=ALL_DIFFUSION)
+        None, "text of the mask token; one that the vocabulary has is reused; unset adds one", attention=DIFFUSION)
     mask_init: str | None = setting(
-        None, "token whose embedding the mask token begins with; unset: the mean of all", attention=ALL_DIFFUSION,
+        None, "token whose embedding the mask token begins with; unset: the mean of all", attention=DIFFUSION,
         objective=("diffusion", "joint"))
 
 
@@ -182,7 +187,7 @@ class CorruptionSettings:
 class DataSettings:
     """Text to rows of tokens."""
 
-    max_length: int | None = setting(None, "tokens of a row", above=0)
+    max_length: int | None = setting(None, "tokens of a row", above=0, of_size=True)
     text_column: str = setting("text", "column of the text in .jsonl, .parquet and hub data")
     split: str = setting("train", "split of a hub data set")
     skip_invalid: bool = setting(False, "leave out records of a file that cannot be used, instead of stopping")
@@ -223,10 +228,10 @@ class OptimiserSettings:
     """AdamW, its learning rate and its batches."""
 
     max_tokens: int | None = setting(None, "clean, unpadded tokens to train on; unset: one pass over the data", above=0)
-    batch_size: int | None = setting(None, "rows of max_length tokens in an optimiser step", above=0)
-    learning_rate: float | None = setting(None, "highest learning rate, after the warm-up", above=0)
+    batch_size: int | None = setting(None, "rows of max_length tokens in an optimiser step", above=0, of_size=True)
+    learning_rate: float | None = setting(None, "highest learning rate, after the warm-up", above=0, of_size=True)
     min_learning_rate_ratio: float | None = setting(
-        None, "a cosine falls to this part of the learning rate", least=0, most=1)
+        None, "a cosine falls to this part of the learning rate", least=0, most=1, of_size=True)
     warmup_ratio: float = setting(0.02, "part of the steps in which the learning rate rises", least=0, most=1)
     weight_decay: float = setting(0.01, "decay of matrices; vectors have none", least=0)
     beta1: float = setting(0.9, "AdamW's decay of the mean", least=0, below=1)
@@ -244,7 +249,7 @@ class EvaluationSettings:
         None, "file or folder to evaluate on; unset: the last 1% of the documents, held out of training")
     eval_documents: int = setting(32, "documents to evaluate on, at most; 0 evaluates nothing", least=0)
     eval_samples: int = setting(
-        2, "masks of each document", above=0, attention=ALL_DIFFUSION, eval_documents=above(0))
+        2, "masks of each document", above=0, attention=DIFFUSION, eval_documents=above(0))
     eval_every: int | None = setting(
         None, "steps between evaluations; unset: a tenth of the run", above=0, eval_documents=above(0))
 
@@ -254,7 +259,7 @@ class RunSettings:
     """Speed, memory, and what the run leaves in its folder."""
 
     seed: int = setting(0, "of the order of the data, the noise and new weights")
-    micro_batch_size: int | None = setting(None, "rows that run at once on one device", above=0)
+    micro_batch_size: int | None = setting(None, "rows that run at once on one device", above=0, of_size=True)
     mixed_precision: str = setting(
         "no", "no (float32), or the type that passes compute in", one_of=("no", "bf16", "fp16"))
     gradient_checkpointing: bool = setting(
@@ -318,9 +323,9 @@ def shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def limits_of(metadata: Mapping[str, Any]) -> str:
-    """A field's limits in words, such as "at least 0 and below 1"."""
-    return " and ".join(f"{LIMITS[name][0]} {bound:g}" for name, bound in metadata["limits"].items())
+def limits_of(name: str) -> str:
+    """A setting's limits in words, such as "at least 0 and below 1"."""
+    return " and ".join(f"{LIMITS[limit][0]} {bound:g}" for limit, bound in TABLE[name].metadata["limits"].items())
 
 
 def check_value(name: str, value: Any) -> None:
@@ -333,7 +338,7 @@ def check_value(name: str, value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value) and not (metadata["infinite"] and value == math.inf):
         raise ValueError(f"{name}={value} must be finite")
     if not all(LIMITS[limit][1](value, bound) for limit, bound in metadata["limits"].items()):
-        raise ValueError(f"{name}={value} must be {limits_of(metadata)}")
+        raise ValueError(f"{name}={value} must be {limits_of(name)}")
 
 
 def _check_lora_trainable(settings: Settings) -> None:
@@ -383,24 +388,23 @@ def _check_own_states(settings: Settings) -> None:
 def unmet(name: str, values: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
     """What keeps a run with these values (of all settings) from reading a setting; None if it reads it.
 
-    Returns the condition in words, such as "objective='joint'", and the names of the settings in it.
+    Returns the failed condition in words, such as "objective='joint'", and the names of the settings in it.
     """
     needs, either = TABLE[name].metadata["needs"], TABLE[name].metadata["either"]
-    failed = [other for other, need in needs.items() if not need.holds(values[other])]
+    failed = {other: need for other, need in needs.items() if not need.holds(values[other])}
     if failed:
-        return " and ".join(other + needs[other].says for other in failed), tuple(failed)
-    if not either or any(_all_hold(needs, values) for needs in either):
+        return _in_words(failed), tuple(failed)
+    if not either or any(all(need.holds(values[other]) for other, need in part.items()) for part in either):
         return None
-    names = dict.fromkeys(other for needs in either for other in needs)
-    return condition({}, either), tuple(names)
+    return ", or ".join(map(_in_words, either)), tuple(dict.fromkeys(other for part in either for other in part))
 
 
-def _all_hold(needs: Mapping[str, Need], values: Mapping[str, Any]) -> bool:
-    return all(need.holds(values[other]) for other, need in needs.items())
+def condition(name: str) -> str:
+    """The condition under which a run reads a setting, in words; empty if every run does."""
+    needs, either = TABLE[name].metadata["needs"], TABLE[name].metadata["either"]
+    alternatives = "either " + ", or ".join(map(_in_words, either)) if either else ""
+    return ", and ".join(part for part in (_in_words(needs), alternatives) if part)
 
 
-def condition(needs: Mapping[str, Need], either: tuple[Mapping[str, Need], ...]) -> str:
-    """The whole condition in words; empty for a setting that every run reads."""
-    words = [other + need.says for other, need in needs.items()]
-    words += [", or ".join(condition(alternative, ()) for alternative in either)] if either else []
-    return " and ".join(words)
+def _in_words(needs: Mapping[str, Need]) -> str:
+    return " and ".join(other + need.says for other, need in needs.items())

@@ -1,4 +1,4 @@
-"""Commands that make models: adapt, recipes, demo."""
+"""Commands that make models: adapt, demo."""
 
 from __future__ import annotations
 
@@ -75,28 +75,6 @@ def split_settings(items: list[str]) -> tuple[list[str], dict[str, Any]]:
         except tomllib.TOMLDecodeError:
             chosen[name] = raw
     return files, chosen
-
-
-@app.command(epilog="Example: unmask recipes efficient-dlm")
-def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show the settings of this recipe.")] = None, as_json: Json = False
-) -> None:
-    """List the recipes, or the settings of one."""
-    import unmask
-    from unmask.recipe import recipe_summary
-
-    found = unmask.recipes()
-    if name is not None and name not in found:
-        raise ValueError(f"recipe {name!r} is unknown: use one of {', '.join(found)}")
-    if as_json:
-        print(to_json(found if name is None else {name: found[name]}))
-    elif name is None:
-        for recipe in found:
-            print(f"{recipe:16} {recipe_summary(recipe)}")
-    else:
-        print(f"# {recipe_summary(name)}")
-        for key, value in found[name].items():
-            print(f"{key} = {'(from the parent)' if value is None else to_json(value)}")
 
 
 @app.command(epilog="Example: unmask demo; unmask demo Qwen/Qwen3-0.6B-Base --data corpus.txt --output runs/q")

@@ -1,0 +1,107 @@
+"""The command `recipes`: what a recipe sets, in words, and the page of all settings."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from unmask.cli.app import Json, app
+from unmask.plain_json import to_json
+
+
+@app.command(epilog="Example: unmask recipes efficient-dlm")
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show the settings of this recipe.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show also the settings that the recipe does not read, and what they need.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/settings.md.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the recipes, or the settings of one."""
+    from unmask.recipe import load_recipe, recipe_names, recipe_summary
+    from unmask.settings import to_plain
+
+    if markdown:
+        print(settings_page(), end="")
+        return
+    names = recipe_names() if name is None else [name]
+    if as_json:
+        print(to_json({recipe: to_plain(load_recipe(recipe)) for recipe in names}))
+    elif name is None:
+        for recipe in names:
+            print(f"{recipe:24} {recipe_summary(recipe)}")
+    else:
+        print(f"# {recipe_summary(name)}")
+        print(settings_of(name, everything, shutil.get_terminal_size((120, 24)).columns), end="")
+
+
+def settings_of(name: str, everything: bool = False, width: int = 120) -> str:
+    """The settings that a recipe's run reads, in groups, each with its value and its sentence; or all of them."""
+    from unmask.recipe import load_recipe
+    from unmask.settings import GROUPS, condition, unmet
+
+    values = vars(load_recipe(name))
+    text = ""
+    for group in GROUPS:
+        lines = ""
+        for entry in fields(group):
+            reads = unmet(entry.name, values) is None
+            if reads or everything:
+                sentence = _sentence(entry) + ("" if reads else f" [not read: needs {condition(entry.name)}]")
+                lines += _beside(f"{entry.name} = {_value(entry, values[entry.name])}", sentence, width)
+        text += f"\n{group.__doc__}\n{lines}" if lines else ""
+    return text
+
+
+_HEAD = """# Settings
+
+What defines a run besides the model and the data: `SETTING=VALUE` after `unmask adapt`, keyword arguments of
+`unmask.adapt`, lines of a recipe. A recipe sets some of them, the others have the defaults below. A setting that the
+run would not read is an error; `unmask recipes NAME` shows those that a recipe's run reads, with `--all` all of them.
+`none` unsets a setting that may be unset. `unmask recipes --markdown > docs/settings.md` makes this page.
+"""
+
+
+def settings_page() -> str:
+    """docs/settings.md: a table for each group."""
+    from unmask.settings import GROUPS, condition
+
+    text = _HEAD
+    for group in GROUPS:
+        text += f"\n## {(group.__doc__ or '').rstrip('.')}\n"
+        text += "| setting | default | what it is | read if |\n|---|---|---|---|\n"
+        for entry in fields(group):
+            default, read_if = _value(entry, entry.default), condition(entry.name)
+            default = default if entry.default is None else f"`{default}`"
+            text += f"| `{entry.name}` | {default} | {_sentence(entry)} | {f'`{read_if}`' if read_if else ''} |\n"
+    return text
+
+
+def _sentence(entry: Any) -> str:
+    """What the setting is, and which values it takes where the sentence or its kind does not say so."""
+    from unmask.settings import limits_of
+
+    says, one_of, limits = (entry.metadata[key] for key in ("says", "one_of", "limits"))
+    if not all(value in says for value in one_of):
+        return f"{says} ({', '.join(one_of)})"
+    return f"{says} ({limits_of(entry.name)})" if limits.keys() & {"most", "below"} else says
+
+
+def _value(entry: Any, value: Any) -> str:
+    """A value as SETTING=VALUE has it; where there is none, whether the parent's size decides."""
+    if value is None:
+        return "from the parent's size" if entry.metadata["of_size"] else "unset"
+    return str(value) if isinstance(value, float) else to_json(value)
+
+
+def _beside(left: str, right: str, width: int, column: int = 44) -> str:
+    """Two columns, the right one wrapped."""
+    lines = textwrap.wrap(right, max(30, width - column)) or [""]
+    first = f"  {left}"
+    first = f"{first:{column}}" if len(first) < column - 1 else f"{first}\n{'':{column}}"
+    return first + f"\n{'':{column}}".join(lines) + "\n"

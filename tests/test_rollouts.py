@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import STORIES
 from decode import sample_autoregressive
 
 import unmask
-from unmask.data.documents import load_corpus
-from unmask.training.rollouts import LONGEST_PROMPT, roll_out
+from unmask.data.documents import Corpus, load_corpus
+from unmask.data.packing import PackState
+from unmask.training.batches import packed_documents
+from unmask.training.rollouts import LONGEST_PROMPT, rewritten_text, roll_out
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -46,6 +51,30 @@ def test_end_tokens_end_a_rollout(tokenizer_and_model: Path, stories: Path, tmp_
     made = roll_out(lm.network, prompts, tmp_path, author="x", num_tokens=300, max_length=30, temperature=1.0,
                     end_token_ids=range(2, 150))  # fmt: skip
     assert min(len(made[i]) for i in range(len(made))) < 30
+
+
+def test_text_is_written_anew_every_so_many_steps_and_goes_on_in_the_middle() -> None:
+    model, written = torch.nn.Linear(1, 1), []
+    settings = SimpleNamespace(self_every=3, max_tokens=1, max_length=4, batch_size=2, seed=0)
+
+    def text(step: int) -> Corpus:
+        return Corpus(np.arange(5, dtype=np.int32) + 10 * step, np.array([0, 5]), f"{step}")
+
+    def write(step: int) -> Corpus:
+        assert not model.training
+        written.append(step)
+        return text(step)
+
+    data = rewritten_text(packed_documents(settings, text(0)), settings, model, write)
+    straight = list(itertools.islice(data.batches(0, PackState()), 8))
+    assert written == [0, 3, 6]
+    assert [int(batch.x0[0, 0]) // 30 for batch, _ in straight] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert model.training
+    for step in range(1, 8):
+        resumed = next(data.batches(step, straight[step - 1][1]))
+        assert written[-1] == step - step % 3
+        assert torch.equal(resumed[0].x0, straight[step][0].x0)
+        assert resumed[1] == straight[step][1]
 
 
 def test_adapt_trains_on_the_models_own_text(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:

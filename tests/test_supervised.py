@@ -26,7 +26,7 @@ from unmask.data.packing import Packer, PackState
 from unmask.data.supervised import Completion, Conversation, continue_ids, encode_example
 from unmask.evaluation.likelihood import Document, nelbo, nll
 from unmask.settings import Settings
-from unmask.training.loop import count_steps
+from unmask.training.batches import packed_documents
 from unmask.training.step import corruptions, step_loss
 
 CHATML = (
@@ -250,7 +250,7 @@ def test_steps_count_the_rows_that_are_packed(tokenizer, pairs: Path) -> None:
     packer, steps = Packer(source, 64, seed=0, epochs=1), 0
     while packer.batch(2) is not None:
         steps += 1
-    assert abs(count_steps(settings, source) - steps) <= 1
+    assert abs(packed_documents(settings, source).num_steps - steps) <= 1
     assert steps > math.ceil(source.num_tokens / 128)
 
 

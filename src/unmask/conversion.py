@@ -29,10 +29,11 @@ from unmask.recipe import load_recipe, under_current_names
 from unmask.resolve import RULE_TEXT, Resolved, diffusion_config, resolve
 from unmask.run_folder import claim, ordinary_permissions, releases_folders, write_text, writing
 from unmask.settings import TABLE, CorruptionSettings, DataSettings, EvaluationSettings, Settings, to_plain, unmet
+from unmask.training.batches import packed_documents
 from unmask.training.checkpoints import append_metrics, latest_checkpoint, read_state
-from unmask.training.loop import Evaluator, Progress, check_machine, count_steps, in_training, train
+from unmask.training.loop import Evaluator, Progress, check_machine, in_training, train
 from unmask.training.ranks import join
-from unmask.training.rollouts import roll_out
+from unmask.training.rollouts import rewritten_text, roll_out
 from unmask.training.teacher import freeze, load_teacher
 from unmask.version import __version__
 
@@ -142,7 +143,8 @@ def adapt(
         held_out = [] if tail is None else _as_documents(tail, end_token_id)
     if chosen.predict_padding:
         source = _filled_up(source, chosen, end_token_id)
-    total_steps = count_steps(chosen, source)
+    training_data = packed_documents(chosen, source)
+    total_steps = training_data.num_steps
 
     config = lm.diffusion
     drafter = None
@@ -173,9 +175,12 @@ def adapt(
     learning: Any = lm.model if drafter is None else drafter
     trained = sum(p.numel() for p in learning.parameters() if p.requires_grad)
 
-    def renew(step: int) -> Corpus:
+    def write(step: int) -> Corpus:
         author = f"{parent['fingerprint']} after {step} steps"
         return _roll_out(adapted, chosen, source, output_dir / "rollouts", author, end_token_id, False, step)
+
+    if of_student:
+        training_data = rewritten_text(training_data, chosen, lm.model, write)
 
     ranks.wait_for_everyone()  # all have read the folder before one writes to it
     versions = {"unmask": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
@@ -219,14 +224,13 @@ def adapt(
                 adapted._network,
                 chosen,
                 config if chosen.attention != "ar" else None,
-                source,
+                training_data,
                 output_dir,
                 resume=resume,
                 evaluate=evaluate,
                 report=report,
                 replicate=_replicate(lm, chosen),
                 teacher=frozen,
-                renew=renew if of_student else None,
             )
     if tuner is not None:
         if ranks.is_main_process and not chosen.lora_merge:

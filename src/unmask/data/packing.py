@@ -59,6 +59,11 @@ class Packer:
                 raise ValueError("the training data holds no documents")
             epoch, start = epoch + 1, 0
 
+    def batches(self, size: int) -> Iterator[tuple[Batch, PackState]]:
+        """Each `batch` from here on, with the state after it."""
+        while (batch := self.batch(size)) is not None:
+            yield batch, self.state
+
     def batch(self, size: int) -> Batch | None:
         """The next `size` rows, at the end filled up with padding, or None when nothing is left.
 

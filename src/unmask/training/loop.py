@@ -8,7 +8,6 @@ micro-batches, accumulation and ranks change nothing.
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,11 +26,11 @@ from unmask.core.batch import Batch
 from unmask.core.finite import StepWatch, check_weights
 from unmask.core.network import DiffusionConfig, Network
 from unmask.core.objectives import predictable
-from unmask.data.documents import Corpus, HubStream
-from unmask.data.packing import Packer, PackState
+from unmask.data.packing import PackState
 from unmask.hf.fast.shortcuts import compile_layers
 from unmask.resolve import Resolved, at_step
 from unmask.settings import OptimiserSettings, RunSettings
+from unmask.training.batches import TrainingData
 from unmask.training.checkpoints import (
     TrainState,
     append_metrics,
@@ -68,7 +67,7 @@ def train(
     make_network: Callable[[Any], Network],
     settings: Resolved,
     config: DiffusionConfig | None,
-    source: Corpus | HubStream,
+    data: TrainingData,
     output_dir: Path,
     *,
     resume: bool = False,
@@ -76,22 +75,21 @@ def train(
     report: Callable[[Progress], None] | None = None,
     replicate: Callable[[Any], Any] | None = None,
     teacher: Network | None = None,
-    renew: Callable[[int], Corpus] | None = None,
 ) -> TrainState:
     """Train `model`, which is `in_training`, in place and return where it ended.
 
     Checkpoints go to output_dir/checkpoint-<step>, metrics to output_dir/metrics.jsonl. With `resume` the
     newest whole checkpoint is continued, bit for bit as if never interrupted on the same hardware. replicate:
     makes a network with weights shared and gradients apart; with it the rows of a micro-batch are spread over
-    the threads of a CPU. teacher: of the joint objective. renew: called with the step at each multiple of
-    `self_every` for the data from there on; called again with the same step after an interruption.
+    the threads of a CPU. teacher: of the joint objective.
     """
-    run = _Run(model, make_network, settings, config, source, output_dir, teacher, replicate)
+    run = _Run(model, make_network, settings, config, data.num_steps, output_dir, teacher, replicate)
     run.restore(resume)
-    eval_every = settings.eval_every or max(1, run.total_steps // 10)
-    for batch in run.batches(renew):
-        run.step(batch)
-        ended = run.state.tokens >= run.goal
+    eval_every = settings.eval_every or max(1, data.num_steps // 10)
+    batches = data.batches(run.state.step, run.state.data)
+    while run.state.tokens < data.num_tokens and (following := next(batches, None)) is not None:
+        run.step(*following)
+        ended = run.state.tokens >= data.num_tokens
         evaluating = evaluate is not None and run.state.step % eval_every == 0 and not ended
         saving = run.state.step % settings.save_every == 0 or ended
         if evaluating or saving:
@@ -106,7 +104,7 @@ def train(
 
 
 class _Run:
-    """A run between two steps: the model as Accelerate has prepared it, the rows to come, and the sums to log.
+    """A run between two steps: the model as Accelerate has prepared it, and the sums to log.
 
     state: where the run is. wrapped, network: the model for the backward pass. summed, counted: of the loss since the
     last row of metrics.jsonl, on the device, so that a step waits for nothing and a log row for its figures.
@@ -118,7 +116,7 @@ class _Run:
         make_network: Callable[[Any], Network],
         settings: Resolved,
         config: DiffusionConfig | None,
-        source: Corpus | HubStream,
+        total_steps: int,
         output_dir: Path,
         teacher: Network | None,
         replicate: Callable[[Any], Any] | None,
@@ -130,13 +128,12 @@ class _Run:
         if settings.report_to:
             accelerator.init_trackers("unmask", config={k: str(v) for k, v in asdict(settings).items()})
         self.model, self.settings, self.config = model, settings, config
-        self.source, self.output_dir, self.teacher = source, output_dir, teacher
+        self.total_steps, self.output_dir, self.teacher = total_steps, output_dir, teacher
         self.wrapped, self.optimizer = _prepare(accelerator, model, _optimizer(model, settings))
         self.network = make_network(self.wrapped)
         on_cpu = accelerator.device.type == "cpu" and accelerator.num_processes == 1
         spread = replicate is not None and on_cpu and torch.get_num_threads() > 1
         self.threads = ThreadedBackward(self.network, replicate) if replicate is not None and spread else None
-        self.goal, self.total_steps = token_goal(settings, source), count_steps(settings, source)
         self.state = TrainState()
 
     def restore(self, resume: bool) -> None:
@@ -160,26 +157,11 @@ class _Run:
         self.watch = StepWatch(settings.max_nonfinite_steps, self.state.skipped)
         self.since, self.tokens_since = time.perf_counter(), 0
 
-    def batches(self, renew: Callable[[int], Corpus] | None) -> Iterator[Batch]:
-        """The rows of each step, of all ranks, until max_tokens are seen or the data ends."""
-        settings = self.settings
-        epochs = None if settings.max_tokens is not None else 1
-        self.packer = Packer(self.source, settings.max_length, seed=settings.seed, epochs=epochs, state=self.state.data)
-        every, begun = settings.self_every or max(1, self.total_steps) * 10**6, None
-        while self.state.tokens < self.goal:
-            if renew is not None and begun != self.state.step - self.state.step % every:
-                begun = self.state.step - self.state.step % every
-                place = PackState() if self.state.step == begun else self.state.data
-                self.wrapped.eval()
-                self.packer = Packer(renew(begun), settings.max_length, seed=settings.seed, state=place)
-                self.wrapped.train()
-            batch = self.packer.batch(settings.batch_size)
-            if batch is None:
-                return
-            yield batch
+    def step(self, batch: Batch, place: PackState) -> None:
+        """One optimiser step on the rows of all ranks, which is skipped where its loss or gradient is not finite.
 
-    def step(self, batch: Batch) -> None:
-        """One optimiser step on the rows of all ranks, which is skipped where its loss or gradient is not finite."""
+        place: in the data, after the batch.
+        """
         accelerator, optimizer = self.accelerator, self.optimizer
         rate = self.learning_rate
         for group in optimizer.param_groups:
@@ -198,7 +180,7 @@ class _Run:
         optimizer.step()
         optimizer.zero_grad()
         self.state = replace(
-            self.state, step=self.state.step + 1, tokens=self.state.tokens + batch.num_tokens, data=self.packer.state
+            self.state, step=self.state.step + 1, tokens=self.state.tokens + batch.num_tokens, data=place
         )
         self.summed += torch.where(finite, loss, torch.zeros_like(loss))
         self.counted += finite.double() * count
@@ -309,22 +291,6 @@ def in_training(model: Any, settings: RunSettings) -> Iterator[None]:
             hf.checkpoint_layers(model, on=False)
         if settings.compile_layers:
             compile_layers(model, on=False)
-
-
-def token_goal(settings: OptimiserSettings, source: Corpus | HubStream) -> int:
-    """Tokens to train on: max_tokens, else one pass; a stream has no known end."""
-    if settings.max_tokens is not None:
-        return settings.max_tokens
-    if not isinstance(source, Corpus):
-        raise ValueError("a streamed data set has no known end: give --max-tokens")
-    return source.num_tokens
-
-
-def count_steps(settings: Resolved, source: Corpus | HubStream) -> int:
-    """Optimiser steps of the run."""
-    length = settings.max_length
-    per_row = source.tokens_per_row(length) if isinstance(source, Corpus) else length
-    return math.ceil(token_goal(settings, source) / (per_row * settings.batch_size))
 
 
 def _optimizer(model: Any, settings: OptimiserSettings) -> torch.optim.Optimizer:

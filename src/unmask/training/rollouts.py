@@ -10,7 +10,8 @@ batches, once, and kept on disk.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unmask.core.batch import Batch
 from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import Key, integer
 from unmask.data.documents import Corpus, Document
+from unmask.data.packing import Packer, PackState
+from unmask.resolve import Resolved
 from unmask.sampling import Request, sample_autoregressive, sample_blocks
+from unmask.training.batches import TrainingData
 
 LONGEST_PROMPT = 32
 _BATCH = 64
@@ -78,6 +83,29 @@ def roll_out(
             progress(size)
     _save(file, Corpus.of(documents, fingerprint=""))
     return _load(file)
+
+
+def rewritten_text(data: TrainingData, settings: Resolved, model: Any, write: Callable[[int], Corpus]) -> TrainingData:
+    """Rows of what `model` writes while it learns: `write(step)` at every self_every-th step, else at step 0 alone.
+
+    The text of a step must be a function of the step: a run that goes on in the middle asks for it again.
+    """
+
+    def batches(step: int, place: PackState) -> Iterator[tuple[Batch, PackState]]:
+        every = settings.self_every
+        while True:
+            begun = 0 if every is None else step - step % every
+            model.eval()
+            text = write(begun)
+            model.train()
+            state = PackState() if step == begun else place
+            packer = Packer(text, settings.max_length, seed=settings.seed, state=state)
+            left = None if every is None else begun + every - step
+            for batch in itertools.islice(packer.batches(settings.batch_size), left):
+                yield batch
+                step += 1
+
+    return replace(data, batches=batches)
 
 
 def _beginning(prompts: Corpus, first: int, number: int, max_length: int, key: Key) -> Tensor:

@@ -1,0 +1,43 @@
+"""The batch of each optimiser step, and how many tokens and steps a run has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from unmask.core.batch import Batch
+from unmask.data.documents import Corpus, HubStream
+from unmask.data.packing import Packer, PackState
+from unmask.resolve import Resolved
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run reads.
+
+    batches: (step, place in the data) -> the batch of that step and of each one after it, with the place after each
+    batch. A batch holds the rows of all ranks. num_tokens: the run ends once it has seen them. num_steps: about as many
+    steps as that takes, for schedules.
+    """
+
+    batches: Callable[[int, PackState], Iterator[tuple[Batch, PackState]]]
+    num_tokens: int
+    num_steps: int
+
+
+def packed_documents(settings: Resolved, source: Corpus | HubStream) -> TrainingData:
+    """Rows packed from the documents of `source`, until max_tokens are seen, or one pass without max_tokens."""
+
+    def batches(_step: int, place: PackState) -> Iterator[tuple[Batch, PackState]]:
+        epochs = None if settings.max_tokens is not None else 1
+        packer = Packer(source, settings.max_length, seed=settings.seed, epochs=epochs, state=place)
+        return packer.batches(settings.batch_size)
+
+    num_tokens = settings.max_tokens
+    if num_tokens is None:
+        if not isinstance(source, Corpus):
+            raise ValueError("a streamed data set has no known end: give --max-tokens")
+        num_tokens = source.num_tokens
+    per_row = source.tokens_per_row(settings.max_length) if isinstance(source, Corpus) else settings.max_length
+    return TrainingData(batches, num_tokens, math.ceil(num_tokens / (per_row * settings.batch_size)))

@@ -1,0 +1,150 @@
+"""What README and docs show: every Python block runs, every command line parses, every name exists."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import unmask
+from unmask.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def fences(page: Path) -> Iterator[tuple[int, str, str]]:
+    """(line, info, text) of each fenced block; an indented block is one without info."""
+    lines, start, info, block = page.read_text().splitlines(), 0, None, []
+    for number, line in enumerate(lines, 1):
+        if line.startswith("```"):
+            if info is None:
+                start, info, block = number, line[3:].strip(), []
+            else:
+                yield start, info, "\n".join(block)
+                info = None
+        elif info is not None:
+            block.append(line)
+    assert info is None, f"{page.name}:{start}: a block without an end"
+
+
+def python_blocks() -> list[Any]:
+    return [
+        pytest.param(page, text, info, id=f"{page.stem}-{line}")
+        for page in PAGES
+        for line, info, text in fences(page)
+        if info.split(maxsplit=1)[:1] == ["python"]
+    ]
+
+
+@pytest.mark.parametrize(("page", "text", "info"), python_blocks())
+def test_python_blocks_run(
+    page: Path, text: str, info: str, converted: Path, tokenizer_and_model: Path, stories: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In a folder with a converted model `runs/q` and text; `python compile-only: why` is compiled alone."""
+    code = compile(text, f"{page.name}", "exec")
+    if "compile-only" in info:
+        assert len(info.partition("compile-only:")[2].strip()) > 5, "say why it is not run"
+        return
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(converted, tmp_path / "runs" / "q")
+    shutil.copyfile(stories, tmp_path / "corpus.jsonl" if stories.suffix == ".jsonl" else tmp_path / stories.name)
+    plain = unmask.adapt
+
+    def adapt(_model: Any, _data: Any, *, output_dir: Any, recipe: str | None = None, **_settings: Any) -> Any:
+        shutil.rmtree(output_dir, ignore_errors=True)
+        small = {"max_tokens": 500, "max_length": 32, "block_size": 4, "batch_size": 2, "show_progress": False}
+        return plain(tokenizer_and_model, stories, recipe, output_dir, **small)
+
+    monkeypatch.setattr(unmask, "adapt", adapt)
+    exec(code, {"lm": unmask.load("runs/q"), "unmask": unmask, "prompt": "Once"})
+
+
+def shell_lines() -> Iterator[tuple[Path, int, str]]:
+    """Command lines of fenced and indented blocks, continued ones joined, comments left out."""
+    for page in PAGES:
+        inside, joined, start = False, "", 0
+        for number, raw in enumerate(page.read_text().splitlines(), 1):
+            if raw.startswith("```"):
+                inside = not inside
+            line = raw.strip() if inside or raw.startswith("    ") else ""
+            start = start if joined else number
+            joined += re.sub(r"(^|\s)#.*$", "", line)
+            if joined.endswith("\\"):
+                joined = joined[:-1]
+                continue
+            if joined.startswith(("unmask ", "python benchmarks/")):
+                yield page, start, joined
+            joined = ""
+
+
+@pytest.mark.parametrize(
+    "line", [pytest.param(line, id=f"{page.stem}-{number}") for page, number, line in shell_lines()]
+)
+def test_command_lines_parse(line: str) -> None:
+    words = shlex.split(line)
+    if words[0] == "python":
+        script = ROOT / words[1]
+        text = script.read_text()
+        for word in words[2:]:
+            if word.startswith("--"):
+                assert f'"{word.partition("=")[0]}"' in text, word
+        return
+    command = COMMANDS[words[1]]
+    if re.search(r"[\[|]|\.\.\.", line):  # a synopsis: its options exist
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", line)) <= known | {"--help"}
+        return
+    command.make_context(words[1], words[2:])
+
+
+MODULES: dict[str, list[str]] = {}
+for _file in (ROOT / "src" / "unmask").rglob("*.py"):
+    _name = ".".join(_file.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+    MODULES.setdefault(_name.rsplit(".", 1)[-1], []).append(_name)
+for _file in (ROOT / "benchmarks").glob("*.py"):
+    MODULES.setdefault(_file.stem, []).append(_file.stem)
+OBJECTS = {"lm": unmask.DiffusionLM, "out": unmask.SampleOutput}
+
+
+def names() -> Iterator[tuple[str, str]]:
+    for page in PAGES:
+        for name in sorted(set(re.findall(r"`([a-z_]\w*(?:\.\w+)+)(?:\([^`]*\))?`", page.read_text()))):
+            first, last = name.split(".")[0], name.rsplit(".", 1)[-1]
+            if last not in ("py", "json", "jsonl", "toml", "md", "html", "txt", "safetensors", "parquet", "gguf", "npy"):
+                if first in MODULES or first in OBJECTS or first == "unmask":
+                    yield page.stem, name
+
+
+def resolves(name: str) -> bool:
+    first, *rest = name.split(".")
+    if first in OBJECTS:
+        found: Any = OBJECTS[first]
+        return hasattr(found, rest[0]) or rest[0] in found.__annotations__ or rest[0] in ("model", "tokenizer", "diffusion")
+    for start in ["unmask"] if first == "unmask" else MODULES[first]:
+        found = importlib.import_module(start)
+        for part in rest:
+            if not hasattr(found, part):
+                try:
+                    found = importlib.import_module(f"{found.__name__}.{part}")
+                except (ImportError, AttributeError):
+                    break
+            else:
+                found = getattr(found, part)
+        else:
+            return True
+    return False
+
+
+@pytest.mark.parametrize(("page", "name"), sorted(set(names())))
+def test_every_name_in_backticks_exists(page: str, name: str) -> None:
+    assert resolves(name), f"docs page {page} names {name!r}, which does not exist"

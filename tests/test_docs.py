@@ -120,16 +120,20 @@ def names() -> Iterator[tuple[str, str]]:
     for page in PAGES:
         for name in sorted(set(re.findall(r"`([a-z_]\w*(?:\.\w+)+)(?:\([^`]*\))?`", page.read_text()))):
             first, last = name.split(".")[0], name.rsplit(".", 1)[-1]
-            if last not in ("py", "json", "jsonl", "toml", "md", "html", "txt", "safetensors", "parquet", "gguf", "npy"):
-                if first in MODULES or first in OBJECTS or first == "unmask":
-                    yield page.stem, name
+            known = first in MODULES or first in OBJECTS or first == "unmask"
+            if known and last not in ("py", "json", "jsonl", "toml", "md", "html", "txt", "safetensors", "gguf", "npy"):
+                yield page.stem, name
 
 
 def resolves(name: str) -> bool:
     first, *rest = name.split(".")
     if first in OBJECTS:
         found: Any = OBJECTS[first]
-        return hasattr(found, rest[0]) or rest[0] in found.__annotations__ or rest[0] in ("model", "tokenizer", "diffusion")
+        return (
+            hasattr(found, rest[0])
+            or rest[0] in found.__annotations__
+            or rest[0] in ("model", "tokenizer", "diffusion")
+        )
     for start in ["unmask"] if first == "unmask" else MODULES[first]:
         found = importlib.import_module(start)
         for part in rest:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from unmask.core.network import DiffusionConfig, Network
 from unmask.evaluation.likelihood import continuation_nelbo
-from unmask.sampling import SampledTokens
+from unmask.sampling import Blocks, Request, SampledTokens, WholeCanvas
 
 
 def span_lengths(
@@ -26,6 +27,24 @@ def span_lengths(
             f"{context_length}: shorten them"
         )
     return lengths
+
+
+def fill_lengths(
+    decoder: Blocks | WholeCanvas,
+    network: Network,
+    config: DiffusionConfig,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    request: Request,
+    lengths: Sequence[int],
+) -> list[SampledTokens]:
+    """The spans filled with each of the lengths; a step budget that fits the longest is cut to a shorter one."""
+    filled, steps = [], decoder.max_denoising_steps
+    for length in lengths:
+        if steps is not None and steps <= max(lengths):
+            decoder = replace(decoder, max_denoising_steps=min(steps, length))
+        filled.append(decoder(network, config, before, replace(request, max_new_tokens=length), suffixes=after))
+    return filled
 
 
 def best_length(

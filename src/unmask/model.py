@@ -26,7 +26,7 @@ from unmask.data.prompts import Prompts, StopStrings, new_text, prompt_rows
 from unmask.evaluation import likelihood
 from unmask.evaluation.embed import embed, named_pattern
 from unmask.evaluation.likelihood import LikelihoodOutput
-from unmask.infilling import best_length, span_lengths
+from unmask.infilling import best_length, fill_lengths, span_lengths
 from unmask.progress import progress
 from unmask.sampling import (
     Blocks,
@@ -226,12 +226,7 @@ class DiffusionLM:
             end_token_ids=stop_tokens, callback=callback, context_length=self.network.context_length,
             stop=stop if stop.strings else None,
         )  # fmt: skip
-        candidates, steps = [], decoder.max_denoising_steps
-        for length in lengths:
-            if steps is not None and steps <= max(lengths):
-                decoder = replace(decoder, max_denoising_steps=min(steps, length))
-            span = replace(request, max_new_tokens=length)
-            candidates.append(decoder(self.network, config, before, span, suffixes=after))
+        candidates = fill_lengths(decoder, self.network, config, before, after, request, lengths)
         sampled = candidates[0]
         if len(candidates) > 1:
             sampled = best_length(

@@ -112,6 +112,13 @@ def synchronize() -> None:
 # --- training
 
 
+def _bench_drafter(model: Any, mask_token_id: int) -> Drafter:
+    """Adapters of rank 16 on the attention outputs."""
+    maps = {name.rsplit(".", 1)[-1] for name, _ in target_modules(model, "all")}
+    target = next(name for name in ("o_proj", "out_proj", "c_proj", "dense") if name in maps)
+    return Drafter(model, mask_token_id, DrafterConfig(rank=16, scale=32.0, targets=target)).to(model.device)
+
+
 def train_steps(
     model: Any, kind: str, block_size: int, rows: int, length: int, micro: int | None = None, num_masks: int = 1
 ) -> dict[str, Callable[[], None]]:
@@ -125,11 +132,7 @@ def train_steps(
     over two streams run FlexAttention.
     """
     mask = model.config.vocab_size if kind == "drafter" else model.config.vocab_size - 1
-    adapters = None
-    if kind == "drafter":
-        maps = {name.rsplit(".", 1)[-1] for name, _ in target_modules(model, "all")}
-        target = next(name for name in ("o_proj", "out_proj", "c_proj", "dense") if name in maps)
-        adapters = Drafter(model, mask, DrafterConfig(rank=16, scale=32.0, targets=target)).to(model.device)
+    adapters = _bench_drafter(model, mask) if kind == "drafter" else None
     network = hf.HFNetwork(model.train(), mask, gate=None if adapters is None else adapters.rows)
     hf.without_dropout(model)
     clean = {"two_stream": "block_causal", "drafter": "causal"}.get(kind)

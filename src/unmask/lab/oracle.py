@@ -10,6 +10,7 @@ Notation: a *canvas* is one block (or whole bidirectional canvas) as xt (length,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ def compact(propose: Propose, xt: Tensor, masked: Tensor, kept: Kept, *, max_che
     """
     known: dict[tuple[tuple[int, ...], tuple[bool, ...]], tuple[Tensor, Tensor]] = {}
 
-    def law(xt: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    def proposal(xt: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
         state = tuple(xt.tolist()), tuple(masked.tolist())
         if state not in known:
             known[state] = propose(xt, masked)
@@ -66,7 +67,7 @@ def compact(propose: Propose, xt: Tensor, masked: Tensor, kept: Kept, *, max_che
     def serial(xt: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, int]:
         forwards = 0
         while kept(xt, masked) is None:
-            tokens, confidence = law(xt, masked)
+            tokens, confidence = proposal(xt, masked)
             best = int(torch.where(masked, confidence, -torch.inf).argmax())
             xt, masked = _commit(xt, masked, tokens, [best])
             forwards += 1
@@ -77,7 +78,7 @@ def compact(propose: Propose, xt: Tensor, masked: Tensor, kept: Kept, *, max_che
     assert wanted is not None
     num_forwards = 0
     while kept(xt, masked) is None:
-        tokens, confidence = law(xt, masked)
+        tokens, confidence = proposal(xt, masked)
         num_forwards += 1
         matching = masked & (tokens == final)
         order = torch.where(matching, confidence, -torch.inf).argsort(descending=True, stable=True)
@@ -98,6 +99,14 @@ def _commit(xt: Tensor, masked: Tensor, tokens: Tensor, positions: Sequence[int]
     xt, masked = xt.clone(), masked.clone()
     xt[list(positions)], masked[list(positions)] = tokens[list(positions)], False
     return xt, masked
+
+
+def _kept(xt: Tensor, masked: Tensor, open_: Tensor, end_token_ids: Sequence[int]) -> list[int] | None:
+    """`Kept` of a canvas whose positions `open_` were to be filled in."""
+    waiting = masked[open_].nonzero()[:, 0]
+    new = xt[open_[: int(waiting[0])] if len(waiting) else open_].tolist()
+    ended = first_end(new, end_token_ids)
+    return new[:ended] if ended is not None or not len(waiting) else None
 
 
 @torch.inference_mode()
@@ -143,14 +152,7 @@ def speed_of_light(
             logits = logits.cpu()
             return xt.masked_scatter(masked, logits.argmax(-1)), token_confidence(logits, masked[None])[0]
 
-        open_ = masked.nonzero()[:, 0]
-
-        def kept(xt: Tensor, masked: Tensor, open_: Tensor = open_) -> list[int] | None:
-            waiting = masked[open_].nonzero()[:, 0]
-            new = xt[open_[: int(waiting[0])] if len(waiting) else open_].tolist()
-            ended = first_end(new, end_token_ids)
-            return new[:ended] if ended is not None or not len(waiting) else None
-
+        kept = functools.partial(_kept, open_=masked.nonzero()[:, 0], end_token_ids=end_token_ids)
         found = compact(propose, xt, masked, kept, max_checks=max(1, max_checks - total.num_checks))
         total = Compacted(
             total.tokens + found.tokens,

@@ -124,9 +124,7 @@ def train_steps(
 ) -> dict[str, Callable[[], None]]:
     """One forward and backward of the AR loss as Hugging Face computes it, and of ours.
 
-    micro: of ours, in micro-batches of so many rows, whose gradients add up to the same.
-    num_masks: more than 1 of "two_stream", so many masks on one clean pass.
-
+    micro: rows of a micro-batch of ours. num_masks: more than 1 of "two_stream", masks on one clean pass.
     kind: "two_stream" or "bidirectional" for a diffusion loss, "drafter" for gated adapters of rank 16 on the
     frozen model's attention outputs, distilled in total variation with every token masked. On a GPU our passes
     over two streams run FlexAttention.

@@ -1,8 +1,8 @@
 """The training loop, on Accelerate.
 
-A run is a function of its settings, its data and its seed: rows come from one stream in a fixed order, noise from
-(seed, step, row in the global batch), and the loss is divided by the token count of the whole step, so that
-micro-batches, accumulation and ranks change nothing.
+A run is a function of its settings, its data and its seed: rows come from one stream in a fixed order, noise is a
+function of (seed, step, row in the global batch), and the loss is divided by the token count of the whole step. So the
+split into micro-batches and ranks changes nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Evaluator = Callable[[Any], dict[str, float]]
 
 @dataclass(frozen=True)
 class Progress:
-    """One log step, for whoever shows it."""
+    """The figures of one log step. loss: mean since the last log step, nats per token."""
 
     step: int
     total_steps: int
@@ -76,19 +76,21 @@ def train(
     replicate: Callable[[Any], Any] | None = None,
     teacher: Network | None = None,
 ) -> TrainState:
-    """Train `model`, which is `in_training`, in place and return where it ended.
+    """Train `model`, which is `in_training`, in place and return the state after the last step.
 
-    Checkpoints go to output_dir/checkpoint-<step>, metrics to output_dir/metrics.jsonl. With `resume` the
-    newest whole checkpoint is continued, bit for bit as if never interrupted on the same hardware. replicate:
-    makes a network with weights shared and gradients apart; with it the rows of a micro-batch are spread over
-    the threads of a CPU. teacher: of the joint objective.
+    Checkpoints go to output_dir/checkpoint-<step>, metrics to output_dir/metrics.jsonl. config: None trains the AR
+    model. resume: continue the newest whole checkpoint, on the same hardware bit for bit as if never interrupted.
+    evaluate: called every `eval_every` steps on the main process. report: called with each log step. replicate: makes a
+    network that shares the weights and has gradients of its own; with it the threads of a CPU share the rows of a
+    micro-batch. teacher: the frozen AR model of the joint objective. Raises ValueError for a checkpoint that does not
+    fit, and when a step or the weights are not finite.
     """
     run = _Run(model, make_network, settings, config, data.num_steps, output_dir, teacher, replicate)
     run.restore(resume)
     eval_every = settings.eval_every or max(1, data.num_steps // 10)
     batches = data.batches(run.state.step, run.state.data)
-    while run.state.tokens < data.num_tokens and (following := next(batches, None)) is not None:
-        run.step(*following)
+    while run.state.tokens < data.num_tokens and (batch := next(batches, None)) is not None:
+        run.step(*batch)
         ended = run.state.tokens >= data.num_tokens
         evaluating = evaluate is not None and run.state.step % eval_every == 0 and not ended
         saving = run.state.step % settings.save_every == 0 or ended
@@ -104,10 +106,10 @@ def train(
 
 
 class _Run:
-    """A run between two steps: the model as Accelerate has prepared it, and the sums to log.
+    """The state of a run between two steps.
 
-    state: where the run is. wrapped, network: the model for the backward pass. summed, counted: of the loss since the
-    last row of metrics.jsonl, on the device, so that a step waits for nothing and a log row for its figures.
+    wrapped: the model as Accelerate has prepared it; network: its network. summed, counted: loss sum and token count
+    since the last row of metrics.jsonl, float64 on the device, so that only a log row waits for them.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class _Run:
         teacher: Network | None,
         replicate: Callable[[Any], Any] | None,
     ) -> None:
-        AcceleratorState._reset_state()  # else the precision of the first run in a process would bind all others
+        AcceleratorState._reset_state()  # a second run in the process may have another precision
         self.accelerator = accelerator = accelerate.Accelerator(
             mixed_precision=settings.mixed_precision, log_with=settings.report_to, project_dir=str(output_dir)
         )
@@ -137,7 +139,7 @@ class _Run:
         self.state = TrainState()
 
     def restore(self, resume: bool) -> None:
-        """Begin at the newest whole checkpoint with `resume`, else at the beginning."""
+        """Start from the newest whole checkpoint with `resume`, otherwise from step 0."""
         accelerator, settings = self.accelerator, self.settings
         newest = newest_whole(self.output_dir) if resume else None
         if newest is not None:
@@ -155,27 +157,27 @@ class _Run:
         self.summed = zero + (self.state.loss if accelerator.is_main_process else 0.0)
         self.counted = zero + self.state.counted
         self.watch = StepWatch(settings.max_nonfinite_steps, self.state.skipped)
-        self.since, self.tokens_since = time.perf_counter(), 0
+        self.logged_at, self.tokens_since_log = time.perf_counter(), 0
 
     def step(self, batch: Batch, place: PackState) -> None:
-        """One optimiser step on the rows of all ranks, which is skipped where its loss or gradient is not finite.
+        """One optimiser step on the rows of all ranks, skipped if its loss or gradient is not finite.
 
-        place: in the data, after the batch.
+        place: the place in the data after the batch.
         """
         accelerator, optimizer = self.accelerator, self.optimizer
         rate = self.learning_rate
         for group in optimizer.param_groups:
             group["lr"] = rate
-        # Every rank sees the whole step's rows, so the count to divide by needs no communication.
+        # Every rank has the rows of all ranks, so the token count needs no communication.
         count = int(predictable(batch.layout, batch.loss_mask).sum())
         loss = self._backward(batch, count)
         if accelerator.distributed_type not in _SHARDED:
             add_gradients(self.wrapped.parameters())
         norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.max_grad_norm)
-        everywhere = accelerator.reduce(loss.clone()) if accelerator.num_processes > 1 else loss
+        whole_loss = accelerator.reduce(loss.clone()) if accelerator.num_processes > 1 else loss
         scaled = accelerator.scaler is not None
-        finite = self.watch.look(self.state.step + 1, rate, everywhere, norm, scaled=scaled)
-        if not scaled:  # skipped on the device, where the optimiser's own kernel heeds this
+        finite = self.watch.look(self.state.step + 1, rate, whole_loss, norm, scaled=scaled)
+        if not scaled:  # the optimiser's fused kernel reads this on the device and skips the step
             optimizer.optimizer.found_inf = (~finite).float()
         optimizer.step()
         optimizer.zero_grad()
@@ -184,59 +186,57 @@ class _Run:
         )
         self.summed += torch.where(finite, loss, torch.zeros_like(loss))
         self.counted += finite.double() * count
-        self.tokens_since += batch.num_tokens
+        self.tokens_since_log += batch.num_tokens
         self.last_rate = rate
         self.watch.settle(but_last=accelerator.device.type == "cuda")
 
     def _backward(self, batch: Batch, count: int) -> Tensor:
-        """Gradients of this rank's rows, divided by the step's token count; their loss sum, float64 on the device."""
-        accelerator, settings = self.accelerator, at_step(self.settings, self.state.step, self.total_steps)
-        share, first = _share(batch, accelerator)
+        """Add this rank's gradients, divided by `count`, the tokens of the step; return its loss sum, float64."""
+        accelerator, step = self.accelerator, self.state.step
+        settings = at_step(self.settings, step, self.total_steps)
         averaged = accelerator.num_processes if accelerator.distributed_type in _SHARDED else 1
+        scale = averaged / max(1, count)
         total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        for start in range(0, len(share.x0), settings.micro_batch_size):
-            micro = share.rows(start, start + settings.micro_batch_size)
-            rows = torch.arange(len(micro.x0)) + first + start
-            last = start + settings.micro_batch_size >= len(share.x0)
+        for micro, rows, last in _micro_batches(batch, accelerator, settings.micro_batch_size):
             if count and not bool(predictable(micro.layout, micro.loss_mask).any()):
-                continue  # the end of the data may leave a rank nothing but padding
+                continue  # at the end of the data a rank may have padding alone
             if self.threads is not None:
-                loss_of = functools.partial(step_loss, settings=settings, config=self.config, step=self.state.step)
-                total += self.threads.run(loss_of, micro, rows, 1 / max(1, count))
+                loss_of = functools.partial(step_loss, settings=settings, config=self.config, step=step)
+                total += self.threads.run(loss_of, micro, rows, scale)
                 continue
             with accelerator.autocast(), _sync(accelerator, self.wrapped, last):
-                loss = step_loss(self.network, settings, self.config, micro, self.state.step, rows, self.teacher)
-                accelerator.backward(loss.sum * (averaged / max(1, count)))
+                loss = step_loss(self.network, settings, self.config, micro, step, rows, self.teacher)
+                accelerator.backward(loss.sum * scale)
             total += loss.sum.detach()
         return total
 
     @property
     def learning_rate(self) -> float:
-        """Of the step to come."""
+        """The learning rate of the next step."""
         return learning_rate_at(self.settings, self.state.step, self.total_steps)
 
     def check_weights(self) -> None:
-        """Raise ValueError where a step or the weights are not finite."""
+        """Raise ValueError if a step or the weights are not finite."""
         self.watch.settle()
         check_weights(self.model, f"step {self.state.step} at learning rate {self.last_rate:.3g}")
 
     def evaluate(self, evaluate: Evaluator) -> dict[str, float]:
-        """Figures of the model as it is, on the main process; the time that it takes is not the steps'."""
+        """Held-out figures of the current model, on the main process; tokens per second leave out the time it takes."""
         if not self.accelerator.is_main_process:
             return {}
         before = time.perf_counter()
         self.wrapped.eval()
         figures = evaluate(self.accelerator.unwrap_model(self.wrapped))
         self.wrapped.train()
-        self.since += time.perf_counter() - before
+        self.logged_at += time.perf_counter() - before
         return figures
 
     def log(self, figures: dict[str, float], report: Callable[[Progress], None] | None) -> None:
-        """A row of metrics.jsonl: the mean loss since the last one, and what was evaluated."""
+        """Write a row of metrics.jsonl, the mean loss since the last row and `figures`, and report it."""
         self.watch.settle()
         state, rate = self.state, self.last_rate
         loss = float(self.accelerator.reduce(self.summed)) / max(1.0, float(self.counted))
-        speed = self.tokens_since / max(1e-9, time.perf_counter() - self.since)
+        speed = self.tokens_since_log / max(1e-9, time.perf_counter() - self.logged_at)
         if self.accelerator.is_main_process:
             row = {"step": state.step, "tokens": state.tokens, "loss": loss, "learning_rate": rate, **figures}
             append_metrics(self.output_dir, row)
@@ -247,10 +247,10 @@ class _Run:
                 report(Progress(state.step, steps, state.tokens, loss, rate, speed, figures))
         self.summed.zero_()
         self.counted.zero_()
-        self.since, self.tokens_since = time.perf_counter(), 0
+        self.logged_at, self.tokens_since_log = time.perf_counter(), 0
 
     def save(self) -> None:
-        """Write a checkpoint; the main process takes over the sums of all ranks, as it will after a resume."""
+        """Write a checkpoint. The main process takes the sums of all ranks, as it does after a resume."""
         accelerator, metrics = self.accelerator, self.output_dir / "metrics.jsonl"
         total = float(accelerator.reduce(self.summed.clone()))
         self.summed.fill_(total if accelerator.is_main_process else 0.0)
@@ -259,24 +259,31 @@ class _Run:
         save_checkpoint(accelerator, self.output_dir, self.state, self.settings.keep_checkpoints)
 
     def close(self) -> None:
-        """Read the last figures, and end threads and trackers."""
+        """Check the last step, and end threads and trackers."""
         self.watch.settle()
         if self.threads is not None:
             self.threads.close()
-        for tracker in self.accelerator.trackers:  # `end_training` would take the process group from the caller
+        for tracker in self.accelerator.trackers:  # `end_training` would destroy the caller's process group
             tracker.finish()
 
 
-def _share(batch: Batch, accelerator: accelerate.Accelerator) -> tuple[Batch, int]:
-    """This rank's rows of a step, and the number of the first of them."""
-    size = len(batch.x0) // accelerator.num_processes
-    first = accelerator.process_index * size
-    return batch.rows(first, first + size), first
+def _micro_batches(
+    batch: Batch, accelerator: accelerate.Accelerator, size: int
+) -> Iterator[tuple[Batch, Tensor, bool]]:
+    """This rank's rows, `size` at a time, with their numbers in the global batch and whether they are the last."""
+    share = len(batch.x0) // accelerator.num_processes
+    first = accelerator.process_index * share
+    for start in range(first, first + share, size):
+        end = min(start + size, first + share)
+        yield batch.rows(start, end), torch.arange(start, end), end == first + share
 
 
 @contextmanager
 def in_training(model: Any, settings: RunSettings) -> Iterator[None]:
-    """Within the context the model trains as the settings say; after it, however it ends, it is a stock one again."""
+    """Within the context the model trains, with recomputed or compiled layers if the settings say so.
+
+    After it, also after an error, the model is in eval mode, without gradients, and its layers are as they were.
+    """
     model.train()
     try:
         if settings.gradient_checkpointing:
@@ -294,7 +301,7 @@ def in_training(model: Any, settings: RunSettings) -> Iterator[None]:
 
 
 def _optimizer(model: Any, settings: OptimiserSettings) -> torch.optim.Optimizer:
-    """AdamW; no decay on vectors (norms, biases)."""
+    """AdamW, without weight decay on vectors (norms, biases)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -304,28 +311,28 @@ def _optimizer(model: Any, settings: OptimiserSettings) -> torch.optim.Optimizer
 
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-"""Where a wrapper of Accelerate's averages the gradients of ranks itself."""
+"""Kinds of processes for which Accelerate's wrapper averages the gradients over ranks."""
 
 
 def _prepare(accelerator: accelerate.Accelerator, model: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-    """Model and optimiser on the device and known to the accelerator, the model's forward left as it was."""
+    """Model and optimiser on the device, prepared by Accelerate, with the model's own forward."""
     forward = model.__dict__.get("forward")
     if accelerator.distributed_type in _SHARDED:
         wrapped, optimizer = accelerator.prepare(model, optimizer)
     else:
         wrapped, optimizer = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(optimizer)
         share_weights(model)
-    # Steps enter autocast themselves. Accelerate's own wrapper would stay on the model, and its way to take it off
-    # takes the model's decorators along, without which the cache is not returned.
+    # A step enters autocast itself. Accelerate's wrapper of the forward would stay on the model after the run, and
+    # Accelerate's function that removes it removes the model's decorators too, which return the cache.
     for name in ("forward", "_original_forward"):
         model.__dict__.pop(name, None)
-    if forward is not None:  # a hook's, of a model spread over devices
+    if forward is not None:  # of a hook, on a model that is spread over devices
         model.forward = forward
     return wrapped, optimizer
 
 
 def check_machine(settings: Resolved, ranks: int, device: torch.device) -> None:
-    """Raise ValueError where a step's rows cannot be shared out evenly, or a device lacks the precision."""
+    """Raise ValueError if the processes cannot share a step's rows evenly, or the device lacks the precision."""
     if settings.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision='fp16' needs a GPU: use 'bf16' or 'no' on a CPU")
     if settings.batch_size % ranks:
@@ -336,5 +343,5 @@ def check_machine(settings: Resolved, ranks: int, device: torch.device) -> None:
 
 
 def _sync(accelerator: accelerate.Accelerator, model: Any, last: bool) -> Any:
-    """Gradients travel between ranks with the last micro-batch only."""
+    """A context in which gradients are exchanged between ranks with the last micro-batch only."""
     return nullcontext() if last else accelerator.no_sync(model)

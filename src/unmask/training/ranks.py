@@ -1,8 +1,8 @@
-"""The processes of one run: how they find each other, and what they add up.
+"""The processes of one run: their process group, equal weights at the start, and the sum of their gradients.
 
-Every process holds the whole model and runs its share of a step's rows. Gradients are summed here, after a step's
-last backward pass, instead of by a wrapper around the model: a rank may then lack some of them, or all, and a step
-may run the model as often as it likes. Knows torch and Accelerate's process state; nothing of models or data.
+Every process holds the whole model and runs its share of a step's rows. Gradients are summed here after the last
+backward pass of a step, not by a wrapper around the model: so a rank may lack some or all of them, and a step may run
+the model any number of times. Knows torch and Accelerate's process state; nothing of models or data.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_PATIENCE = timedelta(days=2)
-"""How long ranks wait for the main one, which evaluates and writes alone; a dead one ends the others anyway."""
-_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_AT_ONCE = 2**24
-"""Gradient values that travel together."""
+_TIMEOUT = timedelta(days=2)
+"""How long ranks wait for the main one, which evaluates and writes alone; if it dies, the launcher ends the others."""
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_BUCKET = 2**24
+"""Gradient values that one all-reduce sums."""
 
 
 def join() -> accelerate.PartialState:
-    """The state of this process among those that a launcher (torchrun, accelerate, mpirun) started; alone without one.
+    """Join the processes that a launcher (torchrun, accelerate, mpirun) started; without one the process is alone.
 
-    Where there is no GPU the processes talk over gloo: Accelerate itself would leave each of them alone.
+    Without a GPU the processes communicate over gloo; Accelerate by itself would not connect them.
     """
-    launched = any(int(os.environ.get(name) or 1) > 1 for name in _SIZES)
-    here = torch.accelerator.current_accelerator(check_available=True)
-    on_cpu = launched and (here is None or here.type == "mps")
+    launched = any(int(os.environ.get(name) or 1) > 1 for name in _WORLD_SIZES)
+    device = torch.accelerator.current_accelerator(check_available=True)
+    on_cpu = launched and (device is None or device.type == "mps")
     on_cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return accelerate.PartialState(cpu=on_cpu, **({"timeout": _PATIENCE} if launched else {}))
+    return accelerate.PartialState(cpu=on_cpu, **({"timeout": _TIMEOUT} if launched else {}))
 
 
 def leave() -> None:
-    """Take leave of the other processes: a command's last act."""
+    """Destroy the process group, as the last act of a command."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def share_weights(model: torch.nn.Module) -> None:
-    """Give every rank the first one's parameters and buffers."""
-    if not several():
+    """Copy the parameters and buffers of rank 0 to every rank."""
+    if not _is_distributed():
         return
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -53,19 +53,19 @@ def share_weights(model: torch.nn.Module) -> None:
 
 
 def add_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sum the gradients of all ranks, in place on each; a parameter that none has one for stays without."""
+    """Sum the gradients of all ranks, in place on each; a parameter without a gradient on any rank gets none."""
     learning = [p for p in parameters if p.requires_grad]
-    if not several() or not learning:
+    if not _is_distributed() or not learning:
         return
-    there = torch.tensor([p.grad is not None for p in learning], dtype=torch.uint8, device=learning[0].device)
-    dist.all_reduce(there, dist.ReduceOp.MAX)
+    has_gradient = torch.tensor([p.grad is not None for p in learning], dtype=torch.uint8, device=learning[0].device)
+    dist.all_reduce(has_gradient, dist.ReduceOp.MAX)  # on any rank
     gradients = []
-    for parameter, somewhere in zip(learning, there.tolist(), strict=True):
-        if somewhere:
+    for parameter, needed in zip(learning, has_gradient.tolist(), strict=True):
+        if needed:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-    for group in _groups(gradients):
+    for group in _buckets(gradients):
         if len(group) == 1 and group[0].is_contiguous():
             dist.all_reduce(group[0])
             continue
@@ -75,16 +75,16 @@ def add_gradients(parameters: Iterable[Tensor]) -> None:
             gradient.copy_(summed.view_as(gradient))
 
 
-def several() -> bool:
-    """Whether this process has others beside it."""
+def _is_distributed() -> bool:
+    """Whether the run has more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _groups(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one type, up to `_AT_ONCE` values or one tensor."""
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of one dtype and device, together at most `_BUCKET` values, or a single larger tensor."""
     group: list[Tensor] = []
     for tensor in tensors:
-        full = sum(t.numel() for t in group) + tensor.numel() > _AT_ONCE
+        full = sum(t.numel() for t in group) + tensor.numel() > _BUCKET
         if group and (full or tensor.dtype != group[0].dtype or tensor.device != group[0].device):
             yield group
             group = []

@@ -1,6 +1,6 @@
-"""One optimiser step's noise, pattern and loss, as functions of (seed, step, row in the global batch).
+"""Noise, attention pattern, loss and learning rate of an optimiser step, as functions of (seed, step, global row).
 
-So no split of a batch into micro-batches, threads or processes changes a run, and a resumed run stays what it was.
+So the split of a batch into micro-batches, threads and processes changes nothing, and a resumed run continues exactly.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from unmask.resolve import Resolved
 
 
 def objective_of(settings: Resolved, teacher: Network | None = None) -> Objective:
-    """The loss that the settings of a conversion train; teacher: of the joint objective."""
-    # A shared clean pass keeps a graph through its cache, which recomputed or compiled layers would not have.
+    """The objective of a run that trains a diffusion model or a drafter; teacher: of the joint objective."""
+    # A shared clean pass needs the autograd graph of its cache, which recomputed and compiled layers do not keep.
     shares = not settings.gradient_checkpointing and not settings.compile_layers
     if settings.objective == "joint":
         return Joint(settings.alpha, teacher, settings.distance, settings.teacher_top_k, shares)
@@ -48,19 +48,19 @@ def step_loss(
     rows: Tensor,
     teacher: Network | None = None,
 ) -> LossOutput:
-    """Loss (sum, count) of these rows of the global batch; a mean over masks where several are drawn.
+    """Loss (sum, count) of some rows of the global batch, the mean over the masks of the step.
 
-    rows: (batch,) their numbers in the global batch. config: None trains the AR model.
+    rows: (batch,) int64, their numbers in the global batch. config: None trains the AR model.
     """
     if config is None:
         return NextToken()(network, None, batch, ())
     if config.block_size is not None:
-        config = config.with_block_size(settings.block_size)  # a curriculum's blocks are smaller
+        config = config.with_block_size(settings.block_size)  # smaller while first_block_size grows
     if settings.random_offset:
         batch = offset_blocks(batch, settings, step, rows)
-    # A reused mask token that stands in the text by nature is seen as a mask and never predicted.
-    natural = batch.x0 == config.mask_token_id
-    drawn = [c.excluding(natural) for c in corruptions(settings, batch.layout, step, rows, batch.loss_mask)]
+    # A mask token that the text itself contains is seen as a mask and never predicted.
+    is_mask = batch.x0 == config.mask_token_id
+    drawn = [c.excluding(is_mask) for c in corruptions(settings, batch.layout, step, rows, batch.loss_mask)]
     pattern = annealing(settings, step, rows, network.device)
     return objective_of(settings, teacher)(network, config, batch, drawn, pattern)
 
@@ -68,24 +68,29 @@ def step_loss(
 def corruptions(
     settings: Resolved, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None = None
 ) -> list[Corruption]:
-    """The masks of these rows of the global batch at an optimiser step: `num_masks` of them, or pairs of them."""
+    """The masks of some rows of the global batch at an optimiser step: `num_masks`, or as many complementary pairs.
+
+    rows: (batch,) int64, their numbers in the global batch. loss_mask: bool like the layout, None learns all tokens.
+    """
     drawn = []
-    for draw in range(settings.num_masks):
-        drawn += _corruptions(settings, layout, step, rows, loss_mask, draw)
+    for number in range(settings.num_masks):
+        drawn += _draw_mask(settings, layout, step, rows, loss_mask, number)
     return drawn
 
 
-def _corruptions(
-    settings: Resolved, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None, draw: int
+def _draw_mask(
+    settings: Resolved, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None, number: int
 ) -> list[Corruption]:
+    """Mask `number` of the rows at a step, with `complementary` and its complement."""
     by_block = settings.noise_level == "block"
     device, length = layout.position.device, layout.position.shape[1]
     segment = segments(layout, settings.block_size) if by_block else torch.zeros_like(layout.position)
-    # Stratified levels of neighbouring rows are alike, which a loss divided within micro-batches would feel.
+    # Noise levels are stratified over the batch, so those of a micro-batch are alike: a loss that is divided by the
+    # masked tokens of each micro-batch would be biased by that.
     strata = settings.batch_size if settings.loss_normaliser == "tokens" else 1
-    t = noise_levels(settings.seed, step, rows, strata, length, draw).to(device)
+    t = noise_levels(settings.seed, step, rows, strata, length, number).to(device)
     t = settings.min_noise_level + (1 - settings.min_noise_level) * t
-    noise = position_noise(settings.seed, step, rows, length, draw).to(device)
+    noise = position_noise(settings.seed, step, rows, length, number).to(device)
     maskable = predictable(layout, loss_mask)
     if settings.masking == "all":
         return [Corruption(maskable, maskable.float())]
@@ -99,30 +104,29 @@ def _corruptions(
 
 
 def offset_blocks(batch: Batch, settings: Resolved, step: int, rows: Tensor) -> Batch:
-    """The batch with each document on a block grid of its own, begun at one of block_size places.
+    """The batch with the positions of each document moved by a random offset below block_size.
 
-    A document's positions all move by its offset. Rotary attention sees differences alone, so only the blocks
-    change; what was the document's first token stays given.
+    Rotary attention sees differences of positions alone, so only the block boundaries change. A document's first
+    token stays out of the loss, at whatever position.
     """
     position, document, noisy = batch.layout
-    draws = uniforms([("offset", settings.seed, step, row) for row in rows.tolist()], position.shape[1])
-    offset = (draws.to(document.device).gather(-1, document.clamp_min(0)) * settings.block_size).long()
+    drawn = uniforms([("offset", settings.seed, step, row) for row in rows.tolist()], position.shape[1])
+    offset = (drawn.to(document.device).gather(-1, document.clamp_min(0)) * settings.block_size).long()
     return Batch(batch.x0, Layout(position + offset, document, noisy), predictable(batch.layout, batch.loss_mask))
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(length: int, ratio: float, key: Key, device: torch.device) -> Tensor:
-    """Each entry True with probability `ratio`, drawn on `device`; kept, since a step's micro-batches share it."""
+def _open_entries(length: int, ratio: float, key: Key, device: torch.device) -> Tensor:
+    """(length, length) bool, True with probability `ratio`; kept, since the micro-batches of a step share it."""
     return bernoulli(length, length, probability=ratio, key=key, device=device)
 
 
 def annealing(settings: Resolved, step: int, rows: Tensor, device: torch.device) -> Pattern | None:
-    """The pattern of an optimiser step while attention opens up; None once it is fully bidirectional.
+    """The attention pattern of an optimiser step while attention opens; None once it is fully bidirectional.
 
-    r = min(1, (step + 1) / anneal_steps) (DiffuLLaMA 2410.17891, section 3.3): every entry above the diagonal
-    is open with probability r, one max_length x max_length matrix a step, on positions inside documents; with
-    `anneal_redraw` one for each micro-batch, keyed by its first row. A function of the step alone, so that a
-    resumed run goes on where it stopped.
+    Every entry above the diagonal is open with probability r = min(1, (step + 1) / anneal_steps) (DiffuLLaMA
+    2410.17891, section 3.3). One max_length x max_length matrix a step, on positions inside documents; with
+    `anneal_redraw` one for each micro-batch, keyed by its first row.
     """
     ratio = (step + 1) / settings.anneal_steps
     if ratio >= 1:
@@ -130,7 +134,7 @@ def annealing(settings: Resolved, step: int, rows: Tensor, device: torch.device)
     key: Key = ("anneal", settings.seed, step)
     if settings.anneal_redraw:
         key += (int(rows[0]),)
-    return annealed(_opened(settings.max_length, ratio, key, device))
+    return annealed(_open_entries(settings.max_length, ratio, key, device))
 
 
 def learning_rate_at(settings: Resolved, step: int, total_steps: int) -> float:

@@ -1,4 +1,4 @@
-"""A frozen AR model beside the one that learns: whose law the joint objective keeps to, and on which vocabulary."""
+"""The frozen AR model whose next-token distribution the joint objective keeps to."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from unmask.model import DiffusionLM
 
 
 def load_teacher(lm: DiffusionLM, name: str | None, *, trust_remote_code: bool = False) -> DiffusionLM | None:
-    """The AR model in a folder, with the vocabulary of `lm`; None for "parent", which is `lm` itself, or no teacher.
+    """The AR model in the folder `name`; None for no teacher and for "parent", which is `lm` itself.
 
-    Raises ValueError for a checkpoint that is no AR model any more, or one of other tokens.
+    Raises ValueError for a checkpoint that is no AR model any more, or has another vocabulary than `lm`.
     """
     if name is None or name == "parent":
         return None
@@ -22,12 +22,12 @@ def load_teacher(lm: DiffusionLM, name: str | None, *, trust_remote_code: bool =
         raise ValueError(f"teacher={name!r} is no AR model any more: give the one it was made from")
     known, masks = other.tokenizer.get_vocab(), (other.tokenizer.mask_token, lm.tokenizer.mask_token)
     if any(known.get(token) != i for token, i in lm.tokenizer.get_vocab().items() if token not in masks):
-        raise ValueError(f"teacher={name!r} has another vocabulary: its laws are of other tokens")
+        raise ValueError(f"teacher={name!r} has another vocabulary: give a model with that of the parent")
     return other
 
 
 def freeze(teacher: DiffusionLM, lm: DiffusionLM, mask_token_id: int) -> Network:
-    """A copy of the teacher on as many tokens as `lm` has by now, which no training reaches."""
+    """A frozen copy of the teacher, with the vocabulary size that `lm` has after its mask token was added."""
     model = copy.deepcopy(teacher.model)
     size = lm.model.get_input_embeddings().weight.shape[0]
     if model.get_input_embeddings().weight.shape[0] != size:

@@ -14,11 +14,11 @@ from unmask.core.objectives import LossOutput
 
 
 class ThreadedBackward:
-    """Threads that each run the forward and backward pass of some rows, with one thread of kernels each.
+    """Threads that each run the forward and backward pass of some rows, with single-threaded kernels.
 
-    A small model's operations are too small to be split over threads, and its rows are not. Gradients are summed in
-    the order of the rows, so that a run remains a function of its seed. replicate: makes a network that shares the
-    weights and not the gradients.
+    A small model's operations are too small to be split over threads; its rows can be. Gradients are summed in the
+    order of the rows, so that a run stays a function of its seed. replicate: makes a network that shares the weights
+    and has gradients of its own.
     """
 
     def __init__(self, network: Any, replicate: Callable[[Any], Any]) -> None:
@@ -26,7 +26,10 @@ class ThreadedBackward:
         self.pool = ThreadPoolExecutor(len(self.networks), initializer=lambda: torch.set_num_threads(1))
 
     def run(self, loss_of: Callable[..., LossOutput], batch: Batch, rows: Tensor, scale: float) -> Tensor:
-        """The detached loss sum of the rows; `scale` times its gradient is added to the first network's model."""
+        """Add `scale` times the gradient of the rows' loss sum to the first network's model; return the sum, detached.
+
+        loss_of: (network, batch=, rows=) -> loss. rows: (batch,) numbers in the global batch.
+        """
         size = -(-len(rows) // len(self.networks))
 
         def work(index: int) -> Tensor:
@@ -38,10 +41,10 @@ class ThreadedBackward:
         sums = list(self.pool.map(work, range(-(-len(rows) // size))))
         first, *others = (list(network.model.parameters()) for network in self.networks)
         for other in others:
-            for parameter, twin in zip(first, other, strict=True):
-                if twin.grad is not None:
-                    parameter.grad = twin.grad if parameter.grad is None else parameter.grad.add_(twin.grad)
-                    twin.grad = None
+            for parameter, copy in zip(first, other, strict=True):
+                if copy.grad is not None:
+                    parameter.grad = copy.grad if parameter.grad is None else parameter.grad.add_(copy.grad)
+                    copy.grad = None
         return torch.stack(sums).sum()
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from unmask.loading import load
 from unmask.model import DiffusionLM
 from unmask.plain_json import to_json
 from unmask.progress import progress
-from unmask.recipe import load_recipe, under_current_names
+from unmask.recipe import check_data_settings, load_recipe, under_current_names
 from unmask.resolve import RULE_TEXT, Resolved, diffusion_config, resolve
 from unmask.run_folder import claim, ordinary_permissions, releases_folders, write_text, writing
 from unmask.settings import TABLE, CorruptionSettings, DataSettings, EvaluationSettings, Settings, to_plain, unmet
@@ -78,6 +78,7 @@ def adapt(
     # Before anything slow.
     files = local_files([asked.self_prompts], "self_prompts") if own and asked.self_prompts else find_files(sources)
     held_out_files = local_files([asked.eval_data], "eval_data") if asked.eval_data is not None else None
+    check_data_settings(settings, [*(files or []), *(held_out_files or [])], from_hub=files is None)
     previous = _read_run(output_dir, resume)
 
     ranks = join()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from unmask.settings import TABLE, Settings, check_value, shown, to_plain, unmet
@@ -58,6 +59,23 @@ def load_recipe(name: str, background: Mapping[str, Any] | None = None, **overri
             raise ValueError(f"{key}={shown(values[key])} needs {needed}; {whose} has {present}")
         values[key] = entry.default
     return Settings(recipe=name, **values)
+
+
+def check_data_settings(overrides: Mapping[str, Any], files: Sequence[Path], from_hub: bool) -> None:
+    """Raise ValueError for an override of how data is read that these data do not have.
+
+    files: all that are read, held-out ones too. from_hub: the training data are a hub data set.
+    """
+    columns = from_hub or any(file.suffix != ".txt" for file in files)
+    conditions = {
+        "split": (from_hub, "a hub data set"),
+        "text_column": (columns, "data with columns (.jsonl, .parquet, a hub data set)"),
+        "skip_invalid": (bool(files), "data in files"),
+    }
+    for name, (holds, needed) in conditions.items():
+        if overrides.get(name) is not None and not holds:
+            kinds = sorted({file.suffix for file in files}) + ["a hub data set"] * from_hub
+            raise ValueError(f"{name}={shown(overrides[name])} needs {needed}; the data are {', '.join(kinds)}")
 
 
 def differences(settings: Settings) -> dict[str, Any]:

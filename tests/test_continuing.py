@@ -127,6 +127,8 @@ def test_a_run_of_an_older_version_goes_on_under_todays_names(
     old = {name: value for name, value in new["settings"].items() if name != "num_masks"} | {"draws": 2}
     record.write_text(json.dumps(new | {"settings": old | {"anneal_form": "entries"}}))
     unmask.adapt(tokenizer_and_model, stories, output_dir=run, resume=True, **options)
+    record.write_text(json.dumps(new | {"settings": old | {"alpha": 0.9}}))  # which the run never read
+    unmask.adapt(tokenizer_and_model, stories, output_dir=run, resume=True, **options)
     with pytest.raises(ValueError, match="its num_masks is 2, not 3"):
         unmask.adapt(tokenizer_and_model, stories, output_dir=run, resume=True, **(options | {"num_masks": 3}))
     record.write_text(json.dumps(new | {"settings": old | {"anneal_form": "window"}}))

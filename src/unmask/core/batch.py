@@ -11,7 +11,7 @@ from unmask.core.attention import Layout
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows: x0 (batch, length), where its tokens stand, and which are learnt (bool; None is all)."""
+    """Packed rows: x0 (batch, length) int64, its layout, and which tokens are learnt, bool like x0 (None: all)."""
 
     x0: Tensor
     layout: Layout
@@ -19,8 +19,10 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens without padding."""
         return int(self.layout.real.sum())
 
     def rows(self, start: int, stop: int) -> Batch:
+        """Rows start .. stop - 1."""
         loss_mask = None if self.loss_mask is None else self.loss_mask[start:stop]
         return Batch(self.x0[start:stop], self.layout.subset(slice(start, stop)), loss_mask)

@@ -1,7 +1,10 @@
 """Training objectives, as sums and counts.
 
-Every loss comes back as (sum, count) so that a mean over micro-batches, accumulation steps and ranks is
-one division of two totals, the same for every split. Knows a network only through `network` and `scoring`.
+Every loss is returned as (sum, count), so that the mean over micro-batches and ranks is one division of two totals, the
+same for every split. Knows a network only through `network` and `scoring`.
+
+Notation: x0 clean tokens and xt corrupted ones, (batch, length) int64; `masked` and weight w of a corruption,
+(batch, length); `wanted` (batch, length) bool, the tokens that are predicted.
 """
 
 from __future__ import annotations
@@ -26,22 +29,23 @@ from unmask.core.transfer import to_device
 
 @dataclass(frozen=True)
 class LossOutput:
-    """sum: scalar, nats. count: scalar int64, the predicted tokens that the sum speaks for."""
+    """sum: scalar, nats. count: scalar int64, the tokens that the sum is divided by for a mean."""
 
     sum: Tensor
     count: Tensor
 
 
 def predictable(layout: Layout, loss_mask: Tensor | None = None) -> Tensor:
-    """Tokens that can be in a loss: neither padding nor the given first token of a document.
+    """Tokens that can be in a loss, bool like the layout: neither padding nor the first token of a document.
 
-    loss_mask: bool like the layout, False on what is given besides (prompts); None gives nothing more.
+    loss_mask: bool like the layout, False on further tokens that are not learnt (prompts); None learns all.
     """
     tokens = layout.real & (layout.position > 0)
     return tokens if loss_mask is None else tokens & loss_mask
 
 
 def _nll(target: Tensor) -> RowLoss:
+    """-log p(target) of each row; target (rows,)."""
     return lambda logits, part: cross_entropy(logits, to_device(target[part], logits.device), reduction="none")
 
 
@@ -53,7 +57,7 @@ def token_nll(
     corruption: Corruption,
     pattern: Pattern | None = None,
 ) -> Tensor:
-    """-log p(x0_i | xt) on the masked positions, (masked.sum(),) in row-major order."""
+    """-log p(x0_i | xt) of the masked positions, nats, (masked.sum(),) in row-major order."""
     masked = corruption.masked
     xt = corruption.apply(x0, config.mask_token_id)
     return _nll(x0[masked])(score(network, config, xt, x0, layout, masked, pattern), slice(None))
@@ -68,10 +72,10 @@ def diffusion_loss(
     pattern: Pattern | None = None,
     loss_mask: Tensor | None = None,
 ) -> LossOutput:
-    """sum_i w_i * -log p(x0_i | xt, clean context), over masked i (Efficient-DLM 2512.14067, eq. 1).
+    """sum_i w_i * -log p(x0_i | xt, clean context) over masked i (Efficient-DLM 2512.14067, eq. 1).
 
-    The count is that of all predictable tokens, masked or not, so that sum / count is, in expectation, the
-    NELBO in nats per predicted token when masks are uniform. `pattern`: an annealed mask, else the config's.
+    The count is that of all predictable tokens, masked or not: with uniform masks the expectation of sum / count is
+    the NELBO in nats per token. pattern: of an annealed mask; None is the config's.
     """
     masked = corruption.masked
     passed = scoring_pass(config, corruption.apply(x0, config.mask_token_id), x0, layout, masked, pattern)
@@ -80,7 +84,7 @@ def diffusion_loss(
 
 
 def ar_loss(network: Network, x0: Tensor, layout: Layout, loss_mask: Tensor | None = None) -> LossOutput:
-    """Next-token cross-entropy over the predictable tokens, each document on its own."""
+    """sum_i -log p(x_i | x_<i) over the predictable tokens; documents of a row do not see each other."""
     wanted = predictable(layout, loss_mask)
     target = x0[wanted]
     total = run_sum(network, ar_pass(x0, layout, wanted), _nll(target), torch.ones_like(target, dtype=torch.float32))
@@ -102,32 +106,32 @@ def joint_loss(
 ) -> LossOutput:
     """L_AR + alpha * L_diffusion from one two-stream pass (Nemotron-Labs 2607.05722, section 2.1).
 
-    Both terms are means over the predictable tokens (a mask's weights average 1 over them), so they share one
-    count, and alpha weighs nats per token against nats per token whatever the noise level. Equals
-    `ar_loss` + alpha * `diffusion_loss` of two passes.
-    teacher: a frozen AR model; L_AR is then the clean rows' KL from its distribution, whose gradient is 0 where
-    the AR model is unchanged. distance: other than "ce", the noisy rows follow the AR distribution of their tokens,
-    the teacher's or else the clean rows' own, instead of the text (OPDLM 2606.06712).
+    Both terms are means over the predictable tokens (the weights of a mask average 1 over them), so they share one
+    count, and alpha weighs nats per token against nats per token at every noise level. Equals `ar_loss` + alpha *
+    `diffusion_loss` of two passes.
+    teacher: a frozen AR model; L_AR is then the KL of the clean rows from its distribution, with gradient 0 where the
+    AR model is unchanged. distance: other than "ce", the noisy rows follow the AR distribution of their tokens instead
+    of the text, the teacher's or without one that of the clean rows (OPDLM 2606.06712).
     """
     wanted, masked = predictable(layout, loss_mask), corruption.masked
     xt = corruption.apply(x0, config.mask_token_id)
-    passed, count = joint_pass(config, xt, x0, layout, masked, wanted)
+    passed, num_masked = joint_pass(config, xt, x0, layout, masked, wanted)
     if teacher is None and distance == "ce":
         weight = torch.ones(len(passed.rows), device=x0.device, dtype=torch.float64)
-        weight[:count] = alpha * corruption.weight[masked].double()
+        weight[:num_masked] = alpha * corruption.weight[masked].double()
         return LossOutput(run_sum(network, passed, _nll(torch.cat([x0[masked], x0[wanted]])), weight), wanted.sum())
     logits = run(network, passed)
-    logits, ar_logits = logits[:count], logits[count:]
-    reference = ar_logits.detach()
+    noisy_logits, ar_logits = logits[:num_masked], logits[num_masked:]
     if teacher is None:
+        reference = ar_logits.detach()
         ar = cross_entropy(ar_logits, to_device(x0[wanted], logits.device), reduction="sum")
     else:
         with torch.no_grad():
             reference = score_ar(teacher, x0, layout, wanted)
         ar = draft_distance(reference, ar_logits, x0[wanted], "kl", top_k).sum()
-    drafted, weight = (to_device(x, logits.device) for x in (masked[wanted].nonzero()[:, 0], corruption.weight[masked]))
-    values = draft_distance(reference[drafted], logits, x0[masked], distance, top_k)
-    return LossOutput(ar + alpha * (weight * values).sum(), wanted.sum())
+    masked_of_wanted = to_device(masked[wanted].nonzero()[:, 0], logits.device)
+    values = draft_distance(reference[masked_of_wanted], noisy_logits, x0[masked], distance, top_k)
+    return LossOutput(ar + alpha * (to_device(corruption.weight[masked], logits.device) * values).sum(), wanted.sum())
 
 
 def shared_loss(
@@ -139,10 +143,11 @@ def shared_loss(
     alpha: float | None = None,
     loss_mask: Tensor | None = None,
 ) -> LossOutput:
-    """The mean of `diffusion_loss` over masks, or of `joint_loss` with alpha, the clean stream computed once.
+    """The mean over masks of `diffusion_loss`, or with alpha of `joint_loss`, from one pass over the clean tokens.
 
-    The clean tokens fill a cache, graph included, and the noisy ones of each mask run on top of it: n masks
-    cost 1 + n streams instead of 2n. Needs two streams and no shift, which reads clean rows for each mask.
+    The clean tokens fill a cache that keeps the autograd graph, and the noisy tokens of each mask run on top of it: n
+    masks cost 1 + n streams instead of 2n. Needs two streams, and no shift, which reads clean rows for each mask.
+    Raises ValueError without them.
     """
     if config.attention != "two_stream" or config.shift:
         raise ValueError(
@@ -181,24 +186,19 @@ def distill_loss(
 ) -> LossOutput:
     """sum_i w_i * distance(p_i, q_i): p_i the AR distribution of token i on the clean stream, q_i the draft's.
 
-    With the shift, a block's first position is the AR row itself: it counts, with a distance of 0. The
-    distance "reach" is `draft_failure` + 0.1 KL (ours), and it leaves a block's first position out as well:
-    the anchor row of the draft forward stands for it.
+    With the shift the first position of a block is scored by the AR row itself: it counts, with distance 0. The
+    distance "reach" is `draft_failure` + 0.1 KL (ours); it leaves out the first position of a block as well, which the
+    anchor row of a draft forward decides.
     """
-    wanted, reach = corruption.masked, distance == "reach"
-    if config.shift or reach:
+    wanted = corruption.masked
+    if config.shift or distance == "reach":
         wanted = wanted & (layout.position % (config.block_size or 1) > 0)
     xt = corruption.apply(x0, config.mask_token_id)
     target, weight = x0[wanted], corruption.weight[wanted]
     p, passed, past = distilled_pass(network, config, xt, x0, layout, wanted)
-    if reach:
-        q = run(network, passed, past)
-        values = 0.1 * draft_distance(p, q, target, "kl", top_k)
-        acceptance = 1 - draft_distance(p, q, target, "tv", top_k)
-        place = to_device(wanted.flatten().nonzero()[:, 0], q.device)
-        grid = q.new_ones(wanted.numel()).index_copy(0, place, acceptance).view(wanted.shape)
-        values = values + draft_failure(grid, layout, config.block_size or 1).flatten()[place]
-        total = (to_device(weight, q.device) * values).sum()
+    if distance == "reach":
+        values = _reach(p, run(network, passed, past), target, wanted, layout, config.block_size or 1, top_k)
+        total = (to_device(weight, values.device) * values).sum()
     else:
 
         def row_loss(logits: Tensor, part: slice) -> Tensor:
@@ -208,11 +208,22 @@ def distill_loss(
     return LossOutput(total, predictable(layout, loss_mask).sum())
 
 
-def draft_failure(acceptance: Tensor, layout: Layout, block_size: int) -> Tensor:
-    """1 - prod_{i <= j} a_i over the block of each token j: the chance that its draft is not taken over.
+def _reach(
+    p: Tensor, q: Tensor, target: Tensor, wanted: Tensor, layout: Layout, block_size: int, top_k: int | None
+) -> Tensor:
+    """The distance "reach" of the wanted tokens, (n,) from logits p and q (n, vocab)."""
+    values = 0.1 * draft_distance(p, q, target, "kl", top_k)
+    acceptance = 1 - draft_distance(p, q, target, "tv", top_k)
+    index = to_device(wanted.flatten().nonzero()[:, 0], q.device)
+    grid = q.new_ones(wanted.numel()).index_copy(0, index, acceptance).view(wanted.shape)
+    return values + draft_failure(grid, layout, block_size).flatten()[index]
 
-    acceptance a (batch, length) in [0, 1]. Its sum over a block is the block's length less the expected number
-    of accepted drafts, so its gradient weighs each place by how often a cycle gets there and what follows.
+
+def draft_failure(acceptance: Tensor, layout: Layout, block_size: int) -> Tensor:
+    """1 - prod_{i <= j} a_i over the block of each token j: the probability that its draft is rejected.
+
+    acceptance: a (batch, length) in [0, 1]. The sum over a block is its length less the expected number of accepted
+    drafts, so the gradient weighs each position by how often a cycle reaches it and by the drafts after it.
     """
     total = torch.nn.functional.pad(acceptance.clamp_min(1e-6).log().cumsum(-1), (1, 0))
     segment = segments(layout, block_size)
@@ -226,10 +237,10 @@ def draft_failure(acceptance: Tensor, layout: Layout, block_size: int) -> Tensor
 
 
 class Objective(Protocol):
-    """The loss of a batch under some masks: (network, config, batch, corruptions, pattern) -> LossOutput.
+    """The loss of a batch, the mean over its masks.
 
-    config: what the network is read as, None for an AR model. corruptions: of the batch's rows, one or more; the loss
-    is their mean. pattern: an annealed mask, else the config's.
+    config: how the network is read, None for an AR model. corruptions: masks of the whole batch, at least one, none for
+    an AR model. pattern: of an annealed mask; None is the config's.
     """
 
     def __call__(
@@ -262,12 +273,13 @@ class NextToken:
 class Diffusion:
     """L_diffusion = sum_i w_i * -log p(x_i | xt), see `diffusion_loss`.
 
-    by_masked: the sum is that of DiffuLLaMA's released code, sum (1/t) CE / masked tokens of the batch, times the
-    count, so that dividing by a step's count gives the mean over its batches. shares: masks may share one clean pass.
+    per_masked: L = count / masked tokens of the batch * sum_i w_i * -log p(x_i | xt), so that dividing by the count of
+    a step gives the mean over its batches of the loss of DiffuLLaMA's released code. share_clean: several masks may
+    share one clean pass.
     """
 
-    by_masked: bool = False
-    shares: bool = True
+    per_masked: bool = False
+    share_clean: bool = True
 
     def __call__(
         self,
@@ -278,12 +290,13 @@ class Diffusion:
         pattern: Pattern | None = None,
     ) -> LossOutput:
         assert config is not None
-        if self.shares and pattern is None and not self.by_masked and shares_clean_pass(config, corruptions):
+        shared = self.share_clean and pattern is None and not self.per_masked
+        if shared and can_share_clean_pass(config, corruptions):
             return shared_loss(network, config, batch.x0, batch.layout, corruptions, None, batch.loss_mask)
         losses = []
         for corruption in corruptions:
             loss = diffusion_loss(network, config, batch.x0, batch.layout, corruption, pattern, batch.loss_mask)
-            if self.by_masked:
+            if self.per_masked:
                 loss = LossOutput(loss.sum * loss.count / corruption.masked.sum().clamp_min(1), loss.count)
             losses.append(loss)
         return _mean(losses)
@@ -291,13 +304,13 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Joint:
-    """L_AR + alpha * L_diffusion, see `joint_loss`; the mask token itself is predicted by neither."""
+    """L_AR + alpha * L_diffusion, see `joint_loss`; neither term predicts the mask token itself."""
 
     alpha: float
     teacher: Network | None = None
     distance: str = "ce"
     top_k: int | None = None
-    shares: bool = True
+    share_clean: bool = True
 
     def __call__(
         self,
@@ -313,7 +326,7 @@ class Joint:
         if batch.loss_mask is not None:
             learnt = learnt & batch.loss_mask
         plain = self.teacher is None and self.distance == "ce"
-        if self.shares and plain and shares_clean_pass(config, corruptions):
+        if self.share_clean and plain and can_share_clean_pass(config, corruptions):
             return shared_loss(network, config, batch.x0, batch.layout, corruptions, self.alpha, learnt)
         return _mean([
             joint_loss(network, config, batch.x0, batch.layout, corruption, self.alpha, learnt, teacher=self.teacher,
@@ -324,7 +337,7 @@ class Joint:
 
 @dataclass(frozen=True)
 class Distill:
-    """sum_i w_i * distance(p_i, q_i) of a drafter on a frozen base, see `distill_loss`."""
+    """sum_i w_i * distance(p_i, q_i) between a frozen base and its drafter, see `distill_loss`."""
 
     distance: str
     top_k: int | None = None
@@ -346,13 +359,13 @@ class Distill:
         ])  # fmt: skip
 
 
-def shares_clean_pass(config: DiffusionConfig, corruptions: Sequence[Corruption]) -> bool:
-    """Whether several masks run on one pass over the clean tokens: two streams without shift, see `shared_loss`."""
+def can_share_clean_pass(config: DiffusionConfig, corruptions: Sequence[Corruption]) -> bool:
+    """Whether there are several masks that `shared_loss` can run on one clean pass: two streams without shift."""
     return len(corruptions) > 1 and config.attention == "two_stream" and not config.shift
 
 
 def _mean(losses: Sequence[LossOutput]) -> LossOutput:
-    """The mean of the sums; every mask of the same rows has the same count."""
+    """The mean of the sums. The count is the same for every mask of the same rows."""
     total = losses[0].sum
     for loss in losses[1:]:
         total = total + loss.sum

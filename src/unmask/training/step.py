@@ -31,12 +31,12 @@ from unmask.resolve import Resolved
 def objective_of(settings: Resolved, teacher: Network | None = None) -> Objective:
     """The objective of a run that trains a diffusion model or a drafter; teacher: of the joint objective."""
     # A shared clean pass needs the autograd graph of its cache, which recomputed and compiled layers do not keep.
-    shares = not settings.gradient_checkpointing and not settings.compile_layers
+    share_clean = not settings.gradient_checkpointing and not settings.compile_layers
     if settings.objective == "joint":
-        return Joint(settings.alpha, teacher, settings.distance, settings.teacher_top_k, shares)
+        return Joint(settings.alpha, teacher, settings.distance, settings.teacher_top_k, share_clean)
     if settings.objective == "distill":
         return Distill(settings.distance, settings.teacher_top_k)
-    return Diffusion(settings.loss_normaliser == "masked", shares)
+    return Diffusion(settings.loss_normaliser == "masked", share_clean)
 
 
 def step_loss(

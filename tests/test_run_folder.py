@@ -15,6 +15,7 @@ import torch
 
 import unmask
 from unmask import run_folder
+from unmask.conversion.run_record import training_folder
 from unmask.training.checkpoints import checkpoints, damage, latest_checkpoint, read_state
 
 RUN = {"max_tokens": 2000, "max_length": 64, "block_size": 4, "batch_size": 4, "log_every": 1, "save_every": 2,
@@ -175,9 +176,8 @@ def test_a_spoilt_run_file_is_named(cut: Path, tokenizer_and_model: Path, storie
 
 def test_a_second_writer_is_refused(cut: Path, tokenizer_and_model: Path, stories: Path) -> None:
     code = (
-        "import sys, unmask.run_folder as r; from pathlib import Path\n"
-        "@r.releases_folders\ndef hold():\n r.claim(Path(sys.argv[1])); print('held', flush=True); input()\n"
-        "hold()"
+        "import sys; from pathlib import Path; from unmask.conversion.run_record import training_folder\n"
+        "with training_folder(Path(sys.argv[1])).claimed():\n print('held', flush=True); input()"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(cut)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
@@ -193,18 +193,18 @@ def test_a_second_writer_is_refused(cut: Path, tokenizer_and_model: Path, storie
     adapt(tokenizer_and_model, stories, cut, resume=True)
 
 
-def test_a_claim_ends_with_the_call_that_made_it(tmp_path: Path) -> None:
-    @run_folder.releases_folders
-    def outer(fails: bool) -> None:
-        run_folder.claim(tmp_path)
-        if fails:
-            raise KeyError
-        with pytest.raises(ValueError, match="another run"):
-            outer(False)
+def test_a_claim_ends_with_its_context(tmp_path: Path) -> None:
+    folder = training_folder(tmp_path)
 
-    with pytest.raises(KeyError):
-        outer(True)
-    outer(False)
+    def claim_twice() -> None:
+        with folder.claimed():
+            with pytest.raises(ValueError, match="another run"), training_folder(tmp_path).claimed():
+                pass
+            raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            claim_twice()
 
 
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(

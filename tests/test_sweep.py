@@ -77,7 +77,7 @@ def test_command_writes_rows_beside_the_parent_and_goes_on(run, converted, texts
     assert len(json.loads(out)["rows"]) == len(found["rows"]) + 2
     code, _, err = run(*arguments, "--seed", 3)
     assert code == 2
-    assert "was measured with seed 0, not 3: choose another folder" in err
+    assert "holds another frontier: its seed is 0, not 3; choose another folder" in err
     other = tmp_path / "other"
     shutil.copytree(converted, other)
     changed = unmask.load(other)

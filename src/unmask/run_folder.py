@@ -1,67 +1,150 @@
-"""A run's folder: one writer at a time, files that are whole or absent, checkpoints that are what was written."""
+"""A run's folder: what the run is, a row for each result, one writer at a time, files that are whole or absent.
+
+A run that was interrupted goes on from its folder: `adapt`, `run_frontier` and `run_study` each keep a `RunFolder`.
+"""
 
 from __future__ import annotations
 
 import errno
-import functools
+import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError
+
+from unmask.plain_json import to_json
 
 try:
     import fcntl
 except ImportError:  # Windows, which has no such locks
     fcntl = None  # type: ignore[assignment]
 
-Given = ParamSpec("Given")
-Made = TypeVar("Made")
 
-# --- one writer
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder of one run: a JSON file that says what the run is (its record), a JSON line for each result (its rows).
 
-
-_held: ContextVar[ExitStack | None] = ContextVar("held", default=None)
-
-
-def releases_folders(function: Callable[Given, Made]) -> Callable[Given, Made]:
-    """A function that gives the folders it claimed back when it ends, however it ends."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> Made:
-        with ExitStack() as stack:
-            token = _held.set(stack)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                _held.reset(token)
-
-    return wrapped
-
-
-def claim(folder: Path) -> None:
-    """Be the one writer of an existing folder until the surrounding `releases_folders` function ends.
-
-    The lock is on the folder itself and goes with the process. Raises ValueError where another process, or another
-    call in this one, has it. A file system without locks is used without one.
+    record_file, rows_file: their names. keys: what the record of this kind of run has. beside: names that may lie in
+    a folder without a record, in which a run may begin; None is any but rows_file.
     """
-    stack = _held.get()
-    assert stack is not None, "claim is called within a function that releases folders"
-    if fcntl is None:
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    stack.callback(os.close, handle)
+
+    path: Path
+    record_file: str
+    rows_file: str
+    keys: tuple[str, ...]
+    beside: Collection[str] | None = ()
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Within the context this call is the one writer of the folder, which is made if it does not exist.
+
+        The lock is on the folder itself and ends with the process. Raises ValueError where another process, or another
+        call in this one, has it. A file system without locks is used without one.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise self._holds_something_else()
+        self.path.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            yield
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            self._lock(handle)
+            yield
+        finally:
+            os.close(handle)
+
+    def _lock(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"output folder {str(self.path)!r} is being written by another run: wait until it ends, or choose "
+                "another"
+            ) from error
+        except OSError:  # a file system without locks
+            return
+
+    def read(self) -> dict[str, Any] | None:
+        """The record of the run in this folder, None where one may begin.
+
+        Raises ValueError where the record is another kind of run's or no JSON object, or the folder holds something
+        else.
+        """
+        path = self.path / self.record_file
+        if not path.is_file():
+            if self.path.exists() and (not self.path.is_dir() or any(map(self._is_foreign, self.path.iterdir()))):
+                raise self._holds_something_else()
+            return None
+        try:
+            record = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is no JSON ({error}): choose another output folder") from error
+        if not isinstance(record, dict) or not set(self.keys) <= set(record):
+            raise ValueError(f"output folder {str(self.path)!r} holds another kind of run: choose another folder")
+        return record
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether there is a record."""
+        return (self.path / self.record_file).is_file()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Replace the record."""
+        write_text(self.path / self.record_file, to_json(dict(record), indent=2) + "\n")
+
+    def refuse_another(self, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Raise ValueError for the first key of `now` whose value was another in `before`: the folder holds `what`."""
+        for key, value in now.items():
+            if before.get(key) != value:
+                raise ValueError(
+                    f"output folder {str(self.path)!r} holds {what}: its {key} is {before.get(key)!r}, not {value!r}; "
+                    "choose another folder"
+                )
+
+    def read_rows(self) -> list[dict[str, Any]]:
+        """All rows. A line that an interruption cut is taken out of the file, so that rows may be appended again."""
+        path = self.path / self.rows_file
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        rows = [row for row in map(_row, lines) if row is not None]
+        if len(rows) < len(lines) or (lines and not lines[-1].endswith("\n")):
+            self.write_rows(rows)
+        return rows
+
+    def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replace all rows."""
+        write_text(self.path / self.rows_file, "".join(to_json(dict(row)) + "\n" for row in rows))
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row at the end; a crash may cut it short."""
+        path = self.path / self.rows_file
+        with writing(path), path.open("a") as file:
+            file.write(to_json(dict(row)) + "\n")
+
+    def sync_rows(self) -> None:
+        """Have all rows on the disk."""
+        if (self.path / self.rows_file).exists():
+            sync(self.path / self.rows_file)
+
+    def _is_foreign(self, path: Path) -> bool:
+        return path.name == self.rows_file or (self.beside is not None and path.name not in self.beside)
+
+    def _holds_something_else(self) -> ValueError:
+        wanted = "another folder" if self.beside is None else "an empty or new one"
+        return ValueError(f"output folder {str(self.path)!r} holds something else: choose {wanted}")
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """The JSON object in a line; None for a line that was cut."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(
-            f"output folder {str(folder)!r} is being written by another run: wait until it ends, or choose another"
-        ) from error
-    except OSError:
-        return
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 # --- files

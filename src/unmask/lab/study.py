@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from unmask import hf
 from unmask.conversion import adapt
+from unmask.conversion.run_record import training_folder
 from unmask.core.finite import check_weights
 from unmask.data.documents import find_files, load_corpus, local_files
 from unmask.lab.measures import MEASURES, Budget, HeldOut, Subject, hold_out
@@ -34,7 +35,7 @@ from unmask.plain_json import to_json
 from unmask.progress import progress
 from unmask.recipe import differences, load_recipe
 from unmask.resolve import resolve
-from unmask.run_folder import claim, releases_folders, write_text, writing
+from unmask.run_folder import RunFolder
 from unmask.settings import Settings
 from unmask.training.checkpoints import checkpoints, damage
 
@@ -155,7 +156,6 @@ def choose(
     )
 
 
-@releases_folders
 def run_study(
     study: Study,
     model: str | Path,
@@ -172,41 +172,59 @@ def run_study(
     parent = load(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
     if parent.diffusion is not None:
         raise ValueError(f"model {str(model)!r} is converted already: a study compares conversions of one AR parent")
-    _claim(output, study, parent, model, [*data], [*files])
-    held_out = _held_out(parent, study, files)
-    rows = _read_rows(output)
-    done = {(row["arm"], row["seed"], row["tokens"], row["measure"]) for row in rows}
-
-    def measure(lm: DiffusionLM, arm: str, seed: int | None, tokens: int, names: Sequence[str]) -> None:
-        subject = Subject(lm, parent, study.budget, held_out)
-        for name in names:
-            if (arm, seed, tokens, name) not in done:
-                found = MEASURES[name](subject)
-                line = {"arm": arm, "seed": seed, "tokens": tokens, "measure": name, "rows": found}
-                _append(output, line)
-                rows.append(line)
-                done.add((arm, seed, tokens, name))
-
+    folder = RunFolder(output, "study.json", "rows.jsonl", ("study", "arms"), beside=("runs",))
     total = len(study.arms) * len(study.seeds)
-    with progress(f"study {study.name}", total, show=show_progress) as advance:
-        measure(parent, PARENT, None, 0, [m for m in study.measures if m != "drift"])
-        for arm, seed in study.runs():
-            folder = output / "runs" / f"{arm}-{seed}"
-            tokens = _finished(folder)
-            if tokens is None:
-                _train(study, arm, seed, parent, model, data, folder, show_progress, trust_remote_code)
-                tokens = _finished(folder) or 0
-            missing = [m for m in (*study.measures, *study.along) if (arm, seed, tokens, m) not in done]
-            waiting = [p for p in _points(folder) if any((arm, seed, p[0], m) not in done for m in study.along)]
-            if missing or waiting:
-                lm = load(folder, trust_remote_code=trust_remote_code)
-                measure(lm, arm, seed, tokens, list(dict.fromkeys([*study.measures, *study.along])))
-                for at, weights in waiting:
-                    if _put_in(lm, weights):
-                        measure(lm, arm, seed, at, study.along)
-            advance(1, f"{arm}-{seed}")
-            write_report(output)
-    return rows
+    with folder.claimed():
+        _begin(folder, _describe(study, parent, model, [*data], files))
+        results = _Results(study, parent, _held_out(parent, study, files), folder)
+        with progress(f"study {study.name}", total, show=show_progress) as advance:
+            results.measure(parent, PARENT, None, 0, [m for m in study.measures if m != "drift"])
+            for arm, seed in study.runs():
+                run = output / "runs" / f"{arm}-{seed}"
+                if _finished(run) is None:
+                    _train(study, arm, seed, parent, model, data, run, show_progress, trust_remote_code)
+                _measure_run(study, arm, seed, run, results, trust_remote_code)
+                advance(1, f"{arm}-{seed}")
+                write_report(output)
+    return results.rows
+
+
+class _Results:
+    """The rows of a study's folder, each the rows of one measure of one checkpoint, which is taken once."""
+
+    def __init__(self, study: Study, parent: DiffusionLM, held_out: HeldOut, folder: RunFolder) -> None:
+        self.study, self.parent, self.held_out, self.folder = study, parent, held_out, folder
+        self.rows = folder.read_rows()
+        self._done = {(row["arm"], row["seed"], row["tokens"], row["measure"]) for row in self.rows}
+
+    def lacks(self, arm: str, seed: int | None, tokens: int, names: Sequence[str]) -> bool:
+        """Whether one of these measures is still to be taken."""
+        return any((arm, seed, tokens, name) not in self._done for name in names)
+
+    def measure(self, lm: DiffusionLM, arm: str, seed: int | None, tokens: int, names: Sequence[str]) -> None:
+        """Take those of these measures that are still to be taken."""
+        subject = Subject(lm, self.parent, self.study.budget, self.held_out)
+        for name in names:
+            if self.lacks(arm, seed, tokens, (name,)):
+                found = MEASURES[name](subject)
+                row = {"arm": arm, "seed": seed, "tokens": tokens, "measure": name, "rows": found}
+                self.folder.append(row)
+                self.rows.append(row)
+                self._done.add((arm, seed, tokens, name))
+
+
+def _measure_run(study: Study, arm: str, seed: int, run: Path, results: _Results, trust_remote_code: bool) -> None:
+    """All measures of a finished run, and those along training at its earlier checkpoints."""
+    tokens = _finished(run) or 0
+    names = list(dict.fromkeys([*study.measures, *study.along]))
+    waiting = [point for point in _points(run) if results.lacks(arm, seed, point[0], study.along)]
+    if not waiting and not results.lacks(arm, seed, tokens, names):
+        return
+    lm = load(run, trust_remote_code=trust_remote_code)
+    results.measure(lm, arm, seed, tokens, names)
+    for tokens_then, weights in waiting:
+        if _put_in(lm, weights):
+            results.measure(lm, arm, seed, tokens_then, study.along)
 
 
 def _train(
@@ -237,9 +255,8 @@ def _train(
 
 def _finished(folder: Path) -> int | None:
     """Tokens of the run in a folder if it is finished."""
-    path = folder / "run.json"
-    run = json.loads(path.read_text()) if path.is_file() else {}
-    return int(run["tokens"]) if run.get("finished") else None
+    run = training_folder(folder).read()
+    return int(run["tokens"]) if run is not None and run.get("finished") else None
 
 
 def _points(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -281,12 +298,12 @@ def _held_out(parent: DiffusionLM, study: Study, files: list[Path]) -> HeldOut:
 # --- the study's folder
 
 
-def _claim(
-    output: Path, study: Study, parent: DiffusionLM, model: str | Path, data: list[Any], eval_files: list[Path]
-) -> None:
-    """Write study.json, or check that the one there is of the same study: only seeds and arms may be added."""
+def _describe(
+    study: Study, parent: DiffusionLM, model: str | Path, data: list[Any], eval_files: list[Path]
+) -> dict[str, Any]:
+    """What study.json says."""
     files = find_files(data)
-    now = {
+    return {
         "study": study.name,
         "model": str(model),
         "fingerprint": hf.fingerprint(parent.model),
@@ -296,30 +313,23 @@ def _claim(
         "points": study.points,
         "budget": json.loads(to_json(asdict(study.budget))),
         "arms": {arm: json.loads(to_json(study.settings | own)) for arm, own in study.arms.items()},
+        "summary": study.summary,
     }
-    path = output / "study.json"
-    if path.is_file():
-        before = json.loads(path.read_text())
-        for key in ("study", "fingerprint", "data", "eval", "max_tokens", "points", "budget"):
-            if before[key] != now[key]:
-                shown, wanted = (before["model"], now["model"]) if key == "fingerprint" else (before[key], now[key])
-                what = "model" if key == "fingerprint" else key
-                raise ValueError(
-                    f"output folder {str(output)!r} holds another study: its {what} is {shown!r}, not {wanted!r}; "
-                    "choose another folder"
-                )
-        for arm, own in before["arms"].items():
-            if arm in now["arms"] and now["arms"][arm] != own:
-                raise ValueError(
-                    f"output folder {str(output)!r} holds another study: its arm {arm!r} is {own!r}, not "
-                    f"{now['arms'][arm]!r}; choose another folder"
-                )
-        now["arms"] = before["arms"] | now["arms"]
-    elif output.exists() and (not output.is_dir() or any(p.name != "runs" for p in output.iterdir())):
-        raise ValueError(f"output folder {str(output)!r} holds something else: choose an empty or new one")
-    output.mkdir(parents=True, exist_ok=True)
-    claim(output)
-    write_text(path, to_json(now | {"summary": study.summary}, indent=1) + "\n")
+
+
+def _begin(folder: RunFolder, study: dict[str, Any]) -> None:
+    """Write study.json, or check that the one there is of the same study: only seeds and arms may be added."""
+    before = folder.read()
+    if before is None:
+        folder.write(study)
+        return
+    known = before["arms"]
+    same_weights = before.get("fingerprint") == study["fingerprint"]  # wherever they lie
+    free = ("arms", "summary", "model") if same_weights else ("arms", "summary")
+    compared = {key: value for key, value in study.items() if key not in free}
+    compared |= {f"arm {arm!r}": own for arm, own in study["arms"].items() if arm in known}
+    folder.refuse_another("another study", before | {f"arm {arm!r}": own for arm, own in known.items()}, compared)
+    folder.write(study | {"arms": known | study["arms"]})
 
 
 def _digest(files: Sequence[Path]) -> str:
@@ -327,22 +337,3 @@ def _digest(files: Sequence[Path]) -> str:
     for file in files:
         digest.update(file.read_bytes())
     return f"{', '.join(file.name for file in files)} ({digest.hexdigest()[:12]})"
-
-
-def _read_rows(output: Path) -> list[dict[str, Any]]:
-    """The whole lines of rows.jsonl; a last one that was cut by an interruption is dropped from the file."""
-    path = output / "rows.jsonl"
-    whole = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            whole.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    if path.is_file():
-        write_text(path, "".join(to_json(row) + "\n" for row in whole))
-    return whole
-
-
-def _append(output: Path, line: dict[str, Any]) -> None:
-    with writing(output / "rows.jsonl"), (output / "rows.jsonl").open("a") as file:
-        file.write(to_json(line) + "\n")

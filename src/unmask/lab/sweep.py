@@ -13,6 +13,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import transformers
 from torch import Tensor
 
 from unmask import hf
-from unmask.conversion import IN_MEMORY
+from unmask.conversion.run_record import IN_MEMORY
 from unmask.data.documents import local_files, read_documents
 from unmask.data.plain_text import ids_of
 from unmask.lab import plots
@@ -42,9 +43,8 @@ from unmask.lab.oracle import speed_of_light
 from unmask.lab.tasks import problems
 from unmask.loading import load
 from unmask.model import DiffusionLM
-from unmask.plain_json import to_json
 from unmask.progress import Advance, progress
-from unmask.run_folder import claim, releases_folders, write_text, writing
+from unmask.run_folder import RunFolder
 from unmask.sampling import Confidence, EntropyBound, Factor, Random, Selector, Threshold
 from unmask.version import __version__
 
@@ -147,7 +147,6 @@ def beginnings(tokenizer: Any, texts: Iterable[str], sweep: Sweep) -> tuple[list
     return prompts, rests
 
 
-@releases_folders
 def run_frontier(
     model: str,
     sweep: Sweep,
@@ -176,21 +175,23 @@ def run_frontier(
     if context is not None and longest > context:
         raise ValueError(f"prompt and max_new_tokens make {longest} tokens, more than the model's context of {context}")
     run = describe(model, lm, ar, prompts, sweep, [f"task {task}"] if task else [Path(file).name for file in files])
-    known = output is not None and output.is_dir()
-    if output is not None and known:  # before rows are read, as a cut one is taken out of the file
-        claim(output)
-    done = [] if output is None else open_folder(output, run)
-    if output is not None and not known:
-        claim(output)
-    rows = run_sweep(lm, ar, prompts, sweep, rests=rests, score=score, done=done, output=output,
-                     show_progress=show_progress)  # fmt: skip
-    if output is not None:
-        try:
-            title = f"{Path(model).name}, made from {Path(run['parent']).name}"
-            plots.frontier([asdict(row) for row in rows], output / "frontier", title=title)
-        except ValueError as error:
-            print(f"note: no figure: {error}", file=sys.stderr)
+    folder = None if output is None else RunFolder(output, "run.json", "rows.jsonl", ("model_fingerprint",), None)
+    with nullcontext() if folder is None else folder.claimed():
+        done = [] if folder is None else earlier_rows(folder, run)
+        rows = run_sweep(lm, ar, prompts, sweep, rests=rests, score=score, done=done, folder=folder,
+                         show_progress=show_progress)  # fmt: skip
+        if folder is not None:
+            _draw(folder, model, run["parent"], rows)
     return rows, run
+
+
+def _draw(folder: RunFolder, model: str, parent: str, rows: Sequence[FrontierRow]) -> None:
+    """The figure of the rows, in their folder."""
+    try:
+        title = f"{Path(model).name}, made from {Path(parent).name}"
+        plots.frontier([asdict(row) for row in rows], folder.path / "frontier", title=title)
+    except ValueError as error:
+        print(f"note: no figure: {error}", file=sys.stderr)
 
 
 def load_pair(
@@ -224,34 +225,20 @@ def _recorded_parent(model: str) -> str:
     return str(name)
 
 
-def open_folder(output: Path, run: dict[str, Any]) -> list[FrontierRow]:
-    """The rows that an earlier run of the same measurement left in `output`; anything else there is an error."""
-    path, rows = output / "run.json", output / "rows.jsonl"
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if "model_fingerprint" not in before:
-            raise ValueError(f"output folder {str(output)!r} holds another kind of run: choose another folder")
-        if before["model_fingerprint"] != run["model_fingerprint"]:
-            raise ValueError(
-                f"output folder {str(output)!r} holds results of another model, {before['model']!r} "
-                f"(fingerprint {before['model_fingerprint']}, not {run['model_fingerprint']}): choose another folder"
-            )
-        for key, value in run.items():
-            if key not in ("model", "parent", "versions") and before.get(key) != value:
-                raise ValueError(
-                    f"output folder {str(output)!r} was measured with {key} {before.get(key)!r}, not {value!r}: "
-                    "choose another folder"
-                )
-    elif output.exists() and (not output.is_dir() or rows.exists()):
-        raise ValueError(f"output folder {str(output)!r} holds something else: choose another folder")
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(path, to_json(run, indent=2) + "\n")
-    text = rows.read_text() if rows.is_file() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:  # a line that was being written when the run was killed
-        write_text(rows, whole)
-    return [FrontierRow(**json.loads(line)) for line in whole.splitlines()]
+def earlier_rows(folder: RunFolder, run: dict[str, Any]) -> list[FrontierRow]:
+    """The rows that an earlier run of the same measurement left; ValueError for those of another one."""
+    before = folder.read()
+    if before is None:
+        folder.write(run)
+        return []
+    if before["model_fingerprint"] != run["model_fingerprint"]:
+        raise ValueError(
+            f"output folder {str(folder.path)!r} holds results of another model, {before['model']!r} "
+            f"(fingerprint {before['model_fingerprint']}, not {run['model_fingerprint']}): choose another folder"
+        )
+    compared = {key: value for key, value in run.items() if key not in ("model", "parent", "versions")}
+    folder.refuse_another("another frontier", before, compared)
+    return [FrontierRow(**row) for row in folder.read_rows()]
 
 
 def describe(
@@ -293,10 +280,10 @@ def run_sweep(
     rests: Sequence[Sequence[int]] | None = None,
     score: Score | None = None,
     done: Sequence[FrontierRow] = (),
-    output: Path | None = None,
+    folder: RunFolder | None = None,
     show_progress: bool = False,
 ) -> list[FrontierRow]:
-    """All rows, `done` ones first, new ones also appended to output/rows.jsonl.
+    """All rows, `done` ones first, new ones also appended to those in the folder.
 
     rests: the real continuations, for a row of the data itself. score: of a task, for accuracies.
     """
@@ -305,9 +292,8 @@ def run_sweep(
 
     def add(row: FrontierRow) -> None:
         found.append(row)
-        if output is not None:
-            with writing(output / "rows.jsonl"), (output / "rows.jsonl").open("a") as file:
-                file.write(to_json(asdict(row)) + "\n")
+        if folder is not None:
+            folder.append(asdict(row))
 
     plan = list(_plan(lm, parent, sweep))
     sizes = [size or lm.diffusion.block_size for size in sweep.block_sizes] if sweep.oracle else []

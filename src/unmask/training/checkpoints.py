@@ -1,4 +1,4 @@
-"""What a training run leaves on disk: metrics.jsonl, a row a log step, and checkpoint-<step> folders."""
+"""The checkpoint-<step> folders of a training run: written whole, checked against a manifest, the newest whole one."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import accelerate
 from safetensors import SafetensorError, safe_open
 
 from unmask.data.packing import PackState
 from unmask.plain_json import to_json
-from unmask.run_folder import ordinary_permissions, sync, write_text, writing
+from unmask.run_folder import RunFolder, ordinary_permissions, sync, write_text, writing
 
 MANIFEST = "files.json"
 """In a checkpoint: size and CRC-32 of each of its files."""
@@ -41,33 +40,15 @@ class TrainState:
     skipped: int = 0
 
 
-def append_metrics(output_dir: Path, row: dict[str, Any]) -> None:
-    path = output_dir / "metrics.jsonl"
-    with writing(path), path.open("a") as file:
-        file.write(to_json(row) + "\n")
-
-
-def count_rows(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def trim_metrics(path: Path, state: TrainState) -> None:
+def drop_later_rows(folder: RunFolder, state: TrainState) -> None:
     """Drop rows that were written after `state`: they will be written again."""
-    rows = path.read_text().splitlines() if path.exists() else []
-    kept = []
-    for row in rows[: state.rows]:
-        try:
-            if json.loads(row)["step"] <= state.step:
-                kept.append(row)
-        except json.JSONDecodeError:  # a line cut by the interruption
-            continue
-    write_text(path, "".join(row + "\n" for row in kept))
+    folder.write_rows(row for row in folder.read_rows()[: state.rows] if row["step"] <= state.step)
 
 
-def save_checkpoint(accelerator: accelerate.Accelerator, output_dir: Path, state: TrainState, keep: int) -> None:
+def save_checkpoint(accelerator: accelerate.Accelerator, folder: RunFolder, state: TrainState, keep: int) -> None:
     """Write checkpoint-<step> whole or not at all, and drop the oldest beyond `keep`."""
-    final = output_dir / f"checkpoint-{state.step}"
-    partial = output_dir / f"checkpoint-{state.step}.partial"
+    final = folder.path / f"checkpoint-{state.step}"
+    partial = folder.path / f"checkpoint-{state.step}.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -81,8 +62,7 @@ def save_checkpoint(accelerator: accelerate.Accelerator, output_dir: Path, state
     if accelerator.is_main_process:
         try:
             with writing(final):
-                if (output_dir / "metrics.jsonl").exists():
-                    sync(output_dir / "metrics.jsonl")
+                folder.sync_rows()
                 write_text(partial / "state.json", to_json(asdict(state)))
                 seal(partial)
         except BaseException:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -23,29 +22,29 @@ from torch import Tensor
 
 from unmask import hf
 from unmask.core.batch import Batch
+from unmask.core.drafter import Drafter
 from unmask.core.finite import StepWatch, check_weights
 from unmask.core.network import DiffusionConfig, Network
 from unmask.core.objectives import predictable
 from unmask.data.packing import PackState
 from unmask.hf.fast.shortcuts import compile_layers
 from unmask.resolve import Resolved, at_step
+from unmask.run_folder import RunFolder
 from unmask.settings import OptimiserSettings, RunSettings
 from unmask.training.batches import TrainingData
 from unmask.training.checkpoints import (
     TrainState,
-    append_metrics,
-    count_rows,
+    drop_later_rows,
     newest_whole,
     read_state,
     save_checkpoint,
-    trim_metrics,
 )
 from unmask.training.ranks import add_gradients, share_weights
 from unmask.training.step import learning_rate_at, step_loss
 from unmask.training.threads import ThreadedBackward
 
-Evaluator = Callable[[Any], dict[str, float]]
-"""Called with the unwrapped model; returns named figures for metrics.jsonl."""
+Evaluator = Callable[[], dict[str, float]]
+"""Returns named figures of the model as it is, for metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def train(
     settings: Resolved,
     config: DiffusionConfig | None,
     data: TrainingData,
-    output_dir: Path,
+    folder: RunFolder,
     *,
     resume: bool = False,
     evaluate: Evaluator | None = None,
@@ -78,14 +77,14 @@ def train(
 ) -> TrainState:
     """Train `model`, which is `in_training`, in place and return the state after the last step.
 
-    Checkpoints go to output_dir/checkpoint-<step>, metrics to output_dir/metrics.jsonl. config: None trains the AR
+    Checkpoints go to checkpoint-<step> in the folder, figures to its metrics.jsonl. config: None trains the AR
     model. resume: continue the newest whole checkpoint, on the same hardware bit for bit as if never interrupted.
     evaluate: called every `eval_every` steps on the main process. report: called with each log step. replicate: makes a
     network that shares the weights and has gradients of its own; with it the threads of a CPU share the rows of a
     micro-batch. teacher: the frozen AR model of the joint objective. Raises ValueError for a checkpoint that does not
     fit, and when a step or the weights are not finite.
     """
-    run = _Run(model, make_network, settings, config, data.num_steps, output_dir, teacher, replicate)
+    run = _Run(model, make_network, settings, config, data.num_steps, folder, teacher, replicate)
     run.restore(resume)
     eval_every = settings.eval_every or max(1, data.num_steps // 10)
     batches = data.batches(run.state.step, run.state.data)
@@ -119,18 +118,18 @@ class _Run:
         settings: Resolved,
         config: DiffusionConfig | None,
         total_steps: int,
-        output_dir: Path,
+        folder: RunFolder,
         teacher: Network | None,
         replicate: Callable[[Any], Any] | None,
     ) -> None:
         AcceleratorState._reset_state()  # a second run in the process may have another precision
         self.accelerator = accelerator = accelerate.Accelerator(
-            mixed_precision=settings.mixed_precision, log_with=settings.report_to, project_dir=str(output_dir)
+            mixed_precision=settings.mixed_precision, log_with=settings.report_to, project_dir=str(folder.path)
         )
         if settings.report_to:
             accelerator.init_trackers("unmask", config={k: str(v) for k, v in asdict(settings).items()})
         self.model, self.settings, self.config = model, settings, config
-        self.total_steps, self.output_dir, self.teacher = total_steps, output_dir, teacher
+        self.total_steps, self.folder, self.teacher = total_steps, folder, teacher
         self.wrapped, self.optimizer = _prepare(accelerator, model, _optimizer(model, settings))
         self.network = make_network(self.wrapped)
         on_cpu = accelerator.device.type == "cpu" and accelerator.num_processes == 1
@@ -141,7 +140,7 @@ class _Run:
     def restore(self, resume: bool) -> None:
         """Start from the newest whole checkpoint with `resume`, otherwise from step 0."""
         accelerator, settings = self.accelerator, self.settings
-        newest = newest_whole(self.output_dir) if resume else None
+        newest = newest_whole(self.folder.path) if resume else None
         if newest is not None:
             try:
                 accelerator.load_state(str(newest))
@@ -152,7 +151,7 @@ class _Run:
                 ) from error
             self.state = read_state(newest)
         if accelerator.is_main_process:
-            trim_metrics(self.output_dir / "metrics.jsonl", self.state)
+            drop_later_rows(self.folder, self.state)
         zero = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         self.summed = zero + (self.state.loss if accelerator.is_main_process else 0.0)
         self.counted = zero + self.state.counted
@@ -226,7 +225,7 @@ class _Run:
             return {}
         before = time.perf_counter()
         self.wrapped.eval()
-        figures = evaluate(self.accelerator.unwrap_model(self.wrapped))
+        figures = evaluate()
         self.wrapped.train()
         self.logged_at += time.perf_counter() - before
         return figures
@@ -239,7 +238,7 @@ class _Run:
         speed = self.tokens_since_log / max(1e-9, time.perf_counter() - self.logged_at)
         if self.accelerator.is_main_process:
             row = {"step": state.step, "tokens": state.tokens, "loss": loss, "learning_rate": rate, **figures}
-            append_metrics(self.output_dir, row)
+            self.folder.append(row)
             if self.settings.report_to:
                 self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=state.step)
             if report is not None:
@@ -251,12 +250,12 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint. The main process takes the sums of all ranks, as it does after a resume."""
-        accelerator, metrics = self.accelerator, self.output_dir / "metrics.jsonl"
+        accelerator = self.accelerator
         total = float(accelerator.reduce(self.summed.clone()))
         self.summed.fill_(total if accelerator.is_main_process else 0.0)
-        rows = count_rows(metrics) if accelerator.is_main_process else None
+        rows = len(self.folder.read_rows()) if accelerator.is_main_process else None
         self.state = replace(self.state, loss=total, counted=float(self.counted), rows=rows, skipped=self.watch.skipped)
-        save_checkpoint(accelerator, self.output_dir, self.state, self.settings.keep_checkpoints)
+        save_checkpoint(accelerator, self.folder, self.state, self.settings.keep_checkpoints)
 
     def close(self) -> None:
         """Check the last step, and end threads and trackers."""
@@ -279,25 +278,44 @@ def _micro_batches(
 
 
 @contextmanager
-def in_training(model: Any, settings: RunSettings) -> Iterator[None]:
+def in_training(model: Any, settings: RunSettings, drafter: Drafter | None = None) -> Iterator[None]:
     """Within the context the model trains, with recomputed or compiled layers if the settings say so.
 
-    After it, also after an error, the model is in eval mode, without gradients, and its layers are as they were.
+    drafter: the only part that trains, the model being its frozen base. After the context, also after an error, the
+    model is in eval mode, without gradients, and its layers are as they were.
     """
-    model.train()
+    with _trained_alone(model, drafter):
+        model.train()
+        try:
+            if settings.gradient_checkpointing:
+                hf.checkpoint_layers(model)
+            if settings.compile_layers:
+                compile_layers(model)
+            yield
+        finally:
+            model.eval()
+            model.zero_grad()
+            if settings.gradient_checkpointing:
+                hf.checkpoint_layers(model, on=False)
+            if settings.compile_layers:
+                compile_layers(model, on=False)
+
+
+@contextmanager
+def _trained_alone(model: Any, drafter: Drafter | None) -> Iterator[None]:
+    """Within the context the drafter is a part of the model, and no other parameter requires a gradient."""
+    if drafter is None:
+        yield
+        return
+    learning = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    model.add_module("drafter", drafter)
     try:
-        if settings.gradient_checkpointing:
-            hf.checkpoint_layers(model)
-        if settings.compile_layers:
-            compile_layers(model)
         yield
     finally:
-        model.eval()
-        model.zero_grad()
-        if settings.gradient_checkpointing:
-            hf.checkpoint_layers(model, on=False)
-        if settings.compile_layers:
-            compile_layers(model, on=False)
+        del model.drafter
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _optimizer(model: Any, settings: OptimiserSettings) -> torch.optim.Optimizer:

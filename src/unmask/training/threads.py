@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unmask import hf
 from unmask.core.batch import Batch
 from unmask.core.objectives import LossOutput
+from unmask.resolve import Resolved
 
 
 class ThreadedBackward:
@@ -50,3 +52,16 @@ class ThreadedBackward:
     def close(self) -> None:
         """End the threads."""
         self.pool.shutdown()
+
+
+def replication(model: Any, settings: Resolved) -> Callable[[Any], Any] | None:
+    """How a small model's network is copied for the threads of a CPU; None where a copy would not be the model.
+
+    Gated adapters hook into the one model and a teacher's head has one too, DiffuLLaMA's parity options speak of
+    whole micro-batches, and a large model's operations fill all threads by themselves.
+    """
+    small = sum(p.numel() for p in model.parameters()) < 20e6
+    hooked = settings.objective == "distill" or settings.lora_rank is not None or settings.teacher is not None
+    plain = not hooked and not settings.gradient_checkpointing and not settings.compile_layers
+    split = settings.loss_normaliser == "tokens" and not settings.anneal_redraw
+    return hf.replicate if small and plain and split and settings.mixed_precision == "no" else None

@@ -1,0 +1,51 @@
+"""A converted model that is adapted again: what it goes on as, and what a run changes of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from unmask import hf
+from unmask.core.network import DiffusionConfig
+from unmask.model import DiffusionLM
+from unmask.settings import CorruptionSettings
+
+_KEPT = ("recipe", "attention", "clean_attention", "noisy_attention", "shift", "block_size")
+"""What a converted model goes on as, unless it is set."""
+
+
+def kept_settings(model: str | Path | DiffusionLM) -> dict[str, Any]:
+    """The settings of `_KEPT` that a converted model was made with, read before it is loaded; none of an AR model."""
+    if isinstance(model, DiffusionLM):
+        raw: Any = None if model.diffusion is None else asdict(model.diffusion)
+    else:
+        raw = hf.read_config(model).get("diffusion")
+    if not isinstance(raw, dict):  # what it is instead, loading will say
+        return {}
+    kept = {name: raw[name] for name in _KEPT if name in raw and (raw[name] is not None or name == "clean_attention")}
+    return kept | ({"anneal_steps": 1} if kept.get("attention") == "bidirectional" else {})  # it is open already
+
+
+def check_mask_stays(lm: DiffusionLM, settings: CorruptionSettings, name: str) -> None:
+    """Raise ValueError for settings that would change the mask token of the converted model `name`."""
+    if lm.diffusion is None:
+        return
+    if settings.mask_token is not None and settings.mask_token != lm.tokenizer.mask_token:
+        raise ValueError(
+            f"mask_token={settings.mask_token!r}: model {name!r} is converted already, with "
+            f"{lm.tokenizer.mask_token!r}, which cannot be changed: leave mask_token out, or adapt its AR parent"
+        )
+    if settings.mask_init is not None:
+        raise ValueError(
+            f"mask_init={settings.mask_init!r}: model {name!r} is converted already, and its mask token has learnt: "
+            "leave mask_init out, or adapt its AR parent"
+        )
+
+
+def changes(before: DiffusionConfig | None, after: DiffusionConfig | None) -> str:
+    """What a run changes of what a converted model is, as "shift True -> False"; empty where nothing."""
+    if before is None or after is None:
+        return ""
+    pairs = {name: (getattr(before, name), getattr(after, name)) for name in _KEPT if name != "recipe"}
+    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new)

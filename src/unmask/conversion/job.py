@@ -1,0 +1,148 @@
+"""What is asked of `adapt`, and of which parent: all that is checked before text is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmask import hf
+from unmask.conversion.continuing import check_mask_stays, kept_settings
+from unmask.conversion.run_record import IN_MEMORY, read_earlier
+from unmask.data.documents import find_files, local_files
+from unmask.hf import lora
+from unmask.loading import load
+from unmask.model import DiffusionLM
+from unmask.recipe import check_data_settings, load_recipe
+from unmask.resolve import Resolved, resolve
+from unmask.run_folder import RunFolder
+from unmask.settings import Settings
+from unmask.training.loop import check_machine
+from unmask.training.ranks import join
+from unmask.training.teacher import load_teacher
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of `adapt`, checked as far as that goes without the model.
+
+    files: of the text, or of its beginnings where the model writes it itself; None for a hub id. held_out_files: of
+    eval_data. earlier: run.json of the run that goes on in the folder.
+    """
+
+    model: str | Path | DiffusionLM
+    settings: Settings
+    sources: tuple[str, ...]
+    files: list[Path] | None
+    held_out_files: list[Path] | None
+    folder: RunFolder
+    earlier: dict[str, Any] | None
+    resume: bool
+    show_progress: bool
+    trust_remote_code: bool
+
+
+def plan(
+    model: str | Path | DiffusionLM,
+    data: str | Path | Sequence[str | Path],
+    recipe: str | None,
+    overrides: dict[str, Any],
+    folder: RunFolder,
+    resume: bool,
+    show_progress: bool,
+    trust_remote_code: bool,
+) -> Job:
+    """Read the settings, find the data, and look into the folder; ValueError for what is wrong with any of them.
+
+    recipe: None continues a converted model as what it is. overrides: settings that replace the recipe's.
+    """
+    kept = {} if recipe is not None else kept_settings(model)
+    settings = load_recipe(recipe or kept.pop("recipe", "efficient-dlm"), kept, **overrides)
+    sources = (str(data),) if isinstance(data, str | Path) else tuple(map(str, data))
+    if not sources:
+        raise ValueError("data is empty: give at least one file, folder or hub id")
+    if settings.lora_rank is not None:
+        lora.require_peft()
+    own = sources == ("self",)
+    if own != (settings.self_prompts is not None) or (own and not (settings.self_tokens or settings.max_tokens)):
+        raise ValueError(
+            f"data {list(sources)} with self_prompts={settings.self_prompts!r}: text of the "
+            "model's own needs --data self alone, self_prompts=FILE for its beginnings, and --max-tokens or self_tokens"
+        )
+    prompts = settings.self_prompts
+    files = find_files(sources) if prompts is None else local_files([prompts], "self_prompts")
+    held_out = None if settings.eval_data is None else local_files([settings.eval_data], "eval_data")
+    check_data_settings(overrides, [*(files or []), *(held_out or [])], from_hub=files is None)
+    earlier = read_earlier(folder, resume)
+    shown = show_progress and join().is_main_process
+    return Job(model, settings, sources, files, held_out, folder, earlier, resume, shown, trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The model that is adapted, and the settings with all that its size decides.
+
+    end_token_id: of the end of a document. teacher: the AR model of the setting; None where that is the parent itself
+    or there is none.
+    """
+
+    lm: DiffusionLM
+    name: str
+    fingerprint: str
+    settings: Resolved
+    end_token_id: int | None
+    teacher: DiffusionLM | None
+
+
+def load_parent(job: Job) -> Parent:
+    """Load the model and resolve the settings; ValueError for settings that do not go with this model."""
+    settings, ranks = job.settings, join()
+    lm = _load(job)
+    name = str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
+    if settings.lora_rank is not None and not settings.lora_merge and name == IN_MEMORY:
+        raise ValueError("lora_merge=false: an adapter needs the name of its base, and this model is in memory only")
+    fingerprint = hf.fingerprint(lm.model)
+    if lm.drafter is not None:
+        raise ValueError(f"model {name!r} is a drafter on a frozen base: adapt the base itself")
+    check_mask_stays(lm, settings, name)
+    if settings.objective == "distill" and lm.diffusion is not None:
+        raise ValueError(f"model {name!r} is converted already: a drafter needs an untouched AR model as its base")
+    if settings.random_offset and not hf.sees_position_differences(lm.model):
+        raise ValueError(
+            f"random_offset=true moves a document's positions, which {type(lm.model).__name__} sees as such: it needs "
+            "a model with rotary positions"
+        )
+    teacher = load_teacher(lm, settings.teacher, trust_remote_code=job.trust_remote_code)
+    if settings.block_size is None and lm.diffusion is not None:
+        settings = replace(settings, block_size=lm.diffusion.block_size)
+    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+    num_parameters = sum(p.numel() for p in lm.model.parameters())
+    resolved = resolve(settings, num_parameters, lm.network.context_length, vocabulary)
+    check_machine(resolved, ranks.num_processes, ranks.device)
+    return Parent(lm, name, fingerprint, resolved, _end_token_id(lm, settings.end_token), teacher)
+
+
+def _load(job: Job) -> DiffusionLM:
+    """The model, on this rank's device where there are several."""
+    ranks = join()
+    device = ranks.device if ranks.num_processes > 1 else None
+    if isinstance(job.model, DiffusionLM):
+        lm = job.model
+    else:
+        lm = load(job.model, dtype=torch.float32, device=device, trust_remote_code=job.trust_remote_code)
+    if device is not None:
+        lm.model.to(device)
+    return lm
+
+
+def _end_token_id(lm: DiffusionLM, end_token: str | None) -> int | None:
+    if end_token is None:
+        return next(iter(hf.end_token_ids(lm.model, lm.tokenizer)), None)
+    token_id = lm.tokenizer.get_vocab().get(end_token)
+    if token_id is None:
+        raise ValueError(f"end_token {end_token!r} is no token of this vocabulary")
+    lm.model.generation_config.eos_token_id = token_id
+    return int(token_id)

@@ -1,0 +1,168 @@
+"""What learns: the parent is converted, trained, and saved."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from unmask import hf
+from unmask.conversion.continuing import changes
+from unmask.conversion.job import Job, Parent
+from unmask.conversion.model_card import model_card
+from unmask.conversion.text import Data, roll_out_own, writes_while_learning
+from unmask.core.drafter import DrafterConfig
+from unmask.core.finite import check_weights
+from unmask.core.network import Network
+from unmask.data.documents import Corpus
+from unmask.evaluation.held_out import evaluator
+from unmask.hf import lora
+from unmask.model import DiffusionLM
+from unmask.progress import progress
+from unmask.resolve import RULE_TEXT, Resolved, diffusion_config
+from unmask.run_folder import ordinary_permissions, writing
+from unmask.training.batches import TrainingData
+from unmask.training.checkpoints import TrainState, latest_checkpoint, read_state
+from unmask.training.console import announce, reporter
+from unmask.training.loop import Evaluator, in_training, train
+from unmask.training.ranks import join
+from unmask.training.rollouts import rewritten_text
+from unmask.training.teacher import freeze
+from unmask.training.threads import replication
+from unmask.version import __version__
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What learns: the adapted model, whole, through adapters (`tuner`, PEFT's model), or its drafter alone.
+
+    teacher: a frozen network of the AR model that the objective keeps to. record: what run.json says of all this.
+    """
+
+    lm: DiffusionLM
+    tuner: Any
+    teacher: Network | None
+    record: dict[str, Any]
+
+
+def convert(job: Job, parent: Parent) -> Learner:
+    """Give the model its mask token and adapters, or a drafter, and say what it is from now on."""
+    lm, settings = parent.lm, parent.settings
+    config, drafter = lm.diffusion, None
+    if settings.objective == "distill":
+        mask_rows = settings.block_size if settings.mask_per_place else 1
+        shape = DrafterConfig(settings.drafter_rank, settings.drafter_scale, settings.drafter_targets, mask_rows)
+        drafter = hf.add_drafter(lm.model, lm.tokenizer, shape, token=settings.mask_token)
+        config = diffusion_config(settings, drafter.mask_token_id, __version__)
+    elif settings.attention != "ar":
+        if config is not None:
+            mask_token_id = config.mask_token_id
+        else:
+            mask_token_id = hf.add_mask_token(
+                lm.model, lm.tokenizer, token=settings.mask_token, like=settings.mask_init
+            )
+        config = diffusion_config(settings, mask_token_id, __version__)
+    changed = changes(lm.diffusion, config)
+    if changed and job.show_progress:
+        print(f"note: this run changes what {parent.name!r} was converted to: {changed}", file=sys.stderr)
+    hf.without_dropout(lm.model)
+    tuner = _add_lora(lm, settings)
+    teacher = None
+    if settings.teacher is not None and config is not None:
+        teacher = freeze(parent.teacher or lm, lm, config.mask_token_id)
+    base = None if drafter is None else hf.Base(parent.name, parent.fingerprint)
+    adapted = DiffusionLM(lm.model, lm.tokenizer, config, drafter=drafter, base=base)
+    learning = lm.model if drafter is None else drafter
+    return Learner(adapted, tuner, teacher, _record(learning))
+
+
+def _add_lora(lm: DiffusionLM, settings: Resolved) -> Any:
+    if settings.lora_rank is None:
+        return None
+    alpha = 2.0 * settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha
+    return lora.add_lora(lm.model, settings.lora_rank, alpha, settings.trainable, settings.seed)
+
+
+def _record(learning: torch.nn.Module) -> dict[str, Any]:
+    return {
+        "versions": {"unmask": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "rule": RULE_TEXT,
+        "trained_parameters": sum(p.numel() for p in learning.parameters() if p.requires_grad),
+        "finished": False,
+    }
+
+
+def learn(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainState:
+    """Train, from the newest checkpoint where the run goes on; where it ended."""
+    lm, settings, num_steps = learner.lm, parent.settings, data.rows.num_steps
+    if job.show_progress:
+        announce(settings, num_steps)
+    newest = latest_checkpoint(job.folder.path) if job.resume else None
+    start = 0 if newest is None else read_state(newest).step
+    with (
+        progress("train", num_steps, start=start, show=job.show_progress) as advance,
+        in_training(lm.model, settings, lm.drafter),
+    ):
+        return train(
+            lm.model,
+            lm._network,
+            settings,
+            lm.diffusion if settings.attention != "ar" else None,
+            _rows(job, parent, learner, data),
+            job.folder,
+            resume=job.resume,
+            evaluate=_evaluator(learner, settings, data),
+            report=reporter(advance, start),
+            replicate=replication(lm.model, settings),
+            teacher=learner.teacher,
+        )
+
+
+def _rows(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainingData:
+    """The rows of the text, or of what the model writes while it learns."""
+    if not writes_while_learning(parent.settings):
+        return data.rows
+
+    def write(step: int) -> Corpus:
+        assert isinstance(data.text, Corpus)  # `plan` has seen to it
+        author = f"{parent.fingerprint} after {step} steps"
+        return roll_out_own(learner.lm, parent, data.text, job.folder.path / "rollouts", author, False, step)
+
+    return rewritten_text(data.rows, parent.settings, learner.lm.model, write)
+
+
+def _evaluator(learner: Learner, settings: Resolved, data: Data) -> Evaluator | None:
+    if not data.held_out:
+        return None
+    network = learner.lm.network
+    return evaluator(network, learner.lm.diffusion, settings, data.held_out, network.context_length)
+
+
+def finish(job: Job, parent: Parent, learner: Learner, data: Data, state: TrainState, run: dict[str, Any]) -> None:
+    """Merge adapters, measure once more, save the model and its card, and record the run as finished."""
+    lm, settings, folder = learner.lm, parent.settings, job.folder
+    is_main = join().is_main_process
+    as_adapter = learner.tuner is not None and not settings.lora_merge
+    if is_main and as_adapter:
+        hf.write_diffusion(lm.model, lm.diffusion)
+        lora.save_adapter(folder.path, learner.tuner, parent.name)
+        lm.tokenizer.save_pretrained(folder.path)
+    if learner.tuner is not None:
+        lora.merge(learner.tuner)
+    if not is_main:
+        return
+    check_weights(lm.model, f"the model after {state.step} steps at learning rate {settings.learning_rate}")
+    evaluate = _evaluator(learner, settings, data)
+    figures = {} if evaluate is None else evaluate()
+    if figures:
+        folder.append({"step": state.step, "tokens": state.tokens, **figures})
+    with writing(folder.path):
+        if not as_adapter:
+            lm.save_pretrained(folder.path)
+        card = model_card(parent.name, lm, settings, state.tokens, figures)
+        (folder.path / "README.md").write_text(card)
+        ordinary_permissions(folder.path)
+    folder.write(run | {"finished": True, "tokens": state.tokens, "evaluation": figures})

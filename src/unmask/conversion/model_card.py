@@ -1,0 +1,54 @@
+"""README.md of a trained model: what it was made from, how, and how it is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unmask.model import DiffusionLM
+from unmask.resolve import Resolved
+
+_TAGS = "tags:\n- diffusion-language-model\n- block-diffusion\n- unmask\n"
+
+
+def model_card(parent: str, lm: DiffusionLM, settings: Resolved, tokens: int, figures: dict[str, float]) -> str:
+    """The card as text. parent: name of the model it was made from. tokens: trained on. figures: held-out ones."""
+    rows: list[tuple[str, Any]] = [
+        ("parent", parent),
+        *_conversion(lm),
+        ("recipe", settings.recipe),
+        ("training tokens", f"{tokens:,}"),
+        ("learning rate", settings.learning_rate),
+        ("rows per step x length", f"{settings.batch_size} x {settings.max_length}"),
+        *((f"held-out {name} (nats per token)", f"{value:.4f}") for name, value in figures.items()),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    tags = "" if lm.diffusion is None else _TAGS
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nbase_model: {parent}\n{tags}---\n\n"
+        f"{_summary(lm)}\n\n| | |\n|---|---|\n{table}\n\n"
+        '```python\nimport unmask\n\nlm = unmask.load("this folder")\nprint(lm.generate("...").texts[0])\n```\n'
+    )
+
+
+def _summary(lm: DiffusionLM) -> str:
+    if lm.diffusion is None:
+        return "Next-token training of an autoregressive language model."
+    if lm.drafter is not None:
+        loading = "It holds the drafter alone; the `unmask` library loads it together with its base."
+    else:
+        loading = "`AutoModelForCausalLM` loads the weights; decoding as a diffusion model needs the `unmask` library."
+    return f"A masked diffusion language model made from an autoregressive one. {loading}"
+
+
+def _conversion(lm: DiffusionLM) -> list[tuple[str, Any]]:
+    """What a converted model is; nothing of an AR model."""
+    config = lm.diffusion
+    if config is None:
+        return []
+    clean = f", clean half {config.clean_attention}" if config.clean_attention else ""
+    return [
+        ("attention", config.attention + clean),
+        ("block size", config.block_size or "whole canvas"),
+        ("token shift", "yes" if config.shift else "no"),
+        ("mask token", f"`{lm.tokenizer.mask_token}` (id {config.mask_token_id})"),
+    ]

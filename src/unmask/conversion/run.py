@@ -1,0 +1,69 @@
+"""The run and its folder: what run.json says, whether the run is there already, who may write."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from unmask.conversion.job import Job, Parent
+from unmask.conversion.run_record import check_same_run, extends, read_earlier
+from unmask.conversion.text import num_held_out
+from unmask.data.documents import Corpus, HubStream
+from unmask.settings import to_plain
+from unmask.training.checkpoints import latest_checkpoint
+from unmask.training.ranks import join
+
+
+def describe(job: Job, parent: Parent, text: Corpus | HubStream) -> dict[str, Any]:
+    """What run.json says of the run before the model is converted: all that decides its result."""
+    return {
+        "parent": {"name": parent.name, "class": type(parent.lm.model).__name__, "fingerprint": parent.fingerprint},
+        "settings": to_plain(parent.settings),
+        "data": {
+            "sources": list(job.sources),
+            "fingerprint": text.fingerprint,
+            "held_out": num_held_out(job, text),
+        },
+    }
+
+
+def holds_finished(job: Job, run: dict[str, Any]) -> bool:
+    """Whether the folder holds this run to its end; ValueError where it holds another, or nothing to go on from."""
+    if job.earlier is None:
+        return False
+    check_same_run(job.folder, job.earlier, run)
+    if not _goes_on(job, run):
+        return bool(job.earlier.get("finished"))
+    if latest_checkpoint(job.folder.path) is None:
+        raise ValueError(
+            f"output folder {str(job.folder.path)!r} holds no checkpoint from which max_tokens could be raised"
+        )
+    return False
+
+
+def _goes_on(job: Job, run: dict[str, Any]) -> bool:
+    """Whether the run is to become longer than the one in the folder."""
+    return job.earlier is not None and extends(job.earlier, run["settings"]["max_tokens"])
+
+
+@contextmanager
+def begun(job: Job, run: dict[str, Any]) -> Iterator[None]:
+    """Within the context the main process is the one writer of the folder, whose run.json says what is under way."""
+    ranks = join()
+    ranks.wait_for_everyone()  # all have read the folder before one writes to it
+    if not ranks.is_main_process:
+        yield
+        return
+    with job.folder.claimed():
+        if read_earlier(job.folder, job.resume) != job.earlier:
+            raise ValueError(
+                f"output folder {str(job.folder.path)!r} was changed by another run meanwhile: start again"
+            )
+        job.folder.write(run)
+        if _goes_on(job, run):
+            print(f"note: the run goes on to max_tokens={run['settings']['max_tokens']}; its learning rates and other "
+                  "schedules are stretched over the new total, so that it differs from one run of that length",
+                  file=sys.stderr)  # fmt: skip
+        yield

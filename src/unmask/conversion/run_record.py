@@ -1,0 +1,60 @@
+"""run.json of a training run: what the run is, and whether another one with these settings is the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from unmask.recipe import under_current_names
+from unmask.run_folder import RunFolder
+from unmask.settings import TABLE, unmet
+
+IN_MEMORY = "a model in memory"
+"""The name of a parent that was handed over as an object and has none."""
+
+FREE = ("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "micro_batch_size",
+        "max_nonfinite_steps", "eval_data", "eval_documents", "eval_samples")  # fmt: skip
+"""Settings that may change from one part of a run to the next."""
+
+
+def training_folder(path: Path) -> RunFolder:
+    """The folder of a training run: run.json, and a row of metrics.jsonl for each log step."""
+    return RunFolder(path, "run.json", "metrics.jsonl", ("parent", "settings", "data"))
+
+
+def read_earlier(folder: RunFolder, resume: bool) -> dict[str, Any] | None:
+    """run.json of the run that goes on in the folder; ValueError where there is one and it is not to go on."""
+    if folder.holds_run and not resume:
+        raise ValueError(
+            f"output folder {str(folder.path)!r} already holds a run: continue it with --resume, or choose another"
+        )
+    record = folder.read()
+    return None if record is None else record | {"settings": under_current_names(record["settings"])}
+
+
+def check_same_run(folder: RunFolder, earlier: dict[str, Any], run: dict[str, Any]) -> None:
+    """Raise ValueError for the first thing in which `run` is not the earlier run of its folder."""
+    before, now = _identity(earlier), _identity(run)
+    free = {name for name in TABLE if name in FREE or unmet(name, run["settings"]) is not None}
+    if extends(earlier, now["max_tokens"]):
+        free.add("max_tokens")
+    if before["model"].get("fingerprint") == now["model"]["fingerprint"]:
+        free.add("model")  # the same weights, wherever they lie
+    folder.refuse_another("a different run", before, {key: value for key, value in now.items() if key not in free})
+
+
+def extends(earlier: dict[str, Any], max_tokens: int | None) -> bool:
+    """Whether max_tokens asks for more than the earlier run had or was to have."""
+    before = earlier["settings"].get("max_tokens") or earlier.get("tokens")
+    return max_tokens is not None and before is not None and max_tokens > before
+
+
+def _identity(run: dict[str, Any]) -> dict[str, Any]:
+    """Name -> value of all that a run is."""
+    held_out = "number of documents held out of training (eval_documents, eval_data)"
+    data = run["data"]
+    return run["settings"] | {
+        "model": run["parent"],
+        "data": data["fingerprint"],
+        held_out: data.get("held_out"),
+    }

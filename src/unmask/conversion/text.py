@@ -1,0 +1,121 @@
+"""The text of a run: rows to train on, documents to evaluate on, what the model writes itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from unmask.conversion.job import Job, Parent
+from unmask.data.documents import Corpus, HubStream, load_corpus
+from unmask.evaluation.held_out import held_out_documents
+from unmask.evaluation.likelihood import Document
+from unmask.model import DiffusionLM
+from unmask.progress import progress
+from unmask.resolve import Resolved
+from unmask.settings import Settings
+from unmask.training.batches import TrainingData, packed_documents
+from unmask.training.ranks import join
+from unmask.training.rollouts import roll_out
+
+
+def read_text(job: Job, parent: Parent) -> Corpus | HubStream:
+    """All text of the run before documents are held out: files, a hub data set, or what the model writes.
+
+    Of a model that writes while it learns, the documents whose beginnings it goes on from.
+    """
+    settings = parent.settings
+    if job.files is None:
+        return HubStream(job.sources[0], parent.lm.tokenizer, end_token_id=parent.end_token_id,
+                         text_column=settings.text_column, split=settings.split)  # fmt: skip
+    with progress("tokenise", sum(file.stat().st_size for file in job.files), show=job.show_progress) as advance:
+        corpus = load_corpus(
+            job.files,
+            parent.lm.tokenizer,
+            end_token_id=parent.end_token_id,
+            text_column=settings.text_column,
+            skip_invalid=settings.skip_invalid,
+            max_length=settings.max_length,
+            progress=advance,
+        )
+    if settings.self_prompts is None or writes_while_learning(settings):
+        return corpus
+    return roll_out_own(parent.lm, parent, corpus, job.folder.path.parent, parent.fingerprint, job.show_progress)
+
+
+def writes_while_learning(settings: Settings) -> bool:
+    """Whether text is written with the weights as they are by then, not once with the parent's."""
+    return settings.self_prompts is not None and (settings.self_mode == "diffusion" or settings.self_every is not None)
+
+
+def roll_out_own(
+    lm: DiffusionLM, parent: Parent, prompts: Corpus, folder: Path, author: str, show_progress: bool, step: int = 0
+) -> Corpus:
+    """Text of the model's own after the beginnings of `prompts`, as much as the steps until the next one need."""
+    settings, end = parent.settings, parent.end_token_id
+    num_tokens = settings.self_tokens or settings.max_tokens
+    assert num_tokens is not None  # `plan` has seen to it
+    if settings.self_every is not None:
+        num_tokens = min(num_tokens, settings.self_every * settings.batch_size * settings.max_length)
+    # The main process writes the file, the others read it.
+    with join().main_process_first(), progress("roll out", num_tokens, show=show_progress) as advance:
+        return roll_out(
+            lm.network, prompts, folder, author=author, num_tokens=num_tokens,
+            max_length=settings.max_length, temperature=settings.self_temperature,
+            end_token_ids=() if end is None else (end,), seed=settings.seed, first=step * settings.batch_size,
+            student=lm.diffusion if settings.self_mode == "diffusion" else None, progress=advance,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on, as text and as the rows of its steps, and the documents that it is evaluated on."""
+
+    text: Corpus | HubStream
+    rows: TrainingData
+    held_out: list[Document]
+
+
+def hold_out(job: Job, parent: Parent, text: Corpus | HubStream) -> Data:
+    """Take the documents to evaluate on from eval_data or from the end of the text."""
+    settings, held_out = parent.settings, []
+    if job.held_out_files is not None:
+        corpus = load_corpus(
+            job.held_out_files,
+            parent.lm.tokenizer,
+            end_token_id=parent.end_token_id,
+            text_column=settings.text_column,
+            skip_invalid=settings.skip_invalid,
+            max_length=parent.lm.network.context_length,
+            max_documents=settings.eval_documents,
+        )
+        held_out = held_out_documents(corpus, parent.end_token_id)
+    cut = num_held_out(job, text)
+    if cut and isinstance(text, Corpus):
+        text, last = text.split(cut)
+        held_out = held_out_documents(last, parent.end_token_id)
+    if settings.predict_padding:
+        text = _filled_up(text, settings, parent.end_token_id)
+    return Data(text, packed_documents(settings, text), held_out)
+
+
+def num_held_out(job: Job, text: Corpus | HubStream) -> int:
+    """Documents cut off the end of the text: 1%, at most eval_documents; none with eval_data, none of a stream."""
+    if job.held_out_files is not None or not isinstance(text, Corpus):
+        return 0
+    return min(job.settings.eval_documents, len(text) // 100)
+
+
+def _filled_up(text: Corpus | HubStream, settings: Resolved, end_token_id: int | None) -> Corpus:
+    """One document a row: see predict_padding."""
+    if not isinstance(text, Corpus) or end_token_id is None:
+        lacks = "an end token, which this model lacks" if end_token_id is None else "files, not a streamed data set"
+        raise ValueError(f"predict_padding=true needs {lacks}")
+    longest = int(np.diff(text.offsets).max())
+    if longest > settings.max_length:
+        raise ValueError(
+            f"predict_padding=true puts each document in a row of its own, and one of {longest} tokens exceeds "
+            f"max_length={settings.max_length}: raise max_length"
+        )
+    return text.filled_up(settings.max_length, end_token_id)

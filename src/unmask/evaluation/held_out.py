@@ -1,0 +1,70 @@
+"""Figures of a model while it learns: held-out documents, always with the same masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from unmask.core.network import DiffusionConfig, Network
+from unmask.data.documents import Corpus
+from unmask.evaluation import likelihood
+from unmask.settings import Settings
+
+
+def held_out_documents(corpus: Corpus, end_token_id: int | None) -> list[likelihood.Document]:
+    """The documents of a corpus as the likelihood wants them, without their bytes, which are not asked for.
+
+    Texts without their end token. Supervised examples whole, since where an answer ends is part of it.
+    """
+    documents = []
+    for i in range(len(corpus)):
+        ids, loss_mask = corpus.document(i)
+        if loss_mask is None and end_token_id is not None:
+            ids = ids[:-1]
+        tokens = torch.from_numpy(ids.astype("int64"))
+        learnt = None if loss_mask is None else torch.from_numpy(loss_mask)
+        documents.append(likelihood.Document(tokens, torch.zeros_like(tokens), learnt))
+    return documents
+
+
+def evaluator(
+    network: Network,
+    config: DiffusionConfig | None,
+    settings: Settings,
+    documents: Sequence[likelihood.Document],
+    context_length: int | None,
+) -> Callable[[], dict[str, float]]:
+    """A function that measures the network: nats per predicted token, by name.
+
+    An AR model (no config) has the NLL; a converted one the NELBO and, under the joint objective, which is to keep
+    the AR model what it was, the NLL too.
+    """
+    if config is not None:
+        documents = [_without_masks(document, config.mask_token_id) for document in documents]
+
+    def nll() -> float:
+        outputs = likelihood.nll(network, documents, context_length=context_length)
+        return likelihood.summarise(outputs).nats_per_token
+
+    def evaluate() -> dict[str, float]:
+        if config is None:
+            return {"nll": nll()}
+        summary = likelihood.summarise(
+            likelihood.nelbo(
+                network, config, documents, num_samples=settings.eval_samples, context_length=context_length
+            )
+        )
+        figures = {"nelbo": summary.nats_per_token, "nelbo_standard_error": summary.standard_error or 0.0}
+        return figures | ({"nll": nll()} if settings.objective == "joint" else {})
+
+    return evaluate
+
+
+def _without_masks(document: likelihood.Document, mask_token_id: int) -> likelihood.Document:
+    """The document without a loss on a reused mask token, which has probability 0: as training has it."""
+    natural = document.ids == mask_token_id
+    if not bool(natural.any()):
+        return document
+    return replace(document, loss_mask=~natural if document.loss_mask is None else document.loss_mask & ~natural)

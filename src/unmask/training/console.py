@@ -1,0 +1,37 @@
+"""What a training run says on stderr: what it begins with, and each log step beside the bar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from unmask.progress import Advance
+from unmask.resolve import RULE_TEXT, Resolved
+from unmask.settings import to_plain
+from unmask.training.loop import Progress
+
+
+def announce(settings: Resolved, total_steps: int) -> None:
+    """Say what the parent's size decided, and what the run is too short for."""
+    blocks = ("block_size",) if settings.attention in ("two_stream", "block_causal") else ()
+    names = (*blocks, "max_length", "batch_size", "learning_rate", "min_learning_rate_ratio", "half_life")
+    values = to_plain(settings)
+    print(f"{RULE_TEXT}: " + ", ".join(f"{name}={values[name]}" for name in names), file=sys.stderr)
+    if settings.anneal_steps > total_steps:
+        print(f"note: anneal_steps={settings.anneal_steps} is more than the {total_steps} steps of this run, which "
+              "ends before attention is fully open", file=sys.stderr)  # fmt: skip
+
+
+def reporter(advance: Advance, start: int) -> Callable[[Progress], None]:
+    """A function that moves the bar to each log step, from step `start` on, and shows its figures."""
+    done = start
+
+    def report(p: Progress) -> None:
+        nonlocal done
+        figures = "".join(f"  {k} {v:.4g}" for k, v in p.evaluation.items() if k in ("nelbo", "nll"))
+        note = (f"step {p.step}/{p.total_steps}  loss {p.loss:.4f}{figures}  lr {p.learning_rate:.2e}  "
+                f"{p.tokens_per_second:,.0f} tokens/s")  # fmt: skip
+        advance(p.step - done, note)
+        done = p.step
+
+    return report

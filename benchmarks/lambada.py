@@ -62,6 +62,7 @@ def main() -> None:
     torch.set_num_threads(1)
     lm = unmask.load(options.model)
     mode = options.mode or ("ar" if lm.diffusion is None else "diffusion")
+    decoder = lm.decoder(mode, select=None if mode == "ar" else Confidence(1))
     context = lm.network.context_length or 10**9
     groups: dict[int, list[tuple[int, str, str]]] = defaultdict(list)
     cut = 0
@@ -76,8 +77,8 @@ def main() -> None:
     for length, group in sorted(groups.items()):
         for start in range(0, len(group), options.batch_size):
             batch = group[start : start + options.batch_size]
-            out = lm.generate([before for _, before, _ in batch], mode=mode, max_new_tokens=length,
-                              select=Confidence(1), temperature=options.temperature, seed=options.seed)  # fmt: skip
+            out = lm.generate([before for _, before, _ in batch], mode=decoder, max_new_tokens=length,
+                              temperature=options.temperature, seed=options.seed)  # fmt: skip
             found += [{"passage": number, "word": word, "tokens": length, "text": text, "hit": is_hit(text, word)}
                       for (number, _, word), text in zip(batch, out.texts, strict=True)]  # fmt: skip
     found.sort(key=lambda row: row["passage"])

@@ -396,7 +396,7 @@ def test_bad_draft_lengths_are_named(tri_mode: Path, options: dict, message: str
     with pytest.raises(ValueError, match=message):
         unmask.load(tri_mode).generate("x", mode="speculative", **options)
     with pytest.raises(ValueError, match=r"draft_length=4 is not read by .* or use mode='speculative'"):
-        unmask.load(tri_mode).generate("x", draft_length=4)
+        unmask.load(tri_mode).generate("x", "diffusion", draft_length=4)
 
 
 def test_speculation_needs_a_causal_clean_half(converted: Path, tokenizer_and_model: Path) -> None:

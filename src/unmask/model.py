@@ -117,8 +117,10 @@ class DiffusionLM:
 
     @property
     def default_mode(self) -> str:
-        """The mode of `generate` where none is named."""
-        return "ar" if self.diffusion is None else "diffusion"
+        """The best mode of the checkpoint: AR's own text, faster, where the clean half is an AR model, else diffusion."""
+        if self.diffusion is None:
+            return "ar"
+        return "speculative" if self.diffusion.serves_ar else "diffusion"
 
     def decoder(self, mode: str | Decoder | None = None, **options: Any) -> Decoder:
         """The decoder that `generate` uses for a mode and its options, of which None are not set.
@@ -149,11 +151,11 @@ class DiffusionLM:
     ) -> SampleOutput:
         """Continue prompts: text, texts, chat messages, or token ids with an attention mask.
 
-        mode: "diffusion" (the default of a converted checkpoint), "ar" (every checkpoint), "speculative" (AR's own
-        output in fewer forwards, for a causal clean half: recipes tri-mode, drafter), or a decoder of
-        `unmask.sampling` with its options: `Blocks(window=4)`. block_size, max_denoising_steps, select,
-        confidence_threshold (short for select=Threshold(p)) and `options` are those of the mode's decoder:
-        guidance_scale, window, remask, draft_length, acceptance; one that it does not read is an error.
+        mode: "ar" (every checkpoint), "diffusion" (every converted one), "speculative" (AR's own output in fewer
+        forwards, for a causal clean half: recipes tri-mode, drafter), or a decoder of `unmask.sampling` with its
+        options, `Blocks(window=4)`; by default the best that the checkpoint has, see `default_mode`. block_size,
+        max_denoising_steps, select, confidence_threshold (short for select=Threshold(p)) and `options` are those of
+        the mode's decoder: guidance_scale, window, remask, draft_length, acceptance; an unread one is an error.
         temperature 0 is greedy. batch_size: prompts that decode at a time, all unless given; one that ends makes room
         for the next. callback(row, positions, tokens) is called at each commit. The same seed gives the same output.
         A row ends at the end token, at a stop string, after max_new_tokens, or where the model's context does.

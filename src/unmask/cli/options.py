@@ -14,7 +14,7 @@ import typer
 
 DECODER: dict[str, Any] = {
     "mode": Annotated[
-        str | None, typer.Option(help="diffusion, ar or speculative; by default what the checkpoint is.")
+        str | None, typer.Option(help="diffusion, ar or speculative; by default the best that the checkpoint has.")
     ],
     "block_size": Annotated[int | None, typer.Option(help="Decode in blocks of another size.")],
     "max_denoising_steps": Annotated[int | None, typer.Option(help="Forwards per block at most.")],

@@ -154,7 +154,9 @@ def measure_votes(s: Subject) -> list[Row]:
     """Majority of k samples and any of k right (DiffuLLaMA 2410.17891, Table 2), on tasks with answers. `at` is k."""
     if s.held_out.score is None:
         return []
-    select = None if s.lm.diffusion is None else Threshold(1.0)
+    decoding: dict[str, Any] = {"mode": "ar"}
+    if s.lm.diffusion is not None:
+        decoding = {"mode": "diffusion", "select": Threshold(1.0)}
     right: list[list[bool]] = []
     answers: list[list[str]] = []
     for k in range(s.budget.votes):
@@ -162,7 +164,7 @@ def measure_votes(s: Subject) -> list[Row]:
         for start in range(0, len(s.held_out.prompts), _BATCH):
             ids, real = padded(s.held_out.prompts[start : start + _BATCH])
             out = s.lm.generate(
-                ids, max_new_tokens=s.budget.new_tokens, attention_mask=real, select=select,
+                ids, max_new_tokens=s.budget.new_tokens, attention_mask=real, **decoding,
                 temperature=s.budget.vote_temperature, seed=seed_for(("vote", k, start)),
             )  # fmt: skip
             texts += out.texts
@@ -254,7 +256,7 @@ def measure_order(s: Subject) -> list[Row]:
     for start in range(0, len(whole), _BATCH):
         watched.before = None
         ids, real = padded(whole[start : start + _BATCH])
-        s.lm.generate(ids, max_new_tokens=s.budget.new_tokens, attention_mask=real, select=watched)
+        s.lm.generate(ids, "diffusion", s.budget.new_tokens, attention_mask=real, select=watched)
     steps = torch.arange(places, dtype=torch.float64)
     rows = []
     for place in range(places):

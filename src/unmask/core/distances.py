@@ -65,12 +65,8 @@ class _Distance(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (
-            gradient.mul_(grad[:, None]),
-            None,
-            None,
-            None,
-        )  # in place: saved tensors know if they are asked for twice
+        # In place, since it is large; autograd raises an error if saved tensors are read a second time.
+        return gradient.mul_(grad[:, None]), None, None, None
 
 
 def _excess(q_logits: Tensor, p_logits: Tensor, gradient: Tensor | None) -> Tensor:

@@ -33,7 +33,7 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 def read_documents(path: Path, *, text_column: str = "text", skip_invalid: bool = False) -> Iterator[str]:
-    """`read_examples` of a file that holds plain text and nothing else."""
+    """The texts of a file; ValueError if it holds supervised examples."""
     for example in read_examples(path, text_column=text_column, skip_invalid=skip_invalid):
         if not isinstance(example, str):
             raise ValueError(
@@ -44,11 +44,10 @@ def read_documents(path: Path, *, text_column: str = "text", skip_invalid: bool 
 
 
 def read_examples(path: Path, *, text_column: str = "text", skip_invalid: bool = False) -> Iterator[Example]:
-    """Texts and supervised examples of one .txt, .jsonl or .parquet file, told apart by their columns.
+    """Texts and supervised examples of one .txt, .jsonl or .parquet file; the columns of a record decide which it is.
 
-    White space around a text is stripped, and empty texts are left out. A text that is no UTF-8, a broken
-    JSON line or a missing column is a ValueError that names file and line; with `skip_invalid` that document
-    alone is left out.
+    White space around a text is stripped, and empty texts are left out. Text that is not UTF-8, a broken JSON line or a
+    missing column raises a ValueError that names file and line; with `skip_invalid` that document is left out instead.
     """
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     for example in readers[path.suffix](path, text_column, skip_invalid):
@@ -119,12 +118,12 @@ def _read_parquet(path: Path, column: str, skip_invalid: bool) -> Iterator[Examp
 
 def _invalid(path: Path, line: int, problem: str) -> ValueError:
     return ValueError(
-        f"data file {str(path)!r}, line {line}: {problem}; mend it, or keep the rest with skip_invalid=true"
+        f"data file {str(path)!r}, line {line}: {problem}; correct it, or keep the rest with skip_invalid=true"
     )
 
 
 def find_files(sources: Sequence[str | Path]) -> list[Path] | None:
-    """The data files behind files and folders; None if the one source is a hub id."""
+    """The data files among files and folders, those of a folder sorted; None if the only source is a hub id."""
     files: list[Path] = []
     for source in sources:
         path = Path(source)
@@ -149,7 +148,7 @@ def find_files(sources: Sequence[str | Path]) -> list[Path] | None:
 
 
 def local_files(sources: Sequence[str | Path], what: str) -> list[Path]:
-    """`find_files` where a hub id will not do; what: how the message calls the sources."""
+    """`find_files`, but ValueError for a hub id; what: the name of the sources in the message."""
     files = find_files(sources)
     if files is None:
         raise ValueError(f"{what} {str(sources[0])!r} is no file here: give {', '.join(SUFFIXES)} files, or a folder")
@@ -160,7 +159,7 @@ def local_files(sources: Sequence[str | Path], what: str) -> list[Path]:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], end_token_id: int | None = None) -> list[np.ndarray]:
-    """Token ids of each text, exactly `tokenizer(text)`, with the end token appended if one is given."""
+    """Token ids of each text, exactly `tokenizer(text)`, followed by the end token unless it is None."""
     if not texts:
         return []
     encoded = encode(tokenizer, list(texts))["input_ids"]
@@ -169,19 +168,21 @@ def tokenize(tokenizer: Any, texts: Sequence[str], end_token_id: int | None = No
 
 
 class Document(NamedTuple):
-    """Token ids (length,) and, for a supervised example, which of them are learnt; None is all of them."""
+    """Token ids (length,), and bool like ids, True on tokens that are learnt; None learns all (a text)."""
 
     ids: np.ndarray
     loss_mask: np.ndarray | None = None
 
     def after(self, offset: int) -> Document:
+        """The document from token `offset` on."""
         return Document(self.ids[offset:], None if self.loss_mask is None else self.loss_mask[offset:])
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised documents in memory: document i is tokens[offsets[i] : offsets[i + 1]].
+    """Tokenised documents in memory: document i is tokens[offsets[i] : offsets[i + 1]], tokens int32, offsets int64.
 
+    fingerprint: a digest of the content.
     loss_mask: bool like tokens, False on tokens that are never in a loss (prompts); None where all are.
     """
 
@@ -217,7 +218,7 @@ class Corpus:
         return Document(self[index], None if loss_mask.all() else loss_mask)
 
     def split(self, held_out: int) -> tuple[Corpus, Corpus]:
-        """All but the last `held_out` documents, and those."""
+        """All but the last `held_out` documents, and the last `held_out`."""
         cut = len(self) - held_out
         end = int(self.offsets[cut])
         first, last = (None, None) if self.loss_mask is None else (self.loss_mask[:end], self.loss_mask[end:])
@@ -227,15 +228,15 @@ class Corpus:
         )
 
     def stream(self, seed: int, epoch: int, start: int) -> Iterator[Document]:
-        """Documents of an epoch in its own random order, from the `start`-th on."""
-        # numpy reads a list as words of 32 bits, so that [2^32, 0] would be [0, 1], and takes no negative number.
+        """The documents of an epoch in a random order of its own, from number `start` in that order."""
+        # numpy reads a list as 32-bit words, so [2^32, 0] would equal [0, 1], and accepts no negative number.
         key = [seed, epoch] if 0 <= seed < 2**32 else seed_for(("documents", seed, epoch))
         order = np.random.default_rng(key).permutation(len(self))
         for index in order[start:]:
             yield self.document(index)
 
     def tokens_per_row(self, max_length: int) -> float:
-        """Mean tokens that a packed row holds: fewer than its length where examples are not cut."""
+        """Mean number of tokens in a packed row, below `max_length` where a supervised example did not fit its rest."""
         if self.loss_mask is None:
             return max_length
         rows = column = 0
@@ -248,7 +249,7 @@ class Corpus:
         return self.num_tokens / (rows + (column > 0))
 
     def filled_up(self, max_length: int, token: int) -> Corpus:
-        """Every document lengthened with `token`, learnt, to `max_length`: DiffuLLaMA's padding (its released code)."""
+        """Every document lengthened to `max_length` with `token`, which is learnt, as in DiffuLLaMA's released code."""
         documents = [self.document(index) for index in range(len(self))]
         tokens = np.full((len(self), max_length), token, dtype=self.tokens.dtype)
         learnt = np.ones((len(self), max_length), dtype=bool)
@@ -271,35 +272,36 @@ def load_corpus(
     max_documents: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
-    """Read and tokenise files, in batches of documents; `progress` gets the bytes of text of each batch.
+    """Read and tokenise files, in batches of documents, `max_documents` at most.
 
-    A supervised example longer than `max_length` is a ValueError, or left out with `skip_invalid`.
+    progress: called with the bytes of text of each batch. Raises ValueError for a file without documents and, unless
+    `skip_invalid` leaves them out, for invalid records and supervised examples longer than `max_length`.
     """
-    reader = _Tokenised(tokenizer, end_token_id, skip_invalid, max_length)
-    pieces = reader.documents
+    builder = _CorpusBuilder(tokenizer, end_token_id, skip_invalid, max_length)
+    documents = builder.documents
     for path in files:
-        before = len(pieces)
+        before = len(documents)
         examples = read_examples(path, text_column=text_column, skip_invalid=skip_invalid)
-        while batch := list(itertools.islice(examples, _room(max_documents, len(pieces)))):
-            num_bytes = reader.add(batch, path)
+        while batch := list(itertools.islice(examples, _batch_size(max_documents, len(documents)))):
+            num_bytes = builder.add(batch, path)
             if progress is not None:
                 progress(num_bytes)
-        if len(pieces) == before and (max_documents is None or before < max_documents):
+        if len(documents) == before and (max_documents is None or before < max_documents):
             raise ValueError(f"data file {str(path)!r} holds no documents")
-    return reader.corpus()
+    return builder.corpus()
 
 
 _BATCH = 256
 """Documents that are tokenised at a time."""
 
 
-def _room(max_documents: int | None, documents: int) -> int:
-    """Examples to read next."""
+def _batch_size(max_documents: int | None, documents: int) -> int:
+    """Examples to read next, after so many documents."""
     return _BATCH if max_documents is None else max(0, min(_BATCH, max_documents - documents))
 
 
-class _Tokenised:
-    """Documents read so far, and the digest of their texts."""
+class _CorpusBuilder:
+    """The documents that were read, and a digest of their texts."""
 
     def __init__(self, tokenizer: Any, end_token_id: int | None, skip_invalid: bool, max_length: int | None) -> None:
         self.tokenizer, self.end_token_id = tokenizer, end_token_id
@@ -308,7 +310,7 @@ class _Tokenised:
         self._digest = hashlib.sha256()
 
     def add(self, examples: Sequence[Example], path: Path) -> int:
-        """Tokenise the examples of a file, in their order; how many bytes of text they are."""
+        """Tokenise examples of a file, in their order; return their bytes of text."""
         texts = iter(self._texts([example for example in examples if isinstance(example, str)], path))
         num_bytes = 0
         for example in examples:
@@ -324,7 +326,7 @@ class _Tokenised:
         return num_bytes
 
     def _texts(self, texts: list[str], path: Path) -> list[np.ndarray | None]:
-        """Ids of each text, None for one that is left out."""
+        """Token ids of each text, None for one that is left out."""
         try:
             return list(tokenize(self.tokenizer, texts, self.end_token_id))
         except SpecialTextError as error:
@@ -336,7 +338,7 @@ class _Tokenised:
         return self._texts(texts[:half], path) + self._texts(texts[half:], path)
 
     def _supervised(self, example: Any, path: Path) -> list[Document]:
-        """The documents of a supervised example; none for one that is left out."""
+        """The documents of a supervised example, none if it is left out."""
         try:
             encoded = encode_example(self.tokenizer, example, self.end_token_id)
             for ids, loss_mask in encoded:
@@ -350,12 +352,12 @@ class _Tokenised:
             colon = ":" if isinstance(error, SpecialTextError) else ""
             raise ValueError(
                 f"data file {str(path)!r}: the example {_shortened(repr(example))}{colon} {error}; "
-                "mend it, or keep the rest with skip_invalid=true"
+                "correct it, or keep the rest with skip_invalid=true"
             ) from None
         return [Document(np.asarray(ids, dtype=np.int32), np.asarray(mask)) for ids, mask in encoded]
 
     def corpus(self) -> Corpus:
-        """All documents, under the digest of their texts."""
+        """The corpus of all documents, with the digest as its fingerprint."""
         return Corpus.of(self.documents, self._digest.hexdigest()[:16])
 
 
@@ -364,14 +366,14 @@ def _shortened(text: str, width: int = 70) -> str:
 
 
 class HubStream:
-    """Documents of a hub data set, streamed and tokenised in batches; its length is not known."""
+    """The documents of a hub data set of unknown length, streamed and tokenised in batches."""
 
     def __init__(self, name: str, tokenizer: Any, *, end_token_id: int | None, text_column: str, split: str) -> None:
         import datasets
 
         try:
             self.data = datasets.load_dataset(name, split=split, streaming=True)
-        except Exception as error:  # the hub client's own errors are many and say where they come from
+        except Exception as error:  # the hub's client has many error types of its own
             raise ValueError(
                 f"data {name!r} is no file here and cannot be opened on the hub: "
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -383,7 +385,7 @@ class HubStream:
         self.fingerprint = f"{name}:{split}"
 
     def stream(self, seed: int, epoch: int, start: int) -> Iterator[Document]:
-        """Documents of an epoch in the order of a shuffling buffer, from the `start`-th on."""
+        """The documents of an epoch in the order of a shuffling buffer, from number `start` in that order."""
         data = self.data.shuffle(seed=seed_for(("documents", seed, epoch)), buffer_size=10_000)
         texts: list[str] = []
         for record in data.skip(start) if start else data:

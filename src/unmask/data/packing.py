@@ -1,8 +1,8 @@
 """Documents to packed rows of one length.
 
-A row holds pieces of documents with their document ids and positions, so that attention can keep them apart.
-A text longer than what is left of a row is cut there, and the rest is a document of its own; a supervised
-example is never cut. Everything an iterator needs to go on where it stopped is (epoch, document, offset).
+A row holds pieces of documents with their document numbers and positions, so that attention can separate them. A text
+longer than the rest of a row is cut there, and what follows is a document of its own; a supervised example is never
+cut. An iterator continues from (epoch, document, offset) alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unmask.data.documents import Corpus, Document, HubStream
 
 @dataclass(frozen=True)
 class PackState:
-    """Where the next row begins: which document of which epoch, and how far into it."""
+    """The place in the data where the next row begins: epoch, number of the document in it, token of the document."""
 
     epoch: int = 0
     document: int = 0
@@ -30,8 +30,8 @@ class PackState:
 class Packer:
     """Rows of `max_length` tokens from a corpus or stream, epoch after epoch, resumable at any row.
 
-    The last row of an epoch is filled up from the next one; with `epochs` the stream ends, and its last row
-    is padded. So is a row whose rest is too short for the supervised example that comes next.
+    The last row of an epoch is filled from the next epoch. After `epochs` epochs the rows end, and the last one is
+    padded; so is a row whose rest is too short for the next supervised example.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Packer:
         self._rest = Document(np.zeros(0, dtype=np.int64))
 
     def _walk(self, state: PackState) -> Iterator[tuple[PackState, Document]]:
+        """The documents from `state` on, with the place of each."""
         epoch, start, offset = state.epoch, state.document, state.offset
         while self.epochs is None or epoch < self.epochs:
             empty = start == 0
@@ -65,9 +66,9 @@ class Packer:
             yield batch, self.state
 
     def batch(self, size: int) -> Batch | None:
-        """The next `size` rows, at the end filled up with padding, or None when nothing is left.
+        """The next `size` rows, None at the end of the data.
 
-        Always `size` rows, so that every rank of a distributed step has its share to run.
+        The last batch has `size` rows as well, some of padding alone, so that every rank has rows to run.
         """
         ids = np.zeros((size, self.max_length), dtype=np.int64)
         position = np.tile(np.arange(self.max_length), (size, 1))
@@ -96,5 +97,5 @@ class Packer:
                 row, column, number = row + 1, 0, 0
         if row + column == 0:
             return None
-        x0, where, owner = (torch.from_numpy(array) for array in (ids, position, document))
-        return Batch(x0, Layout.of(where, owner), None if learnt.all() else torch.from_numpy(learnt))
+        layout = Layout.of(torch.from_numpy(position), torch.from_numpy(document))
+        return Batch(torch.from_numpy(ids), layout, None if learnt.all() else torch.from_numpy(learnt))

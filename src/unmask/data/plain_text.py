@@ -1,7 +1,7 @@
-"""Text to token ids, where text that spells a special token is ordinary text: chat templates alone make special tokens.
+"""Text to token ids. Text that spells a special token is ordinary text: only a chat template makes special tokens.
 
-Every tokenizer call of the library is one of these two, in turns: a tokenizer keeps between calls how it reads
-special tokens, so that two threads would change it under each other.
+Every call of a tokenizer in the library is made in this module under one lock: a tokenizer keeps the way it reads
+special tokens from call to call, so that two threads would change it for each other.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-_TURN = threading.Lock()
+_LOCK = threading.Lock()
 _ESCAPE, _FIRST = chr(0x100000), 0x100001
-"""Characters of a plane for private use: from the second on they stand for special tokens' texts inside a rendered
-template, and the first stands before one of them that a message itself holds."""
+"""Private-use characters: _FIRST + i replaces the text of special token i while a template is rendered, and _ESCAPE
+precedes such a character that the message itself contains."""
 
 
 class SpecialTextError(ValueError):
@@ -22,12 +22,12 @@ class SpecialTextError(ValueError):
 
 
 def encode(tokenizer: Any, texts: str | Sequence[str], **options: Any) -> Any:
-    """`tokenizer(texts, **options)` with special tokens' texts split as other text is; its own begin token stays.
+    """`tokenizer(texts, **options)`, with the texts of special tokens split like other text; a begin token is kept.
 
-    A tokenizer that cannot split one (whole words, for example) is a SpecialTextError.
+    Raises SpecialTextError if the tokenizer cannot split one (a tokenizer of whole words, for example).
     """
     options |= {"split_special_tokens": True, "return_attention_mask": False, "verbose": False}
-    with _TURN:
+    with _LOCK:
         encoded = tokenizer(texts, **options)
     rows = [encoded["input_ids"]] if isinstance(texts, str) else encoded["input_ids"]
     _check_split(tokenizer, [texts] if isinstance(texts, str) else texts, rows, options.get("add_special_tokens", True))
@@ -37,14 +37,14 @@ def encode(tokenizer: Any, texts: str | Sequence[str], **options: Any) -> Any:
 def _check_split(tokenizer: Any, texts: Sequence[str], rows: Sequence[list[int]], adds_own: bool) -> None:
     specials = {tokenizer.convert_tokens_to_ids(text): text for text in special_texts(tokenizer)}
     if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.mask_token_id):
-        specials.pop(tokenizer.unk_token_id, None)  # that stands for any word that is not known
+        specials.pop(tokenizer.unk_token_id, None)  # any unknown word becomes this token
     own: list[int] | None = None
     for text, ids in zip(texts, rows, strict=True):
         for token in specials.keys() & set(ids):
             if specials[token] not in text:
                 continue
-            if own is None:  # those that the tokenizer itself puts around a text
-                with _TURN:
+            if own is None:  # tokens that the tokenizer itself adds around a text
+                with _LOCK:
                     own = list(tokenizer("", add_special_tokens=adds_own, verbose=False)["input_ids"])
             if ids.count(token) > own.count(token):
                 shown = text if len(text) <= 70 else text[:67] + "..."
@@ -55,18 +55,18 @@ def _check_split(tokenizer: Any, texts: Sequence[str], rows: Sequence[list[int]]
 
 
 def ids_of(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    """The token ids of one text: see `encode`."""
+    """Token ids of one text, see `encode`."""
     return list(encode(tokenizer, text, **options)["input_ids"])
 
 
 def special_texts(tokenizer: Any) -> list[str]:
-    """The texts of the tokenizer's special tokens, longer ones first."""
+    """Texts of the tokenizer's special tokens, longest first."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return sorted({*added, *tokenizer.all_special_tokens}, key=lambda text: (-len(text), text))
 
 
 def hide_special(tokenizer: Any, value: Any) -> Any:
-    """A message, or a part of one, with a private character for each special token's text, for a template to carry."""
+    """A message, or a part of one, with each special token's text replaced by a private character."""
     if isinstance(value, dict):
         return {key: hide_special(tokenizer, part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -81,21 +81,21 @@ def hide_special(tokenizer: Any, value: Any) -> Any:
 
 
 def _private(count: int) -> str:
-    """A regular expression for any of the private characters that `count` special tokens need."""
+    """A regular expression that matches one of the private characters of `count` special tokens."""
     return f"[{_ESCAPE}-{chr(_FIRST + count - 1)}]"
 
 
 def rendered_ids(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> list[int]:
-    """Token ids of what a chat template wrote: its special tokens are special, those that were hidden are text."""
+    """Token ids of a rendered chat template: its special tokens are special, those that `hide_special` hid are text."""
     specials = special_texts(tokenizer)
     ids: list[int] = []
     for i, piece in enumerate(re.split(f"({_ESCAPE}?{_private(len(specials))})", text)):
-        if i % 2:  # hidden, or a private character of the message's own
+        if i % 2:  # a hidden special text, or a private character that the message contained
             shown = piece[1:] if len(piece) > 1 else specials[ord(piece) - _FIRST]
             ids += _within(tokenizer, shown, split_special_tokens=True)
         elif i == 0:
             options = {"add_special_tokens": add_special_tokens, "split_special_tokens": False, "verbose": False}
-            with _TURN:
+            with _LOCK:
                 ids += tokenizer(piece, **options)["input_ids"]
         elif piece:
             ids += _within(tokenizer, piece, split_special_tokens=False)
@@ -103,11 +103,11 @@ def rendered_ids(tokenizer: Any, text: str, *, add_special_tokens: bool = False)
 
 
 def _within(tokenizer: Any, text: str, *, split_special_tokens: bool) -> list[int]:
-    """Token ids of a text that goes on from another: some tokenizers put a space in front of a text's first word."""
+    """Token ids of a text that follows another one: without the space that some tokenizers put before a first word."""
 
     def read(text: str) -> list[int]:
         options = {"add_special_tokens": False, "split_special_tokens": split_special_tokens, "verbose": False}
-        with _TURN:
+        with _LOCK:
             ids = list(tokenizer(text, **options)["input_ids"])
         if split_special_tokens:
             _check_split(tokenizer, [text], [ids], False)

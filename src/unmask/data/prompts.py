@@ -15,10 +15,10 @@ Prompts = str | Sequence[str] | Sequence[dict[str, str]] | Sequence[Sequence[dic
 
 
 def prompt_rows(tokenizer: Any, prompts: Prompts, attention_mask: Tensor | None, num_tokens: int) -> list[Tensor]:
-    """The tokens of each prompt, (length,) int64, possibly none.
+    """The tokens of each prompt, (length,) int64, length possibly 0.
 
-    prompts: a text, texts, the messages of a chat, several of those, or ids (rows, length) with their attention mask.
-    num_tokens: of the vocabulary. Raises ValueError for ids outside it, and for no prompts.
+    prompts: a text, texts, the messages of a chat, several chats, or ids (rows, length) with their attention mask.
+    num_tokens: size of the vocabulary. Raises ValueError for ids outside it, and without prompts.
     """
     if isinstance(prompts, Tensor):
         real = torch.ones_like(prompts) if attention_mask is None else attention_mask
@@ -45,9 +45,9 @@ def _encode(tokenizer: Any, prompt: Any) -> list[int]:
 
 
 def new_text(tokenizer: Any, prompt: Tensor, new: Sequence[int]) -> str:
-    """The text that `new` tokens add to the prompt's.
+    """The text that `new` tokens add to that of the prompt.
 
-    Decoded together, since a token's text may depend on the one before it.
+    Both are decoded together, since the text of a token may depend on the token before it.
     """
     before = tokenizer.decode(prompt.tolist(), skip_special_tokens=True)
     whole = tokenizer.decode([*prompt.tolist(), *new], skip_special_tokens=True)
@@ -55,7 +55,7 @@ def new_text(tokenizer: Any, prompt: Tensor, new: Sequence[int]) -> str:
 
 
 class StopStrings:
-    """Ends a row at the first token whose text completes one of `strings`; the `stop` of a `Request`."""
+    """The `stop` of a `Request` that ends a row at the first token whose text completes one of `strings`."""
 
     def __init__(self, tokenizer: Any, prompts: Sequence[Tensor], strings: str | Sequence[str] | None) -> None:
         self.tokenizer, self.prompts = tokenizer, prompts

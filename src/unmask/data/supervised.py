@@ -1,9 +1,9 @@
-"""Supervised examples: a prompt that is given and a completion to learn, or messages, the assistant's to learn.
+"""Supervised examples: a prompt and a completion, which is learnt, or messages, of which the assistant's are learnt.
 
 Knows records, a tokenizer and its chat template. Knows no file and no model.
 
-Every example becomes token ids and, beside them, a loss mask: True on the tokens to learn. What is given is
-tokenised exactly as `generate` will meet it.
+Every example becomes token ids and a loss mask, True on the tokens that are learnt. The tokens before an answer are
+exactly those that `generate` reads as the prompt.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ PROMPT, COMPLETION, MESSAGES = "prompt", "completion", "messages"
 
 
 class InvalidRecordError(ValueError):
-    """A record that is no document; the message says what is wrong with it, not where it stands."""
+    """A record that is no document. The message says what is wrong with it, but not its file and line."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and what is to follow it."""
+    """A prompt and the text that follows it."""
 
     prompt: str
     completion: str
@@ -38,11 +38,14 @@ class Conversation:
 
 
 Example = str | Completion | Conversation
-"""What a record holds: a text that is learnt whole, or a supervised example."""
+"""What a record holds: a text, which is learnt whole, or a supervised example."""
 
 
 def read_record(record: dict[str, Any], text_column: str) -> Example:
-    """The example in a record, recognised by its columns: text, or prompt and completion, or messages."""
+    """The example in a record, recognised by its columns: text, or prompt and completion, or messages.
+
+    Raises InvalidRecordError for a record without exactly one of them.
+    """
     if text_column != "text" and isinstance(record.get(text_column), str):
         chosen: str = record[text_column]
         return chosen
@@ -64,6 +67,7 @@ def read_record(record: dict[str, Any], text_column: str) -> Example:
 
 
 def missing_column(text_column: str, found: list[str]) -> str:
+    """The message for a record or file without a column of text."""
     return (
         f"has no text column {text_column!r}, found {found}; choose one with text_column=NAME, "
         "or give prompt and completion, or messages"
@@ -98,11 +102,11 @@ def _conversation(messages: Any) -> Conversation:
 def encode_example(
     tokenizer: Any, example: Completion | Conversation, end_token_id: int | None
 ) -> list[tuple[list[int], list[bool]]]:
-    """(ids, loss mask) of the documents that an example makes, nearly always one.
+    """(ids, loss mask) of the documents that an example makes, usually one.
 
-    The end token follows the last learnt token, unless the template has written it there already. A template
-    that renders earlier answers otherwise than the last one (some drop their reasoning) makes one document
-    for each answer, given exactly what `generate` would be given before it.
+    The end token follows the last learnt token, unless the template wrote it there. If a template renders an earlier
+    answer differently from the last one (some drop their reasoning), every answer makes a document of its own, after
+    exactly the tokens that `generate` would read before it.
     """
     if isinstance(example, Completion):
         prompt = ids_of(tokenizer, example.prompt)
@@ -113,19 +117,19 @@ def encode_example(
         ids: list[int] = []
         text, spans = "", []
         for before, after in turns:
-            given = continue_ids(tokenizer, ids, text, before[len(text) :], rendered=True)
-            learnt = continue_ids(tokenizer, ids + given, before, after[len(before) :], rendered=True)
-            spans.append((given, learnt))
-            ids, text = ids + given + learnt, after
+            context = continue_ids(tokenizer, ids, text, before[len(text) :], rendered=True)
+            answer = continue_ids(tokenizer, ids + context, before, after[len(before) :], rendered=True)
+            spans.append((context, answer))
+            ids, text = ids + context + answer, after
         documents.append(_joined(tokenizer, spans, end_token_id))
     return documents
 
 
 def continue_ids(tokenizer: Any, ids: Sequence[int], before: str, text: str, *, rendered: bool = False) -> list[int]:
-    """Tokens of `text` where it follows `before`, whose tokens `ids` stay as they are.
+    """Tokens of `text` after `before`, whose tokens are `ids`.
 
-    Those of both tokenised together where that begins with `ids`, so that a space in front of a word joins
-    the word as it does in running text; else those of `text` alone. rendered: a chat template wrote them.
+    If the tokens of both texts together begin with `ids`, their rest, so that a space before a word joins the word as
+    in running text; otherwise the tokens of `text` alone. rendered: a chat template wrote the texts.
     """
     whole = rendered_ids(tokenizer, before + text) if rendered else ids_of(tokenizer, before + text)
     if whole[: len(ids)] == list(ids):
@@ -136,27 +140,28 @@ def continue_ids(tokenizer: Any, ids: Sequence[int], before: str, text: str, *, 
 def _joined(
     tokenizer: Any, spans: list[tuple[list[int], list[int]]], end_token_id: int | None
 ) -> tuple[list[int], list[bool]]:
+    """(ids, loss mask) of spans of (context, answer), ended by the end token."""
     ids: list[int] = []
     loss_mask: list[bool] = []
-    for given, learnt in spans:
-        ids += given + learnt
-        loss_mask += [False] * len(given) + [True] * len(learnt)
+    for context, answer in spans:
+        ids += context + answer
+        loss_mask += [False] * len(context) + [True] * len(answer)
     if end_token_id is not None and not _ends(tokenizer, spans[-1][1], end_token_id):
         ids, loss_mask = [*ids, end_token_id], [*loss_mask, True]
     return ids, loss_mask
 
 
 def _ends(tokenizer: Any, ids: list[int], end_token_id: int) -> bool:
-    """Whether an answer's tokens say already where it ends.
+    """Whether the tokens of an answer contain its end.
 
-    A special end token can only come from the template; one that is ordinary text may stand inside the answer.
+    A special end token can only come from the template; one that is ordinary text may be part of the answer.
     """
     special = tokenizer.convert_ids_to_tokens(end_token_id) in special_texts(tokenizer)
     return end_token_id in ids if special else ids[-1:] == [end_token_id]
 
 
 def _turns(tokenizer: Any, messages: list[dict[str, str]]) -> list[list[tuple[str, str]]]:
-    """For each document, (text before an answer, text up to its end) of every answer in it."""
+    """For each document, (text before an answer, text up to the end of the answer) of its answers."""
 
     def render(upto: int, ask: bool) -> str:
         text: str = apply_template(tokenizer, messages[:upto], tokenize=False, add_generation_prompt=ask)
@@ -175,21 +180,21 @@ def _turns(tokenizer: Any, messages: list[dict[str, str]]) -> list[list[tuple[st
 
 
 def apply_template(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> Any:
-    """The tokenizer's chat template on messages; what the template raises is a ValueError.
+    """The tokenizer's chat template on messages; InvalidRecordError if the template raises an error.
 
-    Special tokens that a message spells are hidden from it: `rendered_ids` reads them as the text that they are.
+    Special tokens that a message spells are hidden from the template, and `rendered_ids` reads them as text.
     """
     check_template(tokenizer)
     hidden = hide_special(tokenizer, list(messages))
     try:
         return tokenizer.apply_chat_template(hidden, **options)
-    except Exception as error:  # a template is a program: it raises what it likes
+    except Exception as error:  # a template is a program and may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InvalidRecordError(f"holds messages that the chat template refuses ({reason})") from error
 
 
 def check_template(tokenizer: Any) -> None:
-    """Raise ValueError if the tokenizer has no chat template."""
+    """Raise ValueError for a tokenizer without a chat template."""
     if tokenizer.chat_template is None:
         raise ValueError(
             "messages need a chat template, which this tokenizer lacks: give text (or prompt and completion) instead, "

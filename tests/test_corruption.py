@@ -1,4 +1,4 @@
-"""Laws of the noise: calculus, counting and enumeration."""
+"""Distributions of the noise: calculus, counting and enumeration."""
 
 import math
 
@@ -67,7 +67,7 @@ def test_exact_count_skips_what_is_not_maskable_and_counts_ragged_blocks() -> No
     assert drawn.weight.tolist() == [[0] + [1] * 6]
     tiny = torch.full((1, 7), 1e-9, dtype=torch.float64)
     drawn = mask_exact(tiny, torch.rand(1, 7, dtype=torch.float64), segment, maskable)
-    assert drawn.masked[0, :4].sum() == drawn.masked[0, 4:].sum() == 1  # at least one a block, by the law
+    assert drawn.masked[0, :4].sum() == drawn.masked[0, 4:].sum() == 1  # at least one a block, by the distribution
 
 
 def test_bernoulli_rate_lies_in_its_binomial_interval() -> None:

@@ -1,4 +1,4 @@
-"""Distances between laws against a slow, obvious reference in float64, values and gradients."""
+"""Distances between distributions against a slow, obvious reference in float64, values and gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def reference(p_logits: Tensor, q_logits: Tensor, distance: str, top_k: int | No
         likeliest = int(p.argmax())
         order = p.argsort(descending=True, stable=True)
         own, rest = (order, order[:0]) if top_k is None else (order[:top_k], order[top_k:])
-        p_parts, q_parts = ([law[i] for i in own] + ([law[rest].sum()] if len(rest) else []) for law in (p, q))
+        p_parts, q_parts = ([x[i] for i in own] + ([x[rest].sum()] if len(rest) else []) for x in (p, q))
         tv = sum(0.5 * (a - b).abs() for a, b in zip(p_parts, q_parts, strict=True))
         kl = sum(a * (a / b).log() for a, b in zip(p_parts, q_parts, strict=True) if a > 0)
         lam = math.exp(-0.5 * (1 - float(torch.as_tensor(tv).detach())))
@@ -34,7 +34,7 @@ def reference(p_logits: Tensor, q_logits: Tensor, distance: str, top_k: int | No
     return torch.stack(values).tolist(), gradient
 
 
-def laws(case: str, n: int = 3, vocabulary: int = 300) -> tuple[Tensor, Tensor]:
+def distributions(case: str, n: int = 3, vocabulary: int = 300) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(len(case))
     p, q = torch.randn(2, n, vocabulary, generator=generator, dtype=torch.float64)
     if case == "flat":  # the rest is likelier than any token
@@ -52,7 +52,7 @@ def laws(case: str, n: int = 3, vocabulary: int = 300) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("top_k", [1, 4, 299, None])
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_every_distance_is_its_definition(distance: str, top_k: int | None, case: str, dtype: torch.dtype) -> None:
-    p, q = (logits.to(dtype) for logits in laws(case))
+    p, q = (logits.to(dtype) for logits in distributions(case))
     q.requires_grad_(True)
     weight = torch.tensor([0.5, 1.0, 2.0], dtype=dtype)
     got = draft_distance(p, q, torch.zeros(3, dtype=torch.long), distance, top_k)
@@ -61,7 +61,7 @@ def test_every_distance_is_its_definition(distance: str, top_k: int | None, case
     expected = weight.double()[:, None] * expected
     assert gradient[:, 5].abs().max() == 0
     exact = dtype == torch.float64
-    # Whole laws in float32 are as exact as float32 softmaxes; with a bucket, relative to what little differs.
+    # Whole distributions in float32 are as exact as float32 softmaxes; with a bucket, relative to what little differs.
     scale = 1.0 if top_k is None else float(expected.abs().max())
     atol = 1e-10 * scale + 1e-14 if exact else 1e-5 * scale  # 1e-14: the reference's own rounding
     torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=atol)

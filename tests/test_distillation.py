@@ -1,4 +1,4 @@
-"""Teachers other than the text: a frozen AR model, truncated laws, the student's own trajectories, shifted grids."""
+"""Teachers other than the text: a frozen AR model, truncated distributions, a student's trajectories, moved grids."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_adapt_keeps_the_ar_mode_nearer_to_the_parent_with_it_as_teacher(
     assert moved["path"] == pytest.approx(moved["parent"], rel=1e-3)
 
 
-# --- truncated laws
+# --- truncated distributions
 
 
 @pytest.mark.parametrize("distance", ["kl", "tv", "kl+tv", "lk"])

@@ -117,7 +117,7 @@ class DiffusionLM:
 
     @property
     def default_mode(self) -> str:
-        """The best mode of the checkpoint: AR's own text, faster, where the clean half is an AR model, else diffusion."""
+        """The best mode of the checkpoint: AR's own text, faster, if the clean half is an AR model, else diffusion."""
         if self.diffusion is None:
             return "ar"
         return "speculative" if self.diffusion.serves_ar else "diffusion"

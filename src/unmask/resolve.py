@@ -39,7 +39,7 @@ _RULE: dict[str, tuple[float, float]] = {
 
 
 FULL_VOCABULARY, TEACHER_TOP_K = 65_536, 64
-"""Up to so many tokens a teacher's whole law is compared, beyond them its likeliest ones."""
+"""Vocabulary size up to which a teacher's whole distribution is compared; beyond it, its likeliest tokens alone."""
 
 
 def resolve(

@@ -6,7 +6,7 @@ Notation: t in (0, 1] is the noise level (0 = clean), alpha(t) the probability t
 `masked` is True on corrupted tokens. A *segment* is the set of tokens that share one t: a block, a document
 or a row; n is its number of maskable tokens, k the number masked.
 
-Laws (both make the expected weighted loss the NELBO, in nats, of the segment):
+Distributions (both make the expected weighted loss the NELBO, in nats, of the segment):
   exact count   k = ceil(t n) positions, weight n / k;  t uniform makes k uniform on 1..n
   Bernoulli     each position with probability 1 - alpha(t), weight -alpha'(t) / (1 - alpha(t))
 """

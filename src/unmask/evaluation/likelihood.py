@@ -1,7 +1,7 @@
 """Likelihoods of whole documents: the exact NLL of the AR mode and the NELBO of the diffusion mode.
 
 The NELBO bounds -log p(x) of the sampler that reveals a block's tokens one at a time in random order. A
-threshold sampler draws from another law; its outputs have no likelihood here. Masks are always uniform:
+threshold sampler draws from another distribution; its outputs have no likelihood here. Masks are always uniform:
 a position-dependent mask gives no bound.
 
 Notation: a *window* is a stretch of a document no longer than the context, scored as a document of its own;

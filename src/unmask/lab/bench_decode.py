@@ -45,7 +45,7 @@ class DecodeCase(Case):
 
 @dataclass(frozen=True)
 class Accept:
-    """Keep the first n drafts of a cycle, whatever the laws say: n + 1 tokens a cycle."""
+    """Keep the first n drafts of a cycle, whatever the verifier says: n + 1 tokens a cycle."""
 
     n: int
 

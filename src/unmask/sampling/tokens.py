@@ -48,7 +48,7 @@ def choose_tokens(
 
 
 def truncate(logits: Tensor, temperature: float, top_p: float, top_k: int | None = None) -> Tensor:
-    """float64 logits of the law that is sampled: divided by the temperature, -inf outside the top-k and top-p sets."""
+    """float64 logits of the sampled distribution: divided by the temperature, -inf outside the top-k and top-p sets."""
     scores = logits.double() / temperature
     if top_k is not None and top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k, dim=-1).values[:, -1:], -torch.inf)

@@ -1,10 +1,9 @@
-"""Training text that the model writes itself (`--data self`): the beginnings of documents, continued.
+"""Training text that the model writes itself (`--data self`): continuations of the beginnings of documents.
 
-A drafter is asked for the continuation its own base would write, not for the corpus's. At temperature 0 that
-continuation is a function of the prefix, so even parallel drafts can be right all the way (I-DLM 2604.11035 and
-dParallel 2509.26488 train on regenerated text). A diffusion student meets, when it decodes, the states of its own
-trajectories: text that it wrote, with what was still masked on the way (OPDLM 2606.06712). Rollouts are made in
-batches, once, and kept on disk.
+A drafter has to predict what its base writes, not what the corpus says. At temperature 0 that continuation is a
+function of the prefix, so even parallel drafts can be right throughout (I-DLM 2604.11035 and dParallel 2509.26488
+train on regenerated text). A diffusion student decodes from states of its own trajectories: text that it wrote, with
+the tokens that were still masked (OPDLM 2606.06712). Every rollout is made once, in batches, and kept on disk.
 """
 
 from __future__ import annotations
@@ -51,10 +50,10 @@ def roll_out(
 ) -> Corpus:
     """Documents of up to `max_length` tokens, about `num_tokens` in all, kept in `folder`.
 
-    Document i continues the first 1 to 32 tokens (drawn from the seed) of document first + i of `prompts`, going
-    round. author: fingerprint of the model; the file's name is a hash of everything that decides its content.
-    student: decode blocks by diffusion as this config says; the loss mask then holds the tokens that were still
-    masked at one step of each block, drawn among the steps that it took. progress: called with each batch's tokens.
+    Document i continues the first 1 to 32 tokens (drawn from the seed) of document first + i of `prompts`, modulo their
+    number. author: fingerprint of the model; the file's name is a hash of everything that decides its content.
+    student: decode blocks by diffusion with this config; learnt are then the tokens that were still masked at one step
+    of each block, drawn among the steps that it took. progress: called with the number of tokens of each batch.
     """
     decisive = repr((author, prompts.fingerprint, num_tokens, max_length, temperature, tuple(end_token_ids), seed))
     if student is not None or first:
@@ -86,22 +85,23 @@ def roll_out(
 
 
 def rewritten_text(data: TrainingData, settings: Resolved, model: Any, write: Callable[[int], Corpus]) -> TrainingData:
-    """Rows of what `model` writes while it learns: `write(step)` at every self_every-th step, else at step 0 alone.
+    """`data` with rows of the text `write(step)`, which `model` writes while it learns.
 
-    The text of a step must be a function of the step: a run that goes on in the middle asks for it again.
+    It is written at step 0 and, with self_every, again at every self_every-th step. A run that resumes between two of
+    these steps calls `write` with the earlier one, which must return the same text again.
     """
 
     def batches(step: int, place: PackState) -> Iterator[tuple[Batch, PackState]]:
         every = settings.self_every
         while True:
-            begun = 0 if every is None else step - step % every
+            first = 0 if every is None else step - step % every
             model.eval()
-            text = write(begun)
+            text = write(first)
             model.train()
-            state = PackState() if step == begun else place
+            state = PackState() if step == first else place
             packer = Packer(text, settings.max_length, seed=settings.seed, state=state)
-            left = None if every is None else begun + every - step
-            for batch in itertools.islice(packer.batches(settings.batch_size), left):
+            num_steps = None if every is None else first + every - step
+            for batch in itertools.islice(packer.batches(settings.batch_size), num_steps):
                 yield batch
                 step += 1
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import STORIES
 
 import unmask
@@ -134,3 +136,79 @@ def test_a_run_of_an_older_version_goes_on_under_todays_names(
     record.write_text(json.dumps(new | {"settings": old | {"anneal_form": "window"}}))
     with pytest.raises(ValueError, match="anneal_form='window' is no longer offered"):
         unmask.adapt(tokenizer_and_model, stories, output_dir=run, resume=True, **options)
+
+
+@pytest.mark.parametrize("recipe", ["efficient-dlm", "tri-mode", "diffullama"])
+def test_a_checkpoint_of_an_unknown_recipe_goes_on_with_the_nearest_one(
+    tokenizer_and_model: Path,
+    stories: Path,
+    tmp_path: Path,
+    recipe: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    unmask.adapt(tokenizer_and_model, stories, recipe, tmp_path / "first", **(SHORT | {"show_progress": False}))
+    config = tmp_path / "first" / "config.json"
+    raw = json.loads(config.read_text())
+    raw["diffusion"]["recipe"] = "one-of-tomorrow"
+    config.write_text(json.dumps(raw))
+    before = unmask.load(tmp_path / "first").diffusion
+    after = unmask.adapt(tmp_path / "first", stories, output_dir=tmp_path / "on", **SHORT).diffusion
+    assert after is not None
+    assert same(before, after)
+    assert after.recipe == recipe
+    assert f"recipe one-of-tomorrow -> {recipe}" in capsys.readouterr().err
+
+
+@pytest.fixture
+def taught(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A finished run with a teacher, and its settings."""
+    shutil.copytree(tokenizer_and_model, tmp_path / "teacher")
+    settings = SHORT | {"max_tokens": 128, "show_progress": False, "teacher": str(tmp_path / "teacher")}
+    unmask.adapt(tokenizer_and_model, stories, "tri-mode", tmp_path / "run", **settings)
+    return tmp_path / "run", settings
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_teacher_is_the_same_under_another_path(
+    taught: tuple[Path, dict[str, Any]], tokenizer_and_model: Path, stories: Path, tmp_path: Path, recorded: bool
+) -> None:
+    folder, settings = taught
+    record = json.loads((folder / "run.json").read_text())
+    shutil.copytree(tokenizer_and_model, tmp_path / "moved")
+    others = [str(tmp_path / "moved"), "parent"]
+    if not recorded:  # as versions before this one left it: paths are compared
+        del record["teacher"]
+        (folder / "run.json").write_text(json.dumps(record))
+        others = [str(tmp_path / "moved" / ".." / "teacher")]
+    for teacher in others:
+        options = settings | {"teacher": teacher}
+        unmask.adapt(tokenizer_and_model, stories, "tri-mode", folder, resume=True, **options)
+
+
+def test_other_weights_at_the_same_path_are_another_teacher(
+    taught: tuple[Path, dict[str, Any]], tokenizer_and_model: Path, stories: Path
+) -> None:
+    folder, settings = taught
+    other = unmask.load(settings["teacher"])
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight.mul_(1.1)
+    other.save_pretrained(settings["teacher"])
+    with pytest.raises(ValueError, match="holds a different run: its teacher is"):
+        unmask.adapt(tokenizer_and_model, stories, "tri-mode", folder, resume=True, **settings)
+
+
+def test_beginnings_are_the_same_under_another_path(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:
+    settings = SHORT | {"max_tokens": 128, "show_progress": False}
+    folder, copy, other = tmp_path / "run", tmp_path / "copy.txt", tmp_path / "other.txt"
+    shutil.copy(stories, copy)
+    other.write_text("<|endoftext|>".join(reversed(STORIES)))
+
+    def run(prompts: Path, resume: bool) -> None:
+        unmask.adapt(
+            tokenizer_and_model, "self", "drafter", folder, resume=resume, self_prompts=str(prompts), **settings
+        )
+
+    run(stories, False)
+    run(copy, True)
+    with pytest.raises(ValueError, match="holds a different run: its self_prompts is"):
+        run(other, True)

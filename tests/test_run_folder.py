@@ -207,6 +207,39 @@ def test_a_claim_ends_with_its_context(tmp_path: Path) -> None:
             claim_twice()
 
 
+def test_a_row_that_was_cut_is_written_again(tmp_path: Path) -> None:
+    folder = training_folder(tmp_path)
+    folder.append({"step": 1})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert folder.read_rows() == [{"step": 1}]
+    folder.append({"step": 2})
+    assert metrics(tmp_path) == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_whole_row_without_a_line_end_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}')
+    training_folder(tmp_path).read_rows()
+    training_folder(tmp_path).append({"step": 2})
+    assert metrics(tmp_path) == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("record", ["[]", "{}", '{"model_fingerprint": "0"}'])
+def test_a_folder_of_another_kind_of_run_is_refused(
+    record: str, tokenizer_and_model: Path, stories: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.json").write_text(record)
+    with pytest.raises(ValueError, match="holds another kind of run"):
+        adapt(tokenizer_and_model, stories, tmp_path, resume=True)
+    assert (tmp_path / "run.json").read_text() == record
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="holds something else"), training_folder(tmp_path / "run").claimed():
+        pass
+
+
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(
     cut: Path, whole: Path, tokenizer_and_model: Path, stories: Path
 ) -> None:

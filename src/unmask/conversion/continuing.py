@@ -9,13 +9,23 @@ from typing import Any
 from unmask import hf
 from unmask.core.network import DiffusionConfig
 from unmask.model import DiffusionLM
-from unmask.settings import CorruptionSettings
+from unmask.recipe import load_recipe, recipe_names
+from unmask.settings import CorruptionSettings, Settings
 
 _KEPT = ("recipe", "attention", "clean_attention", "noisy_attention", "shift", "block_size")
 """What a converted model goes on as, unless it is set."""
 
 
-def kept_settings(model: str | Path | DiffusionLM) -> dict[str, Any]:
+_DEFAULT = "efficient-dlm"
+
+
+def recipe_settings(model: str | Path | DiffusionLM, recipe: str | None, overrides: dict[str, Any]) -> Settings:
+    """The settings of a run: the recipe's, without one those that a converted model was made with, and overrides."""
+    kept = {} if recipe is not None else _kept_settings(model)
+    return load_recipe(recipe or kept.pop("recipe", _DEFAULT), kept, **overrides)
+
+
+def _kept_settings(model: str | Path | DiffusionLM) -> dict[str, Any]:
     """The settings of `_KEPT` that a converted model was made with, read before it is loaded; none of an AR model."""
     if isinstance(model, DiffusionLM):
         raw: Any = None if model.diffusion is None else asdict(model.diffusion)
@@ -24,7 +34,24 @@ def kept_settings(model: str | Path | DiffusionLM) -> dict[str, Any]:
     if not isinstance(raw, dict):  # what it is instead, loading will say
         return {}
     kept = {name: raw[name] for name in _KEPT if name in raw and (raw[name] is not None or name == "clean_attention")}
+    if kept.get("recipe") not in recipe_names():
+        kept["recipe"] = _nearest_recipe(kept)
     return kept | ({"anneal_steps": 1} if kept.get("attention") == "bidirectional" else {})  # it is open already
+
+
+def _nearest_recipe(kept: dict[str, Any]) -> str:
+    """The recipe for a checkpoint whose own is unknown: of the same attention, and with most of the rest alike."""
+    recipes = {name: load_recipe(name) for name in (_DEFAULT, *recipe_names())}
+    fitting = [
+        name
+        for name, settings in recipes.items()
+        if settings.attention == kept.get("attention") and settings.objective != "distill"
+    ]
+    rest = ("clean_attention", "shift", "noisy_attention")
+    return max(
+        fitting or [_DEFAULT],
+        key=lambda name: [getattr(recipes[name], setting) == kept.get(setting) for setting in rest],
+    )
 
 
 def check_mask_stays(lm: DiffusionLM, settings: CorruptionSettings, name: str) -> None:
@@ -47,5 +74,5 @@ def changes(before: DiffusionConfig | None, after: DiffusionConfig | None) -> st
     """What a run changes of what a converted model is, as "shift True -> False"; empty where nothing."""
     if before is None or after is None:
         return ""
-    pairs = {name: (getattr(before, name), getattr(after, name)) for name in _KEPT if name != "recipe"}
+    pairs = {name: (getattr(before, name), getattr(after, name)) for name in _KEPT}
     return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from unmask import hf
-from unmask.conversion.continuing import check_mask_stays, kept_settings
+from unmask.conversion.continuing import check_mask_stays, recipe_settings
 from unmask.conversion.run_record import IN_MEMORY, read_earlier
 from unmask.data.documents import find_files, local_files
 from unmask.hf import lora
 from unmask.loading import load
 from unmask.model import DiffusionLM
-from unmask.recipe import check_data_settings, load_recipe
+from unmask.recipe import check_data_settings
 from unmask.resolve import Resolved, resolve
 from unmask.run_folder import RunFolder
 from unmask.settings import Settings
@@ -59,8 +59,7 @@ def plan(
 
     recipe: None continues a converted model as what it is. overrides: settings that replace the recipe's.
     """
-    kept = {} if recipe is not None else kept_settings(model)
-    settings = load_recipe(recipe or kept.pop("recipe", "efficient-dlm"), kept, **overrides)
+    settings = recipe_settings(model, recipe, overrides)
     sources = (str(data),) if isinstance(data, str | Path) else tuple(map(str, data))
     if not sources:
         raise ValueError("data is empty: give at least one file, folder or hub id")
@@ -85,8 +84,8 @@ def plan(
 class Parent:
     """The model that is adapted, and the settings with all that its size decides.
 
-    end_token_id: of the end of a document. teacher: the AR model of the setting; None where that is the parent itself
-    or there is none.
+    fingerprint, teacher_fingerprint: of weights. end_token_id: of the end of a document. teacher: the AR model of the
+    setting; None where that is the parent itself or there is none.
     """
 
     lm: DiffusionLM
@@ -95,6 +94,7 @@ class Parent:
     settings: Resolved
     end_token_id: int | None
     teacher: DiffusionLM | None
+    teacher_fingerprint: str | None
 
 
 def load_parent(job: Job) -> Parent:
@@ -122,7 +122,11 @@ def load_parent(job: Job) -> Parent:
     num_parameters = sum(p.numel() for p in lm.model.parameters())
     resolved = resolve(settings, num_parameters, lm.network.context_length, vocabulary)
     check_machine(resolved, ranks.num_processes, ranks.device)
-    return Parent(lm, name, fingerprint, resolved, _end_token_id(lm, settings.end_token), teacher)
+    teacher_fingerprint = None
+    if settings.teacher is not None:
+        teacher_fingerprint = fingerprint if teacher is None else hf.fingerprint(teacher.model)
+    end_token_id = _end_token_id(lm, settings.end_token)
+    return Parent(lm, name, fingerprint, resolved, end_token_id, teacher, teacher_fingerprint)
 
 
 def _load(job: Job) -> DiffusionLM:

@@ -18,8 +18,10 @@ from unmask.training.ranks import join
 
 def describe(job: Job, parent: Parent, text: Corpus | HubStream) -> dict[str, Any]:
     """What run.json says of the run before the model is converted: all that decides its result."""
+    teacher = {"name": parent.settings.teacher, "fingerprint": parent.teacher_fingerprint}
     return {
         "parent": {"name": parent.name, "class": type(parent.lm.model).__name__, "fingerprint": parent.fingerprint},
+        "teacher": None if parent.settings.teacher is None else teacher,
         "settings": to_plain(parent.settings),
         "data": {
             "sources": list(job.sources),

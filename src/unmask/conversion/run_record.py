@@ -38,8 +38,9 @@ def check_same_run(folder: RunFolder, earlier: dict[str, Any], run: dict[str, An
     free = {name for name in TABLE if name in FREE or unmet(name, run["settings"]) is not None}
     if extends(earlier, now["max_tokens"]):
         free.add("max_tokens")
-    if before["model"].get("fingerprint") == now["model"]["fingerprint"]:
-        free.add("model")  # the same weights, wherever they lie
+    free |= {name for name in ("model", "teacher") if _same_weights(before[name], now[name])}
+    if before["data"] == now["data"]:
+        free.add("self_prompts")  # the same text, wherever its file is
     folder.refuse_another("a different run", before, {key: value for key, value in now.items() if key not in free})
 
 
@@ -49,11 +50,22 @@ def extends(earlier: dict[str, Any], max_tokens: int | None) -> bool:
     return max_tokens is not None and before is not None and max_tokens > before
 
 
+def _same_weights(before: dict[str, Any] | None, now: dict[str, Any] | None) -> bool:
+    """Whether two models are one, wherever their folders are; None is no model."""
+    if before is None or now is None:
+        return before is now
+    if before.get("fingerprint") is None:  # an older version recorded a teacher's name alone
+        return Path(before["name"]).resolve() == Path(now["name"]).resolve()
+    return bool(before["fingerprint"] == now["fingerprint"])
+
+
 def _identity(run: dict[str, Any]) -> dict[str, Any]:
     """Name -> value of all that a run is."""
     held_out = "number of documents held out of training (eval_documents, eval_data)"
-    data = run["data"]
-    return run["settings"] | {
+    settings, data = run["settings"], run["data"]
+    named = None if settings.get("teacher") is None else {"name": settings["teacher"]}
+    return settings | {
+        "teacher": run.get("teacher", named),
         "model": run["parent"],
         "data": data["fingerprint"],
         held_out: data.get("held_out"),

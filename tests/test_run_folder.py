@@ -234,6 +234,14 @@ def test_a_folder_of_another_kind_of_run_is_refused(
     assert (tmp_path / "run.json").read_text() == record
 
 
+def test_a_run_that_was_killed_as_it_began_can_begin_again(tmp_path: Path) -> None:
+    (tmp_path / "run.json.partial").write_text("{")
+    assert training_folder(tmp_path).read() is None
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else"):
+        training_folder(tmp_path).read()
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(ValueError, match="holds something else"), training_folder(tmp_path / "run").claimed():

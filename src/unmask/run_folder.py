@@ -1,6 +1,6 @@
-"""A run's folder: what the run is, a row for each result, one writer at a time, files that are whole or absent.
+"""The folder of a resumable run: a record, rows, a lock, and files that are written whole or not at all.
 
-A run that was interrupted goes on from its folder: `adapt`, `run_frontier` and `run_study` each keep a `RunFolder`.
+`adapt`, `run_frontier` and `run_study` each keep one, from which an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ except ImportError:  # Windows, which has no such locks
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder of one run: a JSON file that says what the run is (its record), a JSON line for each result (its rows).
+    """A folder of one run: a JSON file that describes the run (the record), a JSON line for each result (the rows).
 
-    record_file, rows_file: their names. keys: what the record of this kind of run has. beside: names that may lie in
-    a folder without a record, in which a run may begin; None is any but rows_file.
+    record_file, rows_file: names of these files. keys: present in every record of this kind of run. beside: names that
+    a folder may contain when a run starts in it; None allows all but rows_file.
     """
 
     path: Path
@@ -40,10 +40,10 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Within the context this call is the one writer of the folder, which is made if it does not exist.
+        """Within the context this call alone may write to the folder, which is created if it does not exist.
 
-        The lock is on the folder itself and ends with the process. Raises ValueError where another process, or another
-        call in this one, has it. A file system without locks is used without one.
+        The lock is on the folder itself and ends with the process. Raises ValueError if another process, or another
+        call in this one, holds it. On a file system without locks there is none.
         """
         if self.path.exists() and not self.path.is_dir():
             raise self._holds_something_else()
@@ -70,10 +70,10 @@ class RunFolder:
             return
 
     def read(self) -> dict[str, Any] | None:
-        """The record of the run in this folder, None where one may begin.
+        """The record of the run in this folder, None if there is none and a run may start.
 
-        Raises ValueError where the record is another kind of run's or no JSON object, or the folder holds something
-        else.
+        Raises ValueError for the record of another kind of run, a file that is no JSON, and a folder that holds
+        something else.
         """
         path = self.path / self.record_file
         if not path.is_file():
@@ -98,7 +98,7 @@ class RunFolder:
         write_text(self.path / self.record_file, to_json(dict(record), indent=2) + "\n")
 
     def refuse_another(self, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        """Raise ValueError for the first key of `now` whose value was another in `before`: the folder holds `what`."""
+        """Raise ValueError, saying that the folder holds `what`, if a key of `now` has another value in `before`."""
         for key, value in now.items():
             if before.get(key) != value:
                 raise ValueError(
@@ -107,7 +107,7 @@ class RunFolder:
                 )
 
     def read_rows(self) -> list[dict[str, Any]]:
-        """All rows. A line that an interruption cut is taken out of the file, so that rows may be appended again."""
+        """All rows. A line that an interruption cut is removed from the file, so that rows can be appended."""
         path = self.path / self.rows_file
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         rows = [row for row in map(_row, lines) if row is not None]
@@ -120,17 +120,20 @@ class RunFolder:
         write_text(self.path / self.rows_file, "".join(to_json(dict(row)) + "\n" for row in rows))
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row at the end; a crash may cut it short."""
+        """Add a row. A crash may cut it, which `read_rows` repairs."""
         path = self.path / self.rows_file
         with writing(path), path.open("a") as file:
             file.write(to_json(dict(row)) + "\n")
 
     def sync_rows(self) -> None:
-        """Have all rows on the disk."""
+        """Flush the rows to the disk."""
         if (self.path / self.rows_file).exists():
             sync(self.path / self.rows_file)
 
     def _is_foreign(self, path: Path) -> bool:
+        """Whether a run must not start in a folder with this file."""
+        if path.name == f"{self.record_file}.partial":  # of a run that was killed as it wrote its first record
+            return False
         return path.name == self.rows_file or (self.beside is not None and path.name not in self.beside)
 
     def _holds_something_else(self) -> ValueError:
@@ -139,7 +142,7 @@ class RunFolder:
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """The JSON object in a line; None for a line that was cut."""
+    """The JSON object of a line; None for a line that was cut."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
@@ -151,7 +154,7 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by one with this text, which is on the disk when this returns; never half of it."""
+    """Replace a file. The text is on the disk when this returns; after a crash the file is the old or the new one."""
     partial = path.with_name(path.name + ".partial")
     try:
         with writing(path), partial.open("w", encoding="utf-8") as file:
@@ -165,7 +168,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file or the entries of a folder on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:  # a folder on Windows
@@ -180,7 +183,7 @@ def sync(path: Path) -> None:
 
 
 def ordinary_permissions(folder: str | Path) -> None:
-    """Give every file of a folder, itself included and not those in folders below, what the user's umask gives."""
+    """Give the files directly in a folder the permissions of the user's umask; libraries write some as 0600."""
     folder = Path(folder)
     probe = folder / f".permissions-{os.getpid()}"
     probe.touch()  # the umask cannot be read without being changed
@@ -196,7 +199,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Tell a full disk in one line: a ValueError that names `path`, in place of the writer's own error."""
+    """Turn the error of a full disk into a ValueError that names `path`."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -1,4 +1,8 @@
-"""`adapt`: from a causal LM and text to a converted checkpoint, in one sentence for each step on the way."""
+"""`adapt`: turn a causal LM into a diffusion LM by training it on text.
+
+One function a step, in this order: plan and load_parent (job), read_text (text), describe and holds_finished (run),
+hold_out (text), convert (learner), claim_folder (run), learn and finish (learner).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any
 
 from unmask.conversion.job import load_parent, plan
 from unmask.conversion.learner import convert, finish, learn
-from unmask.conversion.run import begun, describe, holds_finished
+from unmask.conversion.run import claim_folder, describe, holds_finished
 from unmask.conversion.run_record import training_folder
 from unmask.conversion.text import hold_out, read_text
 from unmask.loading import load
@@ -29,12 +33,12 @@ def adapt(
 ) -> DiffusionLM:
     """Turn a causal LM into what `recipe` says, by training it on `data`, and save it to `output_dir`.
 
-    recipe: by default efficient-dlm; a converted model goes on as what it is (recipe, attention, shift, block size) but
-    for what is set here, and a recipe sets all of it. model: folder, hub id or a loaded model (trained in place).
-    data: .txt, .jsonl or .parquet files, folders of them, one hub id, or "self" (with self_prompts): text that the
-    model itself writes. settings: any of the recipe's, overriding it. resume: go on from the newest checkpoint of the
-    same run; a finished run is loaded and returned, or extended by a larger max_tokens. trust_remote_code: run Python
-    code that the model's folder brings. Returns the adapted model, in eval mode.
+    model: folder, hub id or a loaded model, which is trained in place. data: .txt, .jsonl or .parquet files, folders of
+    them, one hub id, or "self" (with self_prompts): text that the model itself writes. recipe: efficient-dlm by
+    default; without one a converted model keeps its recipe, attention, shift and block size. settings: replace those
+    of the recipe. resume: continue the run in output_dir from its newest checkpoint; a finished run is loaded and
+    returned, or extended by a larger max_tokens. trust_remote_code: run Python code of the model's folder. Returns the
+    adapted model, in eval mode. Raises ValueError for what cannot work, mostly before output_dir is written to.
     """
     folder = training_folder(Path(output_dir))
     job = plan(model, data, recipe, settings, folder, resume, show_progress, trust_remote_code)
@@ -46,7 +50,7 @@ def adapt(
     corpus = hold_out(job, parent, text)
     learner = convert(job, parent)
     run |= learner.record
-    with begun(job, run):
+    with claim_folder(job, run):
         state = learn(job, parent, learner, corpus)
         finish(job, parent, learner, corpus, state, run)
     join().wait_for_everyone()

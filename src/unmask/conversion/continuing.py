@@ -1,4 +1,4 @@
-"""A converted model that is adapted again: what it goes on as, and what a run changes of it."""
+"""Adapting a converted model again: the settings that it keeps, and what a run changes."""
 
 from __future__ import annotations
 
@@ -13,34 +13,36 @@ from unmask.recipe import load_recipe, recipe_names
 from unmask.settings import CorruptionSettings, Settings
 
 _KEPT = ("recipe", "attention", "clean_attention", "noisy_attention", "shift", "block_size")
-"""What a converted model goes on as, unless it is set."""
+"""Settings of the `DiffusionConfig` that a converted model keeps unless a recipe is named."""
 
 
 _DEFAULT = "efficient-dlm"
 
 
 def recipe_settings(model: str | Path | DiffusionLM, recipe: str | None, overrides: dict[str, Any]) -> Settings:
-    """The settings of a run: the recipe's, without one those that a converted model was made with, and overrides."""
+    """The settings of a run: those of the recipe, or without one those that a converted model keeps; then overrides."""
     kept = {} if recipe is not None else _kept_settings(model)
     return load_recipe(recipe or kept.pop("recipe", _DEFAULT), kept, **overrides)
 
 
 def _kept_settings(model: str | Path | DiffusionLM) -> dict[str, Any]:
-    """The settings of `_KEPT` that a converted model was made with, read before it is loaded; none of an AR model."""
+    """The settings of `_KEPT` of a converted model, read without loading it; empty for an AR model."""
     if isinstance(model, DiffusionLM):
         raw: Any = None if model.diffusion is None else asdict(model.diffusion)
     else:
         raw = hf.read_config(model).get("diffusion")
-    if not isinstance(raw, dict):  # what it is instead, loading will say
+    if not isinstance(raw, dict):  # `load` raises if it is something else
         return {}
     kept = {name: raw[name] for name in _KEPT if name in raw and (raw[name] is not None or name == "clean_attention")}
     if kept.get("recipe") not in recipe_names():
         kept["recipe"] = _nearest_recipe(kept)
-    return kept | ({"anneal_steps": 1} if kept.get("attention") == "bidirectional" else {})  # it is open already
+    return kept | (
+        {"anneal_steps": 1} if kept.get("attention") == "bidirectional" else {}
+    )  # its attention is open already
 
 
 def _nearest_recipe(kept: dict[str, Any]) -> str:
-    """The recipe for a checkpoint whose own is unknown: of the same attention, and with most of the rest alike."""
+    """The recipe for a checkpoint of an unknown recipe: one of the same attention that agrees best with the rest."""
     recipes = {name: load_recipe(name) for name in (_DEFAULT, *recipe_names())}
     fitting = [
         name
@@ -71,7 +73,7 @@ def check_mask_stays(lm: DiffusionLM, settings: CorruptionSettings, name: str) -
 
 
 def changes(before: DiffusionConfig | None, after: DiffusionConfig | None) -> str:
-    """What a run changes of what a converted model is, as "shift True -> False"; empty where nothing."""
+    """What a run changes of a converted model, as "shift True -> False"; empty if nothing."""
     if before is None or after is None:
         return ""
     pairs = {name: (getattr(before, name), getattr(after, name)) for name in _KEPT}

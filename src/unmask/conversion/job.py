@@ -1,4 +1,4 @@
-"""What is asked of `adapt`, and of which parent: all that is checked before text is read."""
+"""The first two steps of `adapt`: the job, checked without a model, and the parent model, checked against the job."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from unmask.training.teacher import load_teacher
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of `adapt`, checked as far as that goes without the model.
+    """The arguments of `adapt`, checked as far as possible without the model.
 
-    files: of the text, or of its beginnings where the model writes it itself; None for a hub id. held_out_files: of
-    eval_data. earlier: run.json of the run that goes on in the folder.
+    files: data files, or with self_prompts the files whose documents the model continues; None for a hub id.
+    held_out_files: those of eval_data. earlier: run.json of the run that this one continues, None for a new run.
     """
 
     model: str | Path | DiffusionLM
@@ -55,9 +55,9 @@ def plan(
     show_progress: bool,
     trust_remote_code: bool,
 ) -> Job:
-    """Read the settings, find the data, and look into the folder; ValueError for what is wrong with any of them.
+    """Resolve the recipe, find the data files and read the folder; ValueError for an error in any of them.
 
-    recipe: None continues a converted model as what it is. overrides: settings that replace the recipe's.
+    recipe: None keeps what a converted model is. overrides: settings that replace the recipe's.
     """
     settings = recipe_settings(model, recipe, overrides)
     sources = (str(data),) if isinstance(data, str | Path) else tuple(map(str, data))
@@ -82,10 +82,10 @@ def plan(
 
 @dataclass(frozen=True)
 class Parent:
-    """The model that is adapted, and the settings with all that its size decides.
+    """The model to adapt, and the settings with the values that its size decides.
 
-    fingerprint, teacher_fingerprint: of weights. end_token_id: of the end of a document. teacher: the AR model of the
-    setting; None where that is the parent itself or there is none.
+    fingerprint, teacher_fingerprint: hashes of weights. end_token_id: the token that ends a document. teacher: the AR
+    model that the setting names, None if it names the parent itself or nothing.
     """
 
     lm: DiffusionLM
@@ -98,7 +98,7 @@ class Parent:
 
 
 def load_parent(job: Job) -> Parent:
-    """Load the model and resolve the settings; ValueError for settings that do not go with this model."""
+    """Load the model and resolve the settings; ValueError for settings that do not fit this model."""
     settings, ranks = job.settings, join()
     lm = _load(job)
     name = str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
@@ -130,7 +130,7 @@ def load_parent(job: Job) -> Parent:
 
 
 def _load(job: Job) -> DiffusionLM:
-    """The model, on this rank's device where there are several."""
+    """The model; with several ranks on the device of this one."""
     ranks = join()
     device = ranks.device if ranks.num_processes > 1 else None
     if isinstance(job.model, DiffusionLM):

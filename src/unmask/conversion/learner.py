@@ -1,4 +1,4 @@
-"""What learns: the parent is converted, trained, and saved."""
+"""Convert the parent into the model that learns, train it, and save it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unmask import hf
 from unmask.conversion.continuing import changes
 from unmask.conversion.job import Job, Parent
 from unmask.conversion.model_card import model_card
-from unmask.conversion.text import Data, roll_out_own, writes_while_learning
+from unmask.conversion.text import Data, write_own_text, writes_while_learning
 from unmask.core.drafter import DrafterConfig
 from unmask.core.finite import check_weights
 from unmask.core.network import Network
@@ -37,9 +37,9 @@ from unmask.version import __version__
 
 @dataclass(frozen=True)
 class Learner:
-    """What learns: the adapted model, whole, through adapters (`tuner`, PEFT's model), or its drafter alone.
+    """The converted model. All of it learns, or adapters do (`tuner`, the model of PEFT), or its drafter alone.
 
-    teacher: a frozen network of the AR model that the objective keeps to. record: what run.json says of all this.
+    teacher: the frozen network of the joint objective. record: what the conversion adds to run.json.
     """
 
     lm: DiffusionLM
@@ -49,7 +49,7 @@ class Learner:
 
 
 def convert(job: Job, parent: Parent) -> Learner:
-    """Give the model its mask token and adapters, or a drafter, and say what it is from now on."""
+    """Add the mask token and adapters, or a drafter, and the `DiffusionConfig` of what the model becomes."""
     lm, settings = parent.lm, parent.settings
     config, drafter = lm.diffusion, None
     if settings.objective == "distill":
@@ -96,7 +96,7 @@ def _record(learning: torch.nn.Module) -> dict[str, Any]:
 
 
 def learn(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainState:
-    """Train, from the newest checkpoint where the run goes on; where it ended."""
+    """Train from the newest checkpoint, or from the start; the state after the last step."""
     lm, settings, num_steps = learner.lm, parent.settings, data.rows.num_steps
     if job.show_progress:
         announce(settings, num_steps)
@@ -122,14 +122,14 @@ def learn(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainState:
 
 
 def _rows(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainingData:
-    """The rows of the text, or of what the model writes while it learns."""
+    """The rows of the text, or of text that the model writes during training."""
     if not writes_while_learning(parent.settings):
         return data.rows
 
     def write(step: int) -> Corpus:
-        assert isinstance(data.text, Corpus)  # `plan` has seen to it
+        assert isinstance(data.text, Corpus)  # checked by `plan`
         author = f"{parent.fingerprint} after {step} steps"
-        return roll_out_own(learner.lm, parent, data.text, job.folder.path / "rollouts", author, False, step)
+        return write_own_text(learner.lm, parent, data.text, job.folder.path / "rollouts", author, False, step)
 
     return rewritten_text(data.rows, parent.settings, learner.lm.model, write)
 
@@ -142,7 +142,7 @@ def _evaluator(learner: Learner, settings: Resolved, data: Data) -> Evaluator | 
 
 
 def finish(job: Job, parent: Parent, learner: Learner, data: Data, state: TrainState, run: dict[str, Any]) -> None:
-    """Merge adapters, measure once more, save the model and its card, and record the run as finished."""
+    """Merge adapters, evaluate once more, save the model and its card, and mark the run as finished."""
     lm, settings, folder = learner.lm, parent.settings, job.folder
     is_main = join().is_main_process
     as_adapter = learner.tuner is not None and not settings.lora_merge

@@ -1,4 +1,4 @@
-"""README.md of a trained model: what it was made from, how, and how it is loaded."""
+"""README.md of a trained model: its parent, its training, and how to load it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TAGS = "tags:\n- diffusion-language-model\n- block-diffusion\n- unmask\n"
 
 
 def model_card(parent: str, lm: DiffusionLM, settings: Resolved, tokens: int, figures: dict[str, float]) -> str:
-    """The card as text. parent: name of the model it was made from. tokens: trained on. figures: held-out ones."""
+    """The text of the card. parent: its name. tokens: number of training tokens. figures: held-out figures by name."""
     rows: list[tuple[str, Any]] = [
         ("parent", parent),
         *_conversion(lm),
@@ -41,7 +41,7 @@ def _summary(lm: DiffusionLM) -> str:
 
 
 def _conversion(lm: DiffusionLM) -> list[tuple[str, Any]]:
-    """What a converted model is; nothing of an AR model."""
+    """Rows of the table that describe the conversion; none for an AR model."""
     config = lm.diffusion
     if config is None:
         return []

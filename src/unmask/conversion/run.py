@@ -1,4 +1,4 @@
-"""The run and its folder: what run.json says, whether the run is there already, who may write."""
+"""The run and its folder: the content of run.json, whether the run is finished already, the lock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unmask.training.ranks import join
 
 
 def describe(job: Job, parent: Parent, text: Corpus | HubStream) -> dict[str, Any]:
-    """What run.json says of the run before the model is converted: all that decides its result."""
+    """The part of run.json that decides the result of the run."""
     teacher = {"name": parent.settings.teacher, "fingerprint": parent.teacher_fingerprint}
     return {
         "parent": {"name": parent.name, "class": type(parent.lm.model).__name__, "fingerprint": parent.fingerprint},
@@ -32,11 +32,11 @@ def describe(job: Job, parent: Parent, text: Corpus | HubStream) -> dict[str, An
 
 
 def holds_finished(job: Job, run: dict[str, Any]) -> bool:
-    """Whether the folder holds this run to its end; ValueError where it holds another, or nothing to go on from."""
+    """Whether the folder holds this run, finished; ValueError if it holds another run, or no checkpoint to extend."""
     if job.earlier is None:
         return False
     check_same_run(job.folder, job.earlier, run)
-    if not _goes_on(job, run):
+    if not _is_longer(job, run):
         return bool(job.earlier.get("finished"))
     if latest_checkpoint(job.folder.path) is None:
         raise ValueError(
@@ -45,14 +45,14 @@ def holds_finished(job: Job, run: dict[str, Any]) -> bool:
     return False
 
 
-def _goes_on(job: Job, run: dict[str, Any]) -> bool:
-    """Whether the run is to become longer than the one in the folder."""
+def _is_longer(job: Job, run: dict[str, Any]) -> bool:
+    """Whether max_tokens extends the run in the folder."""
     return job.earlier is not None and extends(job.earlier, run["settings"]["max_tokens"])
 
 
 @contextmanager
-def begun(job: Job, run: dict[str, Any]) -> Iterator[None]:
-    """Within the context the main process is the one writer of the folder, whose run.json says what is under way."""
+def claim_folder(job: Job, run: dict[str, Any]) -> Iterator[None]:
+    """Within the context the main process holds the lock of the folder; `run` is written to its run.json."""
     ranks = join()
     ranks.wait_for_everyone()  # all have read the folder before one writes to it
     if not ranks.is_main_process:
@@ -64,7 +64,7 @@ def begun(job: Job, run: dict[str, Any]) -> Iterator[None]:
                 f"output folder {str(job.folder.path)!r} was changed by another run meanwhile: start again"
             )
         job.folder.write(run)
-        if _goes_on(job, run):
+        if _is_longer(job, run):
             print(f"note: the run goes on to max_tokens={run['settings']['max_tokens']}; its learning rates and other "
                   "schedules are stretched over the new total, so that it differs from one run of that length",
                   file=sys.stderr)  # fmt: skip

@@ -1,4 +1,4 @@
-"""run.json of a training run: what the run is, and whether another one with these settings is the same."""
+"""run.json of a training run: how it is read, and whether two records are of the same run."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from unmask.run_folder import RunFolder
 from unmask.settings import TABLE, unmet
 
 IN_MEMORY = "a model in memory"
-"""The name of a parent that was handed over as an object and has none."""
+"""The name in run.json of a parent that was passed as an object and has no name."""
 
 FREE = ("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "micro_batch_size",
         "max_nonfinite_steps", "eval_data", "eval_documents", "eval_samples")  # fmt: skip
-"""Settings that may change from one part of a run to the next."""
+"""Settings that may change when a run is resumed."""
 
 
 def training_folder(path: Path) -> RunFolder:
-    """The folder of a training run: run.json, and a row of metrics.jsonl for each log step."""
+    """The folder of a training run: run.json, and metrics.jsonl with a row for each log step."""
     return RunFolder(path, "run.json", "metrics.jsonl", ("parent", "settings", "data"))
 
 
 def read_earlier(folder: RunFolder, resume: bool) -> dict[str, Any] | None:
-    """run.json of the run that goes on in the folder; ValueError where there is one and it is not to go on."""
+    """run.json of the run in the folder, None if there is none; ValueError if there is one and `resume` is False."""
     if folder.holds_run and not resume:
         raise ValueError(
             f"output folder {str(folder.path)!r} already holds a run: continue it with --resume, or choose another"
@@ -33,7 +33,7 @@ def read_earlier(folder: RunFolder, resume: bool) -> dict[str, Any] | None:
 
 
 def check_same_run(folder: RunFolder, earlier: dict[str, Any], run: dict[str, Any]) -> None:
-    """Raise ValueError for the first thing in which `run` is not the earlier run of its folder."""
+    """Raise ValueError for the first value in which `run` differs from the earlier run of its folder."""
     before, now = _identity(earlier), _identity(run)
     free = {name for name in TABLE if name in FREE or unmet(name, run["settings"]) is not None}
     if extends(earlier, now["max_tokens"]):
@@ -45,13 +45,13 @@ def check_same_run(folder: RunFolder, earlier: dict[str, Any], run: dict[str, An
 
 
 def extends(earlier: dict[str, Any], max_tokens: int | None) -> bool:
-    """Whether max_tokens asks for more than the earlier run had or was to have."""
+    """Whether max_tokens is more than the earlier run had, or was started with."""
     before = earlier["settings"].get("max_tokens") or earlier.get("tokens")
     return max_tokens is not None and before is not None and max_tokens > before
 
 
 def _same_weights(before: dict[str, Any] | None, now: dict[str, Any] | None) -> bool:
-    """Whether two models are one, wherever their folders are; None is no model."""
+    """Whether two models have the same weights, whatever their paths; None is no model."""
     if before is None or now is None:
         return before is now
     if before.get("fingerprint") is None:  # an older version recorded a teacher's name alone
@@ -60,7 +60,7 @@ def _same_weights(before: dict[str, Any] | None, now: dict[str, Any] | None) -> 
 
 
 def _identity(run: dict[str, Any]) -> dict[str, Any]:
-    """Name -> value of all that a run is."""
+    """Name -> value of everything that must not change when a run is resumed."""
     held_out = "number of documents held out of training (eval_documents, eval_data)"
     settings, data = run["settings"], run["data"]
     named = None if settings.get("teacher") is None else {"name": settings["teacher"]}

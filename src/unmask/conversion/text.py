@@ -1,4 +1,4 @@
-"""The text of a run: rows to train on, documents to evaluate on, what the model writes itself."""
+"""The text of a run: rows to train on, held-out documents, and text that the model writes itself."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from unmask.training.rollouts import roll_out
 
 
 def read_text(job: Job, parent: Parent) -> Corpus | HubStream:
-    """All text of the run before documents are held out: files, a hub data set, or what the model writes.
+    """The text before documents are held out: files, a hub data set, or text that the parent writes.
 
-    Of a model that writes while it learns, the documents whose beginnings it goes on from.
+    If the model writes while it trains, the documents whose beginnings it will continue.
     """
     settings = parent.settings
     if job.files is None:
@@ -41,21 +41,24 @@ def read_text(job: Job, parent: Parent) -> Corpus | HubStream:
         )
     if settings.self_prompts is None or writes_while_learning(settings):
         return corpus
-    return roll_out_own(parent.lm, parent, corpus, job.folder.path.parent, parent.fingerprint, job.show_progress)
+    return write_own_text(parent.lm, parent, corpus, job.folder.path.parent, parent.fingerprint, job.show_progress)
 
 
 def writes_while_learning(settings: Settings) -> bool:
-    """Whether text is written with the weights as they are by then, not once with the parent's."""
+    """Whether the model writes text during training, with its current weights, and not once before it."""
     return settings.self_prompts is not None and (settings.self_mode == "diffusion" or settings.self_every is not None)
 
 
-def roll_out_own(
+def write_own_text(
     lm: DiffusionLM, parent: Parent, prompts: Corpus, folder: Path, author: str, show_progress: bool, step: int = 0
 ) -> Corpus:
-    """Text of the model's own after the beginnings of `prompts`, as much as the steps until the next one need."""
+    """Continuations of the beginnings of `prompts`: all that the run needs, or what self_every steps need.
+
+    folder: of the cache. author: identifies the weights in the cache. step: the training step at which it is written.
+    """
     settings, end = parent.settings, parent.end_token_id
     num_tokens = settings.self_tokens or settings.max_tokens
-    assert num_tokens is not None  # `plan` has seen to it
+    assert num_tokens is not None  # checked by `plan`
     if settings.self_every is not None:
         num_tokens = min(num_tokens, settings.self_every * settings.batch_size * settings.max_length)
     # The main process writes the file, the others read it.
@@ -70,7 +73,7 @@ def roll_out_own(
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on, as text and as the rows of its steps, and the documents that it is evaluated on."""
+    """The training text, the rows that its steps read, and the held-out documents."""
 
     text: Corpus | HubStream
     rows: TrainingData
@@ -78,7 +81,7 @@ class Data:
 
 
 def hold_out(job: Job, parent: Parent, text: Corpus | HubStream) -> Data:
-    """Take the documents to evaluate on from eval_data or from the end of the text."""
+    """Take the held-out documents from eval_data, or from the end of the text, and pack the rest into rows."""
     settings, held_out = parent.settings, []
     if job.held_out_files is not None:
         corpus = load_corpus(
@@ -101,14 +104,14 @@ def hold_out(job: Job, parent: Parent, text: Corpus | HubStream) -> Data:
 
 
 def num_held_out(job: Job, text: Corpus | HubStream) -> int:
-    """Documents cut off the end of the text: 1%, at most eval_documents; none with eval_data, none of a stream."""
+    """Documents to hold out from the end of the text: 1%, at most eval_documents; 0 with eval_data or a hub stream."""
     if job.held_out_files is not None or not isinstance(text, Corpus):
         return 0
     return min(job.settings.eval_documents, len(text) // 100)
 
 
 def _filled_up(text: Corpus | HubStream, settings: Resolved, end_token_id: int | None) -> Corpus:
-    """One document a row: see predict_padding."""
+    """One document in each row, as predict_padding asks; ValueError if that is not possible."""
     if not isinstance(text, Corpus) or end_token_id is None:
         lacks = "an end token, which this model lacks" if end_token_id is None else "files, not a streamed data set"
         raise ValueError(f"predict_padding=true needs {lacks}")

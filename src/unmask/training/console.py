@@ -1,4 +1,4 @@
-"""What a training run says on stderr: what it begins with, and each log step beside the bar."""
+"""Lines of a training run on stderr: its settings at the start, and its figures beside the progress bar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unmask.training.loop import Progress
 
 
 def announce(settings: Resolved, total_steps: int) -> None:
-    """Say what the parent's size decided, and what the run is too short for."""
+    """Print the settings that the size of the parent decides, and a note if the run is too short for its schedule."""
     blocks = ("block_size",) if settings.attention in ("two_stream", "block_causal") else ()
     names = (*blocks, "max_length", "batch_size", "learning_rate", "min_learning_rate_ratio", "half_life")
     values = to_plain(settings)
@@ -23,7 +23,7 @@ def announce(settings: Resolved, total_steps: int) -> None:
 
 
 def reporter(advance: Advance, start: int) -> Callable[[Progress], None]:
-    """A function that moves the bar to each log step, from step `start` on, and shows its figures."""
+    """A function that advances the progress bar to each log step. start: the step at which the run begins."""
     done = start
 
     def report(p: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import shlex
 import shutil
@@ -14,7 +15,9 @@ import pytest
 import typer
 
 import unmask
+from unmask import sampling
 from unmask.cli import app
+from unmask.settings import TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -114,14 +117,16 @@ for _file in (ROOT / "src" / "unmask").rglob("*.py"):
 for _file in (ROOT / "benchmarks").glob("*.py"):
     MODULES.setdefault(_file.stem, []).append(_file.stem)
 OBJECTS = {"lm": unmask.DiffusionLM, "out": unmask.SampleOutput}
+FILES = ("gguf", "html", "json", "jsonl", "md", "npy", "py", "safetensors", "toml", "txt")
+ELSEWHERE = ("generation_config", "torch")
+"""First words of names that are not this library's."""
 
 
 def names() -> Iterator[tuple[str, str]]:
+    """(page, name) of what stands in backticks as one name with a dot, or as a call of one."""
     for page in PAGES:
-        for name in sorted(set(re.findall(r"`([a-z_]\w*(?:\.\w+)+)(?:\([^`]*\))?`", page.read_text()))):
-            first, last = name.split(".")[0], name.rsplit(".", 1)[-1]
-            known = first in MODULES or first in OBJECTS or first == "unmask"
-            if known and last not in ("py", "json", "jsonl", "toml", "md", "html", "txt", "safetensors", "gguf", "npy"):
+        for name in sorted(set(re.findall(r"`([A-Za-z_]\w*(?:\.\w+)+)(?:\([^`]*\))?`", page.read_text()))):
+            if name.split(".")[0] not in ELSEWHERE and name.rsplit(".", 1)[-1] not in FILES:
                 yield page.stem, name
 
 
@@ -134,7 +139,7 @@ def resolves(name: str) -> bool:
             or rest[0] in found.__annotations__
             or rest[0] in ("model", "tokenizer", "diffusion")
         )
-    for start in ["unmask"] if first == "unmask" else MODULES[first]:
+    for start in ["unmask"] if first == "unmask" else MODULES.get(first, []):
         found = importlib.import_module(start)
         for part in rest:
             if not hasattr(found, part):
@@ -152,3 +157,21 @@ def resolves(name: str) -> bool:
 @pytest.mark.parametrize(("page", "name"), sorted(set(names())))
 def test_every_name_in_backticks_exists(page: str, name: str) -> None:
     assert resolves(name), f"docs page {page} names {name!r}, which does not exist"
+
+
+OPTIONS = set(TABLE).union(
+    *(
+        inspect.signature(function).parameters
+        for function in (unmask.load, unmask.adapt, unmask.DiffusionLM.generate, unmask.DiffusionLM.infill,
+                         unmask.DiffusionLM.nelbo, unmask.DiffusionLM.embed)
+    ),
+    *(inspect.signature(found).parameters for found in vars(sampling).values() if inspect.isclass(found)),
+)  # fmt: skip
+"""What has a name in `adapt(NAME=VALUE)`, `generate(NAME=VALUE)` and the like."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_option_with_a_value_in_backticks_exists(page: Path) -> None:
+    for code in re.findall(r"`([^`\n]+)`", page.read_text()):
+        if not code.startswith("--"):
+            assert set(re.findall(r"(?<![\w-])([a-z_]+)=", code)) <= OPTIONS, f"{page.name}: {code}"

@@ -50,6 +50,15 @@ def test_the_picture_of_the_tree_is_the_tree() -> None:
     assert folders == found
 
 
+def test_the_readme_shows_the_folders_and_no_file_that_is_not_there() -> None:
+    (tree,) = re.findall(r"```\n(src/unmask/\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    modules, folders = pictured(tree)
+    assert all((ROOT / f"{module}.py").is_file() for module in modules), modules
+    assert folders == {"src/unmask", "benchmarks"} | {
+        str(folder.relative_to(ROOT)) for folder in SOURCE.iterdir() if list(folder.glob("*.py"))
+    }
+
+
 def test_every_module_that_the_docs_name_exists() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for path in re.findall(r"`((?:[a-z_]+/)*[a-z_0-9]+\.py)`", page.read_text()):

@@ -81,7 +81,7 @@ def tiny_llama(dtype: torch.dtype = torch.float64, **changes: object):
 
 def network(model=None, dtype: torch.dtype = torch.float64) -> hf.HFNetwork:
     """A tiny llama (unless given) whose last vocabulary row is the mask token."""
-    return hf.HFNetwork(tiny_llama(dtype) if model is None else model, MASK)
+    return hf.as_network(tiny_llama(dtype) if model is None else model, MASK)
 
 
 def block_config(

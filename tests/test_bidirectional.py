@@ -112,7 +112,7 @@ def test_sampled_batch_equals_each_row_with_its_number(rule) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "gemma3", "mistral_window"])
 def test_every_kind_of_architecture_equals_the_definition(name: str) -> None:
-    net = hf.HFNetwork(tiny_model(SUPPORTED[name](), torch.float64), MASK)
+    net = hf.as_network(tiny_model(SUPPORTED[name](), torch.float64), MASK)
     got = sample_bidirectional(net, config(), CANVASES[:2], select=Confidence(2))
     assert got.new_tokens == [slow(net, config(), one, Confidence(2))[0] for one in CANVASES[:2]]
 

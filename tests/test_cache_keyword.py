@@ -44,14 +44,14 @@ DECODERS: dict[str, Callable[[hf.HFNetwork, list[torch.Tensor]], Any]] = {
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_one_name_alone_is_enough(name: str, decoder: str) -> None:
     prompts = [random_tokens(n, seed=n) for n in (5, 7)]
-    expected = DECODERS[decoder](hf.HFNetwork(tiny_llama(), MASK), prompts).new_tokens
-    network = hf.HFNetwork(under_names(tiny_llama(), {name}), MASK)
+    expected = DECODERS[decoder](hf.as_network(tiny_llama(), MASK), prompts).new_tokens
+    network = hf.as_network(under_names(tiny_llama(), {name}), MASK)
     assert network.cache_keyword == name
     assert DECODERS[decoder](network, prompts).new_tokens == expected
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_model_that_swallows_its_cache_is_refused(decoder: str) -> None:
-    network = hf.HFNetwork(under_names(tiny_llama(), {"cache"}, shown={"past_key_values"}), MASK)
+    network = hf.as_network(under_names(tiny_llama(), {"cache"}, shown={"past_key_values"}), MASK)
     with pytest.raises(hf.UnsupportedModelError, match="past_key_values"):
         DECODERS[decoder](network, [random_tokens(5)])

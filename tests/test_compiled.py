@@ -36,7 +36,7 @@ def pair(name: str = "llama", implementation: str = "sdpa") -> tuple[hf.HFNetwor
     compiled.load_state_dict(plain.state_dict())
     for model in (plain, compiled):
         model.set_attn_implementation(implementation)
-    networks = hf.HFNetwork(plain, MASK), hf.HFNetwork(compiled, MASK)
+    networks = hf.as_network(plain, MASK), hf.as_network(compiled, MASK)
     networks[1].compile(**EAGER)
     return networks
 
@@ -114,7 +114,7 @@ def test_memory_that_would_not_do_is_not_used_again() -> None:
 
     def decode(prompts: list[torch.Tensor]) -> list[list[int]]:
         got, plain = (sample_autoregressive(net, prompts, max_new_tokens=4).new_tokens
-                      for net in (compiled, hf.HFNetwork(compiled.model, MASK)))  # fmt: skip
+                      for net in (compiled, hf.as_network(compiled.model, MASK)))  # fmt: skip
         gc.collect()
         assert got == plain
         return got

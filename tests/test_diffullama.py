@@ -143,7 +143,7 @@ def test_position_zero_never_has_a_loss_and_the_last_row_scores_nothing() -> Non
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_causal_mask_with_the_last_token_hidden_is_the_next_token_loss(name: str) -> None:
     """The hidden token itself is not seen by the row that scores it, so an AR model is parity-checked exactly."""
-    net = hf.HFNetwork(tiny_model(SUPPORTED[name](), torch.float64), MASK)
+    net = hf.as_network(tiny_model(SUPPORTED[name](), torch.float64), MASK)
     x0, layout = random_tokens(3, 9), one_document(3, 9)
     masked = torch.zeros(3, 9, dtype=torch.bool)
     masked[:, -1] = True

@@ -50,7 +50,7 @@ def gated(model, *, mask: int = MASK, noise: float = 0.3, targets: str = "all") 
     torch.manual_seed(1)
     for up in drafter.up.values():
         torch.nn.init.normal_(up, std=noise)
-    return hf.HFNetwork(model, mask, gate=drafter.rows), drafter
+    return hf.as_network(model, mask, gate=drafter.rows), drafter
 
 
 def packed(rows: int = 6, length: int = 16) -> Batch:
@@ -76,7 +76,7 @@ def test_clean_rows_are_bit_identical_with_the_adapter_on_and_off(name: str) -> 
     clean = Layout.of(torch.arange(12).expand(2, 12))
     both = clean._replace(noisy=torch.ones_like(clean.noisy)).concat(clean)
     ids = torch.cat([torch.full((2, 12), MASK), random_tokens(2, 12)], dim=1)
-    off = hf.HFNetwork(model, MASK)(ids, both, config.pattern)
+    off = hf.as_network(model, MASK)(ids, both, config.pattern)
     net, drafter = gated(model)
     on = net(ids, both, config.pattern)
     assert torch.equal(on[:, 12:], off[:, 12:])
@@ -91,7 +91,7 @@ def test_places_have_masks_of_their_own_in_every_pass() -> None:
     model = tiny_model(SUPPORTED["llama"](), torch.float64)
     drafter = Drafter(model, VOCABULARY, DrafterConfig(4, 4.0, mask_rows=3))  # places 2 and 3 share the last
     torch.nn.init.normal_(drafter.masks)
-    net = hf.HFNetwork(model, VOCABULARY, gate=drafter.rows)
+    net = hf.as_network(model, VOCABULARY, gate=drafter.rows)
     config = replace(causal_config(), mask_token_id=VOCABULARY, mask_rows=3)
     x0, layout = random_tokens(1, 12), Layout.of(torch.arange(12)[None])
     wanted = layout.position >= 8
@@ -120,7 +120,7 @@ def test_gated_rows_equal_a_model_whose_weights_have_the_adapters_merged() -> No
     layout = Layout.of(torch.arange(8)[None], noisy=True)
     ids = random_tokens(1, 8).masked_fill(torch.arange(8) % 3 == 0, MASK)
     pattern = causal_config(8).pattern
-    got, expected = net(ids, layout, pattern), hf.HFNetwork(merged, MASK)(ids, layout, pattern)
+    got, expected = net(ids, layout, pattern), hf.as_network(merged, MASK)(ids, layout, pattern)
     assert (got - expected)[..., :MASK].abs().max() < 1e-10
 
 

@@ -17,7 +17,7 @@ from test_cli import run  # noqa: F401 - a fixture
 import unmask
 from unmask.core.attention import Layout, bidirectional, block_causal, causal
 from unmask.evaluation.embed import embed
-from unmask.hf import HFNetwork
+from unmask.hf import as_network
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def test_causal_embeddings_equal_the_stock_models_last_hidden_states(name: str) 
     """Every architecture; ragged batches with padding equal each text alone."""
     model = tiny_model(SUPPORTED[name]())
     documents = [random_tokens(n, seed=n) for n in (5, 9, 9, 1)]
-    got = embed(HFNetwork(model), documents, causal, batch_tokens=30)
+    got = embed(as_network(model), documents, causal, batch_tokens=30)
     for document, vector in zip(documents, got, strict=True):
         states = model(input_ids=document[None], output_hidden_states=True).hidden_states[-1]
         torch.testing.assert_close(vector, states[0].mean(0), rtol=0, atol=1e-5 * float(states.abs().max()))
@@ -34,7 +34,7 @@ def test_causal_embeddings_equal_the_stock_models_last_hidden_states(name: str) 
 
 @torch.no_grad()
 def test_hidden_states_are_what_the_head_reads() -> None:
-    network = HFNetwork(tiny_model(SUPPORTED["llama"](), torch.float64))
+    network = as_network(tiny_model(SUPPORTED["llama"](), torch.float64))
     ids, layout = random_tokens(2, 7), Layout.of(torch.arange(7).expand(2, 7))
     for pattern in (causal, bidirectional, block_causal(3)):
         states = network.hidden_states(ids, layout, pattern)

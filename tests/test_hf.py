@@ -35,7 +35,7 @@ def test_causal_pattern_equals_stock_logits(name: str) -> None:
     tokens = random_tokens(2, 24)
     with torch.no_grad():
         stock = model(input_ids=tokens, use_cache=False).logits
-        got = hf.HFNetwork(model)(tokens, Layout.of(torch.arange(24).expand(2, 24)), causal)
+        got = hf.as_network(model)(tokens, Layout.of(torch.arange(24).expand(2, 24)), causal)
     close(got, stock, relative)
 
 
@@ -44,7 +44,7 @@ def test_causal_pattern_equals_stock_logits(name: str) -> None:
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_two_stream_pass_equals_each_block_after_its_clean_prefix(name: str, clean: str, shift: bool) -> None:
     model, relative = exact(name)
-    network, config = hf.HFNetwork(model, MASK), block_config(4, shift=shift, clean=clean)
+    network, config = hf.as_network(model, MASK), block_config(4, shift=shift, clean=clean)
     x0 = random_tokens(1, 18)
     xt = x0.masked_fill(torch.rand(x0.shape, generator=torch.Generator().manual_seed(3)) < 0.6, MASK)
     layout = Layout.of(torch.arange(18)[None])
@@ -70,14 +70,14 @@ def test_strictly_causal_clean_half_equals_ar_logits(name: str) -> None:
     both = layout._replace(noisy=torch.ones_like(layout.noisy)).concat(layout)
     with torch.no_grad():
         stock = model(input_ids=x0, use_cache=False).logits
-        passed = hf.HFNetwork(model)(torch.cat([torch.full_like(x0, MASK), x0], 1), both, config.pattern)
+        passed = hf.as_network(model)(torch.cat([torch.full_like(x0, MASK), x0], 1), both, config.pattern)
     close(passed[:, 18:], stock, relative)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_packed_documents_equal_each_alone(name: str) -> None:
     model, relative = exact(name)
-    network = hf.HFNetwork(model, MASK)
+    network = hf.as_network(model, MASK)
     tokens = random_tokens(1, 27)
     lengths = (11, 9, 7)
     position = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -135,13 +135,13 @@ def test_flash_attention_is_refused_with_the_fix() -> None:
     with pytest.raises(unmask.UnsupportedModelError, match=r"'flash_attention_2'.*attn_implementation='sdpa'"):
         hf.probe(model)
     with pytest.raises(unmask.UnsupportedModelError, match=r"'flash_attention_2'.*no 4-D mask"):
-        hf.HFNetwork(model)(random_tokens(1, 4), Layout.of(torch.arange(4)[None]), causal)
+        hf.as_network(model)(random_tokens(1, 4), Layout.of(torch.arange(4)[None]), causal)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "granite"])
 def test_head_rows_equal_all_rows(name: str) -> None:
     model, relative = exact(name)
-    network = hf.HFNetwork(model)
+    network = hf.as_network(model)
     tokens, layout = random_tokens(2, 10), Layout.of(torch.arange(10).expand(2, 10))
     rows = torch.tensor([0, 7, 13, 19])
     with torch.no_grad():

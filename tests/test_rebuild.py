@@ -20,7 +20,7 @@ from unmask.hf.fast.recompute import _Kept, _Made, _pack, rebuilding
 def test_gradients_are_those_of_kept_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SUPPORTED[name]()
     config.max_position_embeddings = config.n_positions = 160
-    network = hf.HFNetwork(tiny_model(config), MASK)
+    network = hf.as_network(tiny_model(config), MASK)
     x0, layout = random_tokens(2, 144), Layout.of(torch.arange(144).expand(2, -1))
     noise, t = torch.rand(2, 2, 144, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn = mask_exact(t, noise, segments(layout, 8), predictable(layout))

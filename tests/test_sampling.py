@@ -89,7 +89,7 @@ def test_cached_ragged_batch_equals_uncached_rows(select, attention, clean, shif
 @pytest.mark.parametrize("name", [n for n in SUPPORTED if n not in ("qwen3_moe", "mixtral", "gemma2")])
 @pytest.mark.parametrize("shift", [False, True])
 def test_cached_equals_uncached_on_every_architecture(name: str, shift: bool) -> None:
-    net = hf.HFNetwork(tiny_model(SUPPORTED[name](), torch.float64), MASK)
+    net = hf.as_network(tiny_model(SUPPORTED[name](), torch.float64), MASK)
     check(net, block_config(4, shift=shift), (3, 9), max_new_tokens=10, select=Threshold(0.03))
 
 
@@ -105,7 +105,7 @@ def test_sampled_tokens_equal_uncached_with_the_same_noise() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_block_cut_by_the_context_equals_uncached(name: str) -> None:
     """The context of 128 ends inside a block of 24, where learned positions have no rows left."""
-    net = hf.HFNetwork(tiny_model(SUPPORTED[name](), torch.float64), MASK)
+    net = hf.as_network(tiny_model(SUPPORTED[name](), torch.float64), MASK)
     prompt, config = random_tokens(121), block_config(24)
     with torch.no_grad():
         got = sample_blocks(net, config, [prompt], max_new_tokens=99, context_length=128, select=Confidence(1))
@@ -185,7 +185,7 @@ def test_window_equals_a_block_that_ends_there(attention, clean, window: int, sh
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma3", "mistral_window", "qwen3"])
 def test_window_equals_its_definition_on_other_architectures(name: str) -> None:
-    net = hf.HFNetwork(tiny_model(SUPPORTED[name](), torch.float64), MASK)
+    net = hf.as_network(tiny_model(SUPPORTED[name](), torch.float64), MASK)
     check(net, block_config(8), (3, 9), max_new_tokens=18, select=Threshold(0.03), window=3)
 
 

@@ -74,7 +74,7 @@ def test_loss_and_gradients_match_the_plain_pass(name: str, objective: str, shif
     config = SUPPORTED[name]()
     config.max_position_embeddings = config.n_positions = 160
     dtype = torch.float32 if name == "qwen3_moe" else torch.float64
-    network = hf.HFNetwork(tiny_model(config, dtype).train(), MASK)
+    network = hf.as_network(tiny_model(config, dtype).train(), MASK)
     hf.without_dropout(network.model)
     # Only GPT-2 is float64 throughout: the other models' norms round to float32 whatever their precision.
     assert_same(network, objectives(shift)[objective], 1e-10 if name == "gpt2" else 1e-5)
@@ -92,7 +92,7 @@ def test_routes_are_found_on_a_tiny_instance(name: str) -> None:
 def test_a_head_whose_logits_are_changed_behind_it_is_not_summed() -> None:
     granite = tiny_model(tf.GraniteConfig(**SUPPORTED["granite"]().to_dict() | {"logits_scaling": 4.0}))
     assert hf.probe_fast_paths(granite) == replace(ALL, head_sum=False)
-    network = hf.HFNetwork(granite, MASK)
+    network = hf.as_network(granite, MASK)
     loss_of = objectives(False)["two_stream"]
     network.model.config.max_position_embeddings = 160
     assert_same(network, loss_of, 1e-5, replace(ALL, head_sum=False))
@@ -105,7 +105,7 @@ def test_gated_rows_of_the_last_layer_are_adapted_alone(tokenizer_and_model) -> 
     model.requires_grad_(False)
     for name, up in drafter.up.items():
         torch.nn.init.normal_(up, generator=torch.Generator().manual_seed(len(name)))
-    network = hf.HFNetwork(model, drafter.mask_token_id, gate=drafter.rows)
+    network = hf.as_network(model, drafter.mask_token_id, gate=drafter.rows)
     x0, layout = packed()
     drawn = mask_exact(
         *torch.rand(2, 3, LENGTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
@@ -131,7 +131,7 @@ def test_gated_rows_of_the_last_layer_are_adapted_alone(tokenizer_and_model) -> 
 def test_checkpointed_layers_give_the_same_gradients() -> None:
     config = SUPPORTED["llama"]()
     config.max_position_embeddings = 160
-    network = hf.HFNetwork(tiny_model(config, torch.float64).train(), MASK)
+    network = hf.as_network(tiny_model(config, torch.float64).train(), MASK)
     loss_of = objectives(False)["two_stream"]
     loss, grads = measured(network, loss_of)
     hf.checkpoint_layers(network.model)
@@ -146,7 +146,7 @@ def test_checkpointed_layers_give_the_same_gradients() -> None:
 def test_masks_on_one_clean_pass_are_the_mean_of_passes_apart(name: str, alpha: float | None) -> None:
     config = SUPPORTED[name]()
     config.max_position_embeddings = config.n_positions = 160
-    network = hf.HFNetwork(tiny_model(config, torch.float64), MASK)
+    network = hf.as_network(tiny_model(config, torch.float64), MASK)
     x0, layout = packed()
     t, noise = torch.rand(2, 3, LENGTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn = list(mask_complementary(t, noise, segments(layout, 8), predictable(layout)))
@@ -170,14 +170,14 @@ def test_masks_on_one_clean_pass_are_the_mean_of_passes_apart(name: str, alpha: 
 
 
 def test_a_shifted_stream_shares_no_clean_pass() -> None:
-    network = hf.HFNetwork(tiny_model(SUPPORTED["llama"]()), MASK)
+    network = hf.as_network(tiny_model(SUPPORTED["llama"]()), MASK)
     x0, layout = packed()
     with pytest.raises(ValueError, match="has no clean stream to share"):
         shared_loss(network, block_config(8, shift=True), x0, layout, [])
 
 
 def test_a_layout_that_comes_again_gets_the_same_mask() -> None:
-    network = hf.HFNetwork(tiny_model(SUPPORTED["llama"]()), MASK)
+    network = hf.as_network(tiny_model(SUPPORTED["llama"]()), MASK)
     _, layout = packed()
     first = network.attention_argument(block_causal(8), layout, layout)
     assert network.attention_argument(block_causal(8), layout, layout) is first
@@ -190,7 +190,7 @@ def test_a_layout_that_comes_again_gets_the_same_mask() -> None:
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_layout_remembered_in_inference_mode_serves_training(device: str) -> None:
     """Learned positions are saved for the backward pass, which tensors made in inference mode refuse."""
-    network = hf.HFNetwork(tiny_model(SUPPORTED["gpt2"]()).to(device), MASK)
+    network = hf.as_network(tiny_model(SUPPORTED["gpt2"]()).to(device), MASK)
     x0, layout = random_tokens(1, 16), Layout.of(torch.arange(16)[None])
     everything = Corruption(predictable(layout), predictable(layout).float())
     for again in (
@@ -206,7 +206,7 @@ def test_a_layout_remembered_in_inference_mode_serves_training(device: str) -> N
 def test_shortcuts_run_under_autocast(objective: str) -> None:
     config = SUPPORTED["llama"]()
     config.max_position_embeddings = 160
-    network = hf.HFNetwork(tiny_model(config).train(), MASK)
+    network = hf.as_network(tiny_model(config).train(), MASK)
     loss_of = objectives(False)[objective]
     network.fast_paths = hf.FastPaths()
     loss, grads = measured(network, loss_of)

@@ -26,7 +26,7 @@ def alone(net, text: torch.Tensor) -> torch.Tensor:
 def attentive(name: str, implementation: str) -> hf.HFNetwork:
     model = tiny_model(SUPPORTED[name](), torch.float64)
     model.set_attn_implementation(implementation)
-    return hf.HFNetwork(model, MASK)
+    return hf.as_network(model, MASK)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_greedy_equals_ar_greedy(draft_length: int, noisy: str, shift: bool, anc
 @pytest.mark.parametrize("name", [n for n in SUPPORTED if n not in ("qwen3_moe", "mixtral", "gemma2")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_speculative_equals_ar_on_every_architecture(name: str, temperature: float) -> None:
-    net = hf.HFNetwork(tiny_model(SUPPORTED[name](), torch.float64), MASK)
+    net = hf.as_network(tiny_model(SUPPORTED[name](), torch.float64), MASK)
     check_equals_ar(net, causal_config(), LENGTHS[:4], temperature=temperature, seed=3)
 
 
@@ -92,7 +92,7 @@ def test_end_tokens_adaptive_lengths_and_the_context_change_nothing() -> None:
     check_equals_ar(net, config, ends=(free[1][4], free[3][0], free[5][7]))
     check_equals_ar(net, config, adaptive=True, draft_length=8)
     check_equals_ar(net, config, context_length=19)
-    gpt2 = hf.HFNetwork(tiny_model(SUPPORTED["gpt2"](), torch.float64), MASK)  # positions end at 128, no rotation
+    gpt2 = hf.as_network(tiny_model(SUPPORTED["gpt2"](), torch.float64), MASK)  # positions end at 128, no rotation
     check_equals_ar(gpt2, config, (120, 127, 100, 3), context_length=128, draft_length=8)
 
 
@@ -174,7 +174,7 @@ def test_drafting_pattern_equals_two_stream_on_an_aligned_block() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mistral_window"])
 @torch.no_grad()
 def test_draft_after_ragged_acceptance_equals_a_fresh_prefix(name: str) -> None:
-    net, config = hf.HFNetwork(tiny_model(SUPPORTED[name](), torch.float64), MASK), causal_config()
+    net, config = hf.as_network(tiny_model(SUPPORTED[name](), torch.float64), MASK), causal_config()
     prompts, drafts = random_tokens(3, 9), random_tokens(3, 5, seed=1)
     past = begin(net, causal, prompts)
     past.columns = 14

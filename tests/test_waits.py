@@ -106,7 +106,7 @@ class Step:
         self.settings = Settings("test", block_size=4, batch_size=4, max_length=16, **(about | more))
         model, self.teacher = self._model(), None
         if self.settings.teacher:
-            self.teacher = hf.HFNetwork(self._model().requires_grad_(False), MASK)
+            self.teacher = hf.as_network(self._model().requires_grad_(False), MASK)
         if self.settings.gradient_checkpointing:
             hf.checkpoint_layers(model)
         drafter = None
@@ -117,7 +117,7 @@ class Step:
             generator = torch.Generator().manual_seed(0)
             for matrix in (*drafter.down.values(), *drafter.up.values()):
                 matrix.data.copy_(torch.randn(matrix.shape, generator=generator) * 0.3)
-        self.network = hf.HFNetwork(model, MASK, gate=None if drafter is None else drafter.rows)
+        self.network = hf.as_network(model, MASK, gate=None if drafter is None else drafter.rows)
         self.trained = list((drafter or model).parameters())
 
     def _model(self) -> Any:
@@ -229,7 +229,7 @@ MODES: dict[str, dict[str, Any]] = {
 def test_decoding_waits_for_one_decision_a_pass(mode: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(SUPPORTED["gemma3" if mode == "blocks" else "llama"]()).to("meta")
     drafter = Drafter(model, MASK, DrafterConfig(4)).to("meta") if mode == "speculative" else None
-    net = hf.HFNetwork(model, MASK, gate=None if drafter is None else drafter.rows)
+    net = hf.as_network(model, MASK, gate=None if drafter is None else drafter.rows)
     if compiled:  # what is compiled, run as it is: a compiler would trace it with values
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
         net.compile()

@@ -103,7 +103,7 @@ class DiffusionLM:
     def _network(self, forward: Any) -> hf.HFNetwork:
         mask_token_id = None if self.diffusion is None else self.diffusion.mask_token_id
         gate = None if self.drafter is None else self.drafter.rows
-        return hf.HFNetwork(self.model, mask_token_id, forward=forward, gate=gate)
+        return hf.as_network(self.model, mask_token_id, forward=forward, gate=gate)
 
     def compile(self, **options: Any) -> None:
         """Compile the passes of block-wise, speculative and AR decoding; options: of torch.compile.

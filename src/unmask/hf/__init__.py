@@ -23,7 +23,7 @@ from unmask.hf.checkpoint import (
     write_diffusion,
 )
 from unmask.hf.network import FastPaths, HFNetwork, UnsupportedModelError, checkpoint_layers, replicate
-from unmask.hf.probes import probe, probe_fast_paths, probe_network, sees_position_differences
+from unmask.hf.probes import as_network, probe, probe_fast_paths, probe_network, sees_position_differences
 
 __all__ = [
     "Base",
@@ -32,6 +32,7 @@ __all__ = [
     "UnsupportedModelError",
     "add_drafter",
     "add_mask_token",
+    "as_network",
     "check_tokenizer",
     "checkpoint_layers",
     "end_token_ids",

@@ -92,6 +92,7 @@ class HFNetwork:
     forward: what runs the model, if not the model itself (a DDP or FSDP wrapper around it).
     per_layer_type: hand each layer type its own mask (sliding windows need it; off only to show that).
     gate: entered around every pass with its noisy rows, (batch, length) bool: what adapts those rows alone.
+    fast_paths: those that the model takes, by default none; `probes.as_network` finds them out.
     """
 
     def __init__(
@@ -102,12 +103,14 @@ class HFNetwork:
         forward: Callable[..., Any] | None = None,
         per_layer_type: bool = True,
         gate: Callable[[Tensor], AbstractContextManager[None]] | None = None,
+        fast_paths: FastPaths = FastPaths(),
     ) -> None:
         self.model = model
         self.forward = forward or model
         self.mask_token_id = mask_token_id
         self.per_layer_type = per_layer_type
         self.gate = gate
+        self.fast_paths = fast_paths
         self.head = model.get_output_embeddings()
         self.config = model.config.get_text_config()
         self.cache_keyword = cache_keyword(model)
@@ -215,12 +218,6 @@ class HFNetwork:
                 f"{self.cache_keyword!r}), so its cached passes would be wrong: this model cannot be decoded"
             )
         return out
-
-    @functools.cached_property
-    def fast_paths(self) -> FastPaths:
-        from unmask.hf.probes import probe_fast_paths  # which tries them on networks of its own
-
-        return probe_fast_paths(self.model)
 
     @contextmanager
     def _shortcuts(self, layout: Layout, rows: Tensor | None) -> Iterator[Tensor | slice | None]:

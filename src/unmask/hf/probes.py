@@ -259,6 +259,11 @@ def probe_fast_paths(model: Any) -> FastPaths:
     return fast_paths
 
 
+def as_network(model: Any, mask_token_id: int | None = None, **options: Any) -> HFNetwork:
+    """The model as a network that takes the fast paths of its class; options: of `HFNetwork`."""
+    return HFNetwork(model, mask_token_id, fast_paths=probe_fast_paths(model), **options)
+
+
 def sees_position_differences(model: Any) -> bool:
     """Whether moving all positions by the same amount changes nothing (rotary models), tried on a tiny instance."""
     config = model.config.get_text_config()

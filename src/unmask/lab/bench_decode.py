@@ -75,7 +75,7 @@ def bench_config(model: Any, block_size: int, clean: str = "block_causal") -> Di
 @functools.lru_cache(maxsize=2)
 def network_of(model: Any, compiled: bool = False) -> hf.HFNetwork:
     """The model as a network, its mask the last row of the vocabulary; one for all cases: compiling takes long."""
-    network = hf.HFNetwork(model.eval(), model.config.vocab_size - 1)
+    network = hf.as_network(model.eval(), model.config.vocab_size - 1)
     if compiled:
         network.compile()
     return network

@@ -131,7 +131,7 @@ def train_steps(
     """
     mask = model.config.vocab_size if kind == "drafter" else model.config.vocab_size - 1
     adapters = _bench_drafter(model, mask) if kind == "drafter" else None
-    network = hf.HFNetwork(model.train(), mask, gate=None if adapters is None else adapters.rows)
+    network = hf.as_network(model.train(), mask, gate=None if adapters is None else adapters.rows)
     hf.without_dropout(model)
     clean = {"two_stream": "block_causal", "drafter": "causal"}.get(kind)
     attention = "bidirectional" if clean is None else "two_stream"

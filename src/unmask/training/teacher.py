@@ -33,4 +33,4 @@ def freeze(teacher: DiffusionLM, lm: DiffusionLM, mask_token_id: int) -> Network
     if model.get_input_embeddings().weight.shape[0] != size:
         model.resize_token_embeddings(size, mean_resizing=False)
     hf.without_dropout(model)
-    return hf.HFNetwork(model.requires_grad_(False).eval(), mask_token_id)
+    return hf.as_network(model.requires_grad_(False).eval(), mask_token_id)

@@ -29,7 +29,7 @@ from unmask.data.plain_text import encode
 from unmask.evaluation.clean import read_clean, score_noisy
 
 Progress = Callable[[int], None]
-"""Told how many windows were just scored."""
+"""Called with the number of windows that were just scored."""
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,7 @@ class HFNetwork:
             and torch.equal(known.lengths, past.lengths)
             and all(map(torch.equal, layout, known.layout))
         ):
-            memory.slots, memory.now = len(past.lengths), known.index
+            memory.slots, memory.index = len(past.lengths), known.index
             return known
         column = torch.where(layout.real, layout.position, -1)
         index = past.cache.locate(past.rows, column, past.columns, len(past.lengths), device)

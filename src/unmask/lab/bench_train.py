@@ -89,9 +89,9 @@ def measure(ours: Callable[[], Any], baseline: Callable[[], Any], rounds: int) -
 def medians(times: Sequence[tuple[Clocks, Clocks]]) -> Measured:
     """Of (ours, the baseline's) in each round, by the clock that counts on this machine."""
     clock = int(torch.cuda.is_available())
-    mine, theirs = (statistics.median(pair[i][clock] for pair in times) for i in (0, 1))
+    ours, theirs = (statistics.median(pair[i][clock] for pair in times) for i in (0, 1))
     ratios = [statistics.median(a[c] / b[c] for a, b in times) for c in (clock, 1)]
-    return Measured(mine, theirs, *ratios)
+    return Measured(ours, theirs, *ratios)
 
 
 def clocks(work: Callable[[], Any]) -> Clocks:

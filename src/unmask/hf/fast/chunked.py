@@ -158,11 +158,11 @@ def _query_gradient(
 def _cut(tile: Tile, column: int) -> tuple[Tile, Tile]:
     """A tile's keys before a column, and those from it on."""
     before = tuple((begin, min(end, column)) for begin, end in tile.spans if begin < column)
-    behind = tuple((max(begin, column), end) for begin, end in tile.spans if end > column)
+    after = tuple((max(begin, column), end) for begin, end in tile.spans if end > column)
     if tile.bias is None:
-        return replace(tile, spans=before), replace(tile, spans=behind)
-    biases = tile.bias.split([sum(end - begin for begin, end in spans) for spans in (before, behind)], dim=-1)
-    return replace(tile, spans=before, bias=biases[0]), replace(tile, spans=behind, bias=biases[1])
+        return replace(tile, spans=before), replace(tile, spans=after)
+    biases = tile.bias.split([sum(end - begin for begin, end in spans) for spans in (before, after)], dim=-1)
+    return replace(tile, spans=before, bias=biases[0]), replace(tile, spans=after, bias=biases[1])
 
 
 def _like(q: Tensor) -> Tensor:

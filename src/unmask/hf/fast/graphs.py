@@ -107,8 +107,8 @@ class CompiledPasses:
             parts: list[Part] = [(0, room, None)]
             if more:
                 parts.append((room, room + more, None if everyone else slot[room:]))
-            memory.slots, memory.now = room, CacheIndex(target, parts, memory.capacity)
-            with using_index(network.config, memory.now):
+            memory.slots, memory.index = room, CacheIndex(target, parts, memory.capacity)
+            with using_index(network.config, memory.index):
                 logits: Tensor = forward(input_ids, layout.position, attention_mask, past.cache)
         if scored is not None:
             return logits[:scored].clone()  # a graph's output is overwritten when it runs again

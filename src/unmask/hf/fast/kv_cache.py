@@ -52,14 +52,14 @@ class SlotMemory:
 
     room, capacity: slots and columns that have memory, or will have with the first pass; more are added when needed.
     slots: those in use. gathers: hand the model the keys of each row instead of those of each slot, for attention that
-    knows no slots. now: the index of the present pass. whole: a pass has gone through all layers.
+    knows no slots. index: that of the present pass. whole: a pass has gone through all layers.
     """
 
     room: int = 0
     capacity: int = 0
     slots: int = 0
     gathers: bool = True
-    now: CacheIndex | None = None
+    index: CacheIndex | None = None
     whole: bool = False
     layers: list[Any] = field(default_factory=list)
 
@@ -95,7 +95,7 @@ class SlotCache(Cache):
         slot = torch.arange(slots) if rows is None else torch.tensor(rows)
         target = to_device(flat_target(slot, column, memory.capacity), device)
         place = CacheIndex(target, _parts(rows, slots, device), columns)
-        memory.slots, memory.now = slots, place
+        memory.slots, memory.index = slots, place
         return place
 
     def keep_slots(self, keep: Tensor) -> None:
@@ -165,10 +165,10 @@ class _SlotLayer(CacheLayerMixin):
                 self.keys, self.values = (
                     self._standing(torch.nn.functional.pad(x, more)) for x in (self.keys, self.values)
                 )
-        assert memory.now is not None
+        assert memory.index is not None
         if not torch.compiler.is_compiling():
-            memory.now.written = True
-        return self._put(self.keys, key_states, memory.now), self._put(self.values, value_states, memory.now)
+            memory.index.written = True
+        return self._put(self.keys, key_states, memory.index), self._put(self.values, value_states, memory.index)
 
     def _put(self, buffer: Tensor, new: Tensor, place: CacheIndex) -> Tensor:
         new = new.detach() if new.requires_grad else new
@@ -184,7 +184,7 @@ class _SlotLayer(CacheLayerMixin):
                 buffer[: len(keep)] = buffer[to_device(keep, buffer.device)]
 
     def get_seq_length(self) -> int:
-        now = self.memory.now
+        now = self.memory.index
         return now.columns if self.is_initialized and now is not None else 0
 
     def get_max_length(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ def load(
     attn_implementation: str | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
+    base: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> DiffusionLM:
-    """Load a folder or hub id, converted or not; refuse a model whose attention cannot be controlled.
+    """Load a folder, hub id or .gguf file, converted or not; refuse a model whose attention cannot be controlled.
 
-    An adapter's folder is its base with the adapter merged into it; a drafter's is its base with the drafter on it.
+    An adapter's folder is its base with the adapter merged into it; a drafter's is its base with the drafter on it;
+    base: where that model is, if not where the folder says. A .gguf file (extra `[gguf]`) is dequantised.
     trust_remote_code: run Python code that the folder brings; without it such a folder is refused. Raises ValueError
     with the file or the weights that are not what they should be.
     """
@@ -49,18 +52,22 @@ def load(
     adapted_base = lora.adapter_base(name)
     if adapted_base is not None:
         _check_chain(name)
-        lm = load(adapted_base, **options)
+        lm = load(base or adapted_base, **options)
         lora.load_adapter(lm.model, name)
         check_weights(lm.model, f"model {str(name)!r}")
         tokenizer = hf.load_tokenizer(name, trust_remote_code=trust_remote_code)
         hf.check_tokenizer(name, lm.model, tokenizer)
         return DiffusionLM(lm.model, tokenizer, hf.read_diffusion(lm.model)).known_finite()
-    base = hf.read_base(name)
-    if base is not None:
-        model, tokenizer, diffusion, drafter = hf.load_drafter(name, base, **options)
+    drafted = hf.read_base(name)
+    if drafted is not None:
+        if base is not None:
+            drafted = replace(drafted, name=str(base))
+        model, tokenizer, diffusion, drafter = hf.load_drafter(name, drafted, **options)
         hf.probe(model)
         hf.check_tokenizer(name, model, tokenizer)
-        return DiffusionLM(model, tokenizer, diffusion, drafter=drafter, base=base).known_finite()
+        return DiffusionLM(model, tokenizer, diffusion, drafter=drafter, base=drafted).known_finite()
+    if base is not None:
+        raise ValueError(f"base={str(base)!r} is for a drafter's or an adapter's folder, and {str(name)!r} is neither")
     model, tokenizer = hf.load_pretrained(name, **options)
     hf.probe(model)
     hf.check_tokenizer(name, model, tokenizer)

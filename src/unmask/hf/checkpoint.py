@@ -25,6 +25,7 @@ from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.core.finite import check_weights
 from unmask.core.network import DiffusionConfig
 from unmask.hf.folders import BUILDING, check_folder, first_line, parse, read_object, read_tensors
+from unmask.hf.gguf import gguf_file, reading_options
 from unmask.plain_json import to_json
 from unmask.run_folder import ordinary_permissions
 
@@ -86,7 +87,7 @@ def read_config(name: str | Path) -> dict[str, Any]:
     path = Path(name) / "config.json"
     if path.is_file():
         return read_object(path)
-    if Path(name).exists() or is_path(name):
+    if Path(name).exists() or is_path(name) or gguf_file(name) is not None:
         return {}
     with _loading(name, "config.json"):
         return dict(PreTrainedConfig.get_config_dict(name)[0])
@@ -107,28 +108,34 @@ def load_pretrained(
     quantization_config: Any = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Model (in eval mode) and tokenizer of a folder or hub id, whose weights are all there and of the right sizes.
+    """Model (in eval mode) and tokenizer of a folder, hub id or .gguf file, whose weights are all there and fit.
 
     trust_remote_code: run Python that the folder brings along; without it, what needs it is refused.
     """
-    path = Path(name)
-    if not path.exists() and is_path(name):
+    path, file = Path(name), gguf_file(name)
+    source: str | Path = name if file is None else file.parent
+    of_file: dict[str, Any] = {} if file is None else {"gguf_file": file.name}
+    if file is not None:
+        path = file.parent
+    elif not path.exists() and is_path(name):
         raise ValueError(f"model folder {str(name)!r} does not exist: give an existing folder or a hub id")
-    if path.exists() and not (path / "config.json").is_file():
+    elif path.exists() and not (path / "config.json").is_file():
         raise ValueError(f"model folder {str(name)!r} holds no config.json: give the folder of an HF checkpoint")
-    if path.exists():
+    if file is None and path.exists():
         check_folder(path)
-    options = {
+    options: dict[str, Any] = {
         "attn_implementation": attn_implementation,
         "device_map": device_map,
         "quantization_config": quantization_config,
         "dtype": dtype,
     }
     with _loading(name, "config.json"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **of_file)
+    if file is not None:
+        options |= reading_options(file, quantization_config)
     with _loading(name, "weights"), BUILDING:
         model, info = AutoModelForCausalLM.from_pretrained(
-            name,
+            source,
             config=config,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -137,6 +144,8 @@ def load_pretrained(
     _check_weights(name, model, info)
     _check_ids(name, model)
     tokenizer = _tokenizer(name, trust_remote_code)
+    if file is not None:
+        model.config._name_or_path = str(name)
     if device_map is None and quantization_config is None:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -275,7 +284,9 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 def _tokenizer(name: str | Path, trust_remote_code: bool) -> Any:
     with _loading(name, "tokenizer.json, tokenizer_config.json or another file of the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        file = gguf_file(name)
+        source, options = (name, {}) if file is None else (file.parent, {"gguf_file": file.name})
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
         if not tokenizer.get_vocab():
             raise ValueError("the vocabulary is empty")
         tokenizer("a")

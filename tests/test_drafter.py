@@ -365,7 +365,7 @@ def test_drafter_of_a_missing_or_other_base_is_refused(
 
 def test_a_module_that_gets_other_rows_is_refused() -> None:
     net, drafter = gated(tiny_model(SUPPORTED["llama"]()))
-    with drafter.rows(torch.ones(1, 4, dtype=torch.bool)), pytest.raises(ValueError, match="cannot be told apart"):
+    with drafter.rows(torch.ones(1, 4, dtype=torch.bool)), pytest.raises(ValueError, match="cannot be picked"):
         net.model.model.layers[0].mlp.up_proj(torch.zeros(3, 32))
 
 

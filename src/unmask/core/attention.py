@@ -1,11 +1,11 @@
-"""Attention patterns: who may look at whom, as predicates on where tokens stand.
+"""Attention patterns: which query attends to which key, as predicates on layouts.
 
 Knows token positions, documents and streams. Knows no model, no tensor of scores and no cache.
 
-Notation: a `Layout` says where the tokens of one pass stand; a `Pattern` takes the layouts of queries
-and keys, broadcast against each other, and says True where the query attends to the key.
-Because a predicate sees positions and never indices, the same one serves packed rows, repeated
-position ids, left padding, and queries on top of a cache.
+Notation: a `Layout` holds the position, document and stream of each token of a pass; a `Pattern` maps the
+layouts of queries and keys, broadcast against each other, to True where the query attends to the key.
+A predicate reads positions and never indices, so the same one serves packed rows, repeated position ids,
+left padding, and queries on top of a cache.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from unmask.core.transfer import to_device
 
 PADDING = -1
-"""Document id of padding. Padding is a document of its own: it sees itself, real tokens never see it."""
+"""Document id of padding, a document of its own: padding attends to padding, real tokens never do."""
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a pass stand; three tensors of one (broadcastable) shape.
+    """Position, document and stream of the tokens of a pass; three tensors of one (broadcastable) shape.
 
     position: int64, index inside the token's document. document: int64, `PADDING` for padding.
     noisy: bool, True in the corrupted stream of a two-stream pass.
@@ -38,13 +38,13 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, position: Tensor, document: Tensor | None = None, noisy: bool = False) -> Layout:
-        """One stream: `position` (batch, length), document 0 everywhere unless given."""
+        """One stream: `position` (batch, length), and `document`, by default 0 everywhere."""
         document = torch.zeros_like(position) if document is None else document
         return cls(position, document, torch.full_like(position, noisy, dtype=torch.bool))
 
     @property
     def real(self) -> Tensor:
-        """True where a token is no padding."""
+        """True where a token is not padding."""
         return self.document != PADDING
 
     def subset(self, *index: Any) -> Layout:
@@ -65,25 +65,25 @@ class Layout(NamedTuple):
             return self
         return self.cached(device, lambda: Layout(*(to_device(field, device) for field in self)))
 
-    def cached(self, what: Any, make: Callable[[], Layout]) -> Layout:
-        """`make()`, made once for the same layout: masks are kept by the identity of its tensors."""
+    def cached(self, key: Any, make: Callable[[], Layout]) -> Layout:
+        """`make()`, called once for this layout and `key`: masks are kept by the identity of a layout's tensors."""
         made = _made.setdefault(self.position, {})
-        known = made.get(what)
+        known = made.get(key)
         if known is None or known[0] is not self.document or known[1] is not self.noisy:
             with torch.inference_mode(False):  # a later pass may learn
-                made[what] = known = self.document, self.noisy, make()
+                made[key] = known = self.document, self.noisy, make()
         layout: Layout = known[2]
         return layout
 
 
 _made: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""What was made of layouts, by their positions."""
+"""Results of `Layout.cached`, by the position tensor of the layout that they were made from."""
 
 
 Pattern = Callable[[Layout, Layout], Tensor]
 """(query layout, key layout), broadcastable -> bool tensor, True = the query attends to the key.
 
-Those without tensors of their own are made once, so that masks can be kept by the identity of their pattern."""
+A factory of patterns returns the same object for the same arguments: masks are kept by the identity of a pattern."""
 
 
 def causal(q: Layout, kv: Layout) -> Tensor:
@@ -107,14 +107,14 @@ def block_causal(block_size: int) -> Pattern:
 
 
 _NEVER = torch.iinfo(torch.int32).max
-"""A position that nothing reaches."""
+"""A position past all others."""
 
 
 @functools.cache
 def two_stream(block_size: int, clean: str = "block_causal", noisy: str = "bidirectional") -> Pattern:
     """[noisy | clean] in one pass (Efficient-DLM 2512.14067, Fig. 2d; Nemotron-Labs 2607.05722).
 
-    noisy -> noisy: the same block (`noisy="causal"`: what stands before, I-DLM 2604.11035, Uno 2609.04010).
+    noisy -> noisy: the same block (`noisy="causal"`: up to the query, I-DLM 2604.11035, Uno 2609.04010).
     noisy -> clean: strictly earlier blocks. clean -> noisy: never.
     clean -> clean: same or earlier block (`clean="block_causal"`), or strictly causal (`clean="causal"`),
     in which case the clean half is exactly the AR model.
@@ -125,10 +125,10 @@ def two_stream(block_size: int, clean: str = "block_causal", noisy: str = "bidir
 
     def pattern(q: Layout, kv: Layout) -> Tensor:
         q_block, kv_block = q.position // block_size, kv.position // block_size
-        # What is worked out for each token costs nothing beside what is for each pair: two comparisons are left.
-        clean_reach = q.position + 1 if clean == "causal" else (q_block + 1) * block_size
-        reach = torch.where(q.noisy, q_block * block_size, clean_reach)
-        to_clean = torch.where(kv.noisy, _NEVER, kv.position) < reach
+        # Work per token is cheap beside work per pair, of which two comparisons are left.
+        clean_end = q.position + 1 if clean == "causal" else (q_block + 1) * block_size
+        end = torch.where(q.noisy, q_block * block_size, clean_end)  # the first clean position that is hidden
+        to_clean = torch.where(kv.noisy, _NEVER, kv.position) < end
         in_block = torch.where(kv.noisy, kv_block, -1) == torch.where(q.noisy, q_block, -2)
         if noisy_to_noisy is not bidirectional:
             in_block = in_block & noisy_to_noisy(q, kv)
@@ -140,8 +140,8 @@ def two_stream(block_size: int, clean: str = "block_causal", noisy: str = "bidir
 def annealed(opened: Tensor) -> Pattern:
     """Causal, plus the future positions that `opened` opens (DiffuLLaMA 2410.17891, section 3.3).
 
-    opened: (length, length) bool, indexed [query position, key position] inside a document; what it holds on
-    and below the diagonal changes nothing. One matrix serves all rows, documents, heads and layers.
+    opened: (length, length) bool, indexed [query position, key position] inside a document; entries on and
+    below the diagonal change nothing. One matrix serves all rows, documents, heads and layers.
     """
 
     def pattern(q: Layout, kv: Layout) -> Tensor:
@@ -152,9 +152,9 @@ def annealed(opened: Tensor) -> Pattern:
 
 @functools.cache
 def drafting(noisy: str = "bidirectional") -> Pattern:
-    """One noisy block that starts anywhere, after clean tokens that all stand before it.
+    """One noisy block that starts anywhere, after its clean tokens.
 
-    clean -> clean: causal, the AR model. noisy -> clean: all. noisy -> noisy: all, or what stands before.
+    clean -> clean: causal, the AR model. noisy -> clean: all. noisy -> noisy: all, or up to the query.
     The same as `two_stream(B, "causal", noisy)` for a block that starts at a multiple of B.
     """
     noisy_to_noisy = _inside_block(noisy)
@@ -200,7 +200,7 @@ def intersect(*patterns: Pattern) -> Pattern:
 
 def dense(pattern: Pattern, q: Layout, kv: Layout) -> Tensor:
     """The pattern as a bool tensor (batch, queries, keys), True = attend."""
-    q, kv = (Layout(x.position.int(), x.document.int(), x.noisy) for x in (q, kv))  # half the memory to walk
+    q, kv = (Layout(x.position.int(), x.document.int(), x.noisy) for x in (q, kv))  # half the memory traffic
     return pattern(q.subset(..., slice(None), None), kv.subset(..., None, slice(None)))
 
 

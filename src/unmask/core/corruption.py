@@ -1,9 +1,9 @@
-"""Forward process of masked diffusion: noise levels, which tokens are corrupted, and their loss weights.
+"""Forward process of masked diffusion: noise levels, corrupted tokens, and their loss weights.
 
-Knows token ids' places and noise. Knows no model and no vocabulary.
+Knows layouts and noise. Knows no model and no vocabulary.
 
 Notation: t in (0, 1] is the noise level (0 = clean), alpha(t) the probability that a token is still clean,
-`masked` is True on corrupted tokens. A *segment* is the set of tokens that share one t: a block, a document
+`masked` is True on corrupted tokens. A *segment* is a set of tokens that share one t: a block, a document
 or a row; n is its number of maskable tokens, k the number masked.
 
 Distributions (both make the expected weighted loss the NELBO, in nats, of the segment):
@@ -50,18 +50,18 @@ class Corruption:
     weight: Tensor
 
     def apply(self, x0: Tensor, mask_token_id: int) -> Tensor:
-        """xt: the clean tokens with the mask token where they are corrupted."""
+        """xt: x0 with the mask token at the corrupted positions."""
         return x0.masked_fill(self.masked, mask_token_id)
 
     def excluding(self, tokens: Tensor) -> Corruption:
-        """The same without the positions where `tokens` (batch, length) is True: out of the loss."""
+        """The same without the positions where `tokens` (batch, length) is True, which leave the loss."""
         return Corruption(self.masked & ~tokens, self.weight * ~tokens)
 
 
 def segments(layout: Layout, block_size: int | None) -> Tensor:
     """Number of the block (of the document, if `block_size` is None) inside its row, (batch, length) int64.
 
-    Blocks lie on positions [k*B, (k+1)*B) of each document, so they start anew where a document does.
+    Blocks lie on positions [k*B, (k+1)*B) of each document, so a document starts a new one.
     """
     block = layout.position // block_size if block_size else torch.zeros_like(layout.position)
     new = (layout.document[:, 1:] != layout.document[:, :-1]) | (block[:, 1:] != block[:, :-1])
@@ -73,7 +73,7 @@ def noise_levels(seed: int, step: int, rows: Tensor, global_rows: int, length: i
 
     Stratified over the global batch: for each segment number the `global_rows` rows fall into as many equal
     strata, one each, under a random rotation. `rows` are numbers in the global batch, so that the levels do
-    not depend on how the batch is split. draw: of several masks of the same rows.
+    not depend on how the batch is split. draw: number of the mask, where the same rows get several.
     """
     rotation = uniform(length, key=("rotation", seed, step, draw)) * global_rows
     within = uniforms([("level", seed, step, row, draw) for row in rows.tolist()], length)

@@ -19,7 +19,7 @@ from unmask.core.transfer import to_device
 def begin(
     network: Network, pattern: Pattern, prompts: Sequence[Tensor], *, columns: int = 0, keep_logits: bool = False
 ) -> SlotCacheState:
-    """The prompts, run once, each in a slot of its own, of which `columns` will be reached if that is known."""
+    """The state after one pass over the prompts, a slot each; columns: how many will be used, if that is known."""
     past = SlotCacheState.empty(network, len(prompts), max(columns, *map(len, prompts)))
     prefill(network, pattern, past, range(len(prompts)), prompts, keep_logits=keep_logits)
     return past
@@ -34,7 +34,7 @@ def prefill(
     *,
     keep_logits: bool = False,
 ) -> None:
-    """Run `prompts`, possibly empty, into these slots; with `keep_logits` their last logits stay for what follows."""
+    """Write `prompts`, possibly empty, to these slots; with `keep_logits` keep their last logits in `next_logits`."""
     slots, lengths = torch.tensor(list(rows)), torch.tensor([len(prompt) for prompt in prompts])
     if lengths.any():
         ids = pad_sequence([prompt.cpu() for prompt in prompts], batch_first=True)
@@ -62,9 +62,9 @@ def denoise(
 ) -> Tensor:
     """Logits (wanted.sum(), vocab) of the wanted positions of the active blocks xt (slots, width) on their prefixes.
 
-    xt and the finished tokens are on the network's device, `layout` and `wanted` on the host. A block sees itself and
-    its prefix whole, and is not kept in the cache. finished: slots whose last block is not cached yet, and the clean
-    tokens (n, block) of those blocks. They run in the same forward, as rows of their own that the active rows see, and
+    xt and the finished tokens are on the network's device, `layout` and `wanted` on the host. A block attends to itself
+    and its whole prefix, and is not kept in the cache. finished: slots whose last block is not cached yet, and the
+    clean tokens (n, block) of those blocks. They run in the same forward, as rows that the active rows attend to, and
     stay cached, which is exactly two forwards in one.
     """
     slots, width = xt.shape
@@ -92,7 +92,7 @@ def denoise(
 
 
 def _finished_rows(past: SlotCacheState, slots: Sequence[int], tokens: Tensor, width: int) -> tuple[Tensor, Layout]:
-    """Finished blocks (n, block) as rows as wide as the active ones, (chunks * n, width): so these need no padding."""
+    """Finished blocks (n, block) as rows (chunks * n, width), so wide that active rows need no padding."""
     size = tokens.shape[1]
     chunks = -(-size // width)
     column = torch.arange(chunks * width)
@@ -117,7 +117,7 @@ def _last_clean_rows(slots: int, width: int, finished: Sequence[int], tokens: Te
 
 
 def _keep_next(past: SlotCacheState, slots: Tensor, logits: Tensor) -> Tensor:
-    """Keep the logits of the last clean rows, which come first, for their slots; returns the others."""
+    """Move the first logits, of the last clean rows, to `past.next_logits`; returns the others."""
     if past.next_logits is None:
         past.next_logits = logits.new_zeros(len(past.lengths), logits.shape[-1])
     past.next_logits[to_device(slots, logits.device)] = logits[: len(slots)]
@@ -125,7 +125,7 @@ def _keep_next(past: SlotCacheState, slots: Tensor, logits: Tensor) -> Tensor:
 
 
 def _with_first_positions(past: SlotCacheState, logits: Tensor, wanted: Tensor) -> Tensor:
-    """The logits of all wanted positions, with those of the blocks' first positions out of `past.next_logits`."""
+    """The logits of all wanted positions; those of a block's first position are taken from `past.next_logits`."""
     if past.next_logits is None:  # a block at position 0: its first position is never wanted
         return logits
     out = logits.new_empty(int(wanted.sum()), logits.shape[-1])
@@ -149,10 +149,10 @@ def draft(
 ) -> tuple[Tensor, Tensor]:
     """One forward over [last verified token, clean | masks, noisy] on top of the cached prefix.
 
-    The clean row is the AR model and its keys stay in the cache; the masks stand at `layout` (batch, k), from
-    the first unverified position on, wherever that is in its block, and leave nothing. Returns the AR logits
-    of the first unverified position (batch, vocab), exact, and the draft logits (batch, k, vocab). The first of
-    them are the AR logits again with `anchor`, else the first mask's, a row that nobody needs otherwise.
+    The clean row is the AR model and its keys stay in the cache. The masks have the positions of `layout` (batch, k),
+    from the first unverified one on, wherever that is in its block, and are not cached. Returns the exact AR logits of
+    the first unverified position (batch, vocab), and the draft logits (batch, k, vocab). The first of these are the AR
+    logits again with `anchor`, else those of the first mask.
     """
     check_serves_ar(config)
     batch, width = layout.position.shape
@@ -172,8 +172,8 @@ def draft(
 
 
 def verify(network: Network, past: SlotCacheState, tokens: Tensor, layout: Layout) -> Tensor:
-    """AR logits of what follows each of the tokens (batch, k, vocab).
+    """AR logits of the token after each of `tokens` (batch, k), (batch, k, vocab).
 
-    All of them are in the cache then, and none of them counts: those accepted are added to `past.lengths`.
+    All tokens are written to the cache, and none is counted: the caller adds those accepted to `past.lengths`.
     """
     return network(tokens, layout, causal, past=past)

@@ -1,8 +1,8 @@
 """A drafter: low-rank adapters on a frozen base that act on noisy rows only (Uno 2609.04010, section 3).
 
-Clean rows pass through the base's own arithmetic, bit for bit, so the AR model stays what it was; the masks
-get a trained embedding of their own and leave the base's vocabulary alone. Knows modules and which rows of a
-pass are noisy; knows no pattern, no cache and no file.
+Clean rows run the base's own arithmetic, bit for bit, so the AR model is unchanged; the masks have a trained
+embedding outside the base's vocabulary. Knows modules and which rows of a pass are noisy; knows no pattern, no
+cache and no file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class DrafterConfig:
     """rank and scale of W x + (scale / rank) B A x on noisy rows, and which linear maps have it.
 
     targets: "all" (every linear map of the layers), or endings of module names, separated by commas.
-    mask_rows: embeddings of the mask, one for each place in a block or one for all.
+    mask_rows: embeddings of the mask, one for each place in a block, or one for all.
     """
 
     rank: int = 32
@@ -41,27 +41,27 @@ class DrafterConfig:
 
 
 class _NoisyRows:
-    """Noisy rows of a pass, (batch, length) bool with some True, and how a device picks them without reading it."""
+    """Noisy rows of a pass, (batch, length) bool with some True, and their indices, known without reading a device."""
 
     def __init__(self, noisy: Tensor, device: torch.device) -> None:
         self.shape, self._noisy, self._device = noisy.shape, noisy, device
-        self.there = to_device(noisy, device)
+        self.mask = to_device(noisy, device)
         columns = noisy.all(0)
         self._first = int(columns.long().argmax())
-        # A suffix of every row, as when drafting, is a view where other rows are a gather.
+        # The same suffix of every row, as in drafting, is a view; other rows need a gather.
         self._suffix = bool(columns[self._first :].all()) and bool((noisy == columns).all())
         self.everywhere = self._suffix and self._first == 0
 
     @cached_property
     def index(self) -> tuple[Tensor | slice, ...]:
-        """Of (batch, length)."""
+        """Index of the noisy rows in (batch, length)."""
         if self._suffix:
             return slice(None), slice(self._first, None)
         return tuple(to_device(x, self._device) for x in self._noisy.nonzero(as_tuple=True))
 
     @cached_property
     def flat_index(self) -> tuple[Tensor]:
-        """Of (batch * length): some layers flatten."""
+        """Index of the noisy rows in (batch * length): some layers flatten."""
         return (to_device(self._noisy.flatten().nonzero()[:, 0], self._device),)
 
 
@@ -75,7 +75,7 @@ class Drafter(nn.Module):
         self._noisy: _NoisyRows | None = None
         self._places: Tensor | None = None
         embedding = model.get_input_embeddings()
-        with torch.no_grad():  # in the space of what the embedding puts out: some models scale it
+        with torch.no_grad():  # the mean of outputs, not of weights: some models scale them
             ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
             mean = embedding(ids[None])[0].float().mean(0).to(embedding.weight.dtype)
             self.masks = nn.Parameter(mean.repeat(config.mask_rows, 1))
@@ -95,8 +95,8 @@ class Drafter(nn.Module):
 
     @contextmanager
     def rows(self, noisy: Tensor) -> Iterator[None]:
-        """Within the context the adapters act on these rows (batch, length) of the pass."""
-        before, noisy = self._noisy, noisy.cpu()  # read on the host: on a device each look would wait
+        """Within the context the adapters act on the rows of a pass where `noisy` (batch, length) is True."""
+        before, noisy = self._noisy, noisy.cpu()  # on the host, where reading it does not wait
         self._noisy = _NoisyRows(noisy, self.masks.device) if bool(noisy.any()) else None
         try:
             yield
@@ -119,14 +119,14 @@ class Drafter(nn.Module):
             if x.shape[:-1] not in (noisy.shape, (noisy.shape.numel(),)):
                 raise ValueError(
                     f"drafter_targets: {name!r} gets {tuple(x.shape[:-1])} rows of a pass of {tuple(noisy.shape)}, "
-                    "so they cannot be told apart: leave it out (experts are routed)"
+                    "so noisy ones cannot be picked: leave it out (experts are routed)"
                 )
             if noisy.everywhere or torch.compiler.is_compiling():  # compiled shapes do not depend on which rows
                 added = out + linear(linear(x, down), up) * scale
-                there = noisy.there.flatten() if x.ndim == 2 else noisy.there
-                return added if noisy.everywhere else torch.where(there[..., None], added, out)
+                mask = noisy.mask.flatten() if x.ndim == 2 else noisy.mask
+                return added if noisy.everywhere else torch.where(mask[..., None], added, out)
             index = noisy.flat_index if x.ndim == 2 else noisy.index
-            out[index] += linear(linear(x[index], down), up) * scale  # `out` is the map's own: nothing else holds it
+            out[index] += linear(linear(x[index], down), up) * scale  # in place: nothing else holds `out`
             return out
 
         return hook

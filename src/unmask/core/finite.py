@@ -12,11 +12,11 @@ _CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class StepWatch:
-    """Tells on the device whether a step may change the weights, and the host a step later.
+    """Decides on the device whether a step may change the weights, and counts skipped steps on the host.
 
-    The step that is not finite is skipped where it runs, so that the host need not wait for the device before each
-    step: it reads the figures of a step when the next one is under way, and all of them in `settle`. allowed: how
-    many steps may be skipped before a ValueError ends the run. skipped: how many were.
+    A step that is not finite is skipped on the device, so that the host need not wait for it: the host reads the
+    figures of a step while the next one runs, and all that are left in `settle`. allowed: steps that may be skipped
+    before a ValueError ends the run. skipped: steps skipped so far.
     """
 
     def __init__(self, allowed: int = 0, skipped: int = 0) -> None:
@@ -28,7 +28,7 @@ class StepWatch:
     ) -> Tensor:
         """0-dimensional bool on the device of `loss`: whether the step's loss and gradient norm are finite.
 
-        norm: None where it is not known. scaled: a gradient scaler skips steps whose gradient overflows by itself.
+        norm: None where it is not known. scaled: a gradient scaler itself skips steps whose gradient overflows.
         """
         figures = torch.stack([loss.double(), (loss if norm is None or scaled else norm).double()])
         host, event = figures, None
@@ -40,7 +40,7 @@ class StepWatch:
         return figures.isfinite().all()
 
     def settle(self, *, but_last: bool = False) -> None:
-        """Read what was looked at, with `but_last` up to the last step; raises ValueError past `allowed`."""
+        """Read the figures of all steps so far (`but_last`: without the last); raises ValueError past `allowed`."""
         while len(self._pending) > int(but_last):
             step, learning_rate, host, event = self._pending.pop(0)
             if event is not None:
@@ -62,20 +62,20 @@ def bad_weight(model: Any) -> str | None:
     """Name of the first parameter or buffer of a torch module that holds NaN or infinity, None if there is none."""
     for name, tensor in [*model.named_parameters(), *_saved_buffers(model)]:
         if tensor.dtype in _CHECKED and tensor.device.type != "meta" and tensor.numel():
-            low, high = torch.aminmax(tensor.detach())  # keeps NaN, and makes no copy of the weights
+            low, high = torch.aminmax(tensor.detach())  # NaN stays NaN, and no copy of the weights is made
             if not math.isfinite(float(low)) or not math.isfinite(float(high)):
                 return str(name)
     return None
 
 
 def _saved_buffers(model: Any) -> list[tuple[str, Tensor]]:
-    """A mask that is made of infinities is a buffer too, but none that is saved."""
+    """Buffers in the state dict: masks of infinities are buffers too, but are not saved."""
     kept = set(model.state_dict(keep_vars=True))
     return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
 
 
 def check_weights(model: Any, what: str) -> None:
-    """Raise ValueError naming a parameter of `model` that is not finite; what: how to call the model."""
+    """Raise ValueError naming a parameter of `model` that is not finite; what: its name in messages."""
     name = bad_weight(model)
     if name is not None:
         raise ValueError(
@@ -85,33 +85,33 @@ def check_weights(model: Any, what: str) -> None:
 
 
 class FiniteWeights:
-    """Looks at weights once for as long as nobody changes them."""
+    """Checks weights once, and again only after they have changed."""
 
     def __init__(self) -> None:
-        self._masks_of: Any = None
+        self._checked: Any = None
 
     def check(self, parts: dict[str, Any]) -> None:
-        """Raise ValueError for a part whose weights are not finite; parts: a name and a module, or None, of each."""
-        now = self._version(parts)
-        if now is None or now != self._masks_of:
+        """Raise ValueError for a part whose weights are not finite; parts: module or None by name."""
+        version = self._version(parts)
+        if version is None or version != self._checked:
             for what, part in parts.items():
                 if part is not None:
                     check_weights(part, what)
-            self._masks_of = now
+            self._checked = version
 
     def trust(self, parts: dict[str, Any]) -> None:
-        """Take the weights, as they are now, to be finite."""
-        self._masks_of = self._version(parts)
+        """Take the present weights to be finite."""
+        self._checked = self._version(parts)
 
     @staticmethod
     def _version(parts: dict[str, Any]) -> Any:
-        """What changes whenever a weight does, None where that cannot be told."""
+        """A value that changes whenever a weight does; None where torch does not count changes."""
         found = [_versions(part) for part in parts.values() if part is not None]
         return None if None in found else found
 
 
 def _versions(model: Any) -> tuple[tuple[int, int], ...] | None:
-    """What changes whenever a parameter does; None where torch does not count changes."""
+    """A value that changes whenever a parameter does; None where torch does not count changes."""
     try:
         return tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
     except RuntimeError:  # made in inference mode

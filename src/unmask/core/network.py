@@ -26,8 +26,8 @@ class DiffusionConfig:
     clean_attention: "causal" | "block_causal" for two streams, else None.
     shift: position i is scored by row i - 1, as in AR models, instead of row i.
     noisy_attention: "bidirectional" | "causal" inside a noisy block of two streams.
-    mask_rows: embeddings of the mask, ids mask_token_id + 0, 1, ...: one for each place in the block (a
-    drafter's), or one for all.
+    mask_rows: embeddings of the mask, ids mask_token_id + 0, 1, ...: one for each place in a block (a drafter may
+    have these), or one for all.
     """
 
     mask_token_id: int
@@ -67,7 +67,7 @@ class DiffusionConfig:
     def segment_size(self) -> int | None:
         """Tokens that share a noise level when the bound is measured: a block of two streams, else a document.
 
-        Only a clean context makes blocks independent given what they see; one noisy stream is one canvas.
+        Only a clean context makes blocks independent given their context; one noisy stream is one canvas.
         """
         return self.block_size if self.attention == "two_stream" else None
 
@@ -90,7 +90,7 @@ class Cache(Protocol):
     """Keys and values in slots; `hf.fast.kv_cache.SlotCache` is one."""
 
     def locate(self, rows: Sequence[int] | None, column: Tensor, columns: int, slots: int, device: torch.device) -> Any:
-        """Say which slots and columns the next pass writes and reads."""
+        """Index of the slots and columns that the next pass writes and reads."""
 
     def keep_slots(self, keep: Tensor) -> None:
         """Keep these slots."""
@@ -118,8 +118,8 @@ _ROUND_TO = 64
 class SlotCacheState:
     """The state of rows that are being decoded, each in a slot: positions 0 .. lengths[s] - 1 of slot s are cached.
 
-    A token at position p stands in column p of its slot. lengths: (slots,) on the host, as are the layouts of passes:
-    positions are known there. columns: how many a pass reads and writes, for all rows.
+    Column p of a slot holds the token at position p. lengths: (slots,), on the host like the layouts of passes, so that
+    positions can be read without waiting. columns: how many a pass reads and writes, for all rows.
     next_logits: (slots, vocab), of the last cached row, kept only where the shift reads them.
     rows: the slot of each row of a pass, None for row i in slot i. round_to: `set_columns` rounds up to its multiples.
     """
@@ -134,7 +134,7 @@ class SlotCacheState:
     @classmethod
     def empty(cls, network: Network, slots: int, columns: int) -> SlotCacheState:
         """Empty slots of at most this many columns."""
-        round_to = 1 if network.device.type == "cpu" else _ROUND_TO  # masks are aligned then, and shapes few
+        round_to = 1 if network.device.type == "cpu" else _ROUND_TO  # a GPU wants aligned masks of few shapes
         return cls(network.new_slots(slots, columns), torch.zeros(slots, dtype=torch.long), round_to=round_to)
 
     def for_rows(self, rows: Sequence[int] | None) -> SlotCacheState:
@@ -146,7 +146,7 @@ class SlotCacheState:
         self.columns = -(-columns // self.round_to) * self.round_to
 
     def keys(self, layout: Layout) -> Layout:
-        """The layout (slots, or rows if given, columns) of the keys of a pass over `layout`."""
+        """The layout of the keys of a pass over `layout`, (slots, columns), or (rows, columns) where rows are set."""
         rows = None if self.rows is None else torch.tensor(self.rows)
         return slot_keys(layout, rows, self.lengths, self.columns)
 
@@ -159,7 +159,7 @@ class SlotCacheState:
 
 
 def slot_keys(layout: Layout, rows: Tensor | None, lengths: Tensor, columns: int) -> Layout:
-    """The layout (slots, or rows if given, columns) of the keys of a pass over `layout`.
+    """The layout of the keys of a pass over `layout`, (slots, columns), or (rows, columns) with `rows`.
 
     rows: the slot of each row, None for row i in slot i. lengths: (slots,), columns that are cached and clean.
     """
@@ -189,7 +189,7 @@ class Network(Protocol):
         """An empty cache that grows by whole passes, for `GrowingCache`."""
 
     def new_slots(self, slots: int, columns: int) -> Any:
-        """An empty cache for a `SlotCacheState` of so many slots, which will reach so many columns at most."""
+        """An empty cache for a `SlotCacheState` of this many slots and at most this many columns."""
 
     def __call__(
         self,
@@ -200,23 +200,23 @@ class Network(Protocol):
         rows: Tensor | None = None,
         past: GrowingCache | SlotCacheState | None = None,
     ) -> Tensor:
-        """Logits of row i of the pass in place i; `rows` are flat indices into (batch * length).
+        """Logits (len(rows), vocab) of `rows`, flat indices into (batch * length); of all rows without it.
 
-        With `past`, queries also see its tokens where the pattern allows, and their keys and values go into
-        `past.cache`; `past.layout` or `past.lengths` is left to the caller.
+        With `past`, queries also attend to its tokens where the pattern allows, and the keys and values of the pass
+        are written to `past.cache`; the caller updates `past.layout` or `past.lengths`.
         """
 
 
 @runtime_checkable
 class SummingNetwork(Network, Protocol):
-    """A network that takes its logits apart where a loss only needs their weighted sum."""
+    """A network that can sum the losses of rows without holding all their logits at once."""
 
     def weighted_sum(self, passed: Pass, row_loss: RowLoss, weight: Tensor, past: GrowingCache | None = None) -> Tensor:
-        """sum_i weight_i * row_loss(logits of row i), differentiable once; `weight` and what the loss holds are not."""
+        """sum_i weight_i * row_loss(logits of row i); differentiable once, with respect to the model alone."""
 
 
 class Pass(NamedTuple):
-    """What a network is called with."""
+    """The arguments of a network."""
 
     input_ids: Tensor
     layout: Layout
@@ -233,7 +233,7 @@ def run(network: Network, passed: Pass, past: GrowingCache | None = None) -> Ten
 def run_sum(
     network: Network, passed: Pass, row_loss: RowLoss, weight: Tensor, past: GrowingCache | None = None
 ) -> Tensor:
-    """sum_i weight_i * row_loss(logits of row i) of a pass, the logits never whole where the network can do that."""
+    """sum_i weight_i * row_loss(logits of row i) of a pass, without whole logits where the network can do that."""
     if isinstance(network, SummingNetwork):
         return network.weighted_sum(passed, row_loss, weight, past)
     return whole_sum(run(network, passed, past), row_loss, weight)

@@ -1,11 +1,11 @@
 """Random numbers as a function of a key, never of a global state.
 
-Every random draw of the library comes from here, keyed by what it is for (seed, step, row, position), so
-that neither the split of a batch nor the company of other rows nor an interruption can change it.
+Every random number of the library comes from here, keyed by its use (seed, step, row, position), so that it
+does not depend on how a batch is split, on the other rows, or on interruptions.
 
 The generator is Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): number i of a
-key is a function of (key, i), with a key of 128 bits hashed from what the draw is for. On a CPU numpy computes it; on
-other devices `philox` does, in integer arithmetic of torch, so the bits are the same everywhere and nothing is copied.
+key is a function of (key, i), with a key of 128 bits hashed from its use. On a CPU numpy computes it; on other
+devices `philox` does, in integer arithmetic of torch, so the bits are the same everywhere and nothing is copied.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 _BUMPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _LOW = 0xFFFFFFFF
 _IN_CACHE, _ON_DEVICE = 2**17, 2**24
-"""Numbers made at once: so many stay in a core's cache; on a device their intermediate ones take 1 GB or so."""
+"""Numbers made at a time: what fits a core's cache; on a device, what needs about 1 GB of intermediate results."""
 
 
 def _words(key: Key) -> tuple[int, int]:
@@ -38,7 +38,7 @@ def _words(key: Key) -> tuple[int, int]:
 
 
 def seed_for(key: Key) -> int:
-    """A seed of 128 bits hashed from `key`, for numbers that are not drawn here: sums of seeds would meet."""
+    """A seed of 128 bits hashed from `key`, for other generators; sums such as seed + step would collide."""
     first, second = _words(key)
     return first | second << 64
 
@@ -83,7 +83,7 @@ def bits(keys: Sequence[Key], size: int, device: torch.device | None = None) -> 
 
 
 def uniforms(keys: Sequence[Key], size: int, device: torch.device | None = None) -> Tensor:
-    """(keys, size) float64 uniforms in (0, 1): (k + 1/2) / 2^52, so neither end is ever met."""
+    """(keys, size) float64 uniforms in (0, 1): (k + 1/2) / 2^52, so neither end occurs."""
     k = bits(keys, size, device).bitwise_right_shift_(12).bitwise_and_((1 << 52) - 1)
     return k.double().add_(0.5).mul_(2.0**-52)
 
@@ -94,28 +94,28 @@ def uniform(*shape: int, key: Key, device: torch.device | None = None) -> Tensor
 
 
 def bernoulli(*shape: int, probability: float, key: Key, device: torch.device | None = None) -> Tensor:
-    """bool, True with `probability` up to 2^-33: two of them for each number drawn, and no floats are made."""
+    """bool, True with `probability` up to 2^-33: two for each 64-bit number, without floats."""
     count = math.prod(shape)
     halves = bits([key], -(-count // 2), device).flatten().view(torch.int32)[:count]
     return (halves < min(round(probability * 2**32) - 2**31, 2**31 - 1)).view(shape)
 
 
 def integer(bound: int, key: Key) -> int:
-    """An integer drawn from 0 .. bound - 1; bound up to 2^31, so that none is favoured by more than 1 in 2^32."""
+    """An integer drawn from 0 .. bound - 1; bound up to 2^31, where the bias is below 1 in 2^32."""
     return int((bits([key], 1) >> 1 & ((1 << 62) - 1)).item() % bound)
 
 
 def gumbels(keys: Sequence[Key], size: int, device: torch.device | None = None) -> Tensor:
     """(keys, size) float64 Gumbel noise, -log(-log u).
 
-    AR and diffusion sampling read the same noise at the same place, so that they can be compared token for
+    AR and diffusion sampling read the same noise at the same position, so that they can be compared token for
     token. float64 because float32 uniforms cut the tail at 16.6, which lowers the temperature (2409.02908).
     """
     on_cpu = device is None or device.type == "cpu"
-    few = max(1, (_IN_CACHE if on_cpu else _ON_DEVICE) // max(1, size))
-    if len(keys) <= few:
+    at_once = max(1, (_IN_CACHE if on_cpu else _ON_DEVICE) // max(1, size))
+    if len(keys) <= at_once:
         return uniforms(keys, size, device).log_().neg_().log_().neg_()
     noise = torch.empty(len(keys), size, dtype=torch.float64, device=device)
-    for start in range(0, len(keys), few):
-        noise[start : start + few] = gumbels(keys[start : start + few], size, device)
+    for start in range(0, len(keys), at_once):
+        noise[start : start + at_once] = gumbels(keys[start : start + at_once], size, device)
     return noise

@@ -1,7 +1,7 @@
-"""Whole sequences, for training and scoring: which streams stand in a pass, and which row scores which position.
+"""Whole sequences, for training and scoring: the streams of a pass, and the row that scores each position.
 
-The token shift is resolved here, and for cached passes in `decoding`, and nowhere else: whoever calls `score` or
-`denoise` gets, for position i, the logits that predict token i.
+The token shift is resolved here, and for cached passes in `decoding`, and nowhere else: callers of `score` and
+`denoise` get, for position i, the logits that predict token i.
 
 Notation: x0 clean tokens, xt corrupted tokens, both (batch, length) int64; `wanted` (batch, length) bool marks the
 positions whose logits are asked for, returned (wanted.sum(), vocab) in row-major order. Logits are float32 (float64
@@ -28,7 +28,7 @@ def score(
     wanted: Tensor,
     pattern: Pattern | None = None,
 ) -> Tensor:
-    """Logits of the wanted positions of xt; with two streams each block of xt sees the clean x0 before it."""
+    """Logits of the wanted positions of xt; with two streams each block of xt attends to the clean x0 before it."""
     return run(network, scoring_pass(config, xt, x0, layout, wanted, pattern))
 
 
@@ -38,8 +38,8 @@ def scoring_pass(
     """The pass behind `score`.
 
     One pass over [xt | x0] with the positions repeated scores every block after its clean prefix at once
-    (Efficient-DLM 2512.14067, section 2). `layout` is that of x0. `pattern` stands in for
-    the config's while a mask is annealed.
+    (Efficient-DLM 2512.14067, section 2). `layout` is that of x0. `pattern` replaces the config's while a mask is
+    annealed.
     """
     if config.attention == "two_stream":
         input_ids, passed = torch.cat([masks_by_place(config, xt, layout), x0], dim=1), _both_streams(layout)
@@ -55,18 +55,19 @@ def _both_streams(layout: Layout) -> Layout:
 
 
 _ALL_NOISY: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""What `all_noisy` puts in place of a tensor."""
+"""Results of `all_noisy`, by the tensor that they replace."""
 
 
 def all_noisy(layout: Layout) -> Layout:
+    """The same positions and documents in the noisy stream; the same tensors again for the same layout."""
     if layout.noisy not in _ALL_NOISY:
-        with torch.inference_mode(False):  # as in `Layout.once`, which is for layouts that share no tensor
+        with torch.inference_mode(False):  # as in `Layout.cached`, which cannot share tensors
             _ALL_NOISY[layout.noisy] = torch.ones_like(layout.noisy)
     return layout._replace(noisy=_ALL_NOISY[layout.noisy])
 
 
 def masks_by_place(config: DiffusionConfig, xt: Tensor, layout: Layout) -> Tensor:
-    """xt with the mask of each token's place in its block, where places have masks of their own."""
+    """xt with the mask id of each token's place in its block, where there is one for each place."""
     if config.mask_rows == 1 or config.block_size is None:
         return xt
     place = to_device((layout.position % config.block_size).clamp_max(config.mask_rows - 1), xt.device)
@@ -124,7 +125,7 @@ def distilled_pass(
 
     The clean tokens run first and fill a cache, and the noisy ones run on top of it: the same as one pass
     over [xt | x0], but only the noisy half is kept for the backward pass, so that a step costs about an AR
-    step. With the shift, a block's first position is scored by the clean stream itself and must not be wanted.
+    step. With the shift, a block's first position is scored by the clean stream and must not be wanted.
     """
     check_serves_ar(config)
     (batch, length), block = xt.shape, config.block_size

@@ -1,7 +1,7 @@
 """From the host to a device, without waiting for the device.
 
-What decides where things stand (layouts, places, targets, weights) is made on the host, where its values can be read;
-a device gets it where it is used. Knows tensors.
+Layouts, row indices, targets and weights are made on the host, where their values can be read; a device gets them
+where it uses them. Knows tensors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on `device`, where a copy from the host is only ordered; x itself if it is there already."""
+    """x on `device`, x itself if it is there already; a copy from the host to a GPU is queued, not waited for."""
     if x.device.type != "cpu" or device.type in ("cpu", "mps"):  # mps would read memory that may be gone by then
         return x.to(device)
     if device.type == "cuda":

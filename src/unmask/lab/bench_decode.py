@@ -1,7 +1,7 @@
 """Decoding beside `generate()` of the same Hugging Face model, in the same process: tokens per second as ratios.
 
 Fixed commits separate the engine from the quality of a model: exactly n tokens become final in each forward, and
-speculation keeps exactly the drafts it is told to. The tokens counted are new tokens of the rows, the forwards those
+speculation keeps a fixed number of drafts. The tokens counted are new tokens of the rows, the forwards those
 that the samplers count: every pass after the prefill, cache writes included.
 """
 
@@ -30,10 +30,10 @@ PROMPT, NEW = 32, 128
 
 @dataclass(frozen=True)
 class DecodeCase(Case):
-    """value, baseline: tokens per second of CPU time (of wall clock on GPU). wall_ratio: by the clock on the wall.
+    """value, baseline: tokens per second of CPU time (of wall clock on GPU). wall_ratio: the ratio by wall clock.
 
-    forwards_per_row: ours, after the prefill. peak_growth, baseline_peak_growth: MiB above what stood before a run,
-    None where that is not measured.
+    forwards_per_row: ours, after the prefill. peak_growth, baseline_peak_growth: MiB above the memory in use before
+    a run, None where that is not measured.
     """
 
     wall_ratio: float
@@ -135,26 +135,29 @@ def tokens_of(out: SampledTokens) -> int:
 
 def compare(case: str, ours: Decoder, baseline: Decoder, rounds: int, settings: dict[str, Any]) -> DecodeCase:
     """Both in turn, medians of the rounds; the first run of each warms up, counts tokens and measures memory."""
-    (out, peak), (other, other_peak) = _grown(ours), _grown(baseline)
+    (out, peak), (baseline_out, baseline_peak) = _memory_growth(ours), _memory_growth(baseline)
     times = [(clocks(ours), clocks(baseline)) for _ in range(rounds)]
-    a, b = tokens_of(out), tokens_of(other)
-    theirs, mine, faster, wall = medians([(y, x) for x, y in times])  # the inverse of time is speed
-    mean_forwards = float(out.num_forwards.double().mean())
-    return DecodeCase(case, a / mine, b / theirs, a / b * faster, "tokens per second", a / b * wall, mean_forwards,
-                      peak, other_peak, settings)  # fmt: skip
+    # Speed is tokens over time, so the medians are of the baseline's time over ours.
+    baseline_seconds, seconds, ratio, wall_ratio = medians([(second, first) for first, second in times])
+    tokens, baseline_tokens = tokens_of(out), tokens_of(baseline_out)
+    more = tokens / baseline_tokens
+    return DecodeCase(
+        case, tokens / seconds, baseline_tokens / baseline_seconds, more * ratio, "tokens per second",
+        more * wall_ratio, float(out.num_forwards.double().mean()), peak, baseline_peak, settings,
+    )  # fmt: skip
 
 
-def _grown(work: Decoder) -> tuple[SampledTokens, float | None]:
+def _memory_growth(work: Decoder) -> tuple[SampledTokens, float | None]:
     """What it returns, and by how many MiB the memory in use grew while it ran; None where that cannot be read."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        return work(), (torch.cuda.max_memory_allocated() - held) / 2**20
+        allocated = torch.cuda.memory_allocated()
+        return work(), (torch.cuda.max_memory_allocated() - allocated) / 2**20
     work()  # what is allocated once and kept does not count
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = _status("VmRSS")
-        return work(), _status("VmHWM") - before
+        resident = _status("VmRSS")
+        return work(), _status("VmHWM") - resident
     except (OSError, StopIteration):
         return work(), None
 
@@ -167,18 +170,18 @@ def _status(field: str) -> float:
 
 # --- the cases
 
-_CASES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("b8_block32_n4", {"batch": 8, "block_size": 32, "n": 4, "window": None}),
-    ("b8_block32_n4_window", {"batch": 8, "block_size": 32, "n": 4, "window": 8}),
-    ("b8_block32_n8", {"batch": 8, "block_size": 32, "n": 8, "window": None}),
-    ("b8_block32_n8_window", {"batch": 8, "block_size": 32, "n": 8, "window": 16}),
-    ("b8_block8_n4", {"batch": 8, "block_size": 8, "n": 4, "window": None}),
-    ("b1_block16_n4", {"batch": 1, "block_size": 16, "n": 4, "window": None}),
+_CASES: tuple[tuple[str, Callable[..., Decoder], dict[str, Any]], ...] = (
+    ("b8_block32_n4", block_decoder, {"batch": 8, "block_size": 32, "n": 4, "window": None}),
+    ("b8_block32_n4_window", block_decoder, {"batch": 8, "block_size": 32, "n": 4, "window": 8}),
+    ("b8_block32_n8", block_decoder, {"batch": 8, "block_size": 32, "n": 8, "window": None}),
+    ("b8_block32_n8_window", block_decoder, {"batch": 8, "block_size": 32, "n": 8, "window": 16}),
+    ("b8_block8_n4", block_decoder, {"batch": 8, "block_size": 8, "n": 4, "window": None}),
+    ("b1_block16_n4", block_decoder, {"batch": 1, "block_size": 16, "n": 4, "window": None}),
+    ("b1_draft8_gain5", speculative_decoder, {"batch": 1, "draft_length": 8, "gain": 5}),
+    ("b8_draft8_gain5", speculative_decoder, {"batch": 8, "draft_length": 8, "gain": 5}),
+    ("b8_ar", ar_decoder, {"batch": 8}),
 )
-_SPECULATION: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("b1_draft8_gain5", {"batch": 1, "draft_length": 8, "gain": 5}),
-    ("b8_draft8_gain5", {"batch": 8, "draft_length": 8, "gain": 5}),
-)
+"""(case, what makes its decoder, with which options)."""
 
 
 def bench_decode(
@@ -191,18 +194,12 @@ def bench_decode(
     model = make_model(shape, trust_remote_code=trust_remote_code)
     baseline = {batch: generate_decoder(model, batch=batch) for batch in (1, 8)}
     cases = []
-    for case, settings in _CASES:
-        ours: Any = block_decoder(model, **settings, compiled=compiled)
-        told = settings | {"new": NEW, "compiled": compiled}
-        cases.append(compare(case, ours, baseline[settings["batch"] or 1], rounds, told))
-    for case, settings in _SPECULATION:
-        ours = speculative_decoder(model, **settings, compiled=compiled)
-        told = settings | {"new": NEW, "compiled": compiled}
-        cases.append(compare(case, ours, baseline[settings["batch"] or 1], rounds, told))
+    for case, make_decoder, settings in _CASES:
+        ours = make_decoder(model, **settings, compiled=compiled)
+        recorded = settings | {"new": NEW, "compiled": compiled}
+        cases.append(compare(case, ours, baseline[settings["batch"]], rounds, recorded))
     lookup = generate_decoder(model, batch=1, lookup=8)
     cases.append(compare("b1_prompt_lookup", lookup, baseline[1], rounds, {"batch": 1, "lookup": 8, "new": NEW}))
-    own = ar_decoder(model, batch=8, compiled=compiled)
-    cases.append(compare("b8_ar", own, baseline[8], rounds, {"batch": 8, "new": NEW, "compiled": compiled}))
     cases.append(_lengths(model, max(1, rounds - 1), compiled))
     if model.device.type == "cuda":
         cases += [weight_bound(model, compiled), *throughput(model, rounds, compiled=compiled)]
@@ -216,8 +213,8 @@ def throughput(
     cases = []
     for batch in batches:
         settings: dict[str, Any] = {"batch": batch, "block_size": 16, "n": 3, "compiled": compiled}
-        ours, own = block_decoder(model, **settings), ar_decoder(model, batch=batch, compiled=compiled)
-        for name, baseline in (("", generate_decoder(model, batch=batch)), ("_own_ar", own)):
+        ours, our_ar = block_decoder(model, **settings), ar_decoder(model, batch=batch, compiled=compiled)
+        for name, baseline in (("", generate_decoder(model, batch=batch)), ("_own_ar", our_ar)):
             cases.append(compare(f"b{batch}_block16_n3{name}", ours, baseline, rounds, settings | {"new": NEW}))
     return cases
 

@@ -68,11 +68,11 @@ def make_model(shape: str, *, trust_remote_code: bool = False, **changes: Any) -
 
 
 Clocks = tuple[float, float]
-"""Seconds of CPU, and on the wall."""
+"""Seconds of CPU, and of wall clock."""
 
 
 class Measured(NamedTuple):
-    """Medians of seconds, ours and the baseline's, and of the rounds' ratios; wall_ratio: by the clock on the wall."""
+    """Medians of seconds, ours and the baseline's, and of the rounds' ratios; wall_ratio: the ratio by wall clock."""
 
     ours: float
     baseline: float
@@ -81,7 +81,7 @@ class Measured(NamedTuple):
 
 
 def measure(ours: Callable[[], Any], baseline: Callable[[], Any], rounds: int) -> Measured:
-    """Both in turn, after a warm-up of each; seconds of the process on a CPU, on the wall on a GPU."""
+    """Both in turn, after a warm-up of each; CPU seconds of the process on a CPU, wall clock on a GPU."""
     ours(), baseline()
     return medians([(clocks(ours), clocks(baseline)) for _ in range(rounds)])
 
@@ -89,12 +89,13 @@ def measure(ours: Callable[[], Any], baseline: Callable[[], Any], rounds: int) -
 def medians(times: Sequence[tuple[Clocks, Clocks]]) -> Measured:
     """Of (ours, the baseline's) in each round, by the clock that counts on this machine."""
     clock = int(torch.cuda.is_available())
-    ours, theirs = (statistics.median(pair[i][clock] for pair in times) for i in (0, 1))
+    ours, baseline = (statistics.median(pair[i][clock] for pair in times) for i in (0, 1))
     ratios = [statistics.median(a[c] / b[c] for a, b in times) for c in (clock, 1)]
-    return Measured(ours, theirs, *ratios)
+    return Measured(ours, baseline, *ratios)
 
 
 def clocks(work: Callable[[], Any]) -> Clocks:
+    """The seconds that `work` takes, a GPU's work included."""
     gc.collect()
     synchronize()
     began = time.process_time(), time.perf_counter()
@@ -119,6 +120,46 @@ def _bench_drafter(model: Any, mask_token_id: int) -> Drafter:
     return Drafter(model, mask_token_id, DrafterConfig(rank=16, scale=32.0, targets=target)).to(model.device)
 
 
+@dataclass(frozen=True)
+class _Training:
+    """A network as a conversion trains it, and the rows it trains on; adapters: of a drafter, whose base is frozen."""
+
+    network: hf.HFNetwork
+    config: DiffusionConfig
+    adapters: Drafter | None
+    x0: Tensor
+    num_masks: int
+
+    def loss(self, step: int, rows: Tensor, layout: Layout) -> Tensor:
+        """The summed loss of some rows at one step."""
+        x0 = self.x0[rows]
+        if self.adapters is not None:
+            masked = predictable(layout)
+            return distill_loss(self.network, self.config, x0, layout, Corruption(masked, masked.float()), "tv").sum
+        masks = [self._draw(step * self.num_masks + i, rows, layout) for i in range(self.num_masks)]
+        if self.num_masks > 1:
+            return shared_loss(self.network, self.config, x0, layout, masks).sum
+        return diffusion_loss(self.network, self.config, x0, layout, masks[0]).sum
+
+    def _draw(self, number: int, rows: Tensor, layout: Layout) -> Corruption:
+        segment = segments(layout, self.config.segment_size)
+        t = noise_levels(0, number, rows, *self.x0.shape)
+        return mask_exact(t, position_noise(0, number, rows, self.x0.shape[1]), segment, predictable(layout))
+
+
+def _training(model: Any, kind: str, block_size: int, x0: Tensor, num_masks: int) -> _Training:
+    """What a kind of step trains; a drafter's mask is no row of the vocabulary."""
+    drafter = kind == "drafter"
+    mask = model.config.vocab_size if drafter else model.config.vocab_size - 1
+    adapters = _bench_drafter(model, mask) if drafter else None
+    network = hf.as_network(model.train(), mask, gate=None if adapters is None else adapters.rows)
+    hf.without_dropout(model)
+    clean = {"two_stream": "block_causal", "drafter": "causal"}.get(kind)
+    attention = "bidirectional" if clean is None else "two_stream"
+    config = DiffusionConfig(mask, attention, clean, block_size, False, "bench", __version__)
+    return _Training(network, config, adapters, x0, num_masks)
+
+
 def train_steps(
     model: Any, kind: str, block_size: int, rows: int, length: int, micro: int | None = None, num_masks: int = 1
 ) -> dict[str, Callable[[], None]]:
@@ -129,45 +170,24 @@ def train_steps(
     frozen model's attention outputs, distilled in total variation with every token masked. On a GPU our passes
     over two streams run FlexAttention.
     """
-    mask = model.config.vocab_size if kind == "drafter" else model.config.vocab_size - 1
-    adapters = _bench_drafter(model, mask) if kind == "drafter" else None
-    network = hf.as_network(model.train(), mask, gate=None if adapters is None else adapters.rows)
-    hf.without_dropout(model)
-    clean = {"two_stream": "block_causal", "drafter": "causal"}.get(kind)
-    attention = "bidirectional" if clean is None else "two_stream"
-    config = DiffusionConfig(mask, attention, clean, block_size, False, "bench", __version__)
     x0 = torch.randint(0, model.config.vocab_size - 1, (rows, length), generator=torch.Generator().manual_seed(0))
-    on_device = x0.to(network.device)
+    training = _training(model, kind, block_size, x0, num_masks)
     layout = Layout.of(torch.arange(length).expand(rows, length))
-    implementation = model.config._attn_implementation
-    ours = "flex_attention" if network.device.type == "cuda" and clean is not None else implementation
-    step = 0
-
     parts = [(part, layout.subset(part)) for part in torch.arange(rows).split(micro or rows)]
     count = int(predictable(layout).sum())
-
-    def loss(part: Tensor, where: Layout) -> Tensor:
-        if kind == "drafter":
-            masked = predictable(where)
-            return distill_loss(network, config, x0[part], where, Corruption(masked, masked.float()), "tv").sum
-        drawn = [draw(step * num_masks + i, part, where) for i in range(num_masks)]
-        if num_masks > 1:
-            return shared_loss(network, config, x0[part], where, drawn).sum
-        return diffusion_loss(network, config, x0[part], where, drawn[0]).sum
-
-    def draw(number: int, part: Tensor, where: Layout) -> Corruption:
-        segment = segments(where, config.segment_size)
-        t, noise = noise_levels(0, number, part, rows, length), position_noise(0, number, part, length)
-        return mask_exact(t, noise, segment, predictable(where))
+    device = training.network.device
+    implementation = model.config._attn_implementation
+    flex = device.type == "cuda" and kind != "bidirectional"
+    on_device, step = x0.to(device), 0
 
     def diffusion() -> None:
         nonlocal step
         step += 1
-        model.requires_grad_(adapters is None)
-        model.config._attn_implementation = ours
+        model.requires_grad_(training.adapters is None)
+        model.config._attn_implementation = "flex_attention" if flex else implementation
         for part in parts:
-            (loss(*part) / count).backward()
-        for module in (model, adapters):
+            (training.loss(step, *part) / count).backward()
+        for module in (model, training.adapters):
             if module is not None:
                 module.zero_grad()
         model.config._attn_implementation = implementation
@@ -245,8 +265,8 @@ def _peak_growth(shape: str, case: str, which: str, trust_remote_code: bool = Fa
         "import torch; from unmask.lab.bench_train import memory_growth; torch.set_num_threads(1); "
         f"print(memory_growth({shape!r}, {case!r}, {which!r}, {trust_remote_code!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout.splitlines()[-1])
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(process.stdout.splitlines()[-1])
 
 
 def memory_growth(shape: str, case: str, which: str, trust_remote_code: bool = False) -> float:

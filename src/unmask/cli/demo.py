@@ -9,48 +9,59 @@ import random
 import sys
 import sysconfig
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unmask.plain_json import to_json
+
+if TYPE_CHECKING:
+    from unmask.model import DiffusionLM
 
 BASE_TOKENS = 1_500_000
 VOCABULARY = 1024
 
 
 def run_demo(model: str | None, data: list[str] | None, output: Path, max_tokens: int, trust: bool = False) -> None:
-    """Base (made here unless given) -> conversion -> text and likelihood from both; trust: run a model's own code."""
+    """Convert a base, a tiny one made of `data` unless `model` names one, and show text and likelihood of both.
+
+    data: without it, the standard library. trust: run code that the model's folder brings.
+    """
     import unmask
     from unmask.data.documents import find_files, read_documents
-    from unmask.evaluation.likelihood import summarise
 
     if data is None:
         data = [str(_write_sources(output / "sources.jsonl"))]
     if model is None:
         model = str(make_base(output / "base", data[0]))
     converted = output / "converted"
-    _say(f"convert {model}")
+    _note(f"convert {model}")
     lm = unmask.adapt(
         model, data, "efficient-dlm", converted, resume=True, trust_remote_code=trust, max_tokens=max_tokens,
         eval_every=50,
     )  # fmt: skip
-    base = unmask.load(model, trust_remote_code=trust)
-
     files = find_files(data)
     held_out = [text for file in files[-1:] for text in read_documents(file)][-8:] if files else []
+    _show(unmask.load(model, trust_remote_code=trust), lm, held_out)
+    print(f'model          {converted}: try `unmask generate {converted} "import "`', flush=True)
+
+
+def _show(base: DiffusionLM, lm: DiffusionLM, held_out: list[str]) -> None:
+    """Text of both after the first words of a document, and their bits per byte on all of them."""
+    from unmask.evaluation.likelihood import summarise
+
     prompt = held_out[0][:60] if held_out else ""
-    written = base.generate(prompt, max_new_tokens=48)
-    out = lm.generate(prompt, max_new_tokens=48)
-    _say("\n".join([
+    ar, diffusion = (model.generate(prompt, max_new_tokens=48) for model in (base, lm))
+    lines = [
         "",
         f"prompt         {prompt!r}",
-        f"AR parent      {written.texts[0]!r}",
-        f"diffusion      {out.texts[0]!r}",
-        f"forwards       {int(written.num_forwards[0])} and {int(out.num_forwards[0])} for "
-        f"{int(written.num_new_tokens[0])} and {int(out.num_new_tokens[0])} tokens",
-    ]))  # fmt: skip
+        f"AR parent      {ar.texts[0]!r}",
+        f"diffusion      {diffusion.texts[0]!r}",
+        f"forwards       {int(ar.num_forwards[0])} and {int(diffusion.num_forwards[0])} for "
+        f"{int(ar.num_new_tokens[0])} and {int(diffusion.num_new_tokens[0])} tokens",
+    ]
     if held_out:
         nll, bound = summarise(base.nll(held_out)), summarise(lm.nelbo(held_out, seed=0))
-        _say(f"bits per byte  {nll.bits_per_byte:.3f} (AR parent, exact) and {bound.bits_per_byte:.3f} (bound)")
-    _say(f'model          {converted}: try `unmask generate {converted} "import "`')
+        lines.append(f"bits per byte  {nll.bits_per_byte:.3f} (AR parent, exact) and {bound.bits_per_byte:.3f} (bound)")
+    print("\n".join(lines), flush=True)
 
 
 def _write_sources(path: Path) -> Path:
@@ -78,7 +89,7 @@ def make_base(folder: Path, data: str) -> Path:
     import unmask
     from unmask.data.documents import local_files, read_documents
 
-    _say("make a tiny AR base from Python's standard library")
+    _note(f"make a tiny AR base from {data}")
     bpe = ByteLevelBPETokenizer()
     texts = [text for file in local_files([data], "data") for text in read_documents(file)]
     bpe.train_from_iterator(texts, VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False)
@@ -98,5 +109,5 @@ def make_base(folder: Path, data: str) -> Path:
     return folder
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr if text.startswith(("make", "convert")) else sys.stdout, flush=True)
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

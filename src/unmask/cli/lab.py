@@ -56,31 +56,22 @@ def frontier(
 
     import torch
 
-    from unmask.lab import sweep
+    from unmask.lab.sweep import Sweep, areas, parse_rules, run_frontier, table, whole_numbers
 
     torch.set_num_threads(1)
-    asked = sweep.Sweep(
-        rules=sweep.parse_rules(thresholds, rule or []),
-        block_sizes=(None,) if block_sizes is None else sweep.whole_numbers(block_sizes, "block_sizes"),
-        batch_sizes=sweep.whole_numbers(batch_sizes, "batch_sizes"),
-        num_prompts=prompts,
-        prompt_tokens=prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        rounds=rounds,
-        oracle=oracle,
-        temperature=temperature,
-        seed=seed,
+    sweep = Sweep(
+        rules=parse_rules(thresholds, rule or []), num_prompts=prompts, prompt_tokens=prompt_tokens,
+        block_sizes=(None,) if block_sizes is None else whole_numbers(block_sizes, "block_sizes"),
+        batch_sizes=whole_numbers(batch_sizes, "batch_sizes"), max_new_tokens=max_new_tokens, rounds=rounds,
+        oracle=oracle, temperature=temperature, seed=seed,
+    )  # fmt: skip
+    rows, run = run_frontier(
+        model, sweep, data=files, task=task, parent=parent, output=output, trust_remote_code=trust_remote_code
     )
-    rows, run = sweep.run_frontier(
-        model, asked, data=files, task=task, parent=parent, output=output, trust_remote_code=trust_remote_code
-    )
-    areas = sweep.areas(rows)
     if as_json:
-        print(to_json({"rows": [asdict(row) for row in rows], "aup": areas, "settings": run}))
-        return
-    print(sweep.table(rows))
-    for name, area in areas.items():
-        print(f"AUP {area:7.2f}  {name}")
+        print(to_json({"rows": [asdict(row) for row in rows], "aup": areas(rows), "settings": run}))
+    else:
+        print("\n".join([table(rows), *(f"AUP {area:7.2f}  {name}" for name, area in areas(rows).items())]))
 
 
 @app.command(epilog="Example: unmask bench decode --json; unmask bench train runs/q --rounds 3")
@@ -158,8 +149,8 @@ def study(
     from unmask.lab.study import choose, load_study, run_study, study_names
 
     if name is None:
-        found = {known: load_study(known).summary for known in study_names()}
-        print(to_json(found) if as_json else "\n".join(f"{known:16} {text}" for known, text in found.items()))
+        summaries = {shipped: load_study(shipped).summary for shipped in study_names()}
+        print(to_json(summaries) if as_json else "\n".join(f"{key:16} {text}" for key, text in summaries.items()))
         return
     chosen = choose(
         load_study(name), max_tokens=max_tokens, seeds=None if seeds is None else _numbers("--seeds", seeds),

@@ -1,7 +1,7 @@
 """How a text was denoised: a page that replays it, and the same live in a terminal.
 
-The page is one file without a server or anything to load, so it works from file:// and in an attachment. Text
-reaches it as JSON in which no character can end the script, and is only ever shown as text.
+The page is one file that loads nothing, so it works from file:// and as an attachment. Text reaches it as JSON in
+which no character can end the script, and is only ever shown as text.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from unmask.plain_json import to_json
 from unmask.sampling import Guess, Step
 
 _FRAME_SECONDS = 0.04
-"""A step stays at least so long on a terminal: small models are faster than eyes."""
+"""How long a terminal shows a step at least: small models are faster than eyes."""
 
 
 def token_pieces(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> list[str]:
@@ -38,7 +38,7 @@ def token_pieces(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> l
 
 
 def guess_piece(tokenizer: Any, token: int, after: int) -> str:
-    """The text of a token by itself, with the space that stands before a word."""
+    """The text of a token after another one, with the space between words."""
     before, both = tokenizer.decode([after]), tokenizer.decode([after, token])
     return str(both[len(before) :] if both.startswith(before) else tokenizer.decode([token]))
 
@@ -56,12 +56,7 @@ def write_replay(
 ) -> Path:
     """The page of one row: its prompt and new token ids, and the steps that a `Trace` recorded of it."""
     first, last = len(prompt), prompt[-1]
-    known: dict[int, str] = {}
-
-    def piece(token: int) -> str:
-        if token not in known:
-            known[token] = guess_piece(tokenizer, token, last)
-        return known[token]
+    piece = cache(partial(guess_piece, tokenizer, after=last))
 
     def inside(guesses: Sequence[Guess]) -> list[Guess]:
         return [g._replace(position=g.position - first) for g in guesses if g.position - first < len(new)]
@@ -118,10 +113,10 @@ def watching(tokenizer: Any, prompt: Sequence[int], prompt_text: str, *, show: b
 
 
 class Watch:
-    """Shows a row on a terminal while it is denoised: told of each `Step`.
+    """Shows a row on a terminal while it is denoised; called with each `Step`.
 
-    Colour: confidence at commit, from orange (unsure) to blue (sure). Bold: just committed. Grey: guesses for what is
-    still masked.
+    Colour: confidence at commit, from orange (unsure) to blue (sure). Bold: just committed. Grey: guesses for
+    positions that are still masked.
     """
 
     _COLOURS = ("#d55e00", "#e69f00", "#56b4e9", "#0072b2")

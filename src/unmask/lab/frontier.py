@@ -4,7 +4,7 @@ Text without a gold answer is judged by the AR parent: its NLL of the new tokens
 distinct n-grams, because text that repeats itself has a low NLL. Only curves over settings, measured next to
 the AR parent in the same run, say anything; a single point does not. Tasks with answers add an accuracy.
 
-Refuses to know where models and prompts come from. Notation: a *text* is the new tokens of one prompt.
+Knows no files and no tasks. Notation: a *text* is the new tokens of one prompt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Score = Callable[[list[str]], list[bool]]
 
 
 class TextModel(Protocol):
-    """What is asked of a model here; `DiffusionLM` is one."""
+    """A model that writes text; `DiffusionLM` is one."""
 
     model: Any
     tokenizer: Any
@@ -177,36 +177,42 @@ def decode(
     rows = [_ids(lm, prompt) for prompt in prompts]
     if not rows:
         raise ValueError("prompts is empty: give at least one")
-    texts: list[list[int]] = []
-    strings: list[str] = []
-    num_forwards, num_cycles = 0, 0
+    options = {"temperature": temperature, "stop_strings": list(stop_strings) or None}
     began = seconds_now(lm)
-    for start in range(0, len(rows), setting.batch_size):
-        some = rows[start : start + setting.batch_size]
-        if setting.mode == "prompt_lookup":
-            new, calls = prompt_lookup(lm, some[0], max_new_tokens, temperature=temperature,
-                                       seed=seed_for(("batch", seed, start)))  # fmt: skip
-            texts.append(new)
-            strings.append(lm.tokenizer.decode(new, skip_special_tokens=True))
-            num_forwards += calls
-            continue
-        ids, real = padded(some)
-        options: dict[str, Any] = {}
-        if setting.mode == "diffusion":
-            options = {"select": setting.select, "block_size": setting.block_size}
-        elif setting.mode == "speculative":
-            options = {"block_size": setting.block_size}
-        out = lm.generate(ids, setting.mode, max_new_tokens, attention_mask=real, temperature=temperature,
-                          stop_strings=list(stop_strings) or None, seed=seed_for(("batch", seed, start)),
-                          **options)  # fmt: skip
-        for row, whole, n in zip(some, out.sequences.tolist(), out.num_new_tokens.tolist(), strict=True):
-            texts.append(whole[len(row) : len(row) + n])
-        strings += out.texts
-        num_forwards += int(out.num_forwards.sum())
-        if out.cycle_gains is not None:
-            num_cycles += int(out.cycle_gains.sum())
-    return Decoded([row.tolist() for row in rows], texts, strings, num_forwards, num_cycles or None,
-                   seconds_now(lm) - began)  # fmt: skip
+    batches = [
+        _decode_batch(lm, rows[start : start + setting.batch_size], setting, max_new_tokens,
+                      options | {"seed": seed_for(("batch", seed, start))})
+        for start in range(0, len(rows), setting.batch_size)
+    ]  # fmt: skip
+    seconds = seconds_now(lm) - began
+    texts, strings, num_forwards, num_cycles = zip(*batches, strict=True)
+    return Decoded(
+        [row.tolist() for row in rows], list(itertools.chain(*texts)), list(itertools.chain(*strings)),
+        sum(num_forwards), sum(num_cycles) or None, seconds,
+    )  # fmt: skip
+
+
+def _decode_batch(
+    lm: TextModel, rows: Sequence[Tensor], setting: Setting, max_new_tokens: int, options: dict[str, Any]
+) -> tuple[list[list[int]], list[str], int, int]:
+    """The new tokens and text of each row, and the forwards and cycles of all rows."""
+    if setting.mode == "prompt_lookup":
+        new, calls = prompt_lookup(
+            lm, rows[0], max_new_tokens, temperature=options["temperature"], seed=options["seed"]
+        )
+        return [new], [lm.tokenizer.decode(new, skip_special_tokens=True)], calls, 0
+    ids, real = padded(rows)
+    if setting.mode in ("diffusion", "speculative"):
+        options = options | {"block_size": setting.block_size}
+    if setting.mode == "diffusion":
+        options = options | {"select": setting.select}
+    out = lm.generate(ids, setting.mode, max_new_tokens, attention_mask=real, **options)
+    texts = [
+        whole[len(row) : len(row) + n]
+        for row, whole, n in zip(rows, out.sequences.tolist(), out.num_new_tokens.tolist(), strict=True)
+    ]
+    num_cycles = 0 if out.cycle_gains is None else int(out.cycle_gains.sum())
+    return texts, out.texts, int(out.num_forwards.sum()), num_cycles
 
 
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -335,10 +341,10 @@ def prompt_lookup(
 def check_vocabulary(lm: TextModel, parent: TextModel) -> None:
     """Raise ValueError unless every token of the parent is the same token of `lm` (which may have more)."""
     ours = lm.tokenizer.get_vocab()
-    other = [token for token, i in parent.tokenizer.get_vocab().items() if ours.get(token) != i]
-    if other:
+    different = [token for token, i in parent.tokenizer.get_vocab().items() if ours.get(token) != i]
+    if different:
         raise ValueError(
-            f"parent {getattr(parent.model.config, '_name_or_path', '')!r} has another vocabulary ({other[0]!r} is not "
+            f"parent {getattr(parent.model.config, '_name_or_path', '')!r} has another vocabulary ({different[0]!r} is not "
             "the same token): give the AR model that this checkpoint was made from"
         )
 

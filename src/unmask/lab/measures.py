@@ -1,7 +1,7 @@
 """What a study measures on a checkpoint: each measure is a function that returns rows of named figures.
 
-A row is a flat dict. Besides its figures it may hold `at`, where on the measure's own axis they were taken (an
-evaluation block size, a layer, a threshold, a place in the block). A measure that a checkpoint lacks has no rows.
+A row is a flat dict of figures; `at` in it is their place on the measure's own axis (an evaluation block size, a
+layer, a threshold, a place in the block). A measure that a checkpoint lacks has no rows.
 
 Knows checkpoints and held-out text. Knows no training, no arms and no seeds.
 """
@@ -74,13 +74,13 @@ class Subject:
         return self.lm.diffusion is None or self.lm.diffusion.serves_ar
 
     def decode(self, setting: Setting, temperature: float = 0.0, seed: int = 0) -> Row:
-        """The figures of one way of decoding, less those that say nothing here (times, and what was asked for)."""
+        """The figures of one way of decoding, without its times and without the setting itself."""
         row = measure(
             self.lm, self.parent, self.held_out.prompts, setting, max_new_tokens=self.budget.new_tokens,
             temperature=temperature, seed=seed, score=self.held_out.score,
         )  # fmt: skip
-        left_out = ("mode", "rule", "value", "block_size", "batch_size", "num_texts", "tokens_per_second")
-        return {k: v for k, v in vars(row).items() if k not in left_out and v is not None}
+        excluded = ("mode", "rule", "value", "block_size", "batch_size", "num_texts", "tokens_per_second")
+        return {k: v for k, v in vars(row).items() if k not in excluded and v is not None}
 
 
 Measure = Callable[[Subject], list[Row]]
@@ -145,9 +145,9 @@ def measure_speculation(s: Subject) -> list[Row]:
     """Tokens per cycle and per forward of self-speculation, `at` temperature 0 and 1 (coupled noise)."""
     if s.lm.diffusion is None or not s.lm.diffusion.serves_ar:
         return []
-    wanted = ("tokens_per_cycle", "tokens_per_forward", "accuracy")
+    figures = ("tokens_per_cycle", "tokens_per_forward", "accuracy")
     rows = {t: s.decode(Setting("speculative", batch_size=_BATCH), temperature=t) for t in (0.0, 1.0)}
-    return [{"at": t, **{k: row[k] for k in wanted if k in row}} for t, row in rows.items()]
+    return [{"at": t, **{k: row[k] for k in figures if k in row}} for t, row in rows.items()]
 
 
 def measure_votes(s: Subject) -> list[Row]:
@@ -180,8 +180,8 @@ def count_votes(answers: Sequence[Sequence[str]], right: Sequence[Sequence[bool]
     for k in range(1, len(answers) + 1):
         majority = any_of = 0
         for i in range(number):
-            given = [answers[j][i] for j in range(k)]
-            majority += right[given.index(max(given, key=given.count))][i]  # a tie goes to the earlier sample
+            votes = [answers[j][i] for j in range(k)]
+            majority += right[votes.index(max(votes, key=votes.count))][i]  # a tie goes to the earlier sample
             any_of += any(right[j][i] for j in range(k))
         rows.append({"at": k, "majority_accuracy": majority / number, "any_accuracy": any_of / number})
     return rows
@@ -196,44 +196,47 @@ def measure_drift(s: Subject) -> list[Row]:
     mean_change: mean |w - w_parent| over the entries of a layer's matrices, attention and MLP apart (the paper's
     figure). relative_change: Frobenius norm of the change over that of the parent's weights. `at` is the layer.
     """
-    before = {name: p.detach() for name, p in s.parent.model.named_parameters()}
-    sums: dict[tuple[int, str], list[float]] = {}
-    for name, now in s.lm.model.named_parameters():
+    of_parent = {name: p.detach() for name, p in s.parent.model.named_parameters()}
+    sums: dict[tuple[int, str], Tensor] = {}
+    for name, weight in s.lm.model.named_parameters():
         layer = _LAYER.search(name)
-        if layer is None or now.ndim < 2 or name not in before:
+        if layer is None or weight.ndim < 2 or name not in of_parent:
             continue
-        kind = "attention" if "attn" in name or "attention" in name else "mlp"
-        change = (now.detach() - before[name]).double()
-        total = sums.setdefault((int(layer[1]), kind), [0.0, 0.0, 0.0, 0.0])
-        for i, value in enumerate((change.abs().sum(), change.numel(), (change**2).sum(),
-                                   (before[name].double() ** 2).sum())):  # fmt: skip
-            total[i] += float(value)
+        part = "attention" if "attn" in name or "attention" in name else "mlp"
+        change = (weight.detach() - of_parent[name]).double()
+        squares = (of_parent[name].double() ** 2).sum()
+        figures = torch.stack([change.abs().sum(), (change**2).sum(), squares, squares.new_tensor(change.numel())])
+        sums[int(layer[1]), part] = sums.get((int(layer[1]), part), 0) + figures.cpu()
     return [
-        {"at": layer, "part": kind, "mean_change": a / n, "relative_change": (c / p) ** 0.5}
-        for (layer, kind), (a, n, c, p) in sorted(sums.items())
+        {"at": layer, "part": part, "mean_change": a / n, "relative_change": (c / p) ** 0.5}
+        for (layer, part), (a, c, p, n) in sorted((key, total.tolist()) for key, total in sums.items())
     ]
 
 
 @dataclass
 class _Watched:
-    """A commit rule that notes at which forward of its block each place was committed, and how surely."""
+    """A commit rule that notes at which forward of its block each place was committed, and with what confidence.
+
+    steps, confidence: (forward, place) counts of commits, and sums of their confidence. still_masked: after the last
+    call, None before a block's first.
+    """
 
     rule: Selector
     places: int
     steps: Tensor = field(init=False)
     confidence: Tensor = field(init=False)
     step: int = 0
-    before: Tensor | None = None
+    still_masked: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.steps, self.confidence = torch.zeros(2, self.places, self.places, dtype=torch.float64)
 
     def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
-        now = candidates.masked
-        anew = self.before is None or now.shape != self.before.shape or bool((now & ~self.before).any())
-        self.step = 0 if anew else self.step + 1
+        masked, expected = candidates.masked, self.still_masked
+        new_block = expected is None or masked.shape != expected.shape or bool((masked & ~expected).any())
+        self.step = 0 if new_block else self.step + 1
         commit = self.rule(candidates, at_least)
-        self.before = now & ~commit
+        self.still_masked = masked & ~commit
         place = commit.nonzero()[:, 1]
         self.steps[self.step].index_add_(0, place, torch.ones(len(place), dtype=torch.float64))
         self.confidence[self.step].index_add_(0, place, candidates.confidence[commit])
@@ -241,7 +244,7 @@ class _Watched:
 
 
 def measure_order(s: Subject) -> list[Row]:
-    """Which place of a block is committed when, and how surely, one token a forward (Efficient-DLM, Fig. 6).
+    """When each place of a block is committed, and with what confidence, one token a forward (Efficient-DLM, Fig. 6).
 
     `at` is the place. counts[k]: how often it was committed in forward k; confidence[k]: the mean confidence then.
     """
@@ -254,18 +257,18 @@ def measure_order(s: Subject) -> list[Row]:
     if not whole:  # prompts end within their first block: no block is decoded from its first place on
         return []
     for start in range(0, len(whole), _BATCH):
-        watched.before = None
+        watched.still_masked = None
         ids, real = padded(whole[start : start + _BATCH])
         s.lm.generate(ids, "diffusion", s.budget.new_tokens, attention_mask=real, select=watched)
     steps = torch.arange(places, dtype=torch.float64)
     rows = []
     for place in range(places):
-        counts, sure = watched.steps[:, place], watched.confidence[:, place]
+        counts, confidence = watched.steps[:, place], watched.confidence[:, place]
         total = counts.sum().clamp_min(1)
         rows.append({
             "at": place, "mean_step": float((steps * counts).sum() / total),
-            "mean_confidence": float(sure.sum() / total), "counts": counts.long().tolist(),
-            "confidence": [round(float(v), 4) for v in sure / counts.clamp_min(1)],
+            "mean_confidence": float(confidence.sum() / total), "counts": counts.long().tolist(),
+            "confidence": [round(float(v), 4) for v in confidence / counts.clamp_min(1)],
         })  # fmt: skip
     return rows
 

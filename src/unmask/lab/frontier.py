@@ -341,11 +341,11 @@ def prompt_lookup(
 def check_vocabulary(lm: TextModel, parent: TextModel) -> None:
     """Raise ValueError unless every token of the parent is the same token of `lm` (which may have more)."""
     ours = lm.tokenizer.get_vocab()
-    different = [token for token, i in parent.tokenizer.get_vocab().items() if ours.get(token) != i]
-    if different:
+    unlike = [token for token, i in parent.tokenizer.get_vocab().items() if ours.get(token) != i]
+    if unlike:
         raise ValueError(
-            f"parent {getattr(parent.model.config, '_name_or_path', '')!r} has another vocabulary ({different[0]!r} is not "
-            "the same token): give the AR model that this checkpoint was made from"
+            f"parent {getattr(parent.model.config, '_name_or_path', '')!r} has another vocabulary ({unlike[0]!r} is "
+            "not the same token): give the AR model that this checkpoint was made from"
         )
 
 

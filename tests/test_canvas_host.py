@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from conftest import MASK, block_config, network, random_tokens
 from decode import sample_canvases
 
 from unmask.core.network import DiffusionConfig
-from unmask.recipe import load_recipe
 from unmask.sampling import Ancestral, Remask
 
 CONFIG = DiffusionConfig(MASK, "bidirectional", None, None, True, "test", "0")
@@ -37,15 +35,6 @@ def test_remasking_by_confidence_takes_back_the_limit_and_reveals_no_faster() ->
         limit = min(1.0, (1 - after) / progress)
         torch.testing.assert_close(again.sum(-1), limit * revealed.any(-1).double())
         torch.testing.assert_close(reveal, torch.full_like(reveal, (after - progress) / (1 - progress)))
-
-
-@pytest.mark.parametrize(("recipe", "options", "message"), [
-    ("tri-mode", {"loss_normaliser": "masked"}, "loss_normaliser='masked' would divide the AR term"),
-    ("efficient-dlm", {"min_noise_level": 0.1}, "min_noise_level=0.1 makes the weights n / k"),
-])  # fmt: skip
-def test_wrong_weights_are_refused(recipe: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_recipe(recipe, **options)
 
 
 def test_a_checkpoint_whose_clean_rows_are_an_ar_models_embeds_causally(tokenizer_and_model: Path) -> None:

@@ -267,10 +267,33 @@ def test_rejection_accepts_one_minus_total_variation() -> None:
     q, p = Chain.noisy[0], Chain.ar[0]
     position = torch.arange(2).expand(n, 2)
     noise = Noise(0, torch.arange(n), position)
-    drafts = (q + noise.gumbel(3, 1)).argmax(-1)
+    drafts = (q + noise.tokens(3)[:, :1]).argmax(-1)
     accepted, _ = Rejection()(drafts, q.expand(n, 1, 3), p.expand(n, 2, 3), torch.ones(n, 1, dtype=torch.bool), noise)
     rate = 1 - 0.5 * float((q.softmax(-1) - p.softmax(-1)).abs().sum())
     assert abs(float(accepted.double().mean()) - rate) < 4 * (rate * (1 - rate) / n) ** 0.5
+
+
+@pytest.mark.parametrize("rule", [Coupled(), Rejection()])
+def test_a_cycle_draws_the_noise_of_a_token_once(rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    from unmask.sampling import tokens
+
+    drawn: list[str] = []
+    original = tokens.gumbels
+
+    def counted(keys, *rest):
+        drawn.extend(key[0] for key in keys)
+        return original(keys, *rest)
+
+    monkeypatch.setattr(tokens, "gumbels", counted)
+    got = sample_speculative(network(), causal_config(), [random_tokens(5)], max_new_tokens=40, draft_length=6,
+                             acceptance=rule, temperature=1.0)  # fmt: skip
+    cycles = int(got.cycle_gains.sum())
+    verified = int(got.num_forwards[0]) - cycles
+    if isinstance(rule, Coupled):  # a draft's noise verifies it too, and the last token needs its own
+        assert 6 * cycles < drawn.count("token") <= 6 * cycles + verified
+    else:
+        assert drawn.count("token") == 6 * cycles
+        assert drawn.count("residual") == verified
 
 
 # --- bad input

@@ -13,28 +13,40 @@ import torch
 from torch import Tensor
 
 from unmask.core.noise import uniforms
+from unmask.core.transfer import to_device
 from unmask.sampling.tokens import token_noise
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Where the random numbers of some tokens come from: (seed, row, absolute position) of each.
+    """Random numbers of one cycle, each a function of (seed, row, absolute position).
 
-    rows: (batch,). position: (batch, n) of the first n tokens after the verified ones.
+    rows: (batch,). position: (batch, n) of the first n tokens after the verified ones. drafts: (batch, k, vocabulary)
+    Gumbel noise that the first k of them were drafted with; what is not kept is drawn again.
     """
 
     seed: int
     rows: Tensor
     position: Tensor
+    drafts: Tensor | None = None
 
-    def gumbel(self, vocabulary: int, width: int, purpose: str = "token", device: torch.device | None = None) -> Tensor:
-        return token_noise(vocabulary, self.seed, self.rows, self.position[:, :width], purpose, device)
+    def tokens(self, vocabulary: int, device: torch.device | None = None) -> Tensor:
+        """Gumbel noise (batch, n, vocabulary) of the tokens: what AR sampling draws them with."""
+        count = self.position.shape[1]
+        kept = 0 if self.drafts is None else min(count, self.drafts.shape[1])
+        new = token_noise(vocabulary, self.seed, self.rows, self.position[:, kept:], device=device)
+        return new if self.drafts is None else torch.cat([self.drafts[:, :kept], new], dim=1)
 
-    def accept(self, width: int) -> Tensor:
-        """float64 uniforms (batch, width)."""
-        places = self.position[:, :width].tolist()
-        keys = [("accept", self.seed, row, p) for row, of in zip(self.rows.tolist(), places, strict=True) for p in of]
-        return uniforms(keys, 1).view(len(places), -1)
+    def residual(self, vocabulary: int, device: torch.device | None = None) -> Tensor:
+        """Gumbel noise (batch, vocabulary) of the cycle's last token, which needs no other wherever it falls."""
+        return token_noise(vocabulary, self.seed, self.rows, self.position[:, :1], "residual", device)[:, 0]
+
+    def accept(self, count: int, device: torch.device) -> Tensor:
+        """float64 uniforms (batch, count) of the first tokens."""
+        position = self.position[:, :count].tolist()
+        keys = [("accept", self.seed, row, p) for row, of_row in zip(self.rows.tolist(), position, strict=True)
+                for p in of_row]  # fmt: skip
+        return to_device(uniforms(keys, 1).view(len(position), -1), device)
 
 
 class Acceptance(Protocol):
@@ -65,7 +77,7 @@ class Coupled:
         del q  # the drafts were drawn with this noise, which is all that matters
         if noise is None:
             return accept_matching(drafts, p.argmax(-1), drafted)
-        g = noise.gumbel(p.shape[-1], p.shape[1], device=p.device)
+        g = noise.tokens(p.shape[-1], p.device)
         return accept_matching(drafts, (p.double() + g).argmax(-1), drafted)
 
 
@@ -84,15 +96,14 @@ class Rejection:
             return accept_matching(drafts, p.argmax(-1), drafted)
         q_probs, p_probs = q.double().softmax(-1), p.double().softmax(-1)
         q_draft, p_draft = (x[:, : drafts.shape[1]].gather(-1, drafts[..., None])[..., 0] for x in (q_probs, p_probs))
-        passes = noise.accept(drafts.shape[1]).to(p.device) * q_draft < p_draft
+        passes = noise.accept(drafts.shape[1], p.device) * q_draft < p_draft
         accepted = (drafted & passes).long().cumprod(-1).sum(-1)
         index = accepted[:, None, None].expand(-1, 1, p.shape[-1])
         residual = p_probs.gather(1, index)[:, 0]
         tried = torch.nn.functional.pad(drafted, (0, 1)).gather(1, accepted[:, None])  # a draft stood there, refused
         refused = torch.nn.functional.pad(q_probs, (0, 0, 0, 1)).gather(1, index)[:, 0]
         residual = torch.where(tried, (residual - refused).clamp_min(0), residual)
-        g = noise.gumbel(p.shape[-1], p.shape[1], "residual", p.device).gather(1, index)[:, 0]
-        return accepted, (residual.log() + g).argmax(-1)
+        return accepted, (residual.log() + noise.residual(p.shape[-1], p.device)).argmax(-1)
 
 
 def accept_matching(drafts: Tensor, targets: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:

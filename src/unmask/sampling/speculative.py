@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from unmask.core.transfer import to_device
 from unmask.sampling.acceptance import Acceptance, Coupled, Noise
 from unmask.sampling.request import Request, SampledTokens
 from unmask.sampling.scheduler import AutoregressiveRows
-from unmask.sampling.tokens import choose_tokens, truncate
+from unmask.sampling.tokens import truncate
 
 # --- draft lengths
 
@@ -67,21 +68,34 @@ def sample_speculative(
     return state.sampled()
 
 
+class _Drafts(NamedTuple):
+    """Of some slots, on the device. tokens: (slots, k) the drafts. logits: (slots, k, vocabulary) of the distributions
+    that they were drawn from. noise: of the same shape, what they were drawn with, None at temperature 0. ar_logits:
+    (slots, vocabulary) of the first position.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    noise: Tensor | None
+    ar_logits: Tensor
+
+    def of_slots(self, slots: Tensor) -> _Drafts:
+        noise = None if self.noise is None else self.noise[slots]
+        return _Drafts(self.tokens[slots], self.logits[slots], noise, self.ar_logits[slots])
+
+
 @dataclass
 class _Cycle:
-    """One draft of all slots. lengths: drafts of each slot. position: (slots, longest) of the drafts, on the host.
+    """One draft and its verification, of all slots, on the host.
 
-    tokens: (slots, longest) the drafts, also as lists in `proposed`; logits: (slots, longest, vocab) of the
-    distributions they were drawn from; ar_logits: (slots, vocab) of the first position. gained: new tokens of each
-    slot in this cycle. ended: slots whose row has ended.
+    lengths: drafts of each slot. position, tokens: of the drafts, (slots, longest) and a list for each slot. gained:
+    new tokens of each slot in this cycle. ended: whether the row of each slot has ended.
     """
 
     lengths: list[int]
     position: Tensor
-    tokens: Tensor
-    logits: Tensor
-    ar_logits: Tensor
-    proposed: list[list[int]]
+    tokens: list[list[int]]
+    drafts: _Drafts
     gained: list[int]
     ended: list[bool]
 
@@ -123,56 +137,52 @@ class _Speculation(AutoregressiveRows):
 
     def draft(self, anchor: bool) -> _Cycle:
         """Draft every slot's next tokens in one forward."""
-        rows, past, request = torch.tensor(self.scheduler.rows), self.scheduler.past, self.request
+        rows, past = torch.tensor(self.scheduler.rows), self.scheduler.past
         lengths = list(self.lengths)
-        if request.context_length is not None:
-            lengths = [min(n, request.context_length - start) for start, n in zip(self.starts, lengths, strict=True)]
+        if self.request.context_length is not None:
+            rest = [self.request.context_length - start for start in self.starts]
+            lengths = [min(n, left) for n, left in zip(lengths, rest, strict=True)]
         start, width = torch.tensor(self.starts), max(lengths)
         position = start[:, None] + torch.arange(width)
         past.set_columns(max(self.starts) + width)
         before, layout = Layout.of(start[:, None] - 1), _layout(position, lengths, start)
         ar_logits, q = draft(self.network, self.config, past, self.last, before, layout, anchor=anchor)
         self.num_forwards[rows] += 1
-        tokens, q = _propose(q, request, Noise(request.seed, rows, position))
-        count = len(rows)
-        return _Cycle(lengths, position, tokens, q, ar_logits, tokens.cpu().tolist(), [0] * count, [False] * count)
+        noise = None
+        if self.request.temperature > 0:
+            noise = Noise(self.request.seed, rows, position).tokens(q.shape[-1], q.device)
+            q = self._truncate(q)
+        tokens = (q if noise is None else q + noise).argmax(-1)
+        gained, ended = [0] * len(rows), [False] * len(rows)
+        return _Cycle(lengths, position, tokens.cpu().tolist(), _Drafts(tokens, q, noise, ar_logits), gained, ended)
 
     def take_anchors(self, cycle: _Cycle) -> None:
         """Add the first draft of each slot, which is AR's own; a row that it ends has nothing left to verify."""
         for slot, row in enumerate(self.scheduler.rows):
-            cycle.gained[slot], cycle.ended[slot] = 1, self.add(row, cycle.proposed[slot][:1])
+            cycle.gained[slot], cycle.ended[slot] = 1, self.add(row, cycle.tokens[slot][:1])
 
     def verify(self, cycle: _Cycle) -> None:
         """Verify the drafts of the slots that go on in one forward, and add those that are accepted and one more."""
         slots = [slot for slot, ended in enumerate(cycle.ended) if not ended]
         if not slots:
             return
-        rows, past = self.scheduler.rows, self.scheduler.past
+        rows, past, all_slots = self.scheduler.rows, self.scheduler.past, len(slots) == len(cycle.ended)
         # Nothing past the last wanted token needs verifying.
         lengths = [min(cycle.lengths[slot], self.end(rows[slot]) - self.starts[slot]) for slot in slots]
-        width, some = max(lengths), len(slots) < len(rows)
-        on_device = to_device(torch.tensor(slots), self.network.device)
+        width, on_device = max(lengths), to_device(torch.tensor(slots), self.network.device)
         position, start = cycle.position[slots, :width], torch.tensor([self.starts[slot] for slot in slots])
-        drafts, q, ar_logits = cycle.tokens, cycle.logits, cycle.ar_logits
-        if some:
-            drafts, q, ar_logits = drafts[on_device], q[on_device], ar_logits[on_device]
-        drafts, q = drafts[:, :width], q[:, :width]
-        layout = _layout(position, lengths, start)
-        after = verify(self.network, past.for_rows(slots if some else None), drafts, layout)
-        numbers = torch.tensor([rows[slot] for slot in slots])
-        self.num_forwards[numbers] += 1
-        p = torch.cat([ar_logits[:, None], after], dim=1)
-        noise = Noise(self.request.seed, numbers, torch.cat([position, position[:, -1:] + 1], dim=1))
-        drafted = to_device(layout.real, self.network.device)
-        accepted, next_token = _accept(self.acceptance, drafts, q, p, drafted, self.request, noise)
+        layout, row_numbers = _layout(position, lengths, start), torch.tensor([rows[slot] for slot in slots])
+        drafts = cycle.drafts if all_slots else cycle.drafts.of_slots(on_device)
+        after = verify(self.network, past.for_rows(None if all_slots else slots), drafts.tokens[:, :width], layout)
+        self.num_forwards[row_numbers] += 1
+        accepted, next_token = self._accept(drafts, after, layout, row_numbers, position)
         self.last[on_device, 0] = next_token
         decided = torch.stack([accepted, next_token], dim=-1).cpu()
         past.lengths[slots] += decided[:, 0]
         for slot, (n, token) in zip(slots, decided.tolist(), strict=True):
-            row = rows[slot]
-            before = len(self.new_tokens[row])
-            cycle.ended[slot] = self.add(row, [*cycle.proposed[slot][:n], token][cycle.gained[slot] :])
-            cycle.gained[slot] += len(self.new_tokens[row]) - before
+            before = len(self.new_tokens[rows[slot]])
+            cycle.ended[slot] = self.add(rows[slot], [*cycle.tokens[slot][:n], token][cycle.gained[slot] :])
+            cycle.gained[slot] += len(self.new_tokens[rows[slot]]) - before
             self.starts[slot] += n + 1
 
     def retire(self, cycle: _Cycle) -> None:
@@ -190,31 +200,27 @@ class _Speculation(AutoregressiveRows):
         histogram = torch.stack([torch.bincount(torch.tensor(row), minlength=widest + 1) for row in self.gains])
         return SampledTokens(self.new_tokens, self.num_forwards, self.num_prefill_forwards, histogram)
 
+    def _accept(
+        self, drafts: _Drafts, after: Tensor, layout: Layout, rows: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The acceptance rule on drafts of this layout; after: AR logits (slots, k, vocabulary) behind each draft."""
+        width, noise = position.shape[1], None
+        p = torch.cat([drafts.ar_logits[:, None], after], dim=1)
+        if drafts.noise is not None:
+            p = self._truncate(p)
+            position = torch.cat([position, position[:, -1:] + 1], dim=1)
+            noise = Noise(self.request.seed, rows, position, drafts.noise)
+        drafted = to_device(layout.real, self.network.device)
+        return self.acceptance(drafts.tokens[:, :width], drafts.logits[:, :width], p, drafted, noise)
+
+    def _truncate(self, logits: Tensor) -> Tensor:
+        """Logits of the distributions to draw from, of any shape (..., vocabulary)."""
+        request = self.request
+        flat = truncate(logits.flatten(0, -2), request.temperature, request.top_p, request.top_k)
+        return flat.view(logits.shape)
+
 
 def _layout(position: Tensor, lengths: Sequence[int], start: Tensor) -> Layout:
     """The layout of drafts of these lengths; padding after them, at a position that exists."""
     drafted = torch.arange(position.shape[1]) < torch.tensor(lengths)[:, None]
     return Layout.of(torch.where(drafted, position, start[:, None] - 1), torch.where(drafted, 0, PADDING))
-
-
-def _propose(q: Tensor, request: Request, noise: Noise) -> tuple[Tensor, Tensor]:
-    """Drafts (b, k), one of each distribution independently, and the logits of the distributions drawn from."""
-    if request.temperature == 0:
-        return choose_tokens(q), q
-    q = truncate(q.flatten(0, 1), request.temperature, request.top_p, request.top_k).view(q.shape)
-    return (q + noise.gumbel(q.shape[-1], q.shape[1], device=q.device)).argmax(-1), q
-
-
-def _accept(
-    acceptance: Acceptance,
-    drafts: Tensor,
-    q: Tensor,
-    p: Tensor,
-    drafted: Tensor,
-    request: Request,
-    noise: Noise,
-) -> tuple[Tensor, Tensor]:
-    if request.temperature == 0:
-        return acceptance(drafts, q, p, drafted, None)
-    p = truncate(p.flatten(0, 1), request.temperature, request.top_p, request.top_k).view(p.shape)
-    return acceptance(drafts, q, p, drafted, noise)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from unmask.hf.fast.shortcuts import compile_layers
+from unmask.hf.layers import compile_layers
 from unmask.lab import bench_train as bench
 from unmask.lab.bench_decode import DecodeCase, throughput, weight_bound
 from unmask.version import __version__

@@ -17,7 +17,7 @@ from unmask.core.attention import Layout, causal
 from unmask.core.decoding import begin, verify
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.hf.fast.graphs import CompiledPasses
-from unmask.hf.fast.shortcuts import layers_of
+from unmask.hf.layers import layers_of
 from unmask.sampling import Confidence, Threshold
 
 EAGER = {"backend": "eager"}

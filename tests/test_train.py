@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 import unmask
 from unmask.core.attention import PADDING, Layout
 from unmask.core.batch import Batch
-from unmask.hf.fast.shortcuts import layers_of
+from unmask.hf.layers import layers_of
 from unmask.settings import Settings
 from unmask.training.step import learning_rate_at, step_loss
 

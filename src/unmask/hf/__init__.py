@@ -22,7 +22,8 @@ from unmask.hf.checkpoint import (
     without_dropout,
     write_diffusion,
 )
-from unmask.hf.network import FastPaths, HFNetwork, UnsupportedModelError, checkpoint_layers, replicate
+from unmask.hf.layers import checkpoint_layers
+from unmask.hf.network import FastPaths, HFNetwork, UnsupportedModelError, replicate
 from unmask.hf.probes import as_network, probe, probe_fast_paths, probe_network, sees_position_differences
 
 __all__ = [

@@ -33,9 +33,11 @@ from unmask.core.network import GrowingCache, Pass, SlotCacheState, run
 from unmask.core.transfer import to_device
 from unmask.hf.fast.chunked import CHUNK
 from unmask.hf.fast.graphs import CompiledPasses
+from unmask.hf.fast.head import head_input, head_rows, head_sum
 from unmask.hf.fast.kv_cache import SLOTS, CacheIndex, SlotCache, SlotMemory, using_index
+from unmask.hf.fast.last_layer import CHUNKED, last_layer_rows
 from unmask.hf.fast.recompute import rebuilding
-from unmask.hf.fast.shortcuts import CHUNKED, head_rows, head_sum, last_layer_rows, layers_of, plain_layers
+from unmask.hf.layers import layers_of, plain_layers
 
 
 class UnsupportedModelError(ValueError):
@@ -345,35 +347,11 @@ class HFNetwork:
         )
 
 
-def checkpoint_layers(model: Any, *, on: bool = True) -> None:
-    """Let the layers of a model be computed again in the backward pass instead of keeping what they computed."""
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # from and before 5.24
-    if on:
-        getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
-    else:
-        getattr(model, f"{name}_checkpointing_disable")()
-
-
 def cache_keyword(model: Any) -> str:
     """How the forward of this model calls its key-value cache: "cache" from transformers 5.24 on, before that
     "past_key_values", which newer models swallow without a word."""
     names = inspect.signature(model.forward).parameters
     return "cache" if "cache" in names else "past_key_values"
-
-
-@contextmanager
-def head_input(head: torch.nn.Module, read: list[Tensor]) -> Iterator[None]:
-    """Within the context the list takes up what the head `head` is given; the head runs on one row only."""
-
-    def take(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        read.append(args[0])
-        return (args[0][:1, :1],)
-
-    handle = head.register_forward_pre_hook(take)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def replicate(network: HFNetwork) -> HFNetwork:

@@ -27,7 +27,7 @@ from unmask.core.finite import StepWatch, check_weights
 from unmask.core.network import DiffusionConfig, Network
 from unmask.core.objectives import predictable
 from unmask.data.packing import PackState
-from unmask.hf.fast.shortcuts import compile_layers
+from unmask.hf.layers import compile_layers
 from unmask.resolve import Resolved, at_step
 from unmask.run_folder import RunFolder
 from unmask.settings import OptimiserSettings, RunSettings

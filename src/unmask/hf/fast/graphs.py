@@ -22,7 +22,7 @@ from unmask.core.attention import PADDING, Layout, Pattern
 from unmask.core.network import SlotCacheState, slot_keys
 from unmask.core.transfer import to_device
 from unmask.hf.fast.kv_cache import CacheIndex, Part, SlotCache, SlotMemory, flat_target, round_columns, using_index
-from unmask.hf.fast.shortcuts import plain_layers
+from unmask.hf.layers import plain_layers
 
 _SHAPES = 256
 """Shapes to compile before going on without; torch's own limit is 8."""

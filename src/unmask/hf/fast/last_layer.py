@@ -1,7 +1,7 @@
-"""What a stock model need not compute: masked-out pairs, rows that nobody reads, and logits as a whole.
+"""A stock model's attention in tiles, and its last layer for the rows that are read.
 
-Everything here hooks into a Hugging Face model for the time of one pass and leaves its code alone. Whether a
-model takes a shortcut is not known here: `hf` tries each on a tiny instance and compares.
+Both are hooks for the time of one pass, which leave the model's code alone. Slow twin: the plain pass, with
+`FastPaths()`; compared in tests/test_shortcuts.py (`test_loss_and_gradients_match_the_plain_pass`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, Cache
 
-from unmask.core.head_loss import RowLoss, weighted_sum
 from unmask.hf.fast.chunked import chunked_attention, picked_attention
 
 CHUNKED = "unmask_chunked"
@@ -117,70 +116,3 @@ def _pick(value: Any, rows: Tensor, batch: int, length: int) -> Any:
 def _packed(out: Tensor, length: int) -> Tensor:
     """(1, rows, width) as (n, length, width), filled up with zeros."""
     return torch.nn.functional.pad(out[0], (0, 0, 0, -out.shape[1] % length)).unflatten(0, (-1, length))
-
-
-def layers_of(model: Any) -> list[torch.nn.Module]:
-    """The model's layers: the first list as long as its configuration says, none if there is no such list."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return list(module)
-    return []
-
-
-def compile_layers(model: Any, *, on: bool = True) -> None:
-    """Let each layer of the model run compiled, or no longer; what is compiled for one of them serves all."""
-    for layer in layers_of(model):
-        if on:
-            layer.compile()
-        else:
-            layer._compiled_call_impl = None  # what a module has that was never compiled
-
-
-@contextmanager
-def plain_layers(model: Any) -> Iterator[None]:
-    """Within the context layers that are compiled run as they are: a cache makes each of them another function."""
-    layers = layers_of(model)
-    if not layers or layers[-1]._compiled_call_impl is None:  # a look at each would cost a decoding pass some time
-        yield
-        return
-    compiled = [layer._compiled_call_impl for layer in layers]
-    compile_layers(model, on=False)
-    try:
-        yield
-    finally:
-        for layer, call in zip(layers, compiled, strict=True):
-            layer._compiled_call_impl = call
-
-
-# --- the head
-
-
-@contextmanager
-def head_rows(head: torch.nn.Module, rows: Tensor | slice | None) -> Iterator[None]:
-    """Within the context the head `head` runs on the given rows only, flat indices into (batch * length)."""
-    if rows is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(lambda _module, args: (args[0].flatten(0, 1)[rows],))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def head_sum(
-    head: Any, rows: Tensor | slice | None, row_loss: RowLoss, weight: Tensor, mask_token_id: int | None
-) -> Iterator[None]:
-    """Within the context the head puts out the weighted sum of its rows' losses in place of logits."""
-
-    def forward(hidden: Tensor) -> Tensor:
-        picked = hidden.flatten(0, 1) if rows is None else hidden.flatten(0, 1)[rows]
-        return weighted_sum(picked, head, row_loss, weight, mask_token_id)
-
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward

@@ -1,0 +1,61 @@
+"""The head of a stock model on the rows that are read, or as the weighted sum of their losses.
+
+Each is a hook for the time of one pass. Slow twin: the plain pass, with `FastPaths()`; compared in
+tests/test_shortcuts.py (`test_loss_and_gradients_match_the_plain_pass`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unmask.core.head_loss import RowLoss, weighted_sum
+
+
+@contextmanager
+def head_rows(head: torch.nn.Module, rows: Tensor | slice | None) -> Iterator[None]:
+    """Within the context the head `head` runs on the given rows only, flat indices into (batch * length)."""
+    if rows is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _module, args: (args[0].flatten(0, 1)[rows],))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def head_sum(
+    head: Any, rows: Tensor | slice | None, row_loss: RowLoss, weight: Tensor, mask_token_id: int | None
+) -> Iterator[None]:
+    """Within the context the head puts out the weighted sum of its rows' losses in place of logits."""
+
+    def forward(hidden: Tensor) -> Tensor:
+        picked = hidden.flatten(0, 1) if rows is None else hidden.flatten(0, 1)[rows]
+        return weighted_sum(picked, head, row_loss, weight, mask_token_id)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+@contextmanager
+def head_input(head: torch.nn.Module, read: list[Tensor]) -> Iterator[None]:
+    """Within the context the list takes up what the head `head` is given; the head runs on one row only."""
+
+    def take(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        read.append(args[0])
+        return (args[0][:1, :1],)
+
+    handle = head.register_forward_pre_hook(take)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -22,7 +22,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16": {"mixed_precision": "bf16"},
     "bf16 ar": {"mixed_precision": "bf16", "recipe": "ar"},
     "bf16 drafter": {"mixed_precision": "bf16", "recipe": "drafter"},
-    "bf16 joint": {"mixed_precision": "bf16", "recipe": "tri-mode", "teacher": "parent"},
+    "bf16 joint": {"mixed_precision": "bf16", "recipe": "tri-mode-published", "teacher": "parent"},
     "bf16 lora": {"mixed_precision": "bf16", "lora_rank": 2},
     "bf16 checkpointing": {"mixed_precision": "bf16", "gradient_checkpointing": True},
     "checkpointing": {"gradient_checkpointing": True},

@@ -20,8 +20,8 @@ SHORT: dict[str, Any] = {"max_tokens": 512, "max_length": 32, "batch_size": 2, "
 def shifted(tokenizer_and_model: Path, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shifted") / "run"
     unmask.adapt(
-        tokenizer_and_model, stories, "tri-mode", folder, show_progress=False, shift=True, noisy_attention="causal",
-        block_size=4, **SHORT,
+        tokenizer_and_model, stories, "tri-mode-published", folder, show_progress=False, shift=True,
+        noisy_attention="causal", block_size=4, **SHORT,
     )  # fmt: skip
     return folder
 
@@ -40,7 +40,7 @@ def test_without_a_recipe_a_converted_model_stays_what_it_is(
     assert before.diffusion is not None
     assert same(before.diffusion, after.diffusion)
     assert after.diffusion is not None
-    assert after.diffusion.recipe == "tri-mode"
+    assert after.diffusion.recipe == "tri-mode-published"
     assert "note: this run changes" not in capsys.readouterr().err
 
 
@@ -124,18 +124,18 @@ def test_a_run_of_an_older_version_goes_on_under_todays_names(
 ) -> None:
     run, record = tmp_path / "run", tmp_path / "run" / "run.json"
     options = SHORT | {"show_progress": False, "num_masks": 2, "max_tokens": 128}
-    unmask.adapt(tokenizer_and_model, stories, output_dir=run, **options)
+    unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", run, **options)
     new = json.loads(record.read_text())
     old = {name: value for name, value in new["settings"].items() if name != "num_masks"} | {"draws": 2}
     record.write_text(json.dumps(new | {"settings": old | {"anneal_form": "entries"}}))
-    unmask.adapt(tokenizer_and_model, stories, output_dir=run, resume=True, **options)
+    unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", run, resume=True, **options)
     record.write_text(json.dumps(new | {"settings": old | {"alpha": 0.9}}))  # which the run never read
-    unmask.adapt(tokenizer_and_model, stories, output_dir=run, resume=True, **options)
+    unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", run, resume=True, **options)
     with pytest.raises(ValueError, match="its num_masks is 2, not 3"):
-        unmask.adapt(tokenizer_and_model, stories, output_dir=run, resume=True, **(options | {"num_masks": 3}))
+        unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", run, resume=True, **(options | {"num_masks": 3}))
     record.write_text(json.dumps(new | {"settings": old | {"anneal_form": "window"}}))
     with pytest.raises(ValueError, match="anneal_form='window' is no longer offered"):
-        unmask.adapt(tokenizer_and_model, stories, output_dir=run, resume=True, **options)
+        unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", run, resume=True, **options)
 
 
 @pytest.mark.parametrize("recipe", ["efficient-dlm", "tri-mode", "diffullama"])
@@ -164,7 +164,7 @@ def taught(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> tuple[Pa
     """A finished run with a teacher, and its settings."""
     shutil.copytree(tokenizer_and_model, tmp_path / "teacher")
     settings = SHORT | {"max_tokens": 128, "show_progress": False, "teacher": str(tmp_path / "teacher")}
-    unmask.adapt(tokenizer_and_model, stories, "tri-mode", tmp_path / "run", **settings)
+    unmask.adapt(tokenizer_and_model, stories, "tri-mode-published", tmp_path / "run", **settings)
     return tmp_path / "run", settings
 
 
@@ -182,7 +182,7 @@ def test_a_teacher_is_the_same_under_another_path(
         others = [str(tmp_path / "moved" / ".." / "teacher")]
     for teacher in others:
         options = settings | {"teacher": teacher}
-        unmask.adapt(tokenizer_and_model, stories, "tri-mode", folder, resume=True, **options)
+        unmask.adapt(tokenizer_and_model, stories, "tri-mode-published", folder, resume=True, **options)
 
 
 def test_other_weights_at_the_same_path_are_another_teacher(
@@ -194,7 +194,7 @@ def test_other_weights_at_the_same_path_are_another_teacher(
         other.model.get_input_embeddings().weight.mul_(1.1)
     other.save_pretrained(settings["teacher"])
     with pytest.raises(ValueError, match="holds a different run: its teacher is"):
-        unmask.adapt(tokenizer_and_model, stories, "tri-mode", folder, resume=True, **settings)
+        unmask.adapt(tokenizer_and_model, stories, "tri-mode-published", folder, resume=True, **settings)
 
 
 def test_beginnings_are_the_same_under_another_path(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_adapt_keeps_the_ar_mode_nearer_to_the_parent_with_it_as_teacher(
     expected = sum(o.nats for o in parent.nll(STORIES))
     teachers = {"text": None, "parent": "parent", "path": str(tokenizer_and_model)}
     runs = {
-        name: unmask.adapt(tokenizer_and_model, stories, "tri-mode", tmp_path / name, teacher=teacher, **RUN)
+        name: unmask.adapt(tokenizer_and_model, stories, "tri-mode-published", tmp_path / name, teacher=teacher, **RUN)
         for name, teacher in teachers.items()
     }
     moved = {name: abs(sum(o.nats for o in lm.nll(STORIES)) - expected) for name, lm in runs.items()}
@@ -233,7 +233,7 @@ def test_position_differences_are_told_from_positions(name: str, rotary: bool) -
 @pytest.fixture(scope="module")
 def student(tokenizer_and_model: Path, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "student"
-    unmask.adapt(tokenizer_and_model, stories, "tri-mode", folder, **RUN)
+    unmask.adapt(tokenizer_and_model, stories, "tri-mode-published", folder, **RUN)
     return folder
 
 
@@ -286,16 +286,19 @@ def test_adapt_on_trajectories_rolls_out_anew_and_resumes_exactly(
     ("make", "message"),
     [
         (lambda: load_recipe("drafter", teacher="parent"), "teacher='parent' needs objective='joint'; recipe"),
-        (lambda: load_recipe("tri-mode", distance="reach"), "distance='reach' needs objective='distill'"),
-        (lambda: load_recipe("tri-mode", teacher_top_k=0), "teacher_top_k=0 must be above 0"),
+        (lambda: load_recipe("tri-mode-published", distance="reach"), "distance='reach' needs objective='distill'"),
+        (lambda: load_recipe("tri-mode-published", teacher_top_k=0), "teacher_top_k=0 must be above 0"),
         (lambda: load_recipe("efficient-dlm", random_offset=True), "random_offset=true needs clean_attention='causal'"),
-        (lambda: load_recipe("tri-mode", self_mode="diffusion", self_prompts="x"), "use masking='all', not 'exact'"),
         (
-            lambda: load_recipe("tri-mode", self_mode="diffusion", self_prompts="x", masking="all"),
+            lambda: load_recipe("tri-mode-published", self_mode="diffusion", self_prompts="x"),
+            "use masking='all', not 'exact'",
+        ),
+        (
+            lambda: load_recipe("tri-mode-published", self_mode="diffusion", self_prompts="x", masking="all"),
             "it needs objective='joint' and teacher=FOLDER",
         ),
-        (lambda: load_recipe("tri-mode", self_mode="flow"), "self_mode='flow' is unknown"),
-        (lambda: load_recipe("tri-mode", self_every=3), "self_every=3 needs self_prompts"),
+        (lambda: load_recipe("tri-mode-published", self_mode="flow"), "self_mode='flow' is unknown"),
+        (lambda: load_recipe("tri-mode-published", self_every=3), "self_every=3 needs self_prompts"),
     ],
 )
 def test_bad_values_are_named(make, message: str) -> None:
@@ -307,14 +310,16 @@ def test_bad_teachers_and_absolute_positions_are_named(
     tokenizer_and_model: Path, converted: Path, stories: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="is no AR model any more"):
-        unmask.adapt(tokenizer_and_model, stories, "tri-mode", tmp_path / "a", teacher=str(converted), **RUN)
+        unmask.adapt(tokenizer_and_model, stories, "tri-mode-published", tmp_path / "a", teacher=str(converted), **RUN)
     tokenizer = unmask.load(tokenizer_and_model).tokenizer
     tokenizer.add_tokens(["zebra"])
     tiny_llama(torch.float32, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="has another vocabulary"):
-        unmask.adapt(tmp_path / "other", stories, "tri-mode", tmp_path / "b", teacher=str(tokenizer_and_model), **RUN)
+        unmask.adapt(
+            tmp_path / "other", stories, "tri-mode-published", tmp_path / "b", teacher=str(tokenizer_and_model), **RUN
+        )
     lm = unmask.load(tokenizer_and_model)
     gpt = unmask.DiffusionLM(tiny_model(SUPPORTED["gpt2"]()), lm.tokenizer)
     with pytest.raises(ValueError, match="random_offset=true moves a document's positions"):
-        unmask.adapt(gpt, stories, "tri-mode", tmp_path / "c", random_offset=True, **RUN)
+        unmask.adapt(gpt, stories, "tri-mode-published", tmp_path / "c", random_offset=True, **RUN)

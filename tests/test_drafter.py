@@ -267,7 +267,7 @@ def test_distance_to_oneself_is_nothing() -> None:
 
 
 def test_block_size_doubles_over_the_run() -> None:
-    chosen = resolve(load_recipe("tri-mode", block_size=8, first_block_size=2), 10**6, 512)
+    chosen = resolve(load_recipe("tri-mode-published", block_size=8, first_block_size=2), 10**6, 512)
     assert [at_step(chosen, step, 9).block_size for step in range(9)] == [2, 2, 2, 4, 4, 4, 8, 8, 8]
 
 
@@ -281,7 +281,7 @@ def drafter(tokenizer_and_model: Path, stories: Path, tmp_path_factory: pytest.T
 @pytest.fixture(scope="module")
 def tri_mode(tokenizer_and_model: Path, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tri"
-    unmask.adapt(tokenizer_and_model, stories, "tri-mode", folder, **RUN, first_block_size=2)
+    unmask.adapt(tokenizer_and_model, stories, "tri-mode-published", folder, **RUN, first_block_size=2)
     return folder
 
 
@@ -360,7 +360,7 @@ def test_drafter_of_a_missing_or_other_base_is_refused(
     with pytest.raises(ValueError, match="was trained on another model"):
         unmask.load(moved(name=str(other)))
     with pytest.raises(ValueError, match="is a drafter on a frozen base"):
-        unmask.adapt(drafter, stories, "tri-mode", tmp_path / "run")
+        unmask.adapt(drafter, stories, "tri-mode-published", tmp_path / "run")
 
 
 def test_a_module_that_gets_other_rows_is_refused() -> None:
@@ -383,6 +383,21 @@ def test_tri_mode_checkpoint_decodes_in_three_modes(tri_mode: Path) -> None:
     again = lm.generate(STORIES[:4], mode="speculative", draft_length="auto", **sampled)
     assert torch.equal(again.sequences, ar.sequences)
     assert lm.generate(STORIES[:2], max_new_tokens=8).num_forwards.min() >= 1  # diffusion mode on the causal cache
+
+
+def test_without_a_recipe_the_ar_model_is_kept(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:
+    parent = unmask.load(tokenizer_and_model)
+    before = sum(document.nats for document in parent.nll(STORIES[:8]))
+    run = {"max_tokens": 4000, "max_length": 64, "block_size": 4, "batch_size": 4, "show_progress": False}
+    lm = unmask.adapt(tokenizer_and_model, stories, output_dir=tmp_path / "run", **run)
+    assert lm.diffusion is not None
+    assert (lm.diffusion.recipe, lm.default_mode) == ("tri-mode", "speculative")
+    moved = abs(sum(document.nats for document in lm.nll(STORIES[:8])) / before - 1)
+    fast, ar = lm.generate(STORIES[:3], max_new_tokens=12), lm.generate(STORIES[:3], "ar", max_new_tokens=12)
+    assert torch.equal(fast.sequences, ar.sequences)
+    assert fast.tokens_per_cycle is not None
+    other = unmask.adapt(tokenizer_and_model, stories, "tri-mode-published", tmp_path / "published", **run)
+    assert moved < 0.2 * abs(sum(document.nats for document in other.nll(STORIES[:8])) / before - 1)
 
 
 @pytest.mark.parametrize(
@@ -409,15 +424,21 @@ def test_speculation_needs_a_causal_clean_half(converted: Path, tokenizer_and_mo
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: load_recipe("tri-mode", clean_attention="block_causal"), "objective='joint' needs attention"),
-        (lambda: load_recipe("tri-mode", alpha=-1.0), "alpha=-1.0 must be at least 0"),
+        (
+            lambda: load_recipe("tri-mode-published", clean_attention="block_causal"),
+            "objective='joint' needs attention",
+        ),
+        (lambda: load_recipe("tri-mode-published", alpha=-1.0), "alpha=-1.0 must be at least 0"),
         (lambda: load_recipe("drafter", distance="l2"), "distance='l2' is unknown"),
-        (lambda: load_recipe("tri-mode", mask_per_place=True), "mask_per_place=true needs objective='distill'"),
+        (
+            lambda: load_recipe("tri-mode-published", mask_per_place=True),
+            "mask_per_place=true needs objective='distill'",
+        ),
         (lambda: load_recipe("drafter", gradient_checkpointing=True), "gradient_checkpointing=true needs objective="),
         (lambda: load_recipe("drafter", compile_layers=True), "compile_layers=true needs objective="),
         (lambda: load_recipe("drafter", drafter_rank=0), "drafter_rank=0 must be above 0"),
         (
-            lambda: resolve(load_recipe("tri-mode", block_size=12, first_block_size=5), 10**6, 512),
+            lambda: resolve(load_recipe("tri-mode-published", block_size=12, first_block_size=5), 10**6, 512),
             "first_block_size=5 does not double to block_size=12",
         ),
         (lambda: DrafterConfig(rank=0), "drafter_rank 0 must be at least 1"),

@@ -32,4 +32,4 @@ def test_a_documented_variant_trains_and_decodes(
 
 def test_the_documented_variants_are_found() -> None:
     assert len(VARIANTS) >= 10
-    assert {"bd3lm", "fast-dllm-v2", "tri-mode", "drafter"} <= {recipe for _, recipe, _ in VARIANTS}
+    assert {"bd3lm", "fast-dllm-v2", "tri-mode-published", "drafter"} <= {recipe for _, recipe, _ in VARIANTS}

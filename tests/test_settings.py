@@ -90,13 +90,13 @@ def test_a_group_is_a_part_of_the_settings() -> None:
         ("diffullama", {"first_block_size": 2},
          "first_block_size=2 needs attention='two_stream' or 'block_causal', or attention='bidirectional' and "
          "noise_level='block'; recipe diffullama has attention='bidirectional', noise_level='sequence'"),
-        ("tri-mode", {"teacher_top_k": 4}, "teacher_top_k=4 needs teacher, or distance='kl', 'tv', 'kl+tv', 'lk' or"),
+        ("tri-mode-published", {"teacher_top_k": 4}, "teacher_top_k=4 needs teacher, or distance='kl', 'tv', 'kl+tv',"),
         ("tri-mode", {"loss_normaliser": "masked"}, "loss_normaliser='masked' needs objective='diffusion'; recipe tri"),
         ("tri-mode", {"distance": "reach"}, "distance='reach' needs objective='distill', not 'joint'"),
         ("drafter", {"lora_rank": 4}, "lora_rank=4 needs objective='diffusion' or 'joint'; recipe drafter has"),
         ("drafter", {"compile_layers": True}, "compile_layers=true needs objective='diffusion' or 'joint'"),
         ("drafter", {"self_prompts": "x", "self_mode": "diffusion", "masking": "exact"}, "masking='all', not 'exact'"),
-        ("tri-mode", {"self_prompts": "x", "self_mode": "diffusion", "masking": "all"}, "and teacher=FOLDER"),
+        ("tri-mode-published", {"self_prompts": "x", "self_mode": "diffusion", "masking": "all"}, "and teacher=FOLDER"),
         ("ar", {"objective": "joint"}, "objective='joint' needs attention='two_stream' with clean_attention='causal'"),
         ("ar", {"masking": "all"}, "masking='all' needs attention other than 'ar'; recipe ar has attention='ar'"),
     ],
@@ -191,7 +191,7 @@ SMALL: dict[str, Any] = {"max_tokens": 128, "max_length": 32, "batch_size": 2, "
 VARIANTS: list[dict[str, Any]] = [
     *({"recipe": name} for name in recipe_names()),
     {"recipe": "efficient-dlm", "lora_rank": 2},
-    {"recipe": "tri-mode", "teacher": "parent", "distance": "kl", "teacher_top_k": 5},
+    {"recipe": "tri-mode-published", "teacher": "parent", "distance": "kl", "teacher_top_k": 5},
     {"recipe": "diffullama", "anneal_steps": 3, "noise_level": "block", "first_block_size": 2},
     {"recipe": "drafter", "data": "self"},
 ]
@@ -278,7 +278,7 @@ def test_small_parents_get_measured_values_and_large_ones_the_papers() -> None:
     assert small.learning_rate > middle.learning_rate > large.learning_rate
     assert middle.learning_rate == pytest.approx(math.sqrt(small.learning_rate * large.learning_rate), rel=0.05)
     assert resolve(replace(chosen, learning_rate=3e-3), 10**6, None).learning_rate == 3e-3
-    joint = load_recipe("tri-mode")
+    joint = load_recipe("tri-mode-published")
     assert [resolve(joint, n, None).learning_rate for n in (10**6, 4 * 10**9)] == [1e-3, 1e-5]
     assert resolve(joint, 4 * 10**9, None).half_life == math.inf
 

@@ -418,7 +418,7 @@ SAMPLES = {"eval_samples": 8}
 
 
 @pytest.mark.parametrize(("recipe", "options"), [
-    ("ar", {}), ("efficient-dlm", SAMPLES), ("tri-mode", SAMPLES), ("diffullama", SAMPLES),
+    ("ar", {}), ("efficient-dlm", SAMPLES), ("tri-mode-published", SAMPLES), ("diffullama", SAMPLES),
     ("diffullama", SAMPLES | {"loss_normaliser": "masked"}), ("efficient-dlm", SAMPLES | {"lora_rank": 4}),
     ("diffullama", SAMPLES | {"predict_padding": True}),
 ])  # fmt: skip

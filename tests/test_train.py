@@ -218,7 +218,7 @@ def test_compiled_layers_give_the_same_run(
     """Traced once for all layers, and run by torch's own kernels; what is compiled in earnest is the same trace."""
     inductor = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **_: inductor(function, backend="aot_eager"))
-    for chosen in ({"recipe": "efficient-dlm"}, {"recipe": "tri-mode", "complementary": True}):
+    for chosen in ({"recipe": "efficient-dlm"}, {"recipe": "tri-mode-published", "complementary": True}):
         torch._dynamo.reset()
         counters.clear()
         losses = []

@@ -30,6 +30,7 @@ _RULE: dict[str, tuple[float, float]] = {
     # measured on parents below 100M parameters; published for parents from 1B
     "learning_rate": (4e-3, 1e-5),
     "joint_learning_rate": (1e-3, 1e-5),  # faster, and the AR model wanders off (results/tri-mode)
+    "taught_learning_rate": (2e-4, 1e-5),  # with a frozen parent as teacher, which nothing is then forgotten of
     "min_learning_rate_ratio": (0.02, 0.3),
     "batch_tokens": (1024, 2**21),
     "max_length": (512, 4096),
@@ -61,7 +62,9 @@ def resolve(
     if first is not None and block not in (first << n for n in range(block.bit_length())):
         raise ValueError(f"first_block_size={first} does not double to block_size={block}")
     batch = settings.batch_size or max(1, round(ruled["batch_tokens"] / length))
-    rate = "joint_learning_rate" if settings.objective == "joint" else "learning_rate"
+    rate = "learning_rate"
+    if settings.objective == "joint":
+        rate = "joint_learning_rate" if settings.teacher is None else "taught_learning_rate"
     of_size = {
         "block_size": block,
         "max_length": length,

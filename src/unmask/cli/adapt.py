@@ -28,7 +28,7 @@ def adapt(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Name of a recipe (see `unmask recipes`); by default a converted model's own, else efficient-dlm."
+            help="Name of a recipe (see `unmask recipes`); by default a converted model's own, else tri-mode."
         ),
     ] = None,
     max_tokens: Annotated[

@@ -16,7 +16,8 @@ _KEPT = ("recipe", "attention", "clean_attention", "noisy_attention", "shift", "
 """Settings of the `DiffusionConfig` that a converted model keeps unless a recipe is named."""
 
 
-_DEFAULT = "efficient-dlm"
+_DEFAULT = "tri-mode"
+"""Recipe of an AR model: the one that keeps it."""
 
 
 def recipe_settings(model: str | Path | DiffusionLM, recipe: str | None, overrides: dict[str, Any]) -> Settings:
@@ -43,7 +44,7 @@ def _kept_settings(model: str | Path | DiffusionLM) -> dict[str, Any]:
 
 def _nearest_recipe(kept: dict[str, Any]) -> str:
     """The recipe for a checkpoint of an unknown recipe: one of the same attention that agrees best with the rest."""
-    recipes = {name: load_recipe(name) for name in (_DEFAULT, *recipe_names())}
+    recipes = {name: load_recipe(name) for name in (_DEFAULT, "efficient-dlm", *recipe_names())}
     fitting = [
         name
         for name, settings in recipes.items()

@@ -169,7 +169,7 @@ def test_watch_shows_guesses_then_the_text(converted: Path) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system="truecolor")
     with Frames(console=console, auto_refresh=False) as live:
         watch = Watch(lm.tokenizer, ids, prompt, live)
-        trace = Trace(Confidence(1), watch)
+        trace = Trace(Confidence(1), on_step=watch)
         out = lm.generate(prompt, max_new_tokens=6, select=trace.select, callback=trace.callback)
         new = out.sequences[0, len(ids) : len(ids) + int(out.num_new_tokens)].tolist()
         watch.finish(new)

@@ -52,7 +52,7 @@ def generate(
     trace = None
     with watching(lm.tokenizer, given, text, show=watch and sys.stdout.isatty()) as watcher:
         if watcher is not None or replay is not None:
-            trace = Trace(getattr(chosen, "select", None), watcher, live)
+            trace = Trace(getattr(chosen, "select", None), on_step=watcher, callback=live)
             if hasattr(chosen, "select"):
                 chosen = replace(chosen, select=trace.select)
         callback = live if trace is None else trace.callback

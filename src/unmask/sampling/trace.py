@@ -1,6 +1,6 @@
-"""Watching a sampler: what each forward committed, how sure it was, and what it would have put elsewhere.
+"""A record of what a sampler did: each forward's commits, their confidence, and its guesses for the other positions.
 
-A `Trace` goes between a sampler and its commit rule, and between a sampler and its callback; no sampler knows of it:
+A `Trace` takes the place of the sampler's commit rule and of its callback, so samplers need no code for it:
 
     trace = Trace(Threshold(0.9))
     lm.generate(prompt, select=trace.select, callback=trace.callback)
@@ -42,57 +42,69 @@ class Step:
 
 
 class Trace:
-    """Records the steps of one call of a sampler in which each forward calls the rule, then the callback of each row.
+    """Records the steps of one call of a sampler.
 
-    The samplers of `sampling` do so for the rows that committed something, in the order of the batch. then: told
-    of each step as it happens. callback: another one to pass commits on to.
+    It relies on the order of calls that every sampler of this folder keeps: in each forward first the commit rule, then
+    the callback for each row that commits, in the order of the batch. on_step: called with each step as it happens.
+    callback: the sampler's own one, to pass the commits on to.
     """
 
     def __init__(
         self,
         select: Selector | None = None,
-        then: Callable[[Step], None] | None = None,
+        on_step: Callable[[Step], None] | None = None,
         callback: Callback | None = None,
     ) -> None:
         self.steps: list[Step] = []
-        self.select = _Watched(select or Threshold())
-        self._then, self._callback = then, callback
-        self._counts: dict[int, int] = {}
+        self.select = _RecordingRule(select or Threshold())
+        self._on_step, self._callback = on_step, callback
+        self._num_calls: dict[int, int] = {}
 
     def callback(self, row: int, positions: list[int], tokens: list[int]) -> None:
         """The `callback` of a sampler."""
-        self._counts[row] = self._counts.get(row, 0) + 1
-        waiting = self.select.waiting
-        if waiting:
-            columns, confidence, others = waiting.popleft()
-            start = positions[0] - columns[0]
-            commits = [Guess(*at) for at in zip(positions, tokens, confidence, strict=True)]
-            guesses = [Guess(start + column, token, sure) for column, token, sure in others]
+        self._num_calls[row] = self._num_calls.get(row, 0) + 1
+        if self.select.records:
+            record = self.select.records.popleft()
+            start = positions[0] - record.columns[0]
+            commits = [Guess(*commit) for commit in zip(positions, tokens, record.confidence, strict=True)]
+            guesses = [Guess(start + column, token, p) for column, token, p in record.others]
             step = Step(row, self.select.num_forwards, commits, guesses)
         else:
-            step = Step(row, self._counts[row], [Guess(*at, None) for at in zip(positions, tokens, strict=True)], [])
+            commits = [Guess(*commit, None) for commit in zip(positions, tokens, strict=True)]
+            step = Step(row, self._num_calls[row], commits, [])
         self.steps.append(step)
-        if self._then is not None:
-            self._then(step)
+        if self._on_step is not None:
+            self._on_step(step)
         if self._callback is not None:
             self._callback(row, positions, tokens)
 
 
-class _Watched:
-    """A commit rule that keeps, for each row that commits, what the callback will not be told."""
+class _Record(NamedTuple):
+    """What a commit rule saw of one row. columns, confidence: of each commit, columns counted in the block.
 
-    def __init__(self, select: Selector) -> None:
-        self.rule, self.num_forwards = select, 0
-        self.waiting: deque[tuple[list[int], list[float], list[tuple[int, int, float]]]] = deque()
+    others: (column, likeliest token, its probability) of each position that stays masked.
+    """
+
+    columns: list[int]
+    confidence: list[float]
+    others: list[tuple[int, int, float]]
+
+
+class _RecordingRule:
+    """A commit rule that keeps a record for each row that commits, until the row's callback."""
+
+    def __init__(self, rule: Selector) -> None:
+        self.rule, self.num_forwards = rule, 0
+        self.records: deque[_Record] = deque()
 
     def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
         commit = self.rule(candidates, at_least)
         self.num_forwards += 1
         best = candidates.logits.double().softmax(-1).max(-1)
-        owner = candidates.masked.nonzero().tolist()
-        likeliest = list(zip(owner, best.indices.tolist(), best.values.tolist(), strict=True))
+        masked = candidates.masked.nonzero().tolist()
+        likeliest = list(zip(masked, best.indices.tolist(), best.values.tolist(), strict=True))
         for i in commit.any(-1).nonzero()[:, 0].tolist():
             columns = commit[i].nonzero()[:, 0].tolist()
             others = [(j, token, p) for (row, j), token, p in likeliest if row == i and not commit[i, j]]
-            self.waiting.append((columns, candidates.confidence[i][commit[i]].tolist(), others))
+            self.records.append(_Record(columns, candidates.confidence[i][commit[i]].tolist(), others))
         return commit

@@ -30,8 +30,8 @@ def slow(
     net, chosen, canvas, rule, *, steps=None, temperature=0.0, top_k=None, seed=0, row=0, scale=1.0
 ) -> tuple[list[int], int]:
     """The span of one canvas, and the forwards it took."""
-    x = torch.where(canvas.given, canvas.tokens, MASK)
-    open_ = [i for i in range(len(x)) if not canvas.given[i]]
+    x = torch.where(canvas.fixed, canvas.tokens, MASK)
+    open_ = [i for i in range(len(x)) if not canvas.fixed[i]]
     masked, order, forwards = list(open_), uniform(len(x), key=("order", seed, row, 0)).tolist(), 0
     layout = Layout.of(torch.arange(len(x))[None])
     for step in range(10**6):
@@ -41,7 +41,7 @@ def slow(
         forwards += 1
         if scale != 1:
             bare = x.clone()
-            bare[1:][canvas.given[1:]] = MASK
+            bare[1:][canvas.fixed[1:]] = MASK
             without = net(bare[None], layout, bidirectional)[0]
             logits = without + scale * (logits - without)
             logits[:, MASK] = -torch.inf
@@ -221,7 +221,7 @@ def test_given_tokens_never_change_and_no_mask_is_left(shapes, rule, steps, temp
 
     def record(row: int, places: list[int], tokens: list[int]) -> None:
         for place, token in zip(places, tokens, strict=True):
-            assert not canvases[row].given[place]
+            assert not canvases[row].fixed[place]
             assert remask is not None or (row, place) not in last
             last[row, place] = token
 
@@ -230,7 +230,7 @@ def test_given_tokens_never_change_and_no_mask_is_left(shapes, rule, steps, temp
         guidance_scale=scale, callback=record, seed=1,
     )  # fmt: skip
     for row, (one, tokens) in enumerate(zip(canvases, got.new_tokens, strict=True)):
-        places = (~one.given).nonzero()[:, 0].tolist()
+        places = (~one.fixed).nonzero()[:, 0].tolist()
         assert len(tokens) == len(places)
         assert MASK not in tokens
         assert [last[row, place] for place in places] == tokens
@@ -341,7 +341,7 @@ def test_guided_canvas_equals_its_definition_and_counts_two() -> None:
     assert got.num_forwards.tolist() == [2 * n for n in plain.num_forwards.tolist()]
     assert got.new_tokens != plain.new_tokens
     ignored = sample_bidirectional(net, config(), [CANVASES[1]], select=Confidence(2), guidance_scale=0.0)
-    hidden = Canvas(torch.where(torch.arange(16) > 0, MASK, CANVASES[1].tokens), CANVASES[1].given)
+    hidden = Canvas(torch.where(torch.arange(16) > 0, MASK, CANVASES[1].tokens), CANVASES[1].fixed)
     assert ignored.new_tokens == sample_bidirectional(net, config(), [hidden], select=Confidence(2)).new_tokens
 
 
@@ -465,7 +465,7 @@ def test_bad_requests_are_named(options: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: sample_bidirectional(NET, config(), [Canvas.around(random_tokens(0), 4)]), "with an open place"),
+        (lambda: sample_bidirectional(NET, config(), [Canvas.around(random_tokens(0), 4)]), "with an open position"),
         (lambda: sample_bidirectional(NET, config(), [canvas(4, 0, 3)]), "num_tokens 0 leaves nothing"),
         (
             lambda: sample_canvases(NET, config(), [random_tokens(3)], max_new_tokens=8, block_size=4,

@@ -1,8 +1,8 @@
-"""Whole-canvas sampling: every forward sees the full text, given tokens on either side of what is filled in.
+"""Whole-canvas sampling: every forward sees the full text, on both sides of what is filled in.
 
-One forward a step and no cache: bidirectional attention changes every key with every commit. SlotCacheState
-continuation, infilling and unconditional text differ only in which tokens of a `Canvas` are given. A canvas
-begins with a given token, as every document does in training: the begin token where there is no other.
+One forward a step and no cache: bidirectional attention changes every key with every commit. Continuation, infilling
+and unconditional text differ only in which tokens of a `Canvas` are fixed. The first token of a canvas is fixed, as
+no document's first token is predicted in training: the begin token, if the text has no other.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from unmask.sampling.remask import Remask
 from unmask.sampling.request import Request, SampledTokens, Stop
 from unmask.sampling.tokens import choose_tokens
 
-_LEFT, _BACK = -1, -2
-"""In place of a token: the place stays as it is, or its token is taken back."""
+_UNCHANGED, _REMASKED = -1, -2
+"""Instead of a token: the position stays as it is, or is masked again."""
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """tokens: (length,) int64; given: (length,) bool, False where a token is to be filled in."""
+    """tokens: (length,) int64. fixed: (length,) bool, False where a token is to be filled in, an open position."""
 
     tokens: Tensor
-    given: Tensor
+    fixed: Tensor
 
     @classmethod
     def around(cls, prefix: Tensor, num_tokens: int, suffix: Tensor | None = None) -> Canvas:
-        """`num_tokens` open places between a prefix and a suffix."""
+        """`num_tokens` open positions between a prefix and a suffix."""
         suffix = prefix[:0] if suffix is None else suffix
-        given = torch.ones(len(prefix) + num_tokens + len(suffix), dtype=torch.bool)
-        given[len(prefix) : len(prefix) + num_tokens] = False
-        return cls(torch.cat([prefix, prefix.new_zeros(num_tokens), suffix]), given)
+        fixed = torch.ones(len(prefix) + num_tokens + len(suffix), dtype=torch.bool)
+        fixed[len(prefix) : len(prefix) + num_tokens] = False
+        return cls(torch.cat([prefix, prefix.new_zeros(num_tokens), suffix]), fixed)
 
 
 @torch.inference_mode()
@@ -58,44 +58,45 @@ def sample_bidirectional(
     guidance_scale: float = 1.0,
     row_numbers: Sequence[int] | None = None,
 ) -> SampledTokens:
-    """Fill the open places of ragged canvases; new_tokens are those of the open places, in order.
+    """Fill the open positions of ragged canvases; new_tokens are those of the open positions, in order.
 
-    T = max_denoising_steps is the number of forwards, of all rows or (without remask) of each: at step s at least
-    ceil(remaining / (T - s)) tokens are committed, so that at most floor(N (T - s) / T) of N stay masked after s
-    steps (DiffuLLaMA 2410.17891, section 4.2 of its code); `Ancestral` reveals by chance instead. Without it the
-    rule sets the pace.
-    A row ends early at an end token, or where `stop` says so, once everything before it is committed. Given
-    tokens never change. A forward counts 2 with guidance, whose other branch has the given tokens masked,
-    all but the first. remask: with it tokens are revealed as `Ancestral` does, corrected for what is masked
-    again, under fresh noise; a row then ends at its last step only, and positions reach `callback` at each commit.
-    row_numbers: the rows' numbers for noise and callback, 0, 1, ... unless given.
-    Memory: with temperature > 0, 8 bytes x open places x vocabulary of noise.
+    max_denoising_steps: T, the number of forwards of all rows, or (without remask) of each. Step s commits at least
+    ceil(remaining / (T - s)) tokens, so that at most floor(N (T - s) / T) of N stay masked after s steps (DiffuLLaMA
+    2410.17891, section 4.2 of its code); `Ancestral` reveals by chance instead. Without T the rule sets the pace.
+    select: the commit rule, `Threshold()` by default. remask: tokens are revealed as `Ancestral` does, corrected for
+    those that are masked again, which are drawn with new noise later; a row then ends at its last step only, and a
+    position reaches `callback` at each of its commits. guidance_scale other than 1: every forward runs a second time
+    with the fixed tokens masked, all but the first, and counts 2. row_numbers: the rows' numbers for noise and
+    callback, 0, 1, ... by default.
+
+    A row ends early at an end token or where `stop` says so, once everything before it is committed. Fixed tokens
+    never change. Noise takes 8 bytes x open positions x vocabulary of memory at temperature > 0.
     """
     numbers = range(len(canvases)) if row_numbers is None else row_numbers
-    state = _Filling(network, config, canvases, request, numbers, guidance_scale)
-    budgets = _budgets(state.masked, max_denoising_steps, select, remask)
+    batch = _Batch(network, config, canvases, request, numbers, guidance_scale)
+    budgets = _budgets(batch.masked, max_denoising_steps, select, remask)
     select = select or Threshold()
-    while len(state.rows):
-        proposal = state.propose()
-        last = state.step + 1 == max_denoising_steps
+    while len(batch.rows):
+        proposal = batch.propose()
+        last = batch.step + 1 == max_denoising_steps
         if remask is None:
-            changes = state.commit_by_rule(proposal, select, budgets)
+            changes = batch.commit_by_rule(proposal, select, budgets)
         else:
             assert budgets is not None
-            changes = state.remask_by_chance(proposal, remask, int(budgets[0]))
-        committed = state.apply(changes)
-        state.report(committed)
+            changes = batch.commit_and_remask(proposal, remask, int(budgets[0]))
+        committed = batch.apply(changes)
+        batch.report(committed)
         if remask is None or last:
-            state.end_rows(committed.any(-1) | last)
+            batch.end_rows(committed.any(-1) | last)
         if remask is None:
-            state.retire()
+            batch.retire()
         elif last:
             break
-    return state.sampled()
+    return batch.sampled()
 
 
 class _Proposal(NamedTuple):
-    """Of the masked positions of the rows, in their order: logits (n, vocab), a token each, and its confidence.
+    """Of the masked positions of the rows, in their order: logits (n, vocabulary), a token each, and its confidence.
 
     masked: (rows, length) bool on the device. confidence: (rows, length) float64, 0 elsewhere.
     """
@@ -106,11 +107,11 @@ class _Proposal(NamedTuple):
     confidence: Tensor
 
 
-class _Filling:
+class _Batch:
     """The text of all canvases, and the rows that are not filled in yet; a step is one call of each method.
 
-    On the host, (batch, length): xt int64; masked, open bool, open what was to be filled in at the beginning; redrawn
-    int64, how often a position was taken back. rows: (n,) the batch rows that still go on. layout: of those rows.
+    On the host, (batch, length): xt int64; masked bool; open bool, what was masked at the beginning; num_redraws int64,
+    how often a position was masked again. rows: (n,) the batch rows that are not filled in. layout: of those rows.
     On the device, of those rows: priority (n, length) float64 uniforms; confidence (n, length), of each token when it
     was revealed (remasking only).
     """
@@ -131,65 +132,60 @@ class _Filling:
         self.masked = torch.zeros_like(self.xt, dtype=torch.bool)
         self.all_priority = torch.zeros(self.xt.shape, dtype=torch.float64)
         for i, (canvas, n) in enumerate(zip(canvases, self.sizes, strict=True)):
-            self.masked[i, :n] = ~canvas.given.cpu()
+            self.masked[i, :n] = ~canvas.fixed.cpu()
             self.xt[i, :n] = torch.where(self.masked[i, :n], config.mask_token_id, canvas.tokens.cpu())
             self.all_priority[i, :n] = uniform(n, key=("order", request.seed, self.numbers[i], 0))
         index = torch.arange(self.xt.shape[1])
         inside = index < torch.tensor(self.sizes)[:, None]
         self.all_layout = Layout.of(torch.where(inside, index, 0), torch.where(inside, 0, PADDING))
-        self.prompt = inside & ~self.masked & (index > 0)  # what the other branch of guidance does not see
+        self.prompt = inside & ~self.masked & (index > 0)  # masked in the second forward of guidance
         self.open = self.masked.clone()
-        self.places = [row.nonzero()[:, 0] for row in self.open]
-        self.num_new = [len(place) for place in self.places]
+        self.open_index = [row.nonzero()[:, 0] for row in self.open]
+        self.num_new = [len(index) for index in self.open_index]
         self.num_forwards = torch.zeros(len(canvases), dtype=torch.long)
         self.noise: Tensor | None = None
         self.noise_row = self.open.flatten().cumsum(0).view_as(self.xt) - 1  # of `noise`, for each open position
-        self.redrawn = torch.zeros_like(self.xt)
+        self.num_redraws = torch.zeros_like(self.xt)
         self.step = 0
         self._keep(self.masked.any(-1).nonzero()[:, 0])
         self.confidence = torch.zeros_like(self.priority)
 
     def propose(self) -> _Proposal | None:
-        """Tokens for the masked positions by one forward, two with guidance; None where nothing is masked."""
+        """Tokens for the masked positions by one forward, two with guidance; None if nothing is masked."""
         request, masked, xt = self.request, self.masked[self.rows], self.xt[self.rows]
         if not bool(masked.any()):
             return None
         logits = score(self.network, self.config, xt, xt, self.layout, masked)
         if self.guidance_scale != 1:
-            bare = xt.masked_fill(self.prompt[self.rows], self.config.mask_token_id)
-            unconditional = score(self.network, self.config, bare, bare, self.layout, masked)
+            hidden = xt.masked_fill(self.prompt[self.rows], self.config.mask_token_id)
+            unconditional = score(self.network, self.config, hidden, hidden, self.layout, masked)
             logits = guide(logits, unconditional, self.guidance_scale)
         self.num_forwards[self.rows[masked.any(-1)]] += 1 if self.guidance_scale == 1 else 2
-        noise = None
-        if request.temperature > 0:
-            if self.noise is None:
-                keys = [("token", request.seed, self.numbers[i], p, 0) for i, p in self.open.nonzero().tolist()]
-                self.noise = gumbels(keys, logits.shape[-1], self.device)
-            noise = self.noise[to_device(self.noise_row[self.rows][masked], self.device)]
+        noise = None if request.temperature == 0 else self._noise(masked, logits.shape[-1])
         tokens = choose_tokens(logits, request.temperature, request.top_p, noise, request.top_k)
         on_device = to_device(masked, self.device)
         return _Proposal(on_device, logits, tokens, token_confidence(logits, on_device, tokens))
 
     def commit_by_rule(self, proposal: _Proposal | None, select: Selector, budgets: Tensor | None) -> Tensor:
-        """The changes of this step where a rule commits: (rows, length) on the device, a token or `_LEFT`.
+        """The changes of a step in which a rule commits: (rows, length) on the device, a token or `_UNCHANGED`.
 
-        budgets: forwards of each row of the batch.
+        budgets: (batch,) forwards of each row.
         """
         assert proposal is not None
         at_least, progress = torch.zeros_like(self.rows), None
         if budgets is not None:
-            own = budgets[self.rows]
-            at_least = -(-self.masked[self.rows].sum(-1) // (own - self.step).clamp_min(1))
-            progress = _progress(own, self.step + 1, self.device)
+            num_steps = budgets[self.rows]
+            at_least = -(-self.masked[self.rows].sum(-1) // (num_steps - self.step).clamp_min(1))
+            progress = _progress(num_steps, self.step + 1, self.device)
         candidates = Candidates(proposal.masked, proposal.confidence, proposal.logits, self.priority, progress)
         commit = select(candidates, to_device(at_least, self.device))
         return self._revealed(proposal, commit)
 
-    def remask_by_chance(self, proposal: _Proposal | None, remask: Remask, num_steps: int) -> Tensor:
-        """The changes of this step where chance reveals tokens and takes them back: a token, `_LEFT` or `_BACK`."""
+    def commit_and_remask(self, proposal: _Proposal | None, remask: Remask, num_steps: int) -> Tensor:
+        """The changes of a step in which chance reveals and remasks: a token, `_UNCHANGED` or `_REMASKED`."""
         generated = to_device(self.open[self.rows] & ~self.masked[self.rows], self.device)
         progress, after = self.step / num_steps, (self.step + 1) / num_steps
-        reveal, again = remask.rates(progress, after, generated, self.confidence)
+        reveal_rate, remask_rate = remask.rates(progress, after, generated, self.confidence)
         drawn = torch.ones(generated.shape, dtype=torch.float64)
         for k, i in enumerate(self.rows.tolist()):
             key = ("remask", self.request.seed, self.numbers[i], self.step)
@@ -197,25 +193,25 @@ class _Filling:
         chance = to_device(drawn, self.device)
         changes = self._unchanged(generated)
         if proposal is not None:
-            commit = proposal.masked & (chance < reveal)
+            commit = proposal.masked & (chance < reveal_rate)
             self.confidence = torch.where(commit, proposal.confidence, self.confidence)
             changes = self._revealed(proposal, commit)
-        return changes.masked_fill(generated & (chance < again), _BACK)
+        return changes.masked_fill(generated & (chance < remask_rate), _REMASKED)
 
     def apply(self, changes: Tensor) -> Tensor:
         """Write the changes into the text; which positions were committed, (rows, length) bool on the host."""
         read = changes.cpu()  # the one wait for the device
-        committed, back = read >= 0, read == _BACK
+        committed, remasked = read >= 0, read == _REMASKED
         rows, before = self.rows, self.xt[self.rows]
-        self.xt[rows] = torch.where(committed, read, before).masked_fill(back, self.config.mask_token_id)
-        self.masked[rows] = (self.masked[rows] & ~committed) | back
-        if bool(back.any()):
-            self._redraw(back)
+        self.xt[rows] = torch.where(committed, read, before).masked_fill(remasked, self.config.mask_token_id)
+        self.masked[rows] = (self.masked[rows] & ~committed) | remasked
+        if bool(remasked.any()):
+            self._redraw(remasked)
         self.step += 1
         return committed
 
     def report(self, committed: Tensor) -> None:
-        """Give the commits of each row to the callback."""
+        """Pass the commits of each row to the callback."""
         if self.request.callback is None:
             return
         for i, row in enumerate(self.rows.tolist()):
@@ -223,27 +219,26 @@ class _Filling:
             if position:
                 self.request.callback(self.numbers[row], position, self.xt[row][committed[i]].tolist())
 
-    def end_rows(self, looked_at: Tensor) -> None:
-        """End those of the rows (n,) bool with an end token or a stop, before which everything is committed."""
-        for row in self.rows[looked_at].tolist():
-            places = self.places[row]
-            waiting = self.masked[row][places].nonzero()[:, 0]
-            known = int(waiting[0]) if len(waiting) else len(places)
-            kept = self.request.kept(row, self.xt[row][places[:known]].tolist())
+    def end_rows(self, candidates: Tensor) -> None:
+        """End the candidate rows, (n,) bool, that an end token or `stop` ends before their first masked position."""
+        for row in self.rows[candidates].tolist():
+            index = self.open_index[row]
+            still_masked = self.masked[row][index].nonzero()[:, 0]
+            known = int(still_masked[0]) if len(still_masked) else len(index)
+            kept = self.request.kept(row, self.xt[row][index[:known]].tolist())
             if kept is not None:
                 self.num_new[row], self.masked[row] = kept, False
 
     def retire(self) -> None:
-        """Drop the rows that are filled in or have ended; with none to drop, layout and masks stay the same ones."""
-        going = self.masked[self.rows].any(-1)
-        if not bool(going.all()):
-            self._keep(self.rows[going])
+        """Drop the rows that are filled in or have ended; with none to drop, layout and masks stay the same objects."""
+        unfinished = self.masked[self.rows].any(-1)
+        if not bool(unfinished.all()):
+            self._keep(self.rows[unfinished])
 
     def sampled(self) -> SampledTokens:
         """The tokens of the open positions of each canvas."""
-        new_tokens = [
-            self.xt[i][place[:n]].tolist() for i, (place, n) in enumerate(zip(self.places, self.num_new, strict=True))
-        ]
+        kept = [index[:n] for index, n in zip(self.open_index, self.num_new, strict=True)]
+        new_tokens = [text[index].tolist() for text, index in zip(self.xt, kept, strict=True)]
         return SampledTokens(new_tokens, self.num_forwards, torch.zeros(len(new_tokens), dtype=torch.long))
 
     def _keep(self, rows: Tensor) -> None:
@@ -251,20 +246,28 @@ class _Filling:
         self.priority = to_device(self.all_priority[rows], self.device)
 
     def _unchanged(self, like: Tensor) -> Tensor:
-        return torch.full(like.shape, _LEFT, device=self.device)
+        return torch.full(like.shape, _UNCHANGED, device=self.device)
 
     def _revealed(self, proposal: _Proposal, commit: Tensor) -> Tensor:
         """The proposed tokens where `commit` is True."""
         unchanged = self._unchanged(commit)
         return torch.where(commit, unchanged.masked_scatter(proposal.masked, proposal.tokens), unchanged)
 
-    def _redraw(self, back: Tensor) -> None:
-        """New noise for the positions of the rows that were taken back."""
-        self.redrawn[self.rows] += back
+    def _noise(self, masked: Tensor, vocabulary: int) -> Tensor:
+        """Gumbel noise (masked.sum(), vocabulary) of the masked positions of the rows; drawn once for all positions."""
+        if self.noise is None:
+            keys = [("token", self.request.seed, self.numbers[i], p, 0) for i, p in self.open.nonzero().tolist()]
+            self.noise = gumbels(keys, vocabulary, self.device)
+        return self.noise[to_device(self.noise_row[self.rows][masked], self.device)]
+
+    def _redraw(self, remasked: Tensor) -> None:
+        """Draw new noise for the positions of the rows that were masked again."""
+        self.num_redraws[self.rows] += remasked
         if self.noise is None:
             return
-        for i, j in zip(self.rows[back.nonzero()[:, 0]].tolist(), back.nonzero()[:, 1].tolist(), strict=True):
-            key = ("token", self.request.seed, self.numbers[i], j, int(self.redrawn[i, j]))
+        for k, j in remasked.nonzero().tolist():
+            i = int(self.rows[k])
+            key = ("token", self.request.seed, self.numbers[i], j, int(self.num_redraws[i, j]))
             self.noise[int(self.noise_row[i, j])] = gumbels([key], self.noise.shape[-1], self.device)[0]
 
 
@@ -281,66 +284,92 @@ def sample_canvases(
 ) -> SampledTokens:
     """Continue ragged prompts by whole canvases of `canvas_size` new tokens, one after the other.
 
-    By default one canvas holds all max_new_tokens. A canvas sees all that stands before it and nothing beyond
-    itself. max_denoising_steps is that of each canvas. `options` go to `sample_bidirectional`.
+    By default one canvas holds all max_new_tokens. A canvas sees all the text before it and nothing after itself.
+    max_denoising_steps: of each canvas. `options` go to `sample_bidirectional`.
     """
     size = min(canvas_size or request.max_new_tokens, request.max_new_tokens)
     if max_denoising_steps is not None and max_denoising_steps > size and remask is None:
         raise ValueError(_too_many(max_denoising_steps, size))
-    new_tokens: list[list[int]] = [[] for _ in prompts]
-    num_forwards = torch.zeros(len(prompts), dtype=torch.long)
-    limits = [request.limit(len(prompt)) for prompt in prompts]
-    waiting = [i for i in range(len(prompts)) if limits[i] > 0]
-    at_a_time = request.batch_size or max(1, len(waiting))
-    for begin in range(0, len(waiting), at_a_time):
-        rows = waiting[begin : begin + at_a_time]
+    texts = _Texts(prompts, request, size)
+    for rows in texts.groups():
         while rows:
-            wanted = [min(size, limits[i] - len(new_tokens[i])) for i in rows]
-            texts = [torch.cat([prompts[i].cpu(), torch.tensor(new_tokens[i], dtype=torch.long)]) for i in rows]
+            canvases = texts.canvases(rows)
             steps: int | list[int] | None = max_denoising_steps
             if max_denoising_steps is not None and remask is None:
-                steps = [min(max_denoising_steps, n) for n in wanted]  # of each: other rows have more room, or less
+                steps = [min(max_denoising_steps, texts.room(row)) for row in rows]
             filled = sample_bidirectional(
-                network, config, [Canvas.around(text, n) for text, n in zip(texts, wanted, strict=True)],
-                replace(request, stop=_after(new_tokens, rows, request.stop)),
+                network, config, canvases, replace(request, stop=texts.stop(rows)),
                 max_denoising_steps=steps, remask=remask, row_numbers=rows, **options,
             )  # fmt: skip
-            num_forwards[rows] += filled.num_forwards
-            going = []
-            for i, n, new in zip(rows, wanted, filled.new_tokens, strict=True):
-                new_tokens[i] = new_tokens[i] + new
-                ended = len(new) < n or request.kept(i, new_tokens[i]) is not None
-                if not ended and len(new_tokens[i]) < limits[i]:
-                    going.append(i)
-            rows = going
-    return SampledTokens(new_tokens, num_forwards, torch.zeros(len(prompts), dtype=torch.long))
+            rows = texts.extend(rows, filled)
+    return texts.sampled()
 
 
-def _after(done: list[list[int]], rows: list[int], stop: Stop | None) -> Stop | None:
-    """`stop` for the tokens of one canvas, which follow those of the canvases before it."""
-    if stop is None:
-        return None
+class _Texts:
+    """Rows that grow by whole canvases of `size` tokens. Of each row: new_tokens; num_forwards; limits, in tokens."""
 
-    def stop_of_canvas(row: int, new: list[int]) -> int | None:
-        before = done[rows[row]]
-        kept = stop(rows[row], [*before, *new])
-        return None if kept is None else max(0, kept - len(before))
+    def __init__(self, prompts: Sequence[Tensor], request: Request, size: int) -> None:
+        self.prompts, self.request, self.size = prompts, request, size
+        self.new_tokens: list[list[int]] = [[] for _ in prompts]
+        self.limits = [request.limit(len(prompt)) for prompt in prompts]
+        self.num_forwards = torch.zeros(len(prompts), dtype=torch.long)
 
-    return stop_of_canvas
+    def groups(self) -> list[list[int]]:
+        """The rows that want tokens, batch_size of them at a time."""
+        rows = [row for row, limit in enumerate(self.limits) if limit > 0]
+        size = self.request.batch_size or max(1, len(rows))
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def room(self, row: int) -> int:
+        """Open positions of the row's next canvas."""
+        return min(self.size, self.limits[row] - len(self.new_tokens[row]))
+
+    def canvases(self, rows: list[int]) -> list[Canvas]:
+        """The next canvas of each of the rows: its text so far, and open positions."""
+        texts = [torch.cat([self.prompts[i].cpu(), torch.tensor(self.new_tokens[i], dtype=torch.long)]) for i in rows]
+        return [Canvas.around(text, self.room(row)) for row, text in zip(rows, texts, strict=True)]
+
+    def stop(self, rows: list[int]) -> Stop | None:
+        """The request's `stop`, for the tokens of the next canvases of these rows alone."""
+        stop = self.request.stop
+        if stop is None:
+            return None
+
+        def stop_of_canvas(i: int, new: list[int]) -> int | None:
+            before = self.new_tokens[rows[i]]
+            kept = stop(rows[i], [*before, *new])
+            return None if kept is None else max(0, kept - len(before))
+
+        return stop_of_canvas
+
+    def extend(self, rows: list[int], filled: SampledTokens) -> list[int]:
+        """Add the tokens of canvases that were filled in; which of the rows want another canvas."""
+        self.num_forwards[rows] += filled.num_forwards
+        unfinished = []
+        for row, new in zip(rows, filled.new_tokens, strict=True):
+            whole = len(new) == self.room(row)
+            self.new_tokens[row] = self.new_tokens[row] + new
+            ended = not whole or self.request.kept(row, self.new_tokens[row]) is not None
+            if not ended and self.room(row) > 0:
+                unfinished.append(row)
+        return unfinished
+
+    def sampled(self) -> SampledTokens:
+        return SampledTokens(self.new_tokens, self.num_forwards, torch.zeros(len(self.prompts), dtype=torch.long))
 
 
 def _progress(budgets: Tensor, step: int, device: torch.device) -> float | Tensor:
-    """Share of the budgets (rows,) that `step` forwards are: a number where it is the same for all, else (rows, 1)."""
-    same = budgets.unique().tolist()
-    return step / same[0] if len(same) == 1 else to_device((step / budgets.double())[:, None], device)
+    """`step` as a share of each row's budget: one number if it is the same for all rows, else (rows, 1)."""
+    different = budgets.unique().tolist()
+    return step / different[0] if len(different) == 1 else to_device((step / budgets.double())[:, None], device)
 
 
 def _budgets(
     masked: Tensor, steps: int | Sequence[int] | None, select: Selector | None, remask: Remask | None
 ) -> Tensor | None:
-    """Forwards of each row, (rows,), None without a limit; raises ValueError for what does not go together."""
+    """Forwards of each row, (rows,), None without a limit. Raises ValueError for options that exclude each other."""
     if bool(masked[:, 0].any()):
-        raise ValueError("a canvas begins with an open place: position 0 is never predicted, give a begin token there")
+        raise ValueError("a canvas begins with an open position, which is never predicted: put a begin token there")
     largest = int(masked.sum(-1).max())
     budgets = None
     if steps is not None:

@@ -12,7 +12,6 @@ A rehearsal: --device cpu --minutes 2 --rows 8 --batch 8 --length 64 --new 16 --
 """
 
 import argparse
-import gc
 import gzip
 import json
 import random
@@ -23,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from smollm2_bench import Bench, quality
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import unmask
-from unmask.evaluation import likelihood
 from unmask.sampling import Request, SampledTokens, Threshold, sample_autoregressive, sample_blocks, sample_speculative
-from unmask.version import __version__
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHARES = {"roll": 0.24, "drafter": 0.36, "tri-mode": 0.13, "efficient-dlm": 0.13, "speed": 0.14}
@@ -39,96 +37,15 @@ FILL = 0.7
 """The share of what is left of a stage that steps may take; tokenising, saving and measuring have the rest."""
 
 
-class Bench:
-    """What all stages share: the options, the clock, the rows and the prompts."""
-
-    def __init__(self, given: argparse.Namespace) -> None:
-        self.given, self.began = given, time.perf_counter()
-        self.until = self.began + 60 * given.minutes
-        self.output, self.work = given.output, given.work
-        for folder in (self.output, self.work):
-            folder.mkdir(parents=True, exist_ok=True)
-        self.cuda = given.device == "cuda"
-        self.name = torch.cuda.get_device_name() if self.cuda else "CPU"
-        self.low = torch.bfloat16 if self.cuda else torch.float32
-        self.text = self.work / "own-text.jsonl"
-
-    def keep(self, case: str, **figures: Any) -> None:
-        seconds = round(time.perf_counter() - self.began, 1)
-        row = {"case": case, **figures, "at_second": seconds, "device": self.name, "torch": torch.__version__,
-               "unmask": __version__}  # fmt: skip
-        with (self.output / "rows.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{seconds:6.0f} s  {case}  {figures}", flush=True)
-
-    def left(self) -> float:
-        """Seconds until the present stage ends."""
-        return self.until - time.perf_counter()
-
-    def load(self, dtype: torch.dtype, folder: Path | None = None) -> unmask.DiffusionLM:
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
-        lm = unmask.load(folder or self.given.model, self.given.device, dtype)
-        if folder is None:
-            lm.model.config._name_or_path = self.given.base_name  # what a drafter calls its base
-        return lm
-
-    def load_drafter(self, dtype: torch.dtype) -> unmask.DiffusionLM:
-        """The drafter of an earlier stage on the base at hand, wherever its own base is."""
-        folder = self.work / "drafter-here"
-        if not folder.exists():
-            shutil.copytree(self.work / "drafter", folder)
-            config = json.loads((folder / "config.json").read_text())
-            config["diffusion"]["base"]["name"] = str(self.given.model)
-            (folder / "config.json").write_text(json.dumps(config))
-        return self.load(dtype, folder)
-
-    def prompts(self, lm: unmask.DiffusionLM, name: str) -> dict[str, list[tuple[dict[str, Any], list[int]]]]:
-        """Domain -> records with the token ids of their prompts."""
-        with (self.given.prompts / f"{name}.jsonl").open(encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
-        texts = []
-        for record in records:
-            text = record["prompt"]
-            if record.get("chat") and lm.tokenizer.chat_template:
-                turns = [{"role": "user", "content": text}]
-                text = lm.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            texts.append(text)
-        ids = lm.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-        longest = max(16, self.given.length - self.given.new)
-        found: dict[str, list[tuple[dict[str, Any], list[int]]]] = {}
-        for record, row in zip(records, ids, strict=True):
-            if 0 < len(row) <= longest:
-                found.setdefault(record["domain"], []).append((record, row))
-        return found
-
-    def held_out(self, lm: unmask.DiffusionLM) -> tuple[list[str], list[torch.Tensor], list[dict[str, Any]]]:
-        """Domain, prompt ids and record of each held-out prompt, the same number of each domain."""
-        domains, rows, records = [], [], []
-        for domain, some in self.prompts(lm, "held-out").items():
-            for record, ids in some[: self.given.held_out]:
-                domains.append(domain)
-                rows.append(torch.tensor(ids))
-                records.append(record)
-        return domains, rows, records
-
-
-def by_domain(domains: Sequence[str], values: Callable[[list[int]], float]) -> dict[str, float]:
-    """A figure of the rows of each domain, and the mean of the domains."""
-    each = {d: round(values([i for i, e in enumerate(domains) if e == d]), 4) for d in dict.fromkeys(domains)}
-    return each | {"mean": round(sum(each.values()) / len(each), 4)}
-
-
 # --- the base's own text
 
 
 def roll(bench: Bench) -> None:
     """Batches of one mix of domains: each prompt's first text at temperature 0, those of later rounds at 0.7."""
-    lm, given = bench.load(bench.low), bench.given
+    lm, options = bench.load(bench.low), bench.options
     pools = bench.prompts(lm, "train")
-    draw = random.Random(given.seed)
-    torch.manual_seed(given.seed)
+    draw = random.Random(options.seed)
+    torch.manual_seed(options.seed)
     for pool in pools.values():
         draw.shuffle(pool)
     used = dict.fromkeys(pools, 0)
@@ -138,11 +55,11 @@ def roll(bench: Bench) -> None:
     made = texts = number = 0
     longest = 0.0
     with bench.text.open("w") as file:
-        while bench.left() > 1.1 * longest + 2 and made < given.roll_tokens:
+        while bench.left() > 1.1 * longest + 2 and made < options.roll_tokens:
             began = time.perf_counter()
             chosen: dict[bool, list[list[int]]] = {False: [], True: []}
             # The number of sampled rows is what was used up, so that most of the text is greedy while prompts last.
-            for domain in draw.choices(names, [WEIGHTS.get(name, 1.0) for name in names], k=given.batch):
+            for domain in draw.choices(names, [WEIGHTS.get(name, 1.0) for name in names], k=options.batch):
                 turn, place = divmod(used[domain], len(pools[domain]))
                 used[domain] += 1
                 chosen[turn > 0].append(pools[domain][place][1])
@@ -151,7 +68,7 @@ def roll(bench: Bench) -> None:
             for sampled, prompts in chosen.items():
                 if not prompts:
                     continue
-                written = _written(lm, prompts, given.new, ends, sampled, "generate" if sampled else way)
+                written = _written(lm, prompts, options.new, ends, sampled, "generate" if sampled else way)
                 for prompt, new in zip(prompts, written, strict=True):
                     count += len(prompt) + len(new)
                     new = new[:-1] if new and new[-1] in ends else new  # training puts an end behind each text
@@ -161,7 +78,7 @@ def roll(bench: Bench) -> None:
             made += count
             speeds[way] = count / (time.perf_counter() - began)
             number += 1
-            bench.keep("roll", way=way, rows=given.batch, sampled=len(chosen[True]), tokens=made, texts=texts,
+            bench.keep("roll", way=way, rows=options.batch, sampled=len(chosen[True]), tokens=made, texts=texts,
                        tokens_per_second=round(speeds[way]))  # fmt: skip
             file.flush()
     with bench.text.open("rb") as plain, gzip.open(bench.output / "own-text.jsonl.gz", "wb", 5) as packed:
@@ -203,13 +120,13 @@ def converted(bench: Bench, recipe: str, folder: Path, **settings: Any) -> tuple
 
     A short run before says how fast steps are.
     """
-    given = bench.given
+    options = bench.options
     settings = {
-        "max_length": given.length, "batch_size": given.rows, "micro_batch_size": given.micro or given.rows,
+        "max_length": options.length, "batch_size": options.rows, "micro_batch_size": options.micro or options.rows,
         "mixed_precision": "bf16" if bench.cuda else "no", "eval_documents": 16, "eval_every": 10**6,
-        "save_every": 10**6, "seed": given.seed, **settings,
+        "save_every": 10**6, "seed": options.seed, **settings,
     }  # fmt: skip
-    per_step, steps = given.rows * given.length, 8
+    per_step, steps = options.rows * options.length, 8
     few = bench.work / "few.jsonl"
     with bench.text.open() as file, few.open("w") as short:
         short.writelines(line for line, _ in zip(file, range(1000), strict=False))
@@ -229,7 +146,7 @@ def converted(bench: Bench, recipe: str, folder: Path, **settings: Any) -> tuple
     del lm, adapted
     warm = min(3, len(times) - 2)  # the first steps choose kernels
     speed = per_step * (len(times) - 1 - warm) / (times[-1] - times[warm])
-    own = sum(1 for _ in bench.text.open()) * given.length  # no more than so many tokens
+    own = sum(1 for _ in bench.text.open()) * options.length  # no more than so many tokens
     tokens = int(min(speed * FILL * bench.left(), MOST_EPOCHS * own))
     bench.keep("probe", recipe=recipe, tokens_per_second=round(speed), planned_tokens=tokens)
     lm = bench.load(torch.float32)
@@ -253,10 +170,10 @@ def converted(bench: Bench, recipe: str, folder: Path, **settings: Any) -> tuple
 
 
 def drafter(bench: Bench) -> None:
-    given = bench.given
+    options = bench.options
     lm, tokens, _ = converted(
-        bench, "drafter", bench.work / "drafter", drafter_rank=given.rank, drafter_scale=given.scale * given.rank,
-        block_size=given.block, random_offset=True, learning_rate=given.drafter_rate,
+        bench, "drafter", bench.work / "drafter", drafter_rank=options.rank, drafter_scale=options.scale * options.rank,
+        block_size=options.block, random_offset=True, learning_rate=options.drafter_rate,
     )  # fmt: skip
     assert lm.drafter is not None
     trained = lm.drafter.to(torch.bfloat16)  # 9.8 MB of rank 16 on all maps
@@ -267,15 +184,14 @@ def drafter(bench: Bench) -> None:
         if file.name not in ("drafter.safetensors", "config.json", "run.json", "README.md"):
             shutil.rmtree(file) if file.is_dir() else file.unlink()
     size = (bench.output / "drafter" / "drafter.safetensors").stat().st_size
-    bench.keep("drafter_saved", bytes=size, rank=given.rank, tokens=tokens)
-    shutil.rmtree(bench.work / "drafter-here", ignore_errors=True)
+    bench.keep("drafter_saved", bytes=size, rank=options.rank, tokens=tokens)
     del lm, trained
-    quality(bench, "drafter", bench.load_drafter(torch.float32), tokens)
+    quality(bench, "drafter", bench.load(torch.float32, bench.work / "drafter"), tokens)
 
 
 def tri_mode(bench: Bench) -> None:
     lm, tokens, _ = converted(
-        bench, "tri-mode", bench.work / "tri-mode", block_size=bench.given.block, learning_rate=bench.given.rate,
+        bench, "tri-mode", bench.work / "tri-mode", block_size=bench.options.block, learning_rate=bench.options.rate,
         **KEEPS_PARENT,
     )  # fmt: skip
     quality(bench, "tri-mode", lm, tokens)
@@ -283,114 +199,10 @@ def tri_mode(bench: Bench) -> None:
 
 def efficient_dlm(bench: Bench) -> None:
     lm, tokens, _ = converted(
-        bench, "efficient-dlm", bench.work / "efficient-dlm", block_size=bench.given.block,
-        learning_rate=bench.given.rate,
+        bench, "efficient-dlm", bench.work / "efficient-dlm", block_size=bench.options.block,
+        learning_rate=bench.options.rate,
     )  # fmt: skip
     quality(bench, "efficient-dlm", lm, tokens)
-
-
-# --- quality
-
-
-def parent(bench: Bench) -> tuple[list[likelihood.Document], list[list[int]]]:
-    """Held-out documents and greedy answers of the base in float32, made once."""
-    file = bench.work / "answers.json"
-    lm = None if file.is_file() else bench.load(torch.float32)
-    if lm is not None:
-        domains, prompts, records = bench.held_out(lm)
-        out = sample_autoregressive(lm.network, prompts, Request(max_new_tokens=bench.given.new_held_out))
-        documents = []
-        for prompt, new, record in zip(prompts, out.new_tokens, records, strict=True):
-            text = record.get("reference")
-            ids = lm.tokenizer(text)["input_ids"][: bench.given.length] if text else [*prompt.tolist(), *new]
-            documents.append(ids)
-        file.write_text(json.dumps({"answers": out.new_tokens, "documents": documents}))
-        rows = likelihood.nll(lm.network, [_document(ids) for ids in documents])
-        bench.keep("quality", recipe="parent", nll=by_domain(domains, lambda of: _mean(rows, of)), prompts=len(prompts))
-    saved = json.loads(file.read_text())
-    return [_document(ids) for ids in saved["documents"]], saved["answers"]
-
-
-def _document(ids: Sequence[int], given: int = 0) -> likelihood.Document:
-    tokens = torch.tensor(list(ids))
-    learnt = torch.arange(len(tokens)) >= given if given else None
-    return likelihood.Document(tokens, torch.zeros_like(tokens), learnt)
-
-
-def _mean(rows: Sequence[Any], of: Sequence[int]) -> float:
-    return sum(rows[i].nats for i in of) / max(1, sum(rows[i].num_tokens for i in of))
-
-
-def quality(bench: Bench, recipe: str, lm: unmask.DiffusionLM, trained: int) -> None:
-    """NLL, NELBO, tokens per cycle and per forward of held-out prompts, a row each, while the stage lasts."""
-    assert lm.diffusion is not None
-    config, new = lm.diffusion, bench.given.new_held_out
-    lm.model.eval()
-    documents, answers = parent(bench)
-    domains, prompts, _ = bench.held_out(lm)
-    about = {"recipe": recipe, "trained_tokens": trained, "prompts": len(prompts), "new_tokens": new}
-
-    def speculate(length: int, temperature: float) -> None:
-        some = list(range(len(prompts)))
-        if temperature > 0:  # noise is drawn on the host: four rows of a domain will do
-            some = [i for d in dict.fromkeys(domains) for i in [j for j in some if domains[j] == d][:4]]
-        out = sample_speculative(lm.network, config, [prompts[i] for i in some], Request(new, temperature),
-                                 draft_length=length)  # fmt: skip
-        assert out.cycle_gains is not None
-        made = torch.tensor([len(row) for row in out.new_tokens])
-        cycles, forwards = out.cycle_gains.sum(-1), out.num_forwards
-        own = [domains[i] for i in some]
-        figures: dict[str, Any] = {
-            "draft_length": length, "temperature": temperature,
-            "tokens_per_cycle": by_domain(own, lambda of: float(made[of].sum() / cycles[of].sum())),
-            "tokens_per_forward": by_domain(own, lambda of: float(made[of].sum() / forwards[of].sum())),
-            "cycle_gains": out.cycle_gains.sum(0).tolist(),
-        }  # fmt: skip
-        if temperature == 0 and recipe == "drafter":
-            figures["rows_that_left_the_base_s_text"] = sum(
-                a != b for a, b in zip(answers, out.new_tokens, strict=True)
-            )
-        bench.keep("quality", **about, **figures)
-
-    def diffuse(threshold: float) -> None:
-        out = sample_blocks(lm.network, config, prompts, Request(max_new_tokens=new), select=Threshold(threshold))
-        made = torch.tensor([len(row) for row in out.new_tokens])
-        figures: dict[str, Any] = {
-            "threshold": threshold,
-            "tokens_per_forward": by_domain(domains, lambda of: float(made[of].sum() / out.num_forwards[of].sum())),
-        }
-        base = bench.load(bench.low)
-        for key, written in (("parent_nll_of_text", out.new_tokens), ("parent_nll_of_own_text", answers)):
-            texts = [_document([*p.tolist(), *n], len(p)) for p, n in zip(prompts, written, strict=True)]
-            rows = likelihood.nll(base.network, texts)
-            figures[key] = by_domain(domains, lambda of, rows=rows: _mean(rows, of))  # type: ignore[misc]
-        figures["samples"] = {d: lm.tokenizer.decode(out.new_tokens[domains.index(d)]) for d in dict.fromkeys(domains)}
-        bench.keep("quality", **about, **figures)
-
-    def bounds() -> None:
-        figures = {}
-        if config.serves_ar:
-            exact = likelihood.nll(lm.network, documents)
-            figures["nll"] = by_domain(domains, lambda of: _mean(exact, of))
-        bound = likelihood.nelbo(lm.network, config, documents, num_samples=2)
-        figures["nelbo"] = by_domain(domains, lambda of: _mean(bound, of))
-        bench.keep("quality", **about, **figures)
-
-    longest = config.block_size or 8
-    cases: list[Callable[[], None]] = []
-    if config.serves_ar:
-        cases += [lambda: speculate(longest, 0.0), bounds, lambda: speculate(4, 0.0), lambda: speculate(2, 0.0)]
-    else:
-        cases += [bounds]
-    if recipe != "drafter":
-        cases += [lambda: diffuse(0.9), lambda: diffuse(0.7), lambda: diffuse(0.5)]
-    if config.serves_ar:
-        cases += [lambda: speculate(longest, 1.0)]
-    for case in cases:
-        if bench.left() < 2:
-            bench.keep("left_out", stage=recipe, why="no time")
-            break
-        case()
 
 
 # --- speed
@@ -400,16 +212,16 @@ def speed(bench: Bench) -> None:
     """Tokens per second of AR, speculation and diffusion at batch 1, 8 and 64, then batch 1 compiled."""
     ways: dict[str, tuple[Callable[[], unmask.DiffusionLM], str]] = {}
     if (bench.work / "drafter" / "drafter.safetensors").is_file():
-        ways["drafter, speculative"] = (lambda: bench.load_drafter(bench.low), "speculative")
+        ways["drafter, speculative"] = (lambda: bench.load(bench.low, bench.work / "drafter"), "speculative")
     for recipe, modes in (("tri-mode", ("speculative", "diffusion")), ("efficient-dlm", ("diffusion",))):
         if (bench.work / recipe / "model.safetensors").is_file():
             for mode in modes:
                 ways[f"{recipe}, {mode}"] = (lambda recipe=recipe: bench.load(bench.low, bench.work / recipe), mode)
-    given, new = bench.given, bench.given.new_speed
+    options, new = bench.options, bench.options.new_speed
     base = bench.load(bench.low)
     _, prompts, _ = bench.held_out(base)
     random.Random(0).shuffle(prompts)
-    cases = [(batch, False) for batch in given.batches] + ([(1, True)] if given.compiled else [])
+    cases = [(batch, False) for batch in options.batches] + ([(1, True)] if options.compiled else [])
     for batch, compiled in cases:
         rows = [prompts[i % len(prompts)] for i in range(batch)]
         ar = None
@@ -498,7 +310,7 @@ def main() -> None:
     parser.add_argument("--roll-tokens", type=float, default=2e7)
     parser.add_argument("--length", type=int, default=512, help="of training rows")
     parser.add_argument("--rows", type=int, default=32, help="in a training step")
-    parser.add_argument("--micro", type=int, help="rows at once, all unless given")
+    parser.add_argument("--micro", type=int, help="rows at once, all by default")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--scale", type=float, default=4.0, help="alpha / rank")
     parser.add_argument("--block", type=int, default=8)
@@ -510,22 +322,22 @@ def main() -> None:
     parser.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), default=(1, 8, 64))
     parser.add_argument("--compiled", action="store_true", help="measure batch 1 compiled as well")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    if given.stages == "convert":
-        convert(given.model, given.output, given.base_name)
+    options = parser.parse_args()
+    if options.stages == "convert":
+        convert(options.model, options.output, options.base_name)
         return
     stages = {"roll": roll, "drafter": drafter, "tri-mode": tri_mode, "efficient-dlm": efficient_dlm, "speed": speed}
-    chosen = given.stages.split(",")
+    chosen = options.stages.split(",")
     unknown = [name for name in chosen if name not in stages]
-    if unknown or given.prompts is None:
+    if unknown or options.prompts is None:
         raise SystemExit(f"--stages: {unknown} unknown, use some of {', '.join(stages)}; --prompts is needed")
-    if given.device == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU here: rehearse with --device cpu and a tiny model")
-    bench = Bench(given)
+    bench = Bench(options)
     total, done = sum(SHARES[name] for name in chosen), 0.0
     for name in chosen:
         done += SHARES[name]
-        bench.until = bench.began + 60 * given.minutes * done / total
+        bench.until = bench.began + 60 * options.minutes * done / total
         try:
             stages[name](bench)
         except Exception as error:  # the other stages are worth having

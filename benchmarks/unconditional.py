@@ -10,126 +10,121 @@ tokenizer. Rows go to rows.jsonl.
 """
 
 import argparse
-import itertools
 import json
-import math
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import unmask
+from unmask.evaluation.likelihood import Document, nll, summarise
+from unmask.lab.frontier import distinct, unigram_entropy
+from unmask.sampling import (
+    Ancestral,
+    Confidence,
+    Entropy,
+    Margin,
+    Remask,
+    Request,
+    SampledTokens,
+    sample_autoregressive,
+    sample_blocks,
+    sample_canvases,
+)
 
-def unigram_entropy(tokens: list[int]) -> float:
-    return -sum(n / len(tokens) * math.log(n / len(tokens)) for n in Counter(tokens).values())
+RULES = {"ancestral": Ancestral(), "confidence": Confidence(), "entropy": Entropy(), "margin": Margin(), "remask": None}
+
+Sample = Callable[[int, int], SampledTokens]
+"""(batch, seed) -> texts."""
 
 
-def distinct_bigrams(tokens: list[int]) -> float:
-    pairs = list(itertools.pairwise(tokens))
-    return len(set(pairs)) / len(pairs)
+def measure(sample: Sample, judge: unmask.DiffusionLM, options: argparse.Namespace) -> dict[str, float]:
+    """Figures of as many texts as asked for, sampled in batches."""
+    texts: list[list[int]] = []
+    forwards, seconds, batches = 0, 0.0, 0
+    while len(texts) < options.samples:
+        began = time.perf_counter()
+        out = sample(min(options.batch, options.samples - len(texts)), options.seed + batches)
+        seconds, batches = seconds + time.perf_counter() - began, batches + 1
+        texts += out.new_tokens
+        forwards += int(out.num_forwards.sum())
+    return quality(texts, judge) | {"forwards": forwards / len(texts), "seconds_per_batch": seconds / batches}
 
 
-def main() -> None:
+def quality(texts: Sequence[list[int]], judge: unmask.DiffusionLM) -> dict[str, float]:
+    """The judge's NLL of texts after the begin token, their mean entropy, and their mean share of distinct bigrams."""
+    begin = judge.begin_token()
+    documents = [Document(torch.cat([begin, torch.tensor(text)]), torch.zeros(len(text) + 1)) for text in texts]
+    judged = summarise(nll(judge.network, documents, context_length=judge.network.context_length))
+    return {
+        "judge_nll": judged.nats_per_token,
+        "unigram_entropy": sum(map(unigram_entropy, texts)) / len(texts),
+        "distinct_2": sum(distinct([text], 2) for text in texts) / len(texts),
+    }
+
+
+def ar_sample(parent: unmask.DiffusionLM, length: int, draw: dict[str, Any]) -> Sample:
+    prompt = parent.begin_token()
+    return lambda batch, seed: sample_autoregressive(
+        parent.network, [prompt] * batch, Request(length, seed=seed, **draw)
+    )
+
+
+def diffusion_sample(lm: unmask.DiffusionLM, rule: str, steps: int, length: int, draw: dict[str, Any]) -> Sample:
+    assert lm.diffusion is not None
+    begin, config = lm.begin_token(), lm.diffusion
+    decoder: dict[str, Any] = {"select": RULES[rule], "max_denoising_steps": steps}
+    if config.attention != "bidirectional":
+        return lambda batch, seed: sample_blocks(
+            lm.network, config, [begin] * batch, Request(length, seed=seed, **draw), **decoder
+        )
+    remask = Remask() if rule == "remask" else None
+    return lambda batch, seed: sample_canvases(
+        lm.network, config, [begin] * batch, Request(length, seed=seed, **draw), remask=remask, **decoder
+    )
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Folder of a converted checkpoint.")
     parser.add_argument("parent", help="Folder of its AR parent: judge and baseline.")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--lengths", default="64,128")
     parser.add_argument("--steps", default="8,16,32,64")
-    parser.add_argument(
-        "--rule", choices=["ancestral", "confidence", "entropy", "margin", "remask"], default="ancestral"
-    )
+    parser.add_argument("--rule", choices=list(RULES), default="ancestral")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    return parser.parse_args()
 
-    import unmask
-    from unmask.evaluation.likelihood import Document, nll, summarise
-    from unmask.sampling import (
-        Ancestral,
-        Confidence,
-        Entropy,
-        Margin,
-        Remask,
-        Request,
-        SampledTokens,
-        sample_autoregressive,
-        sample_blocks,
-        sample_canvases,
-    )
 
+def main() -> None:
+    options = parse()
     lm, parent = unmask.load(options.model), unmask.load(options.parent)
     if lm.diffusion is None:
-        parser.error(f"{options.model} is no converted checkpoint")
-    rule = {
-        "ancestral": Ancestral(),
-        "confidence": Confidence(),
-        "entropy": Entropy(),
-        "margin": Margin(),
-        "remask": None,
-    }[options.rule]
-    begin = lm.begin_token()
+        raise SystemExit(f"{options.model} is no converted checkpoint")
     options.output.mkdir(parents=True, exist_ok=True)
     settings = {k: str(v) for k, v in vars(options).items() if k != "output"}
+    draw = {"temperature": options.temperature, "top_p": options.top_p}
 
-    def measure(sample: Callable[[int, int], SampledTokens], judge: unmask.DiffusionLM) -> dict[str, float]:
-        """`sample(batch, seed)` until there are enough samples."""
-        texts: list[list[int]] = []
-        forwards, seconds, batches = 0, 0.0, 0
-        while len(texts) < options.samples:
-            began = time.perf_counter()
-            got = sample(min(options.batch, options.samples - len(texts)), options.seed + batches)
-            seconds, batches = seconds + time.perf_counter() - began, batches + 1
-            texts += got.new_tokens
-            forwards += int(got.num_forwards.sum())
-        documents = [Document(torch.cat([begin, torch.tensor(t)]), torch.zeros(len(t) + 1)) for t in texts]
-        judged = summarise(nll(judge.network, documents, context_length=judge.network.context_length))
-        return {
-            "judge_nll": judged.nats_per_token,
-            "unigram_entropy": sum(map(unigram_entropy, texts)) / len(texts),
-            "distinct_2": sum(map(distinct_bigrams, texts)) / len(texts),
-            "forwards": forwards / len(texts),
-            "seconds_per_batch": seconds / batches,
-        }
+    def write(**row: Any) -> None:
+        with (options.output / "rows.jsonl").open("a") as file:
+            file.write(json.dumps(row | {"settings": settings}) + "\n")
+        print(json.dumps(row), flush=True)
 
-    with (options.output / "rows.jsonl").open("a") as file:
-
-        def write(row: dict[str, object]) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            print(json.dumps({k: v for k, v in row.items() if k != "settings"}), flush=True)
-
-        draw = {"temperature": options.temperature, "top_p": options.top_p}
-        for length in (int(n) for n in options.lengths.split(",")):
-
-            def with_ar(batch: int, seed: int, n: int = length) -> SampledTokens:
-                return sample_autoregressive(parent.network, [begin] * batch, Request(n, seed=seed, **draw))
-
-            baseline = measure(with_ar, parent)
-            write({"length": length, "steps": None, "rule": "ar", **baseline, "time_ratio": 1.0, "settings": settings})
-            for steps in (int(n) for n in options.steps.split(",")):
-
-                def with_diffusion(batch: int, seed: int, n: int = length, steps: int = steps) -> SampledTokens:
-                    prompts = [begin] * batch
-                    if lm.diffusion.attention == "bidirectional":
-                        remask = Remask() if options.rule == "remask" else None
-                        return sample_canvases(
-                            lm.network, lm.diffusion, prompts, Request(n, seed=seed, **draw),
-                            max_denoising_steps=steps, select=rule, remask=remask,
-                        )  # fmt: skip
-                    return sample_blocks(lm.network, lm.diffusion, prompts, Request(n, seed=seed, **draw), select=rule,
-                                         max_denoising_steps=steps)  # fmt: skip
-
-                if steps > length and options.rule != "remask":
-                    continue
-                found = measure(with_diffusion, parent)
-                ratio = found["seconds_per_batch"] / baseline["seconds_per_batch"]
-                write({"length": length, "steps": steps, "rule": options.rule, **found, "time_ratio": ratio,
-                       "settings": settings})  # fmt: skip
+    for length in (int(n) for n in options.lengths.split(",")):
+        baseline = measure(ar_sample(parent, length, draw), parent, options)
+        write(length=length, steps=None, rule="ar", **baseline, time_ratio=1.0)
+        for steps in (int(n) for n in options.steps.split(",")):
+            if steps > length and options.rule != "remask":
+                continue
+            figures = measure(diffusion_sample(lm, options.rule, steps, length, draw), parent, options)
+            ratio = figures["seconds_per_batch"] / baseline["seconds_per_batch"]
+            write(length=length, steps=steps, rule=options.rule, **figures, time_ratio=ratio)
 
 
 if __name__ == "__main__":

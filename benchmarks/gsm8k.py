@@ -87,7 +87,32 @@ def completion_bound(lm: Any, examples: list[dict[str, str]], num_samples: int =
             "num_documents": summary.num_documents, "num_tokens": summary.num_tokens}  # fmt: skip
 
 
-def main() -> None:
+def fine_tune(
+    parent: Any, recipe: str, train: list[dict[str, str]], held_out: list[dict[str, str]], settings: dict[str, Any]
+) -> tuple[Any, dict[str, Any], str]:
+    """The model, run.json and metrics.jsonl of a run in a folder that does not stay."""
+    import unmask
+
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "train.jsonl", train)
+        write(Path(folder) / "valid.jsonl", held_out)
+        run = Path(folder) / "run"
+        lm = unmask.adapt(parent, Path(folder) / "train.jsonl", recipe, run, skip_invalid=True,
+                          eval_data=str(Path(folder) / "valid.jsonl"), eval_documents=HELD_OUT, **settings)  # fmt: skip
+        return lm, json.loads((run / "run.json").read_text()), (run / "metrics.jsonl").read_text()
+
+
+def num_that_fit(parent: Any, examples: list[dict[str, str]], recipe: str, settings: dict[str, Any]) -> int:
+    """How many examples are no longer than the rows of the run."""
+    from unmask.recipe import load_recipe
+    from unmask.resolve import resolve
+
+    parameters = sum(p.numel() for p in parent.model.parameters())
+    resolved = resolve(load_recipe(recipe, **settings), parameters, parent.network.context_length)
+    return sum(len(encode(parent, example)[0]) <= resolved.max_length for example in examples)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data", type=Path, help="folder with train.jsonl and test.jsonl")
@@ -96,65 +121,53 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=400_000, help="training tokens, prompts included")
     parser.add_argument("--questions", type=int, default=128, help="test questions to answer")
-    options = parser.parse_intermixed_args()
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    options = parse()
 
     import torch
 
     import unmask
     from unmask.cli.adapt import split_settings
-    from unmask.recipe import load_recipe
-    from unmask.resolve import resolve
 
     torch.set_num_threads(1)
     _, settings = split_settings(options.settings)
     train, test = read(options.data / "train.jsonl"), read(options.data / "test.jsonl")[: options.questions]
     train, held_out = train[:-HELD_OUT], train[-HELD_OUT:]
     parent = unmask.load(options.model, dtype=torch.float32)
-    parameters = sum(p.numel() for p in parent.model.parameters())
-    chosen = resolve(load_recipe(options.recipe, **settings), parameters, parent.network.context_length)
-    before = completion_bound(parent, held_out)
-    fits = [e for e in train if len(encode(parent, e)[0]) <= (chosen.max_length or 0)]
+    num_fit = num_that_fit(parent, train, options.recipe, settings)
+    parent_bound = completion_bound(parent, held_out)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder) / "train.jsonl", train)
-        write(Path(folder) / "valid.jsonl", held_out)
-        run = Path(folder) / "run"
-        lm = unmask.adapt(parent, Path(folder) / "train.jsonl", options.recipe, run, max_tokens=options.tokens,
-                          eval_data=str(Path(folder) / "valid.jsonl"), eval_documents=HELD_OUT, skip_invalid=True,
-                          **({"eval_every": 50} | settings))  # fmt: skip
-        record = json.loads((run / "run.json").read_text())
-        metrics = (run / "metrics.jsonl").read_text()
+    settings = {"eval_every": 50, "max_tokens": options.tokens} | settings
+    lm, record, metrics = fine_tune(parent, options.recipe, train, held_out, settings)
     seconds = time.perf_counter() - began
     answers = answer(lm, test)
     figures = [row for line in metrics.splitlines() if {"nelbo", "nll"} & set(row := json.loads(line))]
-    result = {
+    summary = {
+        "parent_held_out": parent_bound,
+        "bound_first": figures[0],
+        "bound_last": figures[-1],
+        "held_out": completion_bound(lm, held_out),
+        "with_answer": sum(bool(a["predicted"]) for a in answers),
+        "accuracy": sum(a["correct"] for a in answers) / max(1, len(answers)),
+    }
+    result = summary | {
         "command": shlex.join(["python", *sys.argv]),
         "settings": record["settings"] | {"eval_data": "the last 64 of train.jsonl"},
         "versions": record["versions"],
         "data": record["data"] | {"sources": ["train.jsonl of GSM8K without its last 64"]},
         "train_seconds": round(seconds, 1),
-        "training_questions": len(fits),
-        "left_out_as_too_long": len(train) - len(fits),
-        "parent_held_out": before,
-        "bound_first": figures[0],
-        "bound_last": figures[-1],
-        "held_out": completion_bound(lm, held_out),
+        "training_questions": num_fit,
+        "left_out_as_too_long": len(train) - num_fit,
         "questions": len(answers),
-        "with_answer": sum(bool(a["predicted"]) for a in answers),
-        "accuracy": sum(a["correct"] for a in answers) / max(1, len(answers)),
     }
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     (options.output / "metrics.jsonl").write_text(metrics)
     (options.output / "answers.jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
-    print(
-        json.dumps(
-            {
-                k: result[k]
-                for k in ("parent_held_out", "bound_first", "bound_last", "held_out", "with_answer", "accuracy")
-            }
-        )
-    )
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Acceptance rules: how many drafts stay, and the token after them, so that the output is AR sampling's.
+"""Acceptance rules: how many drafts are accepted, and the token after them, so that the output is AR sampling's.
 
 Notation: k drafts d_1..d_k drawn from draft distributions q_1..q_k, and AR distributions p_1..p_(k+1), where p_j
 follows d_1..d_(j-1).
@@ -53,8 +53,8 @@ class Acceptance(Protocol):
     """(drafts (b, k), q logits (b, k, v), p logits (b, k + 1, v), drafted (b, k) bool) -> (accepted, next).
 
     accepted (b,): how many drafts of each row's `drafted` prefix are kept; next (b,): the token after them.
-    The logits are those of the distributions that were sampled from: divided by the temperature, cut by top-p. Without
-    noise, at temperature 0, each is its likeliest token.
+    The logits are those of the distributions to sample from: divided by the temperature, cut by top-p and top-k.
+    Without noise, at temperature 0, each token is its distribution's likeliest.
     """
 
     def __call__(
@@ -74,7 +74,7 @@ class Coupled:
     def __call__(
         self, drafts: Tensor, q: Tensor, p: Tensor, drafted: Tensor, noise: Noise | None
     ) -> tuple[Tensor, Tensor]:
-        del q  # the drafts were drawn with this noise, which is all that matters
+        del q  # that the drafts were drawn with the same noise is enough
         if noise is None:
             return accept_matching(drafts, p.argmax(-1), drafted)
         g = noise.tokens(p.shape[-1], p.device)
@@ -86,7 +86,7 @@ class Rejection:
     """Accept d_j with probability min(1, p_j(d_j) / q_j(d_j)), else draw from max(p_j - q_j, 0), normalised.
 
     Leviathan et al. 2211.17192, algorithm 1: exact for any q_j that d_j was really drawn from; the rate is
-    1 - TV(p_j, q_j). The output has AR's distribution and not AR's tokens: its noise is used differently.
+    1 - TV(p_j, q_j). The output has AR's distribution, but not AR's tokens for a seed.
     """
 
     def __call__(
@@ -100,7 +100,7 @@ class Rejection:
         accepted = (drafted & passes).long().cumprod(-1).sum(-1)
         index = accepted[:, None, None].expand(-1, 1, p.shape[-1])
         residual = p_probs.gather(1, index)[:, 0]
-        tried = torch.nn.functional.pad(drafted, (0, 1)).gather(1, accepted[:, None])  # a draft stood there, refused
+        tried = torch.nn.functional.pad(drafted, (0, 1)).gather(1, accepted[:, None])  # a draft was refused
         refused = torch.nn.functional.pad(q_probs, (0, 0, 0, 1)).gather(1, index)[:, 0]
         residual = torch.where(tried, (residual - refused).clamp_min(0), residual)
         return accepted, (residual.log() + noise.residual(p.shape[-1], p.device)).argmax(-1)

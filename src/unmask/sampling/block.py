@@ -1,8 +1,8 @@
 """Block diffusion sampling on a KV cache (Efficient-DLM 2512.14067, section 7).
 
-Block by block: the finished prefix stands in the cache, the active block is denoised on top of it, a commit
-rule makes positions final, and a finished block enters the cache within the next block's first forward.
-Every row is in a block of its own and moves on when that block is done; a forward serves all of them.
+Block by block: the finished prefix is in the cache, the active block is denoised on top of it, a commit rule makes
+positions final, and the next block's first forward also caches the finished block. Each row has an active block of its
+own and moves on when that block is finished; a forward serves all of them.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def sample_blocks(
 
     A prompt that ends inside a block leaves its tail fixed in that block. Blocks are whole: positions past
     the last wanted token stay masked and are never committed; only the context length cuts a block. A row's
-    forwards and tokens are those it would have alone.
-    suffixes: tokens that stand after the max_new_tokens of each row (infilling); a block sees those that fall into
-    it and none of the later ones. select: the commit rule, `Threshold()` by default. max_denoising_steps: of a block.
+    forwards and tokens are those that it would have alone.
+    suffixes: tokens after the max_new_tokens of each row (infilling); a block sees those inside it and none after it.
+    select: the commit rule, `Threshold()` by default. max_denoising_steps: of a block.
     guidance_scale other than 1: every pass, the prefill too, runs a second time with the prompt masked.
-    window: in each forward a block ends at its window-th masked position, or later where max_denoising_steps asks for
+    window: in each forward a block ends at its window-th masked position, or later if max_denoising_steps asks for
     more commits: the network sees a shorter block, and the masks after it cost nothing.
     """
     if config.attention == "bidirectional" or config.block_size is None:
@@ -56,7 +56,7 @@ def sample_blocks(
     batch = _Batch(network, config, prompts, suffixes, request, guidance_scale)
     while batch.admit():
         at_least, progress = batch.pace(max_denoising_steps)
-        masked = batch.look(window, at_least)
+        masked = batch.visible(window, at_least)
         logits = batch.denoise(masked)
         candidates, tokens = batch.propose(logits, masked, progress)
         batch.commit(select(candidates, to_device(at_least, network.device)), candidates.masked, logits, tokens)
@@ -65,7 +65,7 @@ def sample_blocks(
 
 
 class _Batch:
-    """The text of all rows, and the active block of each slot; a step is one call of each method, in their order.
+    """The text of all rows, and the active block of each slot; a step is one call of each method, in this order.
 
     On the host, (slots, width): text int64, position int64, masked bool. On the device, (slots, width): xt int64, the
     block's tokens; before int64, the finished block that is not cached yet; priority float64 uniforms. starts, cached:
@@ -116,9 +116,9 @@ class _Batch:
 
         False when no row is left.
         """
-        new, stay = self.scheduler.admit()
-        if stay is not None:
-            self._keep(stay)
+        new, kept_slots = self.scheduler.admit()
+        if kept_slots is not None:
+            self._keep(kept_slots)
         rows = self.scheduler.rows
         if not rows:
             return False
@@ -131,7 +131,7 @@ class _Batch:
             for slot, start in zip(new, whole, strict=True):
                 self._begin(slot, start)
                 self.cached[slot] = start
-        self.moved = stay is not None or bool(self.entered)
+        self.moved = kept_slots is not None or bool(self.entered)
         self._upload()
         return True
 
@@ -143,8 +143,8 @@ class _Batch:
         at_least = -(-remaining // (max_denoising_steps - self.steps).clamp_min(1))
         return at_least, to_device(((self.steps + 1) / max_denoising_steps)[:, None], self.device)
 
-    def look(self, window: int | None, at_least: Tensor) -> Tensor:
-        """The masked positions (slots, width) that the next forward sees; sets the layout of what it sees."""
+    def visible(self, window: int | None, at_least: Tensor) -> Tensor:
+        """The masked positions (slots, width) that the next forward sees; sets `layout` to that of all it sees."""
         if window is None and not self.moved:
             return self.masked
         masked, columns = self.masked, self.width
@@ -171,13 +171,13 @@ class _Batch:
     def propose(self, logits: Tensor, masked: Tensor, progress: Tensor | None) -> tuple[Candidates, Tensor | None]:
         """What the commit rule chooses from, and the token of each masked position.
 
-        No tokens on a CPU at temperature 0: an argmax over the vocabulary costs a tenth of a small model's head there,
-        and `commit` takes it only where it commits.
+        No tokens on a CPU at temperature 0: an argmax over the vocabulary takes a tenth of the time of a small model's
+        head, and `commit` computes it for the committed positions alone.
         """
         request, on_device, tokens = self.request, to_device(masked, self.device), None
         if request.temperature > 0:
-            where = to_device(masked.flatten().nonzero()[:, 0], self.network.device)
-            noise = self._noise(logits.shape[-1]).flatten(0, 1)[where]
+            index = to_device(masked.flatten().nonzero()[:, 0], self.device)
+            noise = self._noise(logits.shape[-1]).flatten(0, 1)[index]
             tokens = choose_tokens(logits, request.temperature, request.top_p, noise, request.top_k)
         elif self.device.type != "cpu":
             tokens = choose_tokens(logits)
@@ -253,8 +253,8 @@ class _Batch:
             size = len(rows), self.width, vocabulary
             self.noise = torch.zeros(size, dtype=torch.float64, device=self.device)
         if self.stale:
-            places = torch.tensor([rows[slot] for slot in self.stale]), self.position[self.stale]
-            noise = token_noise(vocabulary, self.request.seed, *places, device=self.device)
+            stale_rows, position = torch.tensor([rows[slot] for slot in self.stale]), self.position[self.stale]
+            noise = token_noise(vocabulary, self.request.seed, stale_rows, position, device=self.device)
             self.noise.index_copy_(0, to_device(torch.tensor(self.stale), self.noise.device), noise)
             self.stale = []
         return self.noise
@@ -276,11 +276,11 @@ class _Batch:
         return None if kept is None else max(start - length, 0) + kept
 
     def _keep(self, slots: Tensor) -> None:
-        """Keep these slots."""
-        number = {slot: i for i, slot in enumerate(slots.tolist())}
-        self.starts, self.cached = ([values[slot] for slot in number] for values in (self.starts, self.cached))
-        self.entered, self.stale = ([number[slot] for slot in some if slot in number]
-                                    for some in (self.entered, self.stale))  # fmt: skip
+        """Drop all slots but these."""
+        new_slot = {slot: i for i, slot in enumerate(slots.tolist())}
+        self.starts, self.cached = ([values[slot] for slot in new_slot] for values in (self.starts, self.cached))
+        self.entered, self.stale = ([new_slot[slot] for slot in marked if slot in new_slot]
+                                    for marked in (self.entered, self.stale))  # fmt: skip
         self.text, self.masked, self.drawn = self.text[slots], self.masked[slots], self.drawn[slots]
         self.steps, self.position = self.steps[slots], self.position[slots]
         on_device = to_device(slots, self.device)
@@ -291,7 +291,7 @@ class _Batch:
 def _canvas(
     prompts: Sequence[Tensor], suffixes: Sequence[Tensor] | None, ends: list[int], width: int, mask_token_id: int
 ) -> Tensor:
-    """(rows, columns) on the CPU: every row from its own position 0, masks where nothing stands yet."""
+    """(rows, columns) on the CPU: each row from its own position 0, mask tokens where no text is yet."""
     following = [len(suffix) for suffix in suffixes] if suffixes is not None else [0]
     canvas = torch.full((len(prompts), max(ends) + max(following) + width), mask_token_id)
     for i, prompt in enumerate(prompts):

@@ -1,8 +1,8 @@
 """Commit rules: which masked positions become final after a denoising forward.
 
 A rule is called as `rule(candidates, at_least)` and returns commit (batch, block) bool, a subset of the
-masked positions: the `count` best by the rule's own order, never fewer than `at_least` (batch,) and never
-more than there are; `Ancestral` alone draws how many. Ties go to the lower position.
+masked positions: the `count` best by the rule's own order, never fewer than `at_least` (batch,) if so many are masked;
+`Ancestral` alone draws how many. Of equals the lower position comes first.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ class Candidates:
 
     masked: (batch, block) bool. confidence: (batch, block) float64, the untruncated probability at
     temperature 1 of the proposed token, 0 where nothing is masked. logits: (masked.sum(), vocabulary).
-    priority: (batch, block) float64 uniforms, fixed per (seed, row, position). progress: share of the step
-    budget spent once this forward's commits are made, in (0, 1], of all rows or (batch, 1) of each; None without a
-    budget.
+    priority: (batch, block) float64 uniforms, fixed per (seed, row, position). progress: share of the step budget that
+    is spent with this forward, in (0, 1], of all rows or (batch, 1) of each; None without a budget.
     """
 
     masked: Tensor
@@ -61,6 +60,7 @@ def token_confidence(logits: Tensor, masked: Tensor, tokens: Tensor | None = Non
 
 
 Selector = Callable[[Candidates, Tensor], Tensor]
+"""A commit rule: (candidates, at_least (batch,) int64) -> commit (batch, block) bool."""
 
 
 def commit_best(score: Tensor, masked: Tensor, count: Tensor, at_least: Tensor) -> Tensor:
@@ -72,6 +72,11 @@ def commit_best(score: Tensor, masked: Tensor, count: Tensor, at_least: Tensor) 
     return masked & (rank < torch.maximum(count, at_least)[:, None])
 
 
+def _check_count(n: int) -> None:
+    if n < 1:
+        raise ValueError(f"n {n} must be at least 1: nothing would ever be committed")
+
+
 @dataclass(frozen=True)
 class Confidence:
     """The n most confident positions per forward (low-confidence remasking of LLaDA, static SDAR)."""
@@ -79,8 +84,7 @@ class Confidence:
     n: int = 1
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"n {self.n} must be at least 1: nothing would ever be committed")
+        _check_count(self.n)
 
     def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
         count = torch.full_like(at_least, self.n)
@@ -146,13 +150,12 @@ class EntropyBound:
 
 @dataclass(frozen=True)
 class Random:
-    """n positions per forward in a uniformly random order, whatever the model thinks of them."""
+    """n positions per forward in a uniformly random order that does not depend on the model."""
 
     n: int = 1
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"n {self.n} must be at least 1: nothing would ever be committed")
+        _check_count(self.n)
 
     def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
         return commit_best(candidates.priority, candidates.masked, torch.full_like(at_least, self.n), at_least)
@@ -165,8 +168,7 @@ class Entropy:
     n: int = 1
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"n {self.n} must be at least 1: nothing would ever be committed")
+        _check_count(self.n)
 
     def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
         return commit_best(-candidates.entropy, candidates.masked, torch.full_like(at_least, self.n), at_least)
@@ -179,8 +181,7 @@ class Margin:
     n: int = 1
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"n {self.n} must be at least 1: nothing would ever be committed")
+        _check_count(self.n)
 
     def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
         return commit_best(candidates.margin, candidates.masked, torch.full_like(at_least, self.n), at_least)
@@ -191,8 +192,8 @@ class Ancestral:
     """The reverse process itself: each masked position is revealed with probability (t - s) / t, by chance alone.
 
     DiffuLLaMA 2410.17891, Algorithm 2. On a uniform grid of T steps that is 1/T, 1/(T-1), ..., 1, which makes
-    a position's step uniform on 1..T: it is read off its priority. The one rule whose pace is drawn: it needs
-    max_denoising_steps, takes no `at_least`, and may commit nothing.
+    a position's step uniform on 1..T: its priority says which. The number of commits is drawn, so this rule needs
+    max_denoising_steps, ignores `at_least`, and may commit nothing.
     """
 
     def __call__(self, candidates: Candidates, _at_least: Tensor) -> Tensor:

@@ -15,14 +15,15 @@ from unmask.core.transfer import to_device
 
 
 def check_guidance(scale: float) -> None:
-    """Raise ValueError for a scale of guidance that is no number, infinite or negative."""
+    """Raise ValueError for a guidance scale that is not a number, infinite or negative."""
     if not 0 <= scale < math.inf:
         raise ValueError(f"guidance_scale {scale} must be finite and not negative: 1 is none")
 
 
 def guide(logits: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """unconditional + scale * (logits - unconditional): 1 is no guidance, 0 ignores the prompt (2207.12598, eq. 6,
-    with scale = 1 + w). What has probability 0 in `logits` keeps it.
+    """unconditional + scale * (logits - unconditional), of any shape (2207.12598, eq. 6, with scale = 1 + w).
+
+    Scale 1 is no guidance, 0 ignores the prompt. A token of probability 0 in `logits` keeps it.
     """
     guided = unconditional + scale * (logits - unconditional)
     return torch.where(logits.isneginf(), logits, guided)
@@ -30,20 +31,20 @@ def guide(logits: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 @dataclass
 class _Caches:
-    """The slots of both branches."""
+    """The cached keys with the prompt, and those with the prompt masked."""
 
-    given: Any
-    bare: Any
+    conditional: Any
+    unconditional: Any
 
     def keep_slots(self, keep: Tensor) -> None:
-        self.given.keep_slots(keep)
-        self.bare.keep_slots(keep)
+        self.conditional.keep_slots(keep)
+        self.unconditional.keep_slots(keep)
 
 
 class GuidedNetwork:
     """A network for cached decoding that runs each pass twice, with the prompt and with it masked.
 
-    The first token stays: it is never masked in training. prompt_lengths: (slots,) on the host, of the slots' rows.
+    The first token is not masked, as it never is in training. prompt_lengths: (slots,) on the host, of the slots' rows.
     """
 
     def __init__(self, network: Network, mask_token_id: int, scale: float) -> None:
@@ -72,9 +73,9 @@ class GuidedNetwork:
         assert isinstance(past, SlotCacheState)
         lengths = self.prompt_lengths if past.rows is None else self.prompt_lengths[list(past.rows)]
         hidden = layout.real & (layout.position > 0) & (layout.position < lengths[:, None])
-        bare = input_ids.masked_fill(to_device(hidden, input_ids.device), self.mask_token_id)
-        logits, without = (
+        hidden_ids = input_ids.masked_fill(to_device(hidden, input_ids.device), self.mask_token_id)
+        logits, unconditional = (
             self.network(ids, layout, pattern, rows=rows, past=replace(past, cache=cache))
-            for ids, cache in ((input_ids, past.cache.given), (bare, past.cache.bare))
+            for ids, cache in ((input_ids, past.cache.conditional), (hidden_ids, past.cache.unconditional))
         )
-        return guide(logits, without, self.scale)
+        return guide(logits, unconditional, self.scale)

@@ -1,7 +1,7 @@
 """True remasking: generated tokens may be taken back (ReMDM 2503.00307), for whole-canvas sampling.
 
 The reverse process keeps its marginals (all variants but "confidence"), so a masked diffusion model needs no training
-for it. It pays when there are at least as many steps as tokens; with few it costs quality.
+for it. It helps when there are at least as many steps as tokens; with fewer it costs quality.
 
 Notation: alpha is the share of clean tokens, 0 at the start and 1 at the end; a step goes from alpha_t to
 alpha_s > alpha_t (or equal to it, while the loop variant holds still).
@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 _HELD, _LOOP_BEGINS, _LOOP_ENDS = 0.9, 0.55, 0.05
-"""Of the loop variant: the share of clean tokens held, and the times between which it is."""
+"""Of the loop variant: the share of clean tokens that it holds, and the times (1 to 0) between which it does."""
 
 
 @dataclass(frozen=True)
 class Remask:
     """How likely a generated token is masked again in a step: sigma, at most min(1, (1 - alpha_s) / alpha_t).
 
-    variant "cap": min(eta, that limit). "rescale": eta times it. "confidence": the limit shared out over the
-    generated tokens by softmax(-probability of the token when it was revealed); eta is not used. It takes `limit`
-    tokens of a row back on average and reveals no faster for it, so fewer stand in between than alpha says, and the
-    last step fills them in. "loop": plain until 0.9 of the tokens stand, then held there with
-    sigma = min(eta, limit), then plain to the end.
+    variant "cap": min(eta, that limit). "rescale": eta times the limit. "confidence": the limit, shared out over the
+    generated tokens by softmax(-probability of the token when it was revealed); eta is not used. This masks `limit`
+    tokens of a row again on average and reveals no faster, so that in between fewer tokens are clean than alpha says,
+    and the last step fills them in. "loop": no remasking until 0.9 of the tokens are clean, then that share is held
+    with sigma = min(eta, limit), then no remasking to the end.
     """
 
     variant: str = "cap"

@@ -1,6 +1,6 @@
-"""Rows in slots of a cache: a row that ends frees its slot, the next prompt takes it.
+"""Continuous batching: a row that ends frees its slot of the cache, and the next prompt takes it.
 
-Continuous batching without waiting: when no prompt is left, the batch shrinks. Rows never wait for each other.
+When no prompt is left, the batch shrinks. Rows never wait for each other.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from unmask.sampling.request import Request
 
 
 class Scheduler:
-    """rows: the row in each slot. past: the cached part of each of them, empty for a row that was just admitted.
+    """Which row is in which slot of the cache.
 
-    columns: of the cache, as many as the longest row will need.
+    rows: of each slot, -1 for a free one. waiting: rows without a slot yet. past: the cached part of the rows in the
+    slots, empty for a row that was just admitted. columns: of the cache, as many as the longest row will need.
     """
 
     def __init__(self, network: Network, num_rows: int, batch_size: int | None, columns: int) -> None:
@@ -31,13 +32,13 @@ class Scheduler:
         self.past = SlotCacheState.empty(network, slots, columns)
 
     def release(self, slot: int) -> None:
-        """The row in this slot has ended."""
+        """Free the slot of a row that has ended."""
         self.rows[slot] = -1
 
     def admit(self) -> tuple[list[int], Tensor | None]:
         """Put waiting rows into free slots, and drop the slots that stay free.
 
-        Returns the slots of the new rows, and the old numbers (n,) of the slots that stay where some are dropped.
+        Returns the slots of the new rows, and the old numbers (n,) of the slots that were kept, None if all were.
         """
         new = []
         for slot, row in enumerate(self.rows):
@@ -46,18 +47,19 @@ class Scheduler:
                 new.append(slot)
         if -1 not in self.rows:
             return new, None
-        keep = [slot for slot, row in enumerate(self.rows) if row >= 0]
-        self.rows = [self.rows[slot] for slot in keep]
-        stay = torch.tensor(keep, dtype=torch.long)
-        if keep:
-            self.past.keep_slots(stay)
-        return [keep.index(slot) for slot in new], stay
+        taken = [slot for slot, row in enumerate(self.rows) if row >= 0]
+        self.rows = [self.rows[slot] for slot in taken]
+        kept_slots = torch.tensor(taken, dtype=torch.long)
+        if taken:
+            self.past.keep_slots(kept_slots)
+        return [taken.index(slot) for slot in new], kept_slots
 
 
 class AutoregressiveRows:
     """Rows that grow by verified tokens from left to right: the state of AR and speculative decoding.
 
-    new_tokens: of each row. last: (slots, 1), the newest token of each slot's row, which is not cached yet.
+    new_tokens: of each row. limits: of each row, in tokens. last: (slots, 1), the newest token of each slot's row,
+    which is not cached yet. room: columns of the cache beyond the last wanted token, for drafts.
     """
 
     def __init__(self, network: Network, prompts: Sequence[Tensor], request: Request, room: int = 0) -> None:
@@ -70,22 +72,22 @@ class AutoregressiveRows:
 
     def admit_rows(self) -> tuple[list[int], Tensor | None]:
         """`Scheduler.admit`, with the new rows' prompts prefilled up to their last tokens."""
-        new, stay = self.scheduler.admit()
-        if stay is not None:
-            self.last = self.last[to_device(stay, self.last.device)]
+        new, kept_slots = self.scheduler.admit()
+        if kept_slots is not None:
+            self.last = self.last[to_device(kept_slots, self.last.device)]
         if new:
             prompts = [self.prompts[self.scheduler.rows[slot]] for slot in new]
             prefill(self.network, causal, self.scheduler.past, new, [prompt[:-1] for prompt in prompts])
             newest = torch.stack([prompt[-1].cpu() for prompt in prompts])
             self.last[to_device(torch.tensor(new), self.last.device), 0] = to_device(newest, self.last.device)
-        return new, stay
+        return new, kept_slots
 
     def end(self, row: int) -> int:
-        """The first position of the row that is not wanted."""
+        """The position after the last wanted token of the row."""
         return len(self.prompts[row]) + self.limits[row]
 
     def add(self, row: int, tokens: Sequence[int]) -> bool:
-        """Add tokens up to the one that ends the row, and report them to the callback; whether one ended it."""
+        """Add tokens up to the one that ends the row, and pass them to the callback. Returns whether the row ended."""
         new, before = self.new_tokens[row], len(self.new_tokens[row])
         kept = None
         for token in tokens:

@@ -3,9 +3,9 @@
 A cycle of a row, with `last` the newest verified token, not cached yet:
   draft    [last | k masks] -> the AR distribution of the next position (exact: `last` is an ordinary causal row) and
            a draft distribution for each masked position; the keys of `last` stay cached
-  verify   the k drafts, causally -> the AR distribution after each; the longest valid prefix stays cached, row by row
-The row gains the accepted drafts and one token more. The output has the distribution of AR decoding whatever the
-drafter, which decides how much a cycle yields and nothing else: an untrained drafter is slow, never wrong.
+  verify   the k drafts, causally -> the AR distribution after each; the keys of the accepted drafts stay cached
+The row gains the accepted drafts and one token more. The output has the distribution of AR decoding for any drafter,
+which decides only how many tokens a cycle gains: an untrained drafter is slow, never wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from unmask.sampling.tokens import truncate
 
 
 def adapted_length(length: int, gained: int, longest: int) -> int:
-    """Next cycle's draft length: one more than the last cycle gained, twice as long where nothing was refused."""
+    """Next cycle's draft length: one more than the last cycle gained, or twice the last one if nothing was refused."""
     return min(longest, 2 * length if gained > length else max(2, gained + 1))
 
 
@@ -51,10 +51,10 @@ def sample_speculative(
 ) -> SampledTokens:
     """Continue ragged `prompts` (each at least one token) with AR decoding's own output.
 
-    draft_length: masks per draft, the block size unless given; with `adaptive` it is the longest, and each row
-    drafts as long as its last cycle suggests. acceptance: `Coupled()` unless given; at temperature 0 all rules
-    are the greedy one. anchor: take the first token of a cycle from the AR row of the draft forward instead of
-    the drafter, so that a cycle gains at least two tokens; off only to measure that.
+    draft_length: masks per draft, the block size by default; with `adaptive` it is the longest, and each row's drafts
+    follow `adapted_length`. acceptance: `Coupled()` by default; at temperature 0 all rules are the greedy one.
+    anchor: take the first token of a cycle from the AR row of the draft forward instead of the drafter, so that a
+    cycle gains at least two tokens; off only to measure that.
     """
     length = config.block_size if draft_length is None else draft_length
     assert length is not None
@@ -101,9 +101,9 @@ class _Cycle:
 
 
 class _Speculation(AutoregressiveRows):
-    """Rows that grow by drafts that were verified; a cycle is one call of each method, in their order.
+    """Rows that grow by verified drafts; a cycle is one call of each method, in this order.
 
-    Of each slot: starts, its row's first unverified position; lengths, its next draft's.
+    starts: of each slot, its row's first unverified position. lengths: of each slot, that of its next draft.
     """
 
     def __init__(
@@ -125,11 +125,11 @@ class _Speculation(AutoregressiveRows):
 
     def admit(self) -> bool:
         """Prefill waiting rows into free slots; False when no row is left."""
-        new, stay = self.admit_rows()
+        new, kept_slots = self.admit_rows()
         rows = self.scheduler.rows
-        if stay is not None:
-            self.starts = [self.starts[slot] for slot in stay.tolist()]
-            self.lengths = [self.lengths[slot] for slot in stay.tolist()]
+        if kept_slots is not None:
+            self.starts = [self.starts[slot] for slot in kept_slots.tolist()]
+            self.lengths = [self.lengths[slot] for slot in kept_slots.tolist()]
         for slot in new:
             self.starts[slot] = len(self.prompts[rows[slot]])
             self.lengths[slot] = min(2, self.longest) if self.adaptive else self.longest
@@ -141,7 +141,7 @@ class _Speculation(AutoregressiveRows):
         lengths = list(self.lengths)
         if self.request.context_length is not None:
             rest = [self.request.context_length - start for start in self.starts]
-            lengths = [min(n, left) for n, left in zip(lengths, rest, strict=True)]
+            lengths = [min(n, room) for n, room in zip(lengths, rest, strict=True)]
         start, width = torch.tensor(self.starts), max(lengths)
         position = start[:, None] + torch.arange(width)
         past.set_columns(max(self.starts) + width)
@@ -186,7 +186,7 @@ class _Speculation(AutoregressiveRows):
             self.starts[slot] += n + 1
 
     def retire(self, cycle: _Cycle) -> None:
-        """Note what each row gained, set its next draft's length, and release the rows that have ended."""
+        """Record what each row gained, set its next draft's length, and release the rows that have ended."""
         for slot, row in enumerate(self.scheduler.rows):
             self.gains[row].append(cycle.gained[slot])
             if self.adaptive:
@@ -203,7 +203,7 @@ class _Speculation(AutoregressiveRows):
     def _accept(
         self, drafts: _Drafts, after: Tensor, layout: Layout, rows: Tensor, position: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The acceptance rule on drafts of this layout; after: AR logits (slots, k, vocabulary) behind each draft."""
+        """The acceptance rule on drafts of this layout; after: AR logits (slots, k, vocabulary) after each draft."""
         width, noise = position.shape[1], None
         p = torch.cat([drafts.ar_logits[:, None], after], dim=1)
         if drafts.noise is not None:

@@ -20,11 +20,11 @@ def token_noise(
 ) -> Tensor:
     """Gumbel noise (*positions.shape, vocabulary) float64 for `rows` (batch,) and `positions` (batch, n), on `device`.
 
-    Column j of row i is a function of (seed, rows[i], positions[i, j]) alone, so AR and diffusion sampling
-    meet the same noise at the same place and batch-mates do not matter. Another purpose, other noise.
+    That of a token is a function of (purpose, seed, row, position) alone: AR and diffusion sampling draw a token with
+    the same noise, whatever else is in the batch.
     """
-    keys = [(purpose, seed, row, p, 0) for row, places in zip(rows.tolist(), positions.tolist(), strict=True)
-            for p in places]  # fmt: skip
+    keys = [(purpose, seed, row, p, 0) for row, of_row in zip(rows.tolist(), positions.tolist(), strict=True)
+            for p in of_row]  # fmt: skip
     return gumbels(keys, vocabulary, device).view(*positions.shape, vocabulary)
 
 

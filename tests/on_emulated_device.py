@@ -36,12 +36,12 @@ def run(net: Any, **options: Any) -> Any:
     {"remask": Remask("cap", 0.3), "max_denoising_steps": 9},
     {"remask": Remask("confidence"), "max_denoising_steps": 9},
 ])  # fmt: skip
-def test_a_canvas_looks_at_the_device_once_a_forward_and_samples_the_same(options: dict[str, Any]) -> None:
+def test_a_canvas_waits_for_the_device_once_a_forward_and_samples_the_same(options: dict[str, Any]) -> None:
     expected = run(hf.as_network(tiny_model(SUPPORTED["llama"]()), MASK), **options)
     with emulated.Device() as device:
         net = hf.as_network(tiny_model(SUPPORTED["llama"]()).to("emu"), MASK)
         made, form = [], net.form
-        net.form = lambda *given: made.append(given) or form(*given)
+        net.form = lambda *arguments: made.append(arguments) or form(*arguments)
         device.waits.clear()
         got = run(net, **options)
         waits = dict(device.waits)

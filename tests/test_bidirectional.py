@@ -125,7 +125,7 @@ def test_every_kind_of_architecture_equals_the_definition(name: str) -> None:
 def test_t_steps_are_t_forwards_and_keep_the_papers_pace(rule, steps: int) -> None:
     left = [12]
     sample = sample_bidirectional(network(), config(), [canvas(2, 12)], select=rule, max_denoising_steps=steps,
-                                  callback=lambda _r, places, _t: left.append(left[-1] - len(places)))  # fmt: skip
+                                  callback=lambda _r, where, _t: left.append(left[-1] - len(where)))  # fmt: skip
     assert sample.num_forwards.tolist() == [steps]
     for t, n in zip(range(steps, -1, -1), left, strict=True):
         assert n <= 12 * t // steps  # floor(N t / T)
@@ -160,13 +160,13 @@ def test_ancestral_reveals_each_token_at_a_uniform_step() -> None:
 
 
 def test_ancestral_sampling_has_the_law_of_its_process() -> None:
-    """Two open places, three tokens, two steps: the joint law by enumeration of who is revealed when."""
+    """Two open positions, three tokens, two steps: the joint distribution, enumerated over which is revealed when."""
     from scipy import stats
 
     table = torch.randn(5, 5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     class Toy:
-        """Logits of a place from the tokens on both sides of it (0..2, 3 is the mask, 4 the begin token)."""
+        """Logits of a position from the tokens on both sides of it (0..2, 3 is the mask, 4 the begin token)."""
 
         device = torch.device("cpu")
 
@@ -177,20 +177,20 @@ def test_ancestral_sampling_has_the_law_of_its_process() -> None:
 
     chosen = DiffusionConfig(3, "bidirectional", None, None, True, "test", "0")
     p = table.softmax(-1)
-    law = torch.zeros(3, 3, dtype=torch.float64)
+    joint = torch.zeros(3, 3, dtype=torch.float64)
     for a in range(3):
         for b in range(3):
             apart = p[4, 3, a] * p[3, 4, b]
-            law[a, b] = 0.5 * apart + 0.25 * p[4, 3, a] * p[a, 4, b] + 0.25 * p[3, 4, b] * p[4, b, a]
-    assert float(law.sum()) == pytest.approx(1.0)
+            joint[a, b] = 0.5 * apart + 0.25 * p[4, 3, a] * p[a, 4, b] + 0.25 * p[3, 4, b] * p[4, b, a]
+    assert float(joint.sum()) == pytest.approx(1.0)
     n = 6000
     one = Canvas.around(torch.tensor([4]), 2)
     got = sample_bidirectional(Toy(), chosen, [one] * n, select=Ancestral(), max_denoising_steps=2, temperature=1.0)
     counts = torch.zeros(3, 3)
     for a, b in got.new_tokens:
         counts[a, b] += 1
-    assert stats.chisquare(counts.flatten().numpy(), (n * law).flatten().numpy()).pvalue > 1e-3
-    independent = law.sum(1, keepdim=True) * law.sum(0, keepdim=True)
+    assert stats.chisquare(counts.flatten().numpy(), (n * joint).flatten().numpy()).pvalue > 1e-3
+    independent = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
     assert stats.chisquare(counts.flatten().numpy(), (n * independent).flatten().numpy()).pvalue < 1e-3
 
 
@@ -219,21 +219,21 @@ def test_given_tokens_never_change_and_no_mask_is_left(shapes, rule, steps, temp
         steps = 1 if max(n for _, n, _ in shapes) == 1 else 2
     last: dict[tuple[int, int], int] = {}
 
-    def record(row: int, places: list[int], tokens: list[int]) -> None:
-        for place, token in zip(places, tokens, strict=True):
-            assert not canvases[row].fixed[place]
-            assert remask is not None or (row, place) not in last
-            last[row, place] = token
+    def record(row: int, positions: list[int], tokens: list[int]) -> None:
+        for position, token in zip(positions, tokens, strict=True):
+            assert not canvases[row].fixed[position]
+            assert remask is not None or (row, position) not in last
+            last[row, position] = token
 
     got = sample_bidirectional(
         NET, config(shift), canvases, select=rule, max_denoising_steps=steps, temperature=temperature, remask=remask,
         guidance_scale=scale, callback=record, seed=1,
     )  # fmt: skip
     for row, (one, tokens) in enumerate(zip(canvases, got.new_tokens, strict=True)):
-        places = (~one.fixed).nonzero()[:, 0].tolist()
-        assert len(tokens) == len(places)
+        positions = (~one.fixed).nonzero()[:, 0].tolist()
+        assert len(tokens) == len(positions)
         assert MASK not in tokens
-        assert [last[row, place] for place in places] == tokens
+        assert [last[row, position] for position in positions] == tokens
         if steps is not None:
             assert got.num_forwards[row] <= steps * (1 if scale == 1 else 2)
 
@@ -316,15 +316,15 @@ def test_a_remasked_position_is_drawn_with_fresh_noise() -> None:
         def __call__(self, _ids, _layout, _pattern, *, rows=None, past=None):  # noqa: ARG002
             return torch.zeros(len(rows), 97, dtype=torch.float64).index_fill(1, torch.tensor([MASK]), -torch.inf)
 
-    def record(_row: int, places: list[int], tokens: list[int]) -> None:
-        for place, token in zip(places, tokens, strict=True):
-            seen.setdefault(place, []).append(token)
+    def record(_row: int, positions: list[int], tokens: list[int]) -> None:
+        for position, token in zip(positions, tokens, strict=True):
+            seen.setdefault(position, []).append(token)
 
     sample_bidirectional(Flat(), config(), [canvas(1, 20)], remask=Remask("rescale", 0.9), max_denoising_steps=20,
                          temperature=1.0, callback=record)  # fmt: skip
-    for place, tokens in seen.items():
-        assert tokens == [int((gumbel(97, 0, 0, place, draw).index_fill(0, torch.tensor([MASK]), -torch.inf)).argmax())
-                          for draw in range(len(tokens))]  # fmt: skip
+    for position, tokens in seen.items():
+        noise = [gumbel(97, 0, 0, position, draw) for draw in range(len(tokens))]
+        assert tokens == [int(g.index_fill(0, torch.tensor([MASK]), -torch.inf).argmax()) for g in noise]
     assert max(map(len, seen.values())) > 2
 
 

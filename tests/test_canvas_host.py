@@ -1,4 +1,4 @@
-"""Whole-canvas sampling: one look at the device a forward, rows by themselves, and what remasking keeps."""
+"""Whole-canvas sampling: rows that do not depend on others, and the rates of remasking."""
 
 from __future__ import annotations
 

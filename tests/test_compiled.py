@@ -1,4 +1,5 @@
-"""Compiled decoding passes against the same passes run as they are: equal tokens, few shapes, memory that stays."""
+"""Compiled decoding passes against the same passes without compilation: equal tokens, compiled
+for a small number of shapes, on memory that stays in place."""
 
 from __future__ import annotations
 

@@ -30,12 +30,12 @@ def uncached(net, config, prompt, *, max_new_tokens, threshold=None, n=None, tem
             masked = [i for i in range(start, stop) if i < end and x[0, i] == config.mask_token_id and i >= len(prompt)]
             if not masked:
                 break
-            here = stop
+            visible = stop
             if window is not None and len(masked) >= window:
-                here = masked[window - 1] + 1
+                visible = masked[window - 1] + 1
                 masked = masked[:window]
-            part = x[:, :here]
-            layout = Layout.of(torch.arange(here)[None])
+            part = x[:, :visible]
+            layout = Layout.of(torch.arange(visible)[None])
             noisy = layout.position >= start
             forwards += 1
             pattern = config.pattern
@@ -45,10 +45,10 @@ def uncached(net, config, prompt, *, max_new_tokens, threshold=None, n=None, tem
                 logits = net(part, layout, pattern)[0]
             options = []
             for i in masked:
-                law = logits[i - config.shift]
-                scores = law if temperature == 0 else law / temperature + gumbel(len(law), seed, row, i)
+                own = logits[i - config.shift]
+                scores = own if temperature == 0 else own / temperature + gumbel(len(own), seed, row, i)
                 token = int(scores.argmax())
-                options.append((float(law.softmax(-1)[token]), i, token))
+                options.append((float(own.softmax(-1)[token]), i, token))
             ranked = sorted(options, key=lambda option: (-option[0], option[1]))
             take = n if n is not None else max(1, sum(p > threshold for p, _, _ in ranked))
             for _, i, token in ranked[:take]:
@@ -69,7 +69,7 @@ def check(net, config, lengths, **options) -> None:
             assert together.new_tokens[i] == expected
             assert together.num_forwards[i] == forwards
         alone = sample_blocks(net, config, [prompt], **options)
-        if not options.get("temperature"):  # noise is a function of the row's place in the batch
+        if not options.get("temperature"):  # noise is a function of the row's number in the batch
             assert alone.new_tokens[0] == together.new_tokens[i]
             assert alone.num_forwards[0] == together.num_forwards[i]
         elif i == 0:
@@ -210,7 +210,7 @@ def test_window_opens_where_the_step_budget_asks_for_more() -> None:
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"shift": True}, {"temperature": 1.0}, {"guidance_scale": 1.5}])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
 def test_rows_that_wait_equal_rows_alone(batch_size: int, options: dict) -> None:
-    """Seven prompts on fewer seats: tokens, forwards and callbacks are those of one batch and of each row alone."""
+    """Seven prompts in fewer slots: tokens, forwards and callbacks are those of one batch and of each row alone."""
     net, options = network(), dict(options)
     config = block_config(4, shift=options.pop("shift", False))
     prompts = [random_tokens(n, seed=n) for n in (5, 2, 11, 4, 8, 1, 13)]

@@ -42,9 +42,9 @@ def test_rows_on_ragged_slots_equal_whole_texts(name: str, implementation: str, 
     past = begin(net, causal, prompts)
     slot = list(range(3)) if rows is None else rows
     more = random_tokens(len(slot), 4, seed=5)
-    place = torch.tensor([LENGTHS[s] + 4 * slot[:i].count(s) for i, s in enumerate(slot)])[:, None] + torch.arange(4)
-    past.columns = int(place.max()) + 1
-    got = net(more, Layout.of(place), causal, past=past.for_rows(rows))
+    position = torch.tensor([LENGTHS[s] + 4 * slot[:i].count(s) for i, s in enumerate(slot)])[:, None] + torch.arange(4)
+    past.columns = int(position.max()) + 1
+    got = net(more, Layout.of(position), causal, past=past.for_rows(rows))
     written: dict[int, torch.Tensor] = dict(enumerate(prompts))
     for i, s in enumerate(slot):
         written[s] = torch.cat([written[s], more[i]])
@@ -129,7 +129,7 @@ def test_no_mask_is_built_where_everything_is_seen() -> None:
 def test_forwards_of_a_block_share_their_mask() -> None:
     net, built = network(), []
     original = net.form
-    net.form = lambda *given: built.append(1) or original(*given)
+    net.form = lambda *arguments: built.append(1) or original(*arguments)
     out = sample_blocks(net, block_config(8), [random_tokens(n, seed=n) for n in (3, 9)], max_new_tokens=21,
                         select=Confidence(1))  # fmt: skip
     assert out.num_forwards.tolist() == [21, 21]
@@ -139,7 +139,7 @@ def test_forwards_of_a_block_share_their_mask() -> None:
 
 @torch.no_grad()
 def test_a_pass_elsewhere_gets_a_mask_of_its_own() -> None:
-    """The same layout on other lengths, in other slots, or after the cache has grown, is another place."""
+    """The same layout on other lengths, in other slots, or after the cache has grown, is another one."""
     net, texts = network(), [random_tokens(6, seed=1), random_tokens(3, seed=2)]
     more = random_tokens(1, 2, seed=3)
     for text in (texts[0], texts[1], texts[0]):
@@ -147,22 +147,22 @@ def test_a_pass_elsewhere_gets_a_mask_of_its_own() -> None:
         past.columns = 8
         got = net(more, Layout.of(torch.tensor([[6, 7]])), causal, past=past)[0]
         whole = torch.cat([text, more[0]])
-        place = torch.cat([torch.arange(len(text)), torch.tensor([6, 7])])
-        expected = net(whole[None], Layout.of(place[None]), causal)[0, -2:]
+        position = torch.cat([torch.arange(len(text)), torch.tensor([6, 7])])
+        expected = net(whole[None], Layout.of(position[None]), causal)[0, -2:]
         assert (got - expected)[:, :MASK].abs().max() < 1e-10
     past = begin(net, causal, texts)
     past.columns = 10
     for slot in (0, 1, 0):
         got = net(more, Layout.of(torch.tensor([[6, 7]])), causal, past=past.for_rows([slot]))[0]
         whole = torch.cat([texts[slot], more[0]])
-        place = torch.cat([torch.arange(len(texts[slot])), torch.tensor([6, 7])])
-        expected = net(whole[None], Layout.of(place[None]), causal)[0, -2:]
+        position = torch.cat([torch.arange(len(texts[slot])), torch.tensor([6, 7])])
+        expected = net(whole[None], Layout.of(position[None]), causal)[0, -2:]
         assert (got - expected)[:, :MASK].abs().max() < 1e-10
 
 
 @torch.no_grad()
 def test_a_mask_is_told_by_itself_and_not_by_its_address() -> None:
-    """Many patterns in turn at one place: memory that one mask has left is where another one is made."""
+    """Many patterns in turn at one index: a freed mask leaves memory in which another one is made."""
     net, texts = network(), [random_tokens(6, seed=1), random_tokens(4, seed=2)]
     layout, more = Layout.of(torch.arange(4, 8).repeat(2, 1)), random_tokens(2, 4, seed=3)
     past = begin(net, causal, texts)

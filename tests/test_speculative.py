@@ -205,22 +205,22 @@ def test_draft_equals_the_training_pass_on_an_aligned_block(shift: bool) -> None
     xt = x0.masked_fill(wanted, MASK)
     past = begin(net, causal, x0[:, :7])
     past.columns = 12
-    given = net, config, past, x0[:, 7:8], layout.subset(..., slice(7, 8)), layout.subset(..., slice(8, 12))
-    ar, drafted = draft(*given)
+    arguments = net, config, past, x0[:, 7:8], layout.subset(..., slice(7, 8)), layout.subset(..., slice(8, 12))
+    ar, drafted = draft(*arguments)
     assert (drafted[0] - score(net, config, xt, x0, layout, wanted))[:, :MASK].abs().max() < 1e-10
     first = layout.position == 8
     assert (ar - score_ar(net, x0, layout, first))[:, :MASK].abs().max() < 1e-10
     past.lengths -= 1
-    again, anchored = draft(*given, anchor=True)
+    again, anchored = draft(*arguments, anchor=True)
     assert torch.equal(again, anchored[:, 0])
     assert (anchored[0, 1:] - drafted[0, 1:])[:, :MASK].abs().max() < 1e-10
 
 
-# --- laws
+# --- distributions
 
 
 class Chain:
-    """A toy with an enumerable law over 3 symbols: AR rows depend on the token, noisy rows on the place alone."""
+    """An enumerable distribution over 3 symbols: AR rows depend on the token, noisy rows on the position alone."""
 
     device = torch.device("cpu")
     ar = torch.tensor([[2.0, 0.5, 0.0], [0.0, 1.0, 1.5], [1.0, -1.0, 0.3]], dtype=torch.float64)
@@ -234,7 +234,7 @@ class Chain:
         return logits if rows is None else logits.flatten(0, 1)[rows]
 
 
-def chain_law(temperature: float, top_p: float) -> Tensor:
+def chain_distribution(temperature: float, top_p: float) -> Tensor:
     from unmask.sampling.tokens import truncate
 
     p = truncate(Chain.ar, temperature, top_p).softmax(-1)
@@ -244,19 +244,19 @@ def chain_law(temperature: float, top_p: float) -> Tensor:
 @pytest.mark.parametrize("anchor", [True, False])
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.85)])
 @pytest.mark.parametrize("rule", [Rejection(), Coupled()])
-def test_sampled_law_is_that_of_ar(rule, temperature: float, top_p: float, anchor: bool) -> None:
+def test_sampled_distribution_is_that_of_ar(rule, temperature: float, top_p: float, anchor: bool) -> None:
     from scipy import stats
 
-    n, law = 4000, chain_law(temperature, top_p)
+    n, expected_share = 4000, chain_distribution(temperature, top_p)
     prompts = [torch.tensor([1])] * n
     got = sample_speculative(Chain(), causal_config(3), prompts, max_new_tokens=4, acceptance=rule, anchor=anchor,
                              temperature=temperature, top_p=top_p, seed=5)  # fmt: skip
     ids = torch.tensor(got.new_tokens) @ torch.tensor([27, 9, 3, 1])
     counts = torch.bincount(ids, minlength=81).double()
-    assert counts[law == 0].sum() == 0
-    likely = law * n >= 5
+    assert counts[expected_share == 0].sum() == 0
+    likely = expected_share * n >= 5
     seen = torch.cat([counts[likely], counts[~likely].sum()[None]])
-    expected = torch.cat([law[likely], law[~likely].sum()[None]]) * n
+    expected = torch.cat([expected_share[likely], expected_share[~likely].sum()[None]]) * n
     keep = expected > 0
     assert stats.chisquare(seen[keep].numpy(), expected[keep].numpy()).pvalue > 1e-3
     assert got.cycle_gains.sum() < 4 * n  # drafts were accepted at all

@@ -30,7 +30,7 @@ from unmask.training.step import step_loss
 CAUSAL = block_config(clean="causal")
 SHIFTED = block_config(clean="causal", shift=True)
 ONE_STREAM = block_config(attention="bidirectional", clean=None)
-PLACES = replace(CAUSAL, mask_rows=3)
+GATED = replace(CAUSAL, mask_rows=3)
 
 STEPS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ar": (None, {}),
@@ -52,11 +52,11 @@ STEPS: dict[str, tuple[Any, dict[str, Any]]] = {
     "joint, kl": (CAUSAL, {"objective": "joint", "distance": "kl", "teacher_top_k": 5}),
     "joint, teacher": (SHIFTED, {"objective": "joint", "teacher": "parent"}),
     "joint, teacher, kl": (CAUSAL, {"objective": "joint", "distance": "kl", "teacher": "parent"}),
-    "joint, drafter": (PLACES, {"objective": "joint"}),
-    "distill, ce": (PLACES, {"objective": "distill", "distance": "ce"}),
-    "distill, tv": (PLACES, {"objective": "distill", "distance": "tv"}),
+    "joint, drafter": (GATED, {"objective": "joint"}),
+    "distill, ce": (GATED, {"objective": "distill", "distance": "ce"}),
+    "distill, tv": (GATED, {"objective": "distill", "distance": "tv"}),
     "distill, tv, shift": (SHIFTED, {"objective": "distill", "distance": "tv"}),
-    "distill, reach": (PLACES, {"objective": "distill", "distance": "reach"}),
+    "distill, reach": (GATED, {"objective": "distill", "distance": "reach"}),
 }  # fmt: skip
 
 
@@ -69,7 +69,7 @@ class NoWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # where an operation made of others comes here whole: see its parts
+        if torch.is_inference_mode_enabled():  # in this mode a composite operation arrives whole: take it apart
             with self:
                 done = func.decompose(*args, **kwargs)
             if done is not NotImplemented:
@@ -87,7 +87,7 @@ class NoWaits(TorchDispatchMode):
 
 
 def batch() -> Batch:
-    """Packed documents, padding, and prompts that are given."""
+    """Packed documents, padding, and prompts without a loss."""
     index, cut = torch.arange(16).expand(4, 16), torch.arange(4)[:, None] + 3
     document = (index >= cut).long().masked_fill((index >= 13) & (cut % 2 == 0), PADDING)
     loss_mask = index % 7 != 2
@@ -115,9 +115,9 @@ class Step:
         if self.settings.gradient_checkpointing:
             hf.checkpoint_layers(model)
         drafter = None
-        if self.config is PLACES or self.settings.objective == "distill":
-            places = DrafterConfig(4, mask_rows=1 if self.config is None else self.config.mask_rows)
-            drafter = Drafter(model.requires_grad_(False), MASK, places).to(self.device)
+        if self.config is GATED or self.settings.objective == "distill":
+            drafter_config = DrafterConfig(4, mask_rows=1 if self.config is None else self.config.mask_rows)
+            drafter = Drafter(model.requires_grad_(False), MASK, drafter_config).to(self.device)
             # Drawn on the CPU and copied, since each device's generator draws numbers of its own.
             generator = torch.Generator().manual_seed(0)
             for matrix in (*drafter.down.values(), *drafter.up.values()):
@@ -200,7 +200,7 @@ def test_masks_of_a_step_share_their_attention_masks(name: str, masks: int, devi
     """With the shift each draw is a pass over both streams, else one over the noisy stream after a clean pass."""
     step, made = Step(name, device), []
     original = step.network.form
-    step.network.form = lambda *given: made.append(given) or original(*given)
+    step.network.form = lambda *arguments: made.append(arguments) or original(*arguments)
     step.run()
     assert len(made) == masks
 
@@ -208,8 +208,8 @@ def test_masks_of_a_step_share_their_attention_masks(name: str, masks: int, devi
 # --- decoding
 
 
-class Looks:
-    """Stands in for `Tensor.cpu`: counts copies from the device, and brings zeros home."""
+class DeviceReads:
+    """Replaces `Tensor.cpu`: counts copies from the device, and returns zeros."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count, plain = 0, Tensor.cpu
@@ -240,7 +240,7 @@ def test_decoding_waits_for_one_decision_a_pass(mode: str, compiled: bool, monke
     if compiled:  # what is compiled, run as it is: a compiler would trace it with values
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
         net.compile()
-    looks, prompts = Looks(monkeypatch), [random_tokens(n, seed=n) for n in (5, 6, 9)]
+    reads, prompts = DeviceReads(monkeypatch), [random_tokens(n, seed=n) for n in (5, 6, 9)]
     options: dict[str, Any] = {"max_new_tokens": 8, "batch_size": 2} | MODES[mode]
     select = Counted(Threshold())
     with NoWaits():
@@ -250,9 +250,9 @@ def test_decoding_waits_for_one_decision_a_pass(mode: str, compiled: bool, monke
             sample_speculative(net, block_config(clean="causal"), prompts, **options)
         else:
             sample_blocks(net, block_config(shift=mode == "shift"), prompts, select=select, **options)
-    # Two rows side by side, then the third alone. Zeros come home: a block is whole at once, and a cycle of two
+    # Two rows side by side, then the third alone. Every read is zeros: a block is whole at once, and a cycle of two
     # forwards gains one token; the eighth ends the row before it is verified.
-    assert looks.count == {"ar": 2 * 8, "speculative": 2 * (7 * 2 + 1)}.get(mode.split(",")[0], select.count)
+    assert reads.count == {"ar": 2 * 8, "speculative": 2 * (7 * 2 + 1)}.get(mode.split(",")[0], select.count)
 
 
 class Counted:

@@ -1,7 +1,7 @@
-"""The clean half of a two-stream pass, run once for many masks: what makes a bound cheap, above all a continuation's.
+"""The clean half of a two-stream pass, run once for many masks: it makes a bound cheap, most of all a continuation's.
 
 `scoring.score` runs [noisy | clean] whole for each mask. The clean stream never sees the noisy one, so here it
-runs once, and each mask costs the blocks alone that it can touch.
+runs once, and each mask costs only the blocks that it can touch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unmask.core.scoring import noisy_pass
 class CleanRead:
     """What `read_clean` keeps.
 
-    columns: (batch, width), where the noisy tokens stand, whole blocks from the first wanted one on; their `layout`.
+    columns, layout: (batch, width) of the noisy tokens, whole blocks from the first wanted one on.
     first: (batch, length) bool, positions that clean rows score (with the shift, a block's first), by `first_logits`.
     """
 
@@ -47,14 +47,14 @@ def read_clean(network: Network, config: DiffusionConfig, x0: Tensor, layout: La
     columns = start[:, None] + torch.arange(max(1, int((stop - start).max())), device=device)
     inside = columns < stop[:, None]
     columns = columns.clamp_max(length - 1)
-    there = layout.subset(torch.arange(batch, device=device)[:, None], columns)
+    noisy = layout.subset(torch.arange(batch, device=device)[:, None], columns)
     first = wanted & (layout.position % config.block_size == 0) if config.shift else torch.zeros_like(wanted)
     row = torch.arange(batch * length, device=device).view(batch, length)
     past = GrowingCache(network.new_cache(), layout.subset(..., slice(0, 0)))
     first_logits = network(x0, layout, config.pattern, rows=row[first] - 1, past=past)
     past.layout = layout
-    there = there._replace(document=torch.where(inside, there.document, PADDING))
-    return CleanRead(past, columns, there, first, first_logits)
+    noisy = noisy._replace(document=torch.where(inside, noisy.document, PADDING))
+    return CleanRead(past, columns, noisy, first, first_logits)
 
 
 def score_noisy(network: Network, config: DiffusionConfig, clean: CleanRead, xt: Tensor, wanted: Tensor) -> Tensor:

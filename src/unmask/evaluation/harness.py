@@ -74,8 +74,8 @@ def run_tasks(
     for task in tasks["tasks"].values():
         if gen_kwargs and task.get_config("output_type") == "generate_until":
             task.set_config(key="generation_kwargs", value=gen_kwargs, update=True)
-        written = task.get_config("num_fewshot")
-        if written is None or (num_fewshot is not None and written != 0):  # a task that says 0 means it
+        of_task = task.get_config("num_fewshot")
+        if of_task is None or (num_fewshot is not None and of_task != 0):  # a task that says 0 stays at 0
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=fewshot_seed)
     with contextlib.redirect_stdout(sys.stderr):
@@ -108,11 +108,12 @@ def table(results: dict[str, Any]) -> str:
     lines = ["  ".join(f"{name} {value}" for name, value in results["model"].items() if value is not None)]
     for task, values in (results["results"] | results.get("groups", {})).items():
         for metric, figure in values.items():
-            name, _, chosen = metric.partition(",")
+            name, _, filter_name = metric.partition(",")
             if isinstance(figure, float) and not name.endswith("_stderr"):
-                spread = values.get(f"{name}_stderr,{chosen}")
-                around = f" ± {spread:.4f}" if isinstance(spread, float) else ""
-                lines.append(f"{task:20} {name:14} {figure:.4f}{around}" + ("" if chosen == "none" else f" ({chosen})"))
+                error = values.get(f"{name}_stderr,{filter_name}")
+                spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+                suffix = "" if filter_name == "none" else f" ({filter_name})"
+                lines.append(f"{task:20} {name:14} {figure:.4f}{spread}{suffix}")
     for task, cost in results["costs"].items():
         rate = cost["tokens_per_forward"]
         cut = f", {cost['num_truncated']} cut to the context" if cost["num_truncated"] else ""

@@ -24,8 +24,8 @@ def held_out_documents(corpus: Corpus, end_token_id: int | None) -> list[likelih
         if loss_mask is None and end_token_id is not None:
             ids = ids[:-1]
         tokens = torch.from_numpy(ids.astype("int64"))
-        learnt = None if loss_mask is None else torch.from_numpy(loss_mask)
-        documents.append(likelihood.Document(tokens, torch.zeros_like(tokens), learnt))
+        mask = None if loss_mask is None else torch.from_numpy(loss_mask)
+        documents.append(likelihood.Document(tokens, torch.zeros_like(tokens), mask))
     return documents
 
 

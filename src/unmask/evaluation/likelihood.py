@@ -69,17 +69,17 @@ def documents_of(tokenizer: Any, texts: Sequence[str], mask_token_id: int | None
     for i, text in enumerate(texts):
         ids = encoded["input_ids"][i]
         if offsets:
-            spelt = [len(text[a:b].encode()) for a, b in encoded["offset_mapping"][i]]
+            num_bytes = [len(text[a:b].encode()) for a, b in encoded["offset_mapping"][i]]
         else:
-            spelt = [len(tokenizer.decode([token], skip_special_tokens=True).encode()) for token in ids]
-        if spelt:  # white space that the tokenizer drops belongs to the text all the same
-            spelt[-1] += len(text.encode()) - sum(spelt)
+            num_bytes = [len(tokenizer.decode([token], skip_special_tokens=True).encode()) for token in ids]
+        if num_bytes:  # white space that the tokenizer drops belongs to the text all the same
+            num_bytes[-1] += len(text.encode()) - sum(num_bytes)
         if mask_token_id in ids:
             raise ValueError(
                 f"document {i + 1} holds the mask token {tokenizer.mask_token!r} as a word of its own, "
                 "which has probability 0: take it out, or convert with a mask token of its own"
             )
-        documents.append(Document(torch.tensor(ids, dtype=torch.long), torch.tensor(spelt, dtype=torch.long)))
+        documents.append(Document(torch.tensor(ids, dtype=torch.long), torch.tensor(num_bytes, dtype=torch.long)))
     return documents
 
 
@@ -223,10 +223,10 @@ def continuation_nelbo(
 
 def _all_masks(segment: Tensor, maskable: Tensor, draws: int) -> Iterator[Corruption]:
     """Mask number m = 1 .. 2^B - 1 of every segment at once: bit i is its i-th maskable token."""
-    before = maskable.long().cumsum(-1) - maskable.long()
-    ordinal = before - before.new_full(before.shape, before.shape[-1]).scatter_reduce(
-        -1, segment, before, "amin"
-    ).gather(-1, segment)
+    num_before = maskable.long().cumsum(-1) - maskable.long()  # maskable tokens of the row before each
+    first_of_segment = num_before.new_full(num_before.shape, num_before.shape[-1])
+    first_of_segment.scatter_reduce_(-1, segment, num_before, "amin")
+    ordinal = num_before - first_of_segment.gather(-1, segment)
     n = torch.zeros_like(segment).scatter_add_(-1, segment, maskable.long()).gather(-1, segment)
     for m in range(1, draws + 1):
         k = m.bit_count()
@@ -272,9 +272,9 @@ def batches(
         for row, ((owner, start), ids) in enumerate(batch):
             x0[row, : len(ids)] = ids
             document[row, : len(ids)] = 0
-            learnt = documents[owner].loss_mask
-            if learnt is not None:
-                loss_mask[row, : len(ids)] = learnt[start : start + len(ids)]
+            of_document = documents[owner].loss_mask
+            if of_document is not None:
+                loss_mask[row, : len(ids)] = of_document[start : start + len(ids)]
         position = torch.arange(width, device=device).expand(len(batch), width)
         layout = Layout.of(position, document.to(device))
         yield [window for window, _ in batch], x0.to(device), layout, loss_mask.to(device)

@@ -32,10 +32,10 @@ from unmask.evaluation.likelihood import Document, Progress, batches, check_esti
 from unmask.progress import progress
 
 SCORED_ROW = 512
-"""Tokens that a row of the batch size stands for when scoring."""
+"""Tokens of a scored row: `batch_size` rows of so many tokens make a batch."""
 
 UNSTATED_CONTEXT = 2048
-"""What the harness takes where a model states no context."""
+"""The context of a model that states none, as in the harness."""
 
 GENERATION_SETTINGS = ("do_sample", "temperature", "top_p", "top_k", "max_gen_toks", "until")
 
@@ -121,10 +121,10 @@ class HarnessLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        if add_special_tokens is None:  # the tokenizer's own habit, but never a second begin token
+        if add_special_tokens is None:  # as the tokenizer does by default, but never a second begin token
             begun = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
             add_special_tokens = not begun
-        if self._templated:  # what a template wrote as special tokens are some
+        if self._templated:  # special tokens that a chat template wrote are special tokens
             return rendered_ids(self.tokenizer, string, add_special_tokens=add_special_tokens)
         return ids_of(self.tokenizer, string, add_special_tokens=add_special_tokens)
 
@@ -164,10 +164,9 @@ class HarnessLM(TemplateLM):
             pairs = [self._encode(task, *request.args) for request in group]
             scores = self._score(task, pairs)
             if self.bound is not None:
-                alone = Counter(request.doc_id for request in group)
-                asked = [i for i, request in enumerate(group) if alone[request.doc_id] == 1]
-                found = self._decodes_to(task, [pairs[i] for i in asked])
-                for i, equal in zip(asked, found, strict=True):
+                requests_of = Counter(request.doc_id for request in group)
+                single = [i for i, request in enumerate(group) if requests_of[request.doc_id] == 1]
+                for i, equal in zip(single, self._decodes_to(task, [pairs[i] for i in single]), strict=True):
                     scores[i] = (scores[i][0], equal)
             for request, score in zip(group, scores, strict=True):
                 self.cache_hook.add_partial("loglikelihood", request.args, score)
@@ -203,27 +202,27 @@ class HarnessLM(TemplateLM):
     def _encode(self, task: str, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of context and continuation, split as the harness splits them; a context is never empty."""
         if context:
-            given, scored = self._encode_pair(context, continuation)
+            prompt, scored = self._encode_pair(context, continuation)
         else:
-            given, scored = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
-            if scored[:1] == given:
+            prompt, scored = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+            if scored[:1] == prompt:
                 scored = scored[1:]
-        if not given or not scored:
+        if not prompt or not scored:
             raise ValueError(f"task {task!r}: {continuation!r} after {context[-40:]!r} makes no tokens to score")
-        return given, scored
+        return prompt, scored
 
     def _score(self, task: str, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         cost = self.costs.setdefault(task, Cost())
         cost.num_requests += len(pairs)
-        kept = self.max_length + (self.bound is None)
+        longest = self.max_length + (self.bound is None)
         documents = []
-        for given, scored in pairs:
-            if len(scored) >= kept:
+        for context, scored in pairs:
+            if len(scored) >= longest:
                 raise ValueError(
                     f"task {task!r}: a continuation of {len(scored)} tokens exceeds the context of {self.max_length}"
                 )
-            ids = torch.tensor([*given, *scored][-kept:])
-            cost.num_truncated += len(given) + len(scored) > kept
+            ids = torch.tensor([*context, *scored][-longest:])
+            cost.num_truncated += len(context) + len(scored) > longest
             documents.append(Document(ids, torch.zeros_like(ids), torch.arange(len(ids)) >= len(ids) - len(scored)))
         size: dict[str, Any] = {"batch_tokens": self.batch_size * SCORED_ROW}
         with progress(f"{task} log-likelihoods", len(pairs), show=self.show_progress) as advance:
@@ -246,7 +245,7 @@ class HarnessLM(TemplateLM):
 
     def _decodes_to(self, task: str, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
         """Whether decoding at temperature 0 continues each context by exactly its continuation."""
-        found = [False] * len(pairs)
+        equal = [False] * len(pairs)
         lengths: dict[int, list[int]] = {}
         for i, (_, scored) in enumerate(pairs):
             lengths.setdefault(len(scored), []).append(i)
@@ -254,8 +253,8 @@ class HarnessLM(TemplateLM):
             for length, members in sorted(lengths.items(), reverse=True):
                 prompts = [pairs[i][0][-(self.max_length - length) :] for i in members]
                 for order, new in self._decode(prompts, length, {}, None, advance):
-                    found[members[order]] = new == pairs[members[order]][1]
-        return found
+                    equal[members[order]] = new == pairs[members[order]][1]
+        return equal
 
     # --- text
 
@@ -266,43 +265,39 @@ class HarnessLM(TemplateLM):
             texts = [""] * len(group)
             cost = self.costs.setdefault(task, Cost())
             cost.num_requests += len(group)
-            alike: dict[str, list[int]] = {}
+            by_settings: dict[str, list[int]] = {}
             for i, request in enumerate(group):
-                alike.setdefault(repr(request.args[1]), []).append(i)
+                by_settings.setdefault(repr(request.args[1]), []).append(i)
             with progress(f"{task} texts", len(group), show=self.show_progress) as advance:
-                for members in alike.values():
-                    asked = self._asked(task, group[members[0]].args[1])
-                    until, length = asked.pop("until"), asked.pop("max_gen_toks")
+                for members in by_settings.values():
+                    sampling, until, length = self._settings(task, group[members[0]].args[1])
                     prompts = [self.tok_encode(group[i].args[0]) for i in members]
                     cost.num_truncated += sum(len(prompt) > self.max_length - length for prompt in prompts)
                     prompts = [prompt[-(self.max_length - length) :] for prompt in prompts]
-                    for order, new in self._decode(prompts, length, asked, until, advance, cost):
+                    for order, new in self._decode(prompts, length, sampling, until, advance, cost):
                         texts[members[order]] = self._cut(prompts[order], new, until)
             for request, text in zip(group, texts, strict=True):
                 self.cache_hook.add_partial("generate_until", request.args, text)
             answers += texts
         return answers
 
-    def _asked(self, task: str, settings: dict[str, Any]) -> dict[str, Any]:
-        """temperature, top_p, top_k, until and max_gen_toks of a request; what no mode can do is refused."""
-        asked: dict[str, Any] = dict(normalize_gen_kwargs(settings, 256))
-        strange = {k: v for k, v in asked.items() if k not in GENERATION_SETTINGS and (k, v) != ("num_beams", 1)}
-        if strange:
+    def _settings(self, task: str, settings: dict[str, Any]) -> tuple[dict[str, Any], list[str], int]:
+        """(temperature, top_p and top_k; stop strings; length) of a request; what no mode can do is refused."""
+        wanted: dict[str, Any] = dict(normalize_gen_kwargs(settings, 256))
+        unknown = {k: v for k, v in wanted.items() if k not in GENERATION_SETTINGS and (k, v) != ("num_beams", 1)}
+        if unknown:
             raise ValueError(
-                f"task {task!r} asks for {strange}, and decoding here knows {', '.join(GENERATION_SETTINGS)}: "
+                f"task {task!r} asks for {unknown}, and decoding here knows {', '.join(GENERATION_SETTINGS)}: "
                 "change the task"
             )
-        length = asked["max_gen_toks"]
+        length = wanted["max_gen_toks"]
         if not 0 < length < self.max_length:
             raise ValueError(
                 f"task {task!r} asks for max_gen_toks {length}, and a context of {self.max_length} has room for 1 to "
                 f"{self.max_length - 1}: set another with --gen-kwargs max_gen_toks=N"
             )
-        until = [s for s in asked["until"] if s]
-        return {k: v for k, v in asked.items() if k in ("temperature", "top_p", "top_k")} | {
-            "until": until,
-            "max_gen_toks": length,
-        }
+        sampling = {k: v for k, v in wanted.items() if k in ("temperature", "top_p", "top_k")}
+        return sampling, [s for s in wanted["until"] if s], length
 
     def _decode(
         self,
@@ -347,11 +342,11 @@ class HarnessLM(TemplateLM):
         return {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
 
     def _cut(self, prompt: list[int], new: list[int], until: list[str]) -> str:
-        """The new text before the first stop string; one that is a special token never shows in text."""
+        """The new text before the first stop string; a stop string that is a special token is found by its id."""
         ends = {self._special[s] for s in until if s in self._special}
         new = new[: next((n for n, token in enumerate(new) if token in ends), len(new))]
         text: str = self.lm.new_text(torch.tensor(prompt or [self.prefix_token_id]), new)
-        return text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
+        return text[: min((place for place in map(text.find, until) if place >= 0), default=len(text))]
 
 
 @torch.inference_mode()

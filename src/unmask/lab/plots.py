@@ -53,15 +53,15 @@ def curves(
     _check(rows, (x, y, *([by] if by else [])))
     with _figure(path) as (figure, paths):
         axes = figure.subplots()
-        for i, (name, some) in enumerate(_groups(rows, by).items()):
-            points = {at: [row[y] for row in of] for at, of in _groups(some, x).items()}
-            at = sorted(points)
-            middle = [mean(points[a]) for a in at]
-            error = [_standard_error(points[a]) for a in at]
-            axes.plot(at, middle, label=str(name), **_look(i))
+        for i, (name, line) in enumerate(_groups(rows, by).items()):
+            values = {place: [row[y] for row in seeds] for place, seeds in _groups(line, x).items()}
+            places = sorted(values)
+            middle = [mean(values[place]) for place in places]
+            error = [_standard_error(values[place]) for place in places]
+            axes.plot(places, middle, label=str(name), **_look(i))
             if any(error):
                 low, high = ([m + sign * e for m, e in zip(middle, error, strict=True)] for sign in (-1, 1))
-                axes.fill_between(at, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.18, linewidth=0)
+                axes.fill_between(places, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.18, linewidth=0)
         _label(axes, x_label or x, y_label or y, title)
         if log_x:
             axes.set_xscale("log")
@@ -78,12 +78,12 @@ def bars(
     groups = _groups(rows, by)
     with _figure(path, width=1.2 + 0.8 * len(groups)) as (figure, paths):
         axes = figure.subplots()
-        values = [[row[y] for row in some] for some in groups.values()]
-        errors = [_standard_error(some) for some in values]
-        axes.bar(range(len(groups)), [mean(some) for some in values], width=0.65, color=COLOURS[0], alpha=0.85,
+        values = [[row[y] for row in group] for group in groups.values()]
+        errors = [_standard_error(group) for group in values]
+        axes.bar(range(len(groups)), [mean(group) for group in values], width=0.65, color=COLOURS[0], alpha=0.85,
                  yerr=errors if any(errors) else None, capsize=3, ecolor="black")  # fmt: skip
-        for i, some in enumerate(values):
-            axes.annotate(f"{mean(some):.3g}", (i, mean(some) + errors[i]), xytext=(0, 3), textcoords="offset points",
+        for i, group in enumerate(values):
+            axes.annotate(f"{mean(group):.3g}", (i, mean(group) + errors[i]), xytext=(0, 3), textcoords="offset points",
                           ha="center", fontsize=8)  # fmt: skip
         axes.set_xticks(range(len(groups)), [_short(name) for name in groups],
                         rotation=30 if len(groups) > 4 else 0, ha="right" if len(groups) > 4 else "center")  # fmt: skip
@@ -108,17 +108,17 @@ def heat_map(
     """Column `value` over columns x and y, means over rows at the same place, each written into its cell."""
     _check(rows, (x, y, value))
     across, down = (_ordered(row[name] for row in rows) for name in (x, y))
-    cells = {at: mean(row[value] for row in some) for at, some in _cells(rows, x, y).items()}
+    cells = {place: mean(row[value] for row in cell) for place, cell in _cells(rows, x, y).items()}
     grid = [[cells.get((a, b), math.nan) for a in across] for b in down]
     low, high = min(cells.values()), max(cells.values())
     with _figure(path, width=2.2 + 0.62 * len(across), height=1.4 + 0.4 * len(down)) as (figure, paths):
         axes = figure.subplots()
         image = axes.imshow(grid, cmap="cividis", aspect="auto", vmin=low, vmax=high)
         for j, line in enumerate(grid):
-            for i, found in enumerate(line):
-                if not math.isnan(found):
-                    dark = high > low and (found - low) / (high - low) < 0.55
-                    axes.text(i, j, f"{found:.{digits}g}", ha="center", va="center", fontsize=8,
+            for i, cell in enumerate(line):
+                if not math.isnan(cell):
+                    dark = high > low and (cell - low) / (high - low) < 0.55
+                    axes.text(i, j, f"{cell:.{digits}g}", ha="center", va="center", fontsize=8,
                               color="white" if dark else "black")  # fmt: skip
         axes.set_xticks(range(len(across)), [_short(a) for a in across])
         axes.set_yticks(range(len(down)), [_short(b) for b in down])
@@ -154,8 +154,8 @@ def frontier(rows: Sequence[Row], path: str | Path, *, title: str = "") -> tuple
                     axes.axhline(row[column], color=_GREY, linestyle=":", linewidth=1.2, label="real text")
             # distinct-n falls with the number of texts, so a row of fewer of them has no place beside the others
             texts = max(row.get("num_texts") or 0 for row in rows)
-            some = [row for row in _untimed(rows) if column != "distinct_2" or (row.get("num_texts") or 0) == texts]
-            _systems(axes, looks, some, "tokens_per_forward", column)
+            shown = [row for row in _untimed(rows) if column != "distinct_2" or (row.get("num_texts") or 0) == texts]
+            _systems(axes, looks, shown, "tokens_per_forward", column)
             _label(axes, "tokens per forward", label, "")
         for axes, batch in zip(grid[-1], batches, strict=False):
             _systems(axes, looks, [row for row in timed if row["batch_size"] == batch], "speed_over_ar", quality[0])
@@ -192,12 +192,12 @@ def _systems(axes: Any, looks: Mapping[str, Mapping[str, Any]], rows: Sequence[R
     for row in rows:
         if row["mode"] != "data" and row.get(x) is not None and row.get(y) is not None:
             groups[_system(row)].append(row)
-    for name, some in groups.items():
-        some = sorted(some, key=lambda row: (row.get("value") is None, row.get("value") or 0))
-        if not some:
+    for name, line in groups.items():
+        line = sorted(line, key=lambda row: (row.get("value") is None, row.get("value") or 0))
+        if not line:
             continue
-        axes.plot([row[x] for row in some], [row[y] for row in some], label=name, **looks[name])
-        for row in _apart(some, rows, x, y):
+        axes.plot([row[x] for row in line], [row[y] for row in line], label=name, **looks[name])
+        for row in _apart(line, rows, x, y):
             axes.annotate(f"{row['value']:g}", (row[x], row[y]), xytext=(3, 3), textcoords="offset points",
                           fontsize=6.5, color=_GREY)  # fmt: skip
     from matplotlib.ticker import LogLocator, NullLocator
@@ -214,17 +214,18 @@ def _narrow(rows: Sequence[Row], x: str) -> bool:
     return bool(values) and max(values) < 3 * min(values)
 
 
-def _apart(some: Sequence[Row], rows: Sequence[Row], x: str, y: str) -> list[Row]:
+def _apart(line: Sequence[Row], rows: Sequence[Row], x: str, y: str) -> list[Row]:
     """Those of a line's points whose labels do not fall on the one before."""
-    spans = [max(of) - min(of) or 1 for of in ([row[c] for row in rows if row.get(c) is not None] for c in (x, y))]
-    kept: list[Row] = []
-    for row in some:
+    columns = ([row[c] for row in rows if row.get(c) is not None] for c in (x, y))
+    spans = [max(column) - min(column) or 1 for column in columns]
+    labelled: list[Row] = []
+    for row in line:
         if row.get("value") is None:
             continue
-        near = kept and all(abs(row[c] - kept[-1][c]) < 0.08 * span for c, span in zip((x, y), spans, strict=True))
-        if not near:
-            kept.append(row)
-    return kept
+        before = labelled[-1] if labelled else None
+        if before is None or any(abs(row[c] - before[c]) >= 0.08 * span for c, span in zip((x, y), spans, strict=True)):
+            labelled.append(row)
+    return labelled
 
 
 def _kind(row: Row) -> str:
@@ -295,8 +296,8 @@ def _cells(rows: Sequence[Row], x: str, y: str) -> dict[tuple[Any, Any], list[Ro
 
 def _ordered(values: Any) -> list[Any]:
     """Different values: numbers sorted, anything else in order of appearance."""
-    found = list(dict.fromkeys(values))
-    return sorted(found) if all(isinstance(value, int | float) for value in found) else found
+    different = list(dict.fromkeys(values))
+    return sorted(different) if all(isinstance(value, int | float) for value in different) else different
 
 
 def _standard_error(values: Sequence[float]) -> float:

@@ -83,7 +83,7 @@ def series(
             for row in line["rows"]:
                 if row.get(figure) is not None:
                     values.setdefault(line["arm"], {}).setdefault(key(line, row), []).append(row[figure])
-    return {arm: {at: estimate(found) for at, found in of.items()} for arm, of in values.items()}
+    return {arm: {at: estimate(seeds) for at, seeds in points.items()} for arm, points in values.items()}
 
 
 def last_lines(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -93,8 +93,8 @@ def last_lines(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         run = (line["arm"], line["seed"])
         last[run] = max(last.get(run, 0), line["tokens"])
     order = {arm: i for i, arm in enumerate(dict.fromkeys(line["arm"] for line in lines))}
-    kept = [line for line in lines if line["tokens"] == last[line["arm"], line["seed"]]]
-    return sorted(kept, key=lambda line: order[line["arm"]])
+    of_last = [line for line in lines if line["tokens"] == last[line["arm"], line["seed"]]]
+    return sorted(of_last, key=lambda line: order[line["arm"]])
 
 
 def write_report(output: Path) -> None:
@@ -104,10 +104,10 @@ def write_report(output: Path) -> None:
     try:
         plots.require_matplotlib()
     except ValueError:  # an extra: the tables do without
-        drawn = {}
+        figures = {}
     else:
-        drawn = draw(lines, output / "figures")
-    (output / "report.md").write_text(report(study, lines, {title: f"figures/{p.name}" for title, p in drawn.items()}))
+        figures = {title: f"figures/{path.name}" for title, path in draw(lines, output / "figures").items()}
+    (output / "report.md").write_text(report(study, lines, figures))
 
 
 def flat(lines: Iterable[dict[str, Any]], measure: str, figure: str) -> list[dict[str, Any]]:
@@ -123,11 +123,11 @@ def flat(lines: Iterable[dict[str, Any]], measure: str, figure: str) -> list[dic
 
 def draw(lines: Sequence[dict[str, Any]], folder: Path) -> dict[str, Path]:
     """The figures that these lines allow, title -> PNG file."""
-    last, found = last_lines(lines), {}
+    last, figures = last_lines(lines), {}
 
     def add(title: str, name: str, drawer: Callable[..., tuple[Path, Path]], rows: list[Any], **axes: Any) -> None:
         if rows:
-            found[title] = drawer(rows, folder / name, **axes)[0]
+            figures[title] = drawer(rows, folder / name, **axes)[0]
 
     for measure, figure in ALONG:
         rows = [row for row in flat(lines, measure, figure) if row["arm"] != "parent"]
@@ -154,7 +154,7 @@ def draw(lines: Sequence[dict[str, Any]], folder: Path) -> dict[str, Path]:
     ):
         add(f"Place in the block and {title}", f"order-{figure}", plots.curves, order, x="at", y=figure, by="arm",
             x_label="place in the block", y_label=f"mean {title}")  # fmt: skip
-    return found
+    return figures
 
 
 def _by_setting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -163,9 +163,9 @@ def _by_setting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         groups.setdefault((row["arm"], row["at"]), []).append(row)
     return [
-        {"arm": arm, **{k: mean(r[k] for r in some) for k in ("tokens_per_forward", "parent_nll", "accuracy")
-                        if all(k in r for r in some)}}
-        for (arm, _), some in groups.items()
+        {"arm": arm, **{k: mean(row[k] for row in seeds) for k in ("tokens_per_forward", "parent_nll", "accuracy")
+                        if all(k in row for row in seeds)}}
+        for (arm, _), seeds in groups.items()
     ]  # fmt: skip
 
 
@@ -189,10 +189,10 @@ def report(study: dict[str, Any], lines: Sequence[dict[str, Any]], figures: dict
     along = [line for line in lines if line["arm"] != "parent"]
     for measure, figure in ALONG:
         found = series(along, measure, figure, lambda line, _row: line["tokens"])
-        if any(len(of) > 1 for of in found.values()):
+        if any(len(estimates) > 1 for estimates in found.values()):
             parts += [f"## {HEADLINES[figure]} along training, by tokens", table(found)]
     parts += [f"![{title}]({file})" for title, file in figures.items()]
-    parts += ["## Arms", *(f"- `{arm}`: {_described(own)}" for arm, own in study["arms"].items())]
+    parts += ["## Arms", *(f"- `{arm}`: {_described(settings)}" for arm, settings in study["arms"].items())]
     return "\n\n".join(part for part in parts if part).replace("\n\n- ", "\n- ") + "\n"
 
 
@@ -205,33 +205,33 @@ def _headlines(last: Sequence[dict[str, Any]]) -> str:
     columns: dict[str, dict[str, Estimate]] = {}
     for figure, title in HEADLINES.items():
         for measure in ("likelihood", "quality"):
-            for arm, found in series(last, measure, figure, lambda *_: None).items():
-                columns.setdefault(arm, {})[title] = found[None]
+            for arm, estimates in series(last, measure, figure, lambda *_: None).items():
+                columns.setdefault(arm, {})[title] = estimates[None]
     order = dict.fromkeys(line["arm"] for line in last)
-    shown = [title for title in HEADLINES.values() if any(title in of for of in columns.values())]
-    return table({arm: columns[arm] for arm in order if arm in columns}, shown)
+    titles = [title for title in HEADLINES.values() if any(title in figures for figures in columns.values())]
+    return table({arm: columns[arm] for arm in order if arm in columns}, titles)
 
 
-def table(found: dict[str, dict[Any, Estimate]], keys: list[Any] | None = None) -> str:
+def table(arms: dict[str, dict[Any, Estimate]], keys: list[Any] | None = None) -> str:
     """Arms down, keys across: numbers sorted, names in the order of their appearance."""
     if keys is None:
-        keys = list(dict.fromkeys(key for of in found.values() for key in of))
+        keys = list(dict.fromkeys(key for estimates in arms.values() for key in estimates))
         if all(isinstance(key, int | float) for key in keys):
             keys.sort()
     rows = [["", *map(str, keys)], ["---"] * (len(keys) + 1)]
-    rows += [[arm, *(str(of[key]) if key in of else "-" for key in keys)] for arm, of in found.items()]
+    rows += [[arm, *(str(estimates.get(key, "-")) for key in keys)] for arm, estimates in arms.items()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _order(last: Sequence[dict[str, Any]], figure: str, better: str) -> str:
     """The arms from best to worst, with > where neighbours are two standard errors of their difference apart."""
-    found: dict[str, Estimate] = {}
+    arms: dict[str, Estimate] = {}
     for measure in ("likelihood", "quality"):
-        found |= {arm: of[None] for arm, of in series(last, measure, figure, lambda *_: None).items()}
-    found.pop("parent", None)
-    if len(found) < 2:
+        arms |= {arm: found[None] for arm, found in series(last, measure, figure, lambda *_: None).items()}
+    arms.pop("parent", None)
+    if len(arms) < 2:
         return ""
-    ranked = sorted(found.items(), key=lambda item: item[1].mean, reverse=better == HIGHER)
+    ranked = sorted(arms.items(), key=lambda item: item[1].mean, reverse=better == HIGHER)
     text = ranked[0][0]
     for (_, a), (name, b) in pairwise(ranked):
         text += (" > " if apart(a, b) else " ~ ") + name
@@ -248,5 +248,5 @@ def apart(a: Estimate, b: Estimate) -> bool:
     return abs(a.mean - b.mean) > 2 * math.hypot(a.error, b.error)
 
 
-def _described(own: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={to_json(value)}" for key, value in own.items())
+def _described(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={to_json(value)}" for key, value in settings.items())

@@ -55,16 +55,16 @@ _RULES: dict[str, Callable[[float], Selector]] = {
     "confidence": lambda n: Confidence(_whole("confidence", n)),
     "random": lambda n: Random(_whole("random", n)),
 }
-_FEWEST_TIMED = 4
-"""Texts of a timed run at least, whatever the batch size."""
+_MIN_TIMED_TEXTS = 4
+"""The smallest number of texts of a timed run, whatever the batch size."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to measure. block_sizes: None in it is the checkpoint's own. oracle: prompts of the oracle, 0 leaves it out.
+    """What to measure. block_sizes: None is the checkpoint's own. oracle: number of its prompts, 0 leaves it out.
 
-    prompt_tokens: of a document that are given. rounds: timed runs of each setting, in turn with the AR parent; medians
-    are reported. seed: of sampling, and of a task's problems.
+    prompt_tokens: the beginning of a document that is the prompt. rounds: timed runs of each setting, in turn with the
+    AR parent; medians are reported. seed: of sampling, and of a task's problems.
     """
 
     rules: tuple[Selector, ...]
@@ -132,19 +132,19 @@ def _whole(name: str, value: float) -> int:
 
 
 def beginnings(tokenizer: Any, texts: Iterable[str], sweep: Sweep) -> tuple[list[Tensor], list[list[int]]]:
-    """The first tokens of the first documents that are long enough, and how these really go on."""
-    prompts, rests = [], []
-    wanted = sweep.prompt_tokens + sweep.max_new_tokens
+    """The first tokens of the first documents that are long enough, and the tokens that follow them there."""
+    prompts, continuations = [], []
+    length = sweep.prompt_tokens + sweep.max_new_tokens
     for text in texts:
         ids = ids_of(tokenizer, text)
-        if len(ids) >= wanted:
+        if len(ids) >= length:
             prompts.append(torch.tensor(ids[: sweep.prompt_tokens]))
-            rests.append(ids[sweep.prompt_tokens : wanted])
+            continuations.append(ids[sweep.prompt_tokens : length])
         if len(prompts) == sweep.num_prompts:
             break
     if not prompts:
-        raise ValueError(f"no document has prompt_tokens + max_new_tokens = {wanted} tokens: ask for fewer")
-    return prompts, rests
+        raise ValueError(f"no document has prompt_tokens + max_new_tokens = {length} tokens: ask for fewer")
+    return prompts, continuations
 
 
 def run_frontier(
@@ -160,26 +160,26 @@ def run_frontier(
 ) -> tuple[list[FrontierRow], dict[str, Any]]:
     """Rows and run.json of a model on documents' beginnings, or on the problems of a task."""
     files = local_files(data, "data") if data else []
-    asked = [] if task is None else problems([task], "test", sweep.num_prompts, sweep.seed)
+    of_task = [] if task is None else problems([task], "test", sweep.num_prompts, sweep.seed)
     lm, ar = load_pair(model, parent, trust_remote_code)
-    rests, score = None, None
-    if asked:
-        prompts = [torch.tensor(ids_of(ar.tokenizer, problem.prompt)) for problem in asked]
+    continuations, score = None, None
+    if of_task:
+        prompts = [torch.tensor(ids_of(ar.tokenizer, problem.prompt)) for problem in of_task]
 
         def score(texts: list[str]) -> list[bool]:
-            return [problem.check(text) for problem, text in zip(asked, texts, strict=False)]
+            return [problem.check(text) for problem, text in zip(of_task, texts, strict=False)]
     else:
         texts = (text for file in files for text in read_documents(file))
-        prompts, rests = beginnings(ar.tokenizer, texts, sweep)
+        prompts, continuations = beginnings(ar.tokenizer, texts, sweep)
     context, longest = lm.network.context_length, max(map(len, prompts)) + sweep.max_new_tokens
     if context is not None and longest > context:
         raise ValueError(f"prompt and max_new_tokens make {longest} tokens, more than the model's context of {context}")
     run = describe(model, lm, ar, prompts, sweep, [f"task {task}"] if task else [Path(file).name for file in files])
     folder = None if output is None else RunFolder(output, "run.json", "rows.jsonl", ("model_fingerprint",), None)
     with nullcontext() if folder is None else folder.claimed():
-        done = [] if folder is None else earlier_rows(folder, run)
-        rows = run_sweep(lm, ar, prompts, sweep, rests=rests, score=score, done=done, folder=folder,
-                         show_progress=show_progress)  # fmt: skip
+        earlier = [] if folder is None else earlier_rows(folder, run)
+        rows = run_sweep(lm, ar, prompts, sweep, continuations=continuations, score=score, earlier=earlier,
+                         folder=folder, show_progress=show_progress)  # fmt: skip
         if folder is not None:
             _draw(folder, model, run["parent"], rows)
     return rows, run
@@ -277,21 +277,21 @@ def run_sweep(
     prompts: Sequence[Tensor],
     sweep: Sweep,
     *,
-    rests: Sequence[Sequence[int]] | None = None,
+    continuations: Sequence[Sequence[int]] | None = None,
     score: Score | None = None,
-    done: Sequence[FrontierRow] = (),
+    earlier: Sequence[FrontierRow] = (),
     folder: RunFolder | None = None,
     show_progress: bool = False,
 ) -> list[FrontierRow]:
-    """All rows, `done` ones first, new ones also appended to those in the folder.
+    """All rows, `earlier` ones first, new ones also appended to those in the folder.
 
-    rests: the real continuations, for a row of the data itself. score: of a task, for accuracies.
+    continuations: those of the documents, for a row of the data itself. score: of a task, for accuracies.
     """
     assert lm.diffusion is not None
-    found, known = list(done), {_key(row) for row in done}
+    rows, keys = list(earlier), {_key(row) for row in earlier}
 
     def add(row: FrontierRow) -> None:
-        found.append(row)
+        rows.append(row)
         if folder is not None:
             folder.append(asdict(row))
 
@@ -299,22 +299,22 @@ def run_sweep(
     sizes = [size or lm.diffusion.block_size for size in sweep.block_sizes] if sweep.oracle else []
     if sizes and lm.diffusion.attention == "bidirectional":
         sizes = [lm.diffusion.block_size]  # one canvas, whatever it is cut into
-    sought = [size for size in sizes if ("oracle", None, None, size, None) not in known]
+    missing_sizes = [size for size in sizes if ("oracle", None, None, size, None) not in keys]
     total = sum(len(batches) for _, _, batches in plan) + len(sizes)
-    missing = [(who, setting, [b for b in batches if _wanted_key(who, setting, b) not in known])
-               for who, setting, batches in plan]  # fmt: skip
-    left = sum(len(batches) for _, _, batches in missing) + len(sought)
-    with progress("frontier", total, start=total - left, show=show_progress) as advance:
-        if rests is not None and not any(row.mode == "data" for row in done):
-            add(data_row(parent, [prompt.tolist() for prompt in prompts], rests))
-        for who, setting, batches in missing:
+    missing = [(model, setting, [b for b in batches if _wanted_key(model, setting, b) not in keys])
+               for model, setting, batches in plan]  # fmt: skip
+    num_missing = sum(len(batches) for _, _, batches in missing) + len(missing_sizes)
+    with progress("frontier", total, start=total - num_missing, show=show_progress) as advance:
+        if continuations is not None and not any(row.mode == "data" for row in earlier):
+            add(data_row(parent, [prompt.tolist() for prompt in prompts], continuations))
+        for model, setting, batches in missing:
             if batches:
-                for row in _measure(who, parent, prompts, setting, batches, sweep, score, advance):
+                for row in _measure(model, parent, prompts, setting, batches, sweep, score, advance):
                     add(row)
-        for size in sought:
+        for size in missing_sizes:
             add(_oracle(lm, parent, prompts[: sweep.oracle], size, sweep, score))
             advance(1, "oracle")
-    return found
+    return rows
 
 
 def _plan(lm: DiffusionLM, parent: DiffusionLM, sweep: Sweep) -> Iterator[tuple[DiffusionLM, Setting, Sequence[int]]]:
@@ -346,13 +346,13 @@ def _measure(
     decoded = decode(lm, prompts, largest, **options)
     row = frontier_row(lm, largest, decoded, judge(parent, decoded.prompts, decoded.texts), score=score)
     for batch in batches:
-        some = [prompts[i % len(prompts)] for i in range(max(batch, _FEWEST_TIMED))]
+        timed = [prompts[i % len(prompts)] for i in range(max(batch, _MIN_TIMED_TEXTS))]
         speeds, ratios = [], []
         for _ in range(sweep.rounds):
-            ours = decode(lm, some, replace(setting, batch_size=batch), **options)
+            ours = decode(lm, timed, replace(setting, batch_size=batch), **options)
             speeds.append(ours.num_new_tokens / max(ours.seconds, 1e-9))
             if setting.mode != "ar":
-                ar = decode(parent, some, Setting("ar", batch_size=batch), **options)
+                ar = decode(parent, timed, Setting("ar", batch_size=batch), **options)
                 ratios.append(speeds[-1] * max(ar.seconds, 1e-9) / ar.num_new_tokens)
         yield replace(
             row, batch_size=batch, tokens_per_second=statistics.median(speeds),
@@ -410,7 +410,7 @@ def areas(rows: Sequence[FrontierRow]) -> dict[str, float]:
         name = row.mode if row.rule is None else row.rule
         name += f", blocks of {row.block_size}" if row.block_size is not None else ""
         points.setdefault(name, set()).add((row.tokens_per_forward or 0.0, row.accuracy or 0.0))
-    return {name: accuracy_under_parallelism(sorted(of), best_accuracy=best) for name, of in points.items()}
+    return {name: accuracy_under_parallelism(sorted(curve), best_accuracy=best) for name, curve in points.items()}
 
 
 _COLUMNS = {

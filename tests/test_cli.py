@@ -109,7 +109,7 @@ def test_adapt_generate_evaluate(run, tokenizer_and_model: Path, stories: Path, 
     code, out, err = run("generate", tmp_path / "run", "Once there was", "--max-new-tokens", 8, "--json")
     assert code == 0, err
     answer = json.loads(out)
-    assert (answer["mode"], answer["num_new_tokens"]) == ("diffusion", 8)
+    assert (answer["mode"], answer["num_new_tokens"]) == ("speculative", 8)
     assert answer["num_forwards"] >= 1
     assert answer["tokens_per_forward"] == pytest.approx(8 / answer["num_forwards"], abs=1e-3)
 

@@ -35,9 +35,8 @@ def run_demo(model: str | None, data: list[str] | None, output: Path, max_tokens
     converted = output / "converted"
     _note(f"convert {model}")
     lm = unmask.adapt(
-        model, data, "efficient-dlm", converted, resume=True, trust_remote_code=trust, max_tokens=max_tokens,
-        eval_every=50,
-    )  # fmt: skip
+        model, data, output_dir=converted, resume=True, trust_remote_code=trust, max_tokens=max_tokens, eval_every=50
+    )
     files = find_files(data)
     held_out = [text for file in files[-1:] for text in read_documents(file)][-8:] if files else []
     _show(unmask.load(model, trust_remote_code=trust), lm, held_out)
@@ -45,18 +44,22 @@ def run_demo(model: str | None, data: list[str] | None, output: Path, max_tokens
 
 
 def _show(base: DiffusionLM, lm: DiffusionLM, held_out: list[str]) -> None:
-    """Text of both after the first words of a document, and their bits per byte on all of them."""
+    """What both write after the first words of a document, a gap that only `lm` can fill, and bits per byte of all."""
     from unmask.evaluation.likelihood import summarise
 
     prompt = held_out[0][:60] if held_out else ""
-    ar, diffusion = (model.generate(prompt, max_new_tokens=48) for model in (base, lm))
+    ar, fast = (model.generate(prompt, max_new_tokens=48) for model in (base, lm))
+    cycles = float(fast.tokens_per_cycle[0]) if fast.tokens_per_cycle is not None else 0.0
+    same = "the same text" if ar.texts == fast.texts else "another text"
+    filled = lm.infill(prompt[:30], prompt[45:], 6)
     lines = [
         "",
         f"prompt         {prompt!r}",
         f"AR parent      {ar.texts[0]!r}",
-        f"diffusion      {diffusion.texts[0]!r}",
-        f"forwards       {int(ar.num_forwards[0])} and {int(diffusion.num_forwards[0])} for "
-        f"{int(ar.num_new_tokens[0])} and {int(diffusion.num_new_tokens[0])} tokens",
+        f"converted      {fast.texts[0]!r}",
+        f"               {same}, {cycles:.2f} tokens per cycle, "
+        f"{int(ar.num_forwards[0])} and {int(fast.num_forwards[0])} forwards for {int(fast.num_new_tokens[0])} tokens",
+        f"infilling      {prompt[:30]!r} [{filled.texts[0]}] {prompt[45:]!r}",
     ]
     if held_out:
         nll, bound = summarise(base.nll(held_out)), summarise(lm.nelbo(held_out, seed=0))

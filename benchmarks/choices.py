@@ -22,24 +22,24 @@ from unmask.evaluation.likelihood import Document, batches, check_finite, row_su
 
 
 def choice_document(tokenizer: Any, context: str, choice: str, context_length: int | None = None) -> Document:
-    """The context, given, and the choice, scored, whose bytes are all counted at its last token.
+    """The context, which is not scored, and the choice, whose bytes are all counted at its last token.
 
     A document longer than `context_length` loses the beginning of its context.
     """
     if not choice.strip():
         raise ValueError(f"choice {choice!r} is empty: there is nothing to score")
-    given = ids_of(tokenizer, context)
-    scored = continue_ids(tokenizer, given, context, choice)
-    if not given:
+    prompt = ids_of(tokenizer, context)
+    scored = continue_ids(tokenizer, prompt, context, choice)
+    if not prompt:
         raise ValueError(f"context {context!r} makes no tokens, so the first token of the choice could not be scored")
     if context_length is not None:
         if len(scored) >= context_length:
             raise ValueError(f"choice {choice[:40]!r} of {len(scored)} tokens exceeds the context of {context_length}")
-        given = given[max(0, len(given) + len(scored) - context_length) :]
-    ids = torch.tensor(given + scored)
+        prompt = prompt[max(0, len(prompt) + len(scored) - context_length) :]
+    ids = torch.tensor(prompt + scored)
     num_bytes = torch.zeros_like(ids)
     num_bytes[-1] = len(choice.encode())
-    return Document(ids, num_bytes, torch.arange(len(ids)) >= len(given))
+    return Document(ids, num_bytes, torch.arange(len(ids)) >= len(prompt))
 
 
 @torch.inference_mode()

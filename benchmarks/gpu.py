@@ -127,16 +127,16 @@ def main() -> None:
     parser.add_argument("--only", choices=("train", "decode"))
     parser.add_argument("--minutes", type=float, default=7.5, help="after which no case begins; a third for training")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    given = parser.parse_args()
-    if given.device == "cuda" and not torch.cuda.is_available():
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU here: run with --device cpu --shape tiny --decode-shape tiny --length 256")
-    if given.device == "cpu":
+    if options.device == "cpu":
         torch.set_num_threads(1)
-    name = torch.cuda.get_device_name() if given.device == "cuda" else "CPU, one thread"
-    given.folder.mkdir(parents=True, exist_ok=True)
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, one thread"
+    options.folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-        "train": lambda: training(given.shape, given.length, given.rounds),
-        "decode": lambda: decoding(given.decode_shape, given.rounds),
+        "train": lambda: training(options.shape, options.length, options.rounds),
+        "decode": lambda: decoding(options.decode_shape, options.rounds),
     }
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
@@ -144,14 +144,14 @@ def main() -> None:
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
         seconds = time.perf_counter() - began
-        (given.folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        (given.folder / "README.md").write_text(f"# {name}\n\n{table(rows)}\n\nMeasured in {seconds:.0f} s.\n")
+        (options.folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (options.folder / "README.md").write_text(f"# {name}\n\n{table(rows)}\n\nMeasured in {seconds:.0f} s.\n")
         print(f"{seconds:6.0f} s  {row}", flush=True)
 
     for part, cases in parts.items():
-        if given.only not in (None, part):
+        if options.only not in (None, part):
             continue
-        until = began + 60 * given.minutes * (1 / 3 if (part, given.only) == ("train", None) else 1)
+        until = began + 60 * options.minutes * (1 / 3 if (part, options.only) == ("train", None) else 1)
         try:
             for row in cases():
                 keep(row | {"part": part, "device": name, "torch": torch.__version__, "unmask": __version__})

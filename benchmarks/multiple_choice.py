@@ -75,10 +75,10 @@ def main() -> None:
             row: dict[str, Any] = {"file": file.name, "questions": len(questions),
                                    "guessing": sum(1 / len(p) for p, _ in questions) / len(questions)}  # fmt: skip
             for name, values in scores.items():
-                right, at = 0, 0
+                right, start = 0, 0
                 for pairs, gold in questions:
-                    mine = values[at : at + len(pairs)]
-                    right, at = right + (mine.index(min(mine)) == gold), at + len(pairs)
+                    of_question = values[start : start + len(pairs)]
+                    right, start = right + (of_question.index(min(of_question)) == gold), start + len(pairs)
                 row[f"accuracy_{name}"] = right / len(questions)
             mode = "ar" if diffusion is None else "exact" if options.exact else options.num_samples
             rows.write(json.dumps(row | {"score": mode, "command": shlex.join(["python", *sys.argv])}) + "\n")

@@ -63,10 +63,10 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     rows = options.output / "rows.jsonl"
-    done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-    seen = {json.dumps([row["settings"], row["asked"]], sort_keys=True) for row in done}
-    todo = [s for s in options.grid if json.dumps([s, options.tokens], sort_keys=True) not in seen]
-    jobs = [(options.parent, options.train, options.valid, options.tokens, settings) for settings in todo]
+    earlier = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    finished = {json.dumps([row["settings"], row["asked"]], sort_keys=True) for row in earlier}
+    missing = [s for s in options.grid if json.dumps([s, options.tokens], sort_keys=True) not in finished]
+    jobs = [(options.parent, options.train, options.valid, options.tokens, settings) for settings in missing]
     with ProcessPoolExecutor(2) as pool, rows.open("a") as file:
         for row in pool.map(run, jobs):
             file.write(json.dumps(row | {"asked": options.tokens}) + "\n")

@@ -48,6 +48,6 @@ def spearman(x: Tensor, y: Tensor) -> float:
 
 
 def _ranks(x: Tensor) -> Tensor:
-    _, at, count = x.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count - 1) / 2)[at]
+    _, index, count = x.unique(return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()  # the highest rank of each value
+    return (last - (count - 1) / 2)[index]

@@ -28,20 +28,20 @@ def main() -> None:
     parser.add_argument("--windows", default="2,4")
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path("results/window"))
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    lm, parent = unmask.load(given.checkpoint), unmask.load(given.parent)
+    lm, parent = unmask.load(options.checkpoint), unmask.load(options.parent)
     assert lm.diffusion is not None
     prompts: list[torch.Tensor] = []
-    for text in read_documents(given.data):
+    for text in read_documents(options.data):
         ids = lm.tokenizer(text)["input_ids"]
         if len(ids) >= PROMPT + NEW:
             prompts.append(torch.tensor(ids[:PROMPT]))
-        if len(prompts) == given.num_prompts:
+        if len(prompts) == options.num_prompts:
             break
     rules: list[Selector] = [Threshold(0.9), Threshold(0.5), Confidence(4), Confidence(8)]
     for rule in rules:
-        for window in (*map(int, given.windows.split(",")), None):
+        for window in (*map(int, options.windows.split(",")), None):
             began = time.process_time()
             out = sample_blocks(
                 lm.network, lm.diffusion, prompts, Request(max_new_tokens=NEW), select=rule, window=window
@@ -61,8 +61,8 @@ def main() -> None:
                 "cpu_seconds": round(seconds, 2),
             }  # fmt: skip
             print(json.dumps(row), flush=True)
-            given.output.mkdir(parents=True, exist_ok=True)
-            with (given.output / "rows.jsonl").open("a") as rows:
+            options.output.mkdir(parents=True, exist_ok=True)
+            with (options.output / "rows.jsonl").open("a") as rows:
                 rows.write(json.dumps(row) + "\n")
 
 

@@ -16,7 +16,7 @@ _OF_TASKS = (
     "tasks_folder", "limit", "num_fewshot", "batch_size", "max_length", "gen_kwargs", "apply_chat_template",
     "confirm_run_unsafe_code", "output",
 )  # fmt: skip
-"""Options that mean something with --tasks only, besides those of decoding."""
+"""Options of --tasks alone, besides those of decoding."""
 
 
 @app.command(
@@ -64,31 +64,29 @@ def evaluate(
     Options of decoding are those of tasks.
     """
     del sampling  # a task says itself how it samples
-    given = {
-        name: value
-        for name, value in locals().items()
-        if name in _OF_TASKS and value is not None and value is not False
-    }
+    arguments = locals()
+    of_tasks = {name: arguments[name] for name in _OF_TASKS}
+    of_tasks = {name: value for name, value in of_tasks.items() if value is not None and value is not False}
     bound: dict[str, Any] = {"num_samples": num_samples, "exact": exact, "block_size": block_size, "seed": seed}
     if tasks is not None:
         if data or more or max_documents is not None:
             raise ValueError(f"--tasks {tasks} brings its own documents: leave --data, and take fewer with --limit")
-        results = _run_tasks(model, trust_remote_code, tasks, given, bound | decoder)
+        results = _run_tasks(model, trust_remote_code, tasks, of_tasks, bound | decoder)
         if as_json:
-            shown = {name: value for name, value in results.items() if name not in ("samples", "configs")}
-            print(to_json(shown, default=str))
+            figures = {name: value for name, value in results.items() if name not in ("samples", "configs")}
+            print(to_json(figures, default=str))
         else:
             from unmask.evaluation.harness import table
 
             print(table(results))
         return
-    for name, value in (given | decoder).items():
+    for name, value in (of_tasks | decoder).items():
         raise ValueError(f"--{name.replace('_', '-')} {value} is for --tasks: leave it out, or name tasks")
     if not data:
         raise ValueError("evaluate needs --data FILE, or --tasks NAME of lm-evaluation-harness")
     texts = _documents([*data, *(more or [])], max_documents, text_column, skip_invalid)
     figures = _likelihoods(model, trust_remote_code, texts, bound)
-    print(to_json(figures) if as_json else _shown(figures))
+    print(to_json(figures) if as_json else _as_text(figures))
 
 
 def _documents(files: Sequence[str], limit: int | None, text_column: str, skip_invalid: bool) -> list[str]:
@@ -133,7 +131,7 @@ def _likelihoods(model: str, trust_remote_code: bool, texts: list[str], bound: d
     }
 
 
-def _shown(figures: dict[str, Any]) -> str:
+def _as_text(figures: dict[str, Any]) -> str:
     """The figures of `_likelihoods` as lines to read."""
     lines = [
         f"{figures['num_documents']} documents, {figures['num_tokens']} predicted tokens",
@@ -151,22 +149,22 @@ def _shown(figures: dict[str, Any]) -> str:
 
 
 def _run_tasks(
-    model: str, trust_remote_code: bool, tasks: str, given: dict[str, Any], scoring: dict[str, Any]
+    model: str, trust_remote_code: bool, tasks: str, of_tasks: dict[str, Any], scoring: dict[str, Any]
 ) -> dict[str, Any]:
-    """`evaluate --tasks`: `given` are options of tasks, `scoring` those of the bound and of decoding."""
+    """`evaluate --tasks`: `scoring` are the options of the bound and of decoding."""
     try:
         from unmask.evaluation.harness import load_tasks, run_tasks, write_results
         from unmask.evaluation.lm_eval import HarnessLM
     except ImportError as error:
         raise ValueError(f'--tasks needs lm-evaluation-harness ({error}): pip install "unmask[eval]"') from error
-    loaded = load_tasks([name.strip() for name in tasks.split(",")], given.pop("tasks_folder", None))
+    loaded = load_tasks([name.strip() for name in tasks.split(",")], of_tasks.pop("tasks_folder", None))
 
     import unmask
 
     lm = unmask.load(model, trust_remote_code=trust_remote_code)
-    output = given.pop("output", None)
-    size = {name: given.pop(name) for name in ("batch_size", "max_length") if name in given}
-    results = run_tasks(HarnessLM(lm, show_progress=True, **scoring, **size), loaded, **given)
+    output = of_tasks.pop("output", None)
+    size = {name: of_tasks.pop(name) for name in ("batch_size", "max_length") if name in of_tasks}
+    results = run_tasks(HarnessLM(lm, show_progress=True, **scoring, **size), loaded, **of_tasks)
     if output is not None:
         write_results(results, output)
     return results

@@ -85,13 +85,13 @@ class Study:
 
     def run_settings(self, arm: str, seed: int) -> Settings:
         """The settings of one run; raises ValueError where the recipe or a setting is wrong."""
-        shared, own = dict(self.settings), dict(self.arms[arm])
-        recipe = own.pop("recipe", shared.pop("recipe", None))
+        shared, of_arm = dict(self.settings), dict(self.arms[arm])
+        recipe = of_arm.pop("recipe", shared.pop("recipe", None))
         if recipe is None:
             raise ValueError(f"arm {arm!r} of study {self.name!r} names no recipe")
-        if (shared | own).get("max_tokens", self.max_tokens) != self.max_tokens:
+        if (shared | of_arm).get("max_tokens", self.max_tokens) != self.max_tokens:
             raise ValueError(f"arm {arm!r} of study {self.name!r} sets max_tokens: all arms train on equally many")
-        return load_recipe(recipe, shared, **own | {"seed": seed, "max_tokens": self.max_tokens})
+        return load_recipe(recipe, shared, **of_arm | {"seed": seed, "max_tokens": self.max_tokens})
 
     def runs(self) -> Iterator[tuple[str, int]]:
         """(arm, seed), all arms of a seed before the next seed."""
@@ -106,11 +106,11 @@ def study_names() -> list[str]:
 
 def load_study(name: str | Path) -> Study:
     """A study that ships with the package, or one in a .toml file of one's own."""
-    own = Path(name)
-    if own.suffix == ".toml":
-        if not own.is_file():
+    file = Path(name)
+    if file.suffix == ".toml":
+        if not file.is_file():
             raise ValueError(f"study file {str(name)!r} does not exist")
-        text, name = own.read_text(), own.stem
+        text, name = file.read_text(), file.stem
     elif str(name) in study_names():
         text = (resources.files("unmask") / "studies" / f"{name}.toml").read_text()
     else:
@@ -118,9 +118,8 @@ def load_study(name: str | Path) -> Study:
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"study file {str(own)!r} is no TOML: {error}") from None
-    known = {f.name for f in fields(Study)} - {"name", "summary"}
-    _check_names(raw, known, f"study {name!r}")
+        raise ValueError(f"study file {str(file)!r} is no TOML: {error}") from None
+    _check_names(raw, {f.name for f in fields(Study)} - {"name", "summary"}, f"study {name!r}")
     _check_names(raw.get("budget", {}), {f.name for f in fields(Budget)}, f"budget of study {name!r}")
     for key in ("arms", "measures"):
         if not raw.get(key):
@@ -131,10 +130,10 @@ def load_study(name: str | Path) -> Study:
     return Study(name=str(name), summary=summary, budget=Budget(**budget), **values)
 
 
-def _check_names(given: dict[str, Any], known: set[str], where: str) -> None:
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{key!r} in {where} is unknown: use any of {', '.join(sorted(known))}")
+def _check_names(table: dict[str, Any], names: set[str], where: str) -> None:
+    for key in table:
+        if key not in names:
+            raise ValueError(f"{key!r} in {where} is unknown: use any of {', '.join(sorted(names))}")
 
 
 def choose(
@@ -217,14 +216,14 @@ def _measure_run(study: Study, arm: str, seed: int, run: Path, results: _Results
     """All measures of a finished run, and those along training at its earlier checkpoints."""
     tokens = _finished(run) or 0
     names = list(dict.fromkeys([*study.measures, *study.along]))
-    waiting = [point for point in _points(run) if results.lacks(arm, seed, point[0], study.along)]
-    if not waiting and not results.lacks(arm, seed, tokens, names):
+    unmeasured = [point for point in _points(run) if results.lacks(arm, seed, point[0], study.along)]
+    if not unmeasured and not results.lacks(arm, seed, tokens, names):
         return
     lm = load(run, trust_remote_code=trust_remote_code)
     results.measure(lm, arm, seed, tokens, names)
-    for tokens_then, weights in waiting:
-        if _put_in(lm, weights):
-            results.measure(lm, arm, seed, tokens_then, study.along)
+    for tokens_of_point, weights in unmeasured:
+        if _load_weights(lm, weights):
+            results.measure(lm, arm, seed, tokens_of_point, study.along)
 
 
 def _train(
@@ -243,13 +242,13 @@ def _train(
     steps = -(-study.max_tokens // (sized.batch_size * sized.max_length))
     every = -(-steps // study.points)
     # Evaluation is the study's own, on checkpoints: none during training.
-    given = differences(settings) | {"save_every": every, "keep_checkpoints": study.points + 1}
-    given |= {"eval_every": 10**9, "eval_documents": 4}
+    of_run = differences(settings) | {"save_every": every, "keep_checkpoints": study.points + 1}
+    of_run |= {"eval_every": 10**9, "eval_documents": 4}
     if show_progress:
         print(f"study {study.name}: train {arm} with seed {seed}", file=sys.stderr)
     adapt(
         model, list(data), settings.recipe, folder, resume=True, show_progress=show_progress,
-        trust_remote_code=trust_remote_code, **given,
+        trust_remote_code=trust_remote_code, **of_run,
     )  # fmt: skip
 
 
@@ -260,14 +259,14 @@ def _finished(folder: Path) -> int | None:
 
 
 def _points(folder: Path) -> Iterator[tuple[int, Path]]:
-    """(tokens, weights) of the checkpoints that a finished run left on its way."""
+    """(tokens, weights) of the checkpoints that a finished run kept."""
     for checkpoint in checkpoints(folder):
         if (checkpoint / "model.safetensors").is_file() and damage(checkpoint) is None:
             state = json.loads((checkpoint / "state.json").read_text())
             yield state["tokens"], checkpoint / "model.safetensors"
 
 
-def _put_in(lm: DiffusionLM, weights: Path) -> bool:
+def _load_weights(lm: DiffusionLM, weights: Path) -> bool:
     """Load a checkpoint's weights; False where it holds something else (adapters, a drafter)."""
     state = load_file(weights)
     if not state.keys() <= lm.model.state_dict().keys():

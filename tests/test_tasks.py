@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import unmask
 from unmask.lab.tasks import (
     ITEMS,
     LONG_TASKS,
@@ -28,6 +29,7 @@ from unmask.lab.tasks import (
     split_of,
     write_problems,
 )
+from unmask.sampling import Blocks, Threshold
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -184,3 +186,11 @@ def test_accuracy_is_the_mean_of_tasks_and_forwards_are_summed(bench: ModuleType
         "shuffle": {"problems": 2, "right": 0, "tokens": 10, "forwards": 1},
     }
     assert bench.summary(tasks, ("copy", "chain")) == {"accuracy": 0.75, "tokens_per_forward": 2.0}
+
+
+def test_model_in_the_repository_answers_several_tokens_a_forward(bench: ModuleType) -> None:
+    lm = unmask.load(Path(__file__).resolve().parents[1] / "models" / "tasks-one-block")
+    found = bench.answers(lm, problems(bench.FIVE, "test", 100), Blocks(select=Threshold(0.8)), bench.SHORT)
+    assert found["accuracy"] >= 0.97
+    assert found["tokens_per_forward"] > 5
+    assert found["tasks"]["copy"]["forwards"] == found["tasks"]["copy"]["problems"]

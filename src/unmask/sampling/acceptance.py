@@ -67,7 +67,7 @@ class Coupled:
     """Accept a draft while it is the token that AR sampling would draw with the same noise (2408.07978).
 
     d_j = argmax(log q_j + g_j), a_j = argmax(log p_j + g_j), g_j the Gumbel noise of position j; every token
-    that comes out is an a_j. So the output is AR sampling's own, token for token, whatever the drafter, and
+    that comes out is an a_j. So the output is AR sampling's own, token for token, for any drafter, and
     P(accept) >= (1 - TV) / (1 + TV).
     """
 

@@ -136,7 +136,7 @@ class _Batch:
         return True
 
     def pace(self, max_denoising_steps: int | None) -> tuple[Tensor, Tensor | None]:
-        """How many positions each block must commit now (slots,), and its share of the steps (slots, 1) if limited."""
+        """How many positions each block must commit (slots,), and its share of the steps (slots, 1) or None."""
         remaining = self.masked.sum(-1)
         if max_denoising_steps is None:
             return torch.zeros_like(remaining), None

@@ -49,7 +49,7 @@ def token_confidence(logits: Tensor, masked: Tensor, tokens: Tensor | None = Non
     """Untruncated probability at temperature 1 of each proposed token, scattered to masked's shape, float64.
 
     Of the likeliest token where `tokens` is None: exp(l_token - m) / sum_j exp(l_j - m), m the largest logit.
-    The sum is float64 whatever the logits, so that probabilities close to 1 stay apart.
+    The sum is float64 for logits of any dtype, so that probabilities close to 1 stay apart.
     """
     largest = logits.amax(-1, keepdim=True)
     total = (logits - largest).exp_().sum(-1, dtype=torch.float64)

@@ -21,7 +21,7 @@ def token_noise(
     """Gumbel noise (*positions.shape, vocabulary) float64 for `rows` (batch,) and `positions` (batch, n), on `device`.
 
     That of a token is a function of (purpose, seed, row, position) alone: AR and diffusion sampling draw a token with
-    the same noise, whatever else is in the batch.
+    the same noise, in any batch.
     """
     keys = [(purpose, seed, row, p, 0) for row, of_row in zip(rows.tolist(), positions.tolist(), strict=True)
             for p in of_row]  # fmt: skip

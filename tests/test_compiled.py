@@ -161,7 +161,7 @@ def test_an_interrupted_pass_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
             sample_autoregressive(compiled, PROMPTS[1:3], max_new_tokens=4)
     assert torch.equal(compiled.model(ids).logits, before)
     assert torch.equal(pickle.loads(pickle.dumps(compiled.model))(ids).logits, before)
-    assert not hasattr(compiled.config, "unmask_cache_index")
+    assert not hasattr(compiled.config, "unmask_slots")
 
 
 def test_layers_compiled_for_training_decode_as_they_are() -> None:

@@ -179,12 +179,12 @@ def test_a_shifted_stream_shares_no_clean_pass() -> None:
 def test_a_layout_that_comes_again_gets_the_same_mask() -> None:
     network = hf.as_network(tiny_model(SUPPORTED["llama"]()), MASK)
     _, layout = packed()
-    first = network.attention_argument(block_causal(8), layout, layout)
-    assert network.attention_argument(block_causal(8), layout, layout) is first
+    first = network.masks(block_causal(8), layout, layout)
+    assert network.masks(block_causal(8), layout, layout) is first
     for other in (block_causal(4), annealed(torch.zeros(LENGTH, LENGTH, dtype=torch.bool))):
-        assert not torch.equal(network.attention_argument(other, layout, layout), first)
+        assert not torch.equal(network.masks(other, layout, layout), first)
     moved = layout._replace(document=layout.document.clone())
-    assert network.attention_argument(block_causal(8), moved, moved) is not first
+    assert network.masks(block_causal(8), moved, moved) is not first
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -114,13 +114,13 @@ def test_long_prompts_go_through_chunked_attention() -> None:
 def test_no_mask_is_built_where_everything_is_seen() -> None:
     net, config = network(), block_config(4)
     seen: list[int] = []
-    original = net.form
+    original = net.make_masks
 
     def watch(*arguments):
         seen.append(original(*arguments).numel())
         return original(*arguments)
 
-    net.form = watch
+    net.make_masks = watch
     sample_blocks(net, config, [random_tokens(4, seed=i) for i in range(3)], max_new_tokens=8, select=Confidence(2))
     # After the prefill: two forwards that share theirs, the one that commits, one more.
     assert seen[1:] == [1, 3 * 2 * 4 * 12, 1]
@@ -128,8 +128,8 @@ def test_no_mask_is_built_where_everything_is_seen() -> None:
 
 def test_forwards_of_a_block_share_their_mask() -> None:
     net, built = network(), []
-    original = net.form
-    net.form = lambda *arguments: built.append(1) or original(*arguments)
+    original = net.make_masks
+    net.make_masks = lambda *arguments: built.append(1) or original(*arguments)
     out = sample_blocks(net, block_config(8), [random_tokens(n, seed=n) for n in (3, 9)], max_new_tokens=21,
                         select=Confidence(1))  # fmt: skip
     assert out.num_forwards.tolist() == [21, 21]

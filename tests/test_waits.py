@@ -184,7 +184,7 @@ def test_a_layout_that_comes_again_gets_the_same_mask_on_its_device(implementati
     def argument(layout: Layout) -> Any:
         there = layout.to(device)
         assert all(field.device == device for field in there)
-        return step.network.attention_argument(causal, there, layout.to(device))
+        return step.network.masks(causal, there, layout.to(device))
 
     with NoWaits():
         first = argument(layout)
@@ -199,8 +199,8 @@ def test_a_layout_that_comes_again_gets_the_same_mask_on_its_device(implementati
 def test_masks_of_a_step_share_their_attention_masks(name: str, masks: int, device: str) -> None:
     """With the shift each draw is a pass over both streams, else one over the noisy stream after a clean pass."""
     step, made = Step(name, device), []
-    original = step.network.form
-    step.network.form = lambda *arguments: made.append(arguments) or original(*arguments)
+    original = step.network.make_masks
+    step.network.make_masks = lambda *arguments: made.append(arguments) or original(*arguments)
     step.run()
     assert len(made) == masks
 

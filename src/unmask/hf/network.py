@@ -1,4 +1,4 @@
-"""A stock causal language model as a `Network`: a 4-D attention mask and explicit position ids, and nothing else."""
+"""A stock causal language model as a `Network`, controlled by a 4-D attention mask and position ids alone."""
 
 from __future__ import annotations
 
@@ -15,26 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-)
+from transformers import DynamicCache
 
-from unmask.core.attention import (
-    Layout,
-    Pattern,
-    block_mask,
-    dense,
-    intersect,
-    same_document,
-    window,
-)
+from unmask.core.attention import Layout, Pattern, block_mask, dense, intersect, same_document, window
 from unmask.core.head_loss import RowLoss, whole_sum
 from unmask.core.network import GrowingCache, Pass, SlotCacheState, run
 from unmask.core.transfer import to_device
 from unmask.hf.fast.chunked import CHUNK
 from unmask.hf.fast.graphs import CompiledPasses
 from unmask.hf.fast.head import head_input, head_rows, head_sum
-from unmask.hf.fast.kv_cache import SLOTS, CacheIndex, SlotCache, SlotMemory, using_index
+from unmask.hf.fast.kv_cache import SLOTS, CacheIndex, SlotCache, SlotMemory, using_slots
 from unmask.hf.fast.last_layer import CHUNKED, last_layer_rows
 from unmask.hf.fast.recompute import rebuilding
 from unmask.hf.layers import layers_of, plain_layers
@@ -45,30 +35,23 @@ class UnsupportedModelError(ValueError):
 
 
 _LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
-"""One lock for each model: kept beside the models, which are copied and pickled, as a lock cannot be."""
+"""One lock for each model, beside the models: these are copied and pickled, which a lock cannot be."""
 _LOCKS_LOCK = threading.Lock()
 
 
 def lock_of(model: torch.nn.Module) -> Any:
-    """The reentrant lock under which passes run: a pass leaves hooks, masks and places on the model while it runs."""
+    """The reentrant lock under which passes run: a pass puts hooks and attributes on the model until it ends."""
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(model, threading.RLock())
 
 
-def in_turn(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A method of a network that only one thread at a time runs on its model."""
-
-    @functools.wraps(method)
-    def alone(self: HFNetwork, *given: Any, **options: Any) -> Tensor:
-        with self.lock:
-            return method(self, *given, **options)
-
-    return alone
-
-
 @dataclass(frozen=True)
 class FastPaths:
-    """Which shortcuts a model takes: see `shortcuts`."""
+    """Which fast paths a model takes.
+
+    chunked: `fast.last_layer`'s attention in tiles, and `fast.kv_cache`'s attention to slots. last_rows: the last layer
+    on the rows that are read. head_sum: losses at the head.
+    """
 
     chunked: bool = False
     last_rows: bool = False
@@ -87,12 +70,16 @@ class PassPlan:
     masks: dict[tuple[Pattern, str], Any] = field(default_factory=dict)
 
 
+Head = Callable[[Tensor | slice | None], AbstractContextManager[None]]
+"""(flat rows that are read, None for all) -> a context in which the model's head works on these rows."""
+
+
 class HFNetwork:
     """A stock causal LM as a `core.network.Network`.
 
     mask_token_id: its logit is -inf in everything this returns; None for an untouched AR model.
     forward: what runs the model, if not the model itself (a DDP or FSDP wrapper around it).
-    per_layer_type: hand each layer type its own mask (sliding windows need it; off only to show that).
+    per_layer_type: give each layer type its own mask, which sliding windows need; off in a test of the probe alone.
     gate: entered around every pass with its noisy rows, (batch, length) bool: what adapts those rows alone.
     fast_paths: those that the model takes, by default none; `probes.as_network` finds them out.
     """
@@ -117,7 +104,7 @@ class HFNetwork:
         self.config = model.config.get_text_config()
         self.cache_keyword = cache_keyword(model)
         self.lock = lock_of(model)
-        self._masks: deque[tuple[Pattern, Layout, Layout, str, Any]] = deque(maxlen=2)
+        self._recent_masks: deque[tuple[Pattern, Layout, Layout, str, Any]] = deque(maxlen=2)
         self._plan: PassPlan | None = None
         self.compiled: CompiledPasses | None = None
 
@@ -139,7 +126,7 @@ class HFNetwork:
             return SlotCache() if self.compiled is None else self.compiled.new_slots(slots, columns)
 
     def compile(self, **options: Any) -> None:
-        """Compile decoding passes from now on; options: of torch.compile, see `CompiledPasses`."""
+        """Compile later decoding passes; options: of torch.compile, see `CompiledPasses`."""
         self.compiled = CompiledPasses(self, **options)
 
     def __call__(
@@ -151,11 +138,11 @@ class HFNetwork:
         rows: Tensor | None = None,
         past: GrowingCache | SlotCacheState | None = None,
     ) -> Tensor:
-        if isinstance(past, SlotCacheState) and self.compiled is not None and self.compiled.takes(past):
-            with self.lock:
+        with self.lock:
+            if isinstance(past, SlotCacheState) and self.compiled is not None and self.compiled.takes(past):
                 logits = self.compiled(input_ids, layout, pattern, rows, past)
-        else:
-            logits = self._run(input_ids, layout, pattern, rows, past, lambda kept: head_rows(self.head, kept))
+            else:
+                logits = self._run(input_ids, layout, pattern, rows, past, lambda kept: head_rows(self.head, kept))
         if logits.dtype != torch.float64:
             logits = logits.float()
         if self.mask_token_id is not None and self.mask_token_id < logits.shape[-1]:  # a drafter's has no logit
@@ -165,7 +152,8 @@ class HFNetwork:
     def hidden_states(self, input_ids: Tensor, layout: Layout, pattern: Pattern) -> Tensor:
         """The last hidden states (batch, length, hidden): what the head reads, after the final norm."""
         read: list[Tensor] = []
-        self._run(input_ids, layout, pattern, None, None, lambda _: head_input(self.head, read))
+        with self.lock:
+            self._run(input_ids, layout, pattern, None, None, lambda _: head_input(self.head, read))
         return read[0]
 
     def weighted_sum(self, passed: Pass, row_loss: RowLoss, weight: Tensor, past: GrowingCache | None = None) -> Tensor:
@@ -175,9 +163,11 @@ class HFNetwork:
         head = functools.partial(
             head_sum, self.head, row_loss=row_loss, weight=weight, mask_token_id=self.mask_token_id
         )
-        return self._run(*passed, past, head)
+        with self.lock:
+            return self._run(*passed, past, head)
 
-    @in_turn
+    # --- one pass: see "One forward" in docs/architecture.md
+
     def _run(
         self,
         input_ids: Tensor,
@@ -185,45 +175,72 @@ class HFNetwork:
         pattern: Pattern,
         rows: Tensor | None,
         past: GrowingCache | SlotCacheState | None,
-        head: Callable[[Tensor | slice | None], AbstractContextManager[None]],
+        head: Head,
     ) -> Tensor:
-        """What the head puts out; `head` says what it does with which of the rows that it gets."""
-        gate = nullcontext() if self.gate is None else self.gate(layout.noisy)  # which may read it, so not moved yet
+        """The output of the head in a pass; the caller holds the lock."""
+        gate = nullcontext() if self.gate is None else self.gate(layout.noisy)  # on the host, where it may be read
+        memory = rebuilding() if torch.is_grad_enabled() else nullcontext()
         device = self.device
         input_ids, rows = to_device(input_ids, device), None if rows is None else to_device(rows, device)
-        if isinstance(past, SlotCacheState):
-            plan = self._plan_pass(past, layout, device)
-            shortcuts, layout = self._on_slots(past, plan.index, rows), plan.layout.to(device)
-            see = functools.partial(self._masks_of, plan, pattern, device)
-        else:
-            keys = layout if past is None else past.keys(layout)
-            shortcuts, layout = self._shortcuts(layout, rows), layout.to(device)
-            see = functools.partial(self.attention_argument, pattern, layout, keys.to(device))
-        memory = rebuilding() if torch.is_grad_enabled() else nullcontext()
-        cached = {} if past is None else {self.cache_keyword: past.cache}
-        before = past.cache.get_seq_length() if isinstance(past, GrowingCache) else 0
-        with shortcuts as kept, head(kept), gate, memory:
-            out: Tensor = self.forward(
-                input_ids=input_ids,
-                attention_mask=see(),
-                position_ids=layout.position,
-                use_cache=past is not None,
-                **cached,
-            ).logits
-        if isinstance(past, SlotCacheState):
-            written = plan.index.written
-        else:
-            written = past is None or past.cache.get_seq_length() == before + input_ids.shape[1]
-        if not written:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__}.forward left its key-value cache as it was (given as "
-                f"{self.cache_keyword!r}), so its cached passes would be wrong: this model cannot be decoded"
-            )
+        with gate, memory:
+            if isinstance(past, SlotCacheState):
+                return self._run_on_slots(input_ids, layout, pattern, rows, past, head)
+            return self._run_whole(input_ids, layout, pattern, rows, past, head)
+
+    def _run_whole(
+        self,
+        input_ids: Tensor,
+        layout: Layout,
+        pattern: Pattern,
+        rows: Tensor | None,
+        past: GrowingCache | None,
+        head: Head,
+    ) -> Tensor:
+        """A pass over whole sequences, or on a cache that grows by them."""
+        keys, cache = (layout, None) if past is None else (past.keys(layout), past.cache)
+        q, kv = layout.to(input_ids.device), keys.to(input_ids.device)
+        before = 0 if cache is None else cache.get_seq_length()
+        with self._unread_left_out(layout, rows) as kept, head(kept):
+            out = self._forward(input_ids, q.position, self.masks(pattern, q, kv), cache)
+        self._check_written(cache is None or cache.get_seq_length() == before + input_ids.shape[1])
         return out
 
+    def _run_on_slots(
+        self,
+        input_ids: Tensor,
+        layout: Layout,
+        pattern: Pattern,
+        rows: Tensor | None,
+        past: SlotCacheState,
+        head: Head,
+    ) -> Tensor:
+        """A pass over rows that continue slots of a cache."""
+        device, memory = input_ids.device, past.cache.memory
+        plan = self._plan_pass(past, layout, device)
+        position, plan.index.written = plan.layout.to(device).position, False
+        with self.attending_to_slots(memory), head(rows):
+            out = self._forward(input_ids, position, self._masks_of(plan, pattern, device), past.cache)
+        memory.whole = True
+        self._check_written(plan.index.written)
+        return out
+
+    def _forward(self, input_ids: Tensor, position: Tensor, masks: Any, cache: Any) -> Tensor:
+        cached = {} if cache is None else {self.cache_keyword: cache}
+        out: Tensor = self.forward(
+            input_ids=input_ids, attention_mask=masks, position_ids=position, use_cache=cache is not None, **cached
+        ).logits
+        return out
+
+    def _check_written(self, written: bool) -> None:
+        if not written:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}.forward left its key-value cache as it was (passed as "
+                f"{self.cache_keyword!r}), so its cached passes would be wrong: this model cannot be decoded"
+            )
+
     @contextmanager
-    def _shortcuts(self, layout: Layout, rows: Tensor | None) -> Iterator[Tensor | slice | None]:
-        """Leave out masked-out pairs, and the unread rows of the last layer; yields where the wanted rows are."""
+    def _unread_left_out(self, layout: Layout, rows: Tensor | None) -> Iterator[Tensor | slice | None]:
+        """Skip hidden pairs, and unread rows of the last layer, where that pays; yields where the wanted rows are."""
         batch, length = layout.position.shape
         layer = next(reversed(layers_of(self.model)), None)
         # Checkpointed layers run again in the backward pass, when the hooks of this pass are gone.
@@ -247,8 +264,16 @@ class HFNetwork:
         finally:
             self.config._attn_implementation = before
 
+    @contextmanager
+    def attending_to_slots(self, memory: SlotMemory) -> Iterator[None]:
+        """Within the context layers run uncompiled, and attend to the slots of `memory` where the model allows that."""
+        with using_slots(self.config, memory, direct=self.fast_paths.chunked), plain_layers(self.model):
+            yield
+
+    # --- masks
+
     def _plan_pass(self, past: SlotCacheState, layout: Layout, device: torch.device) -> PassPlan:
-        """The plan of a pass on slots; the last plan again where nothing has moved."""
+        """The plan of a pass on slots; the last plan again for equal slots, lengths and layout."""
         memory, known = past.cache.memory, self._plan
         key = past.rows, past.columns, memory.capacity, layout.position.device
         if (
@@ -261,82 +286,60 @@ class HFNetwork:
             return known
         column = torch.where(layout.real, layout.position, -1)
         index = past.cache.locate(past.rows, column, past.columns, len(past.lengths), device)
-        key = past.rows, past.columns, memory.capacity, layout.position.device  # it may have grown
+        key = past.rows, past.columns, memory.capacity, layout.position.device  # the capacity may have grown
         self._plan = PassPlan(key, past.lengths.clone(), layout, past.keys(layout), index)
         return self._plan
 
     def _masks_of(self, plan: PassPlan, pattern: Pattern, device: torch.device) -> Any:
-        """The masks of a pass on slots, made once for each plan."""
+        """The masks of a pass on slots, made once for each plan, pattern and attention implementation."""
         key = pattern, self.config._attn_implementation
         if key not in plan.masks:
             q, kv = plan.layout.to(device), plan.keys.to(device)
-            plan.masks[key] = self.form(self.patterns(pattern), q, kv)
+            plan.masks[key] = self.make_masks(self.layer_patterns(pattern), q, kv)
         return plan.masks[key]
 
-    @contextmanager
-    def _on_slots(
-        self, past: SlotCacheState, index: CacheIndex, rows: Tensor | None
-    ) -> Iterator[Tensor | slice | None]:
-        """Attend to the slots of a pass where they lie, where the model takes it; yields where the wanted rows are."""
-        memory, index.written = past.cache.memory, False
-        with self.slot_attention(memory), using_index(self.config, index), plain_layers(self.model):
-            yield rows
-        memory.whole = True
+    def masks(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
+        """The model's `attention_mask`: one mask, or one for each layer type.
 
-    @contextmanager
-    def slot_attention(self, memory: SlotMemory) -> Iterator[None]:
-        """Attention that knows slots, where the model takes it; else it is handed the keys of each row."""
-        direct, before = self.fast_paths.chunked, self.config._attn_implementation
-        memory.gathers = not direct
-        if direct:
-            self.config._attn_implementation = SLOTS
-        try:
-            yield
-        finally:
-            self.config._attn_implementation = before
-
-    def attention_argument(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
-        """What this model takes as `attention_mask`: one mask, or one per layer type.
-
-        The last layouts are remembered: those that come again, the same tensors, get the mask made for them.
+        Those of the last two calls are kept, for the same pattern and the same tensors of both layouts.
         """
         implementation = self.config._attn_implementation
-        for known, queries, keys, made_for, argument in self._masks:
+        for known, queries, keys, made_for, masks in self._recent_masks:
             if (known, made_for) == (pattern, implementation) and queries.is_same(q) and keys.is_same(kv):
-                return argument
+                return masks
         with torch.inference_mode(False):  # a later pass may learn
-            argument = self.form(self.patterns(pattern), q, kv)
-        self._masks.append((pattern, q, kv, implementation, argument))
-        return argument
+            masks = self.make_masks(self.layer_patterns(pattern), q, kv)
+        self._recent_masks.append((pattern, q, kv, implementation, masks))
+        return masks
 
-    def patterns(self, pattern: Pattern) -> Pattern | dict[str, Pattern]:
-        """What the layers of this model see where `pattern` is asked for, of each type if they have types."""
+    def layer_patterns(self, pattern: Pattern) -> Pattern | dict[str, Pattern]:
+        """The pattern of the model's layers in a pass with `pattern`, one for each layer type if it has types."""
         pattern = intersect(pattern, same_document)
         size = getattr(self.config, "sliding_window", None)
         kinds = set(getattr(self.config, "layer_types", None) or ())
         if not size or not self.per_layer_type or (kinds and "sliding_attention" not in kinds):
             return pattern
-        # Measured on positions: in [noisy | clean], and behind left padding, indices say nothing of distance.
+        # Measured on positions: in [noisy | clean], and after left padding, indices say nothing about distance.
         near = intersect(pattern, window(size))
         return {"full_attention": pattern, "sliding_attention": near} if kinds else near
 
-    def form(self, patterns: Pattern | dict[str, Pattern], q: Layout, kv: Layout) -> Any:
-        """The masks of these patterns, in the form that the model takes."""
+    def make_masks(self, patterns: Pattern | dict[str, Pattern], q: Layout, kv: Layout) -> Any:
+        """The masks of these patterns, in the form that the attention implementation takes."""
         if isinstance(patterns, dict):
-            return {kind: self._form(pattern, q, kv) for kind, pattern in patterns.items()}
-        return self._form(patterns, q, kv)
+            return {kind: self._make_mask(pattern, q, kv) for kind, pattern in patterns.items()}
+        return self._make_mask(patterns, q, kv)
 
-    def _form(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
+    def _make_mask(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
         implementation = self.config._attn_implementation
         if implementation == "flex_attention":
             return block_mask(pattern, q, kv)
         allowed = dense(pattern, q, kv)[:, None]
-        asking = allowed.device.type == "cpu" and not torch.compiler.is_compiling()
-        if implementation == SLOTS and asking and bool(allowed.all()):
+        readable = allowed.device.type == "cpu" and not torch.compiler.is_compiling()
+        if implementation == SLOTS and readable and bool(allowed.all()):
             return allowed.new_ones(1, 1, 1, 1)
         if implementation in ("sdpa", CHUNKED, SLOTS):
             return allowed
-        if implementation == "eager":  # eager adds its mask: a bool one would be added as 0 and 1
+        if implementation == "eager":  # eager attention adds its mask: a bool one would be added as 0 and 1
             dtype = self.model.dtype
             return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
                 ~allowed, torch.finfo(dtype).min
@@ -348,8 +351,8 @@ class HFNetwork:
 
 
 def cache_keyword(model: Any) -> str:
-    """How the forward of this model calls its key-value cache: "cache" from transformers 5.24 on, before that
-    "past_key_values", which newer models swallow without a word."""
+    """The keyword of the key-value cache in the model's forward: "cache" from transformers 5.24 on, before that
+    "past_key_values", which newer models accept and ignore."""
     names = inspect.signature(model.forward).parameters
     return "cache" if "cache" in names else "past_key_values"
 
@@ -357,13 +360,13 @@ def cache_keyword(model: Any) -> str:
 def replicate(network: HFNetwork) -> HFNetwork:
     """The same network on a copy of the model that shares its weights and buffers, but not its gradients.
 
-    Threads can run forward and backward side by side, each on a copy of its own (hooks are per copy).
+    Threads can run forward and backward at the same time, each on its own copy, since each copy has its own hooks.
     """
     model = network.model
     memo: dict[int, Any] = {id(p): torch.nn.Parameter(p.data, p.requires_grad) for p in model.parameters()}
     memo |= {id(b): b for b in model.buffers()}
     twin = copy.copy(network)
     twin.model = twin.forward = copy.deepcopy(model, memo)
-    twin._masks, twin._plan, twin.compiled, twin.lock = deque(maxlen=2), None, None, lock_of(twin.model)
+    twin._recent_masks, twin._plan, twin.compiled, twin.lock = deque(maxlen=2), None, None, lock_of(twin.model)
     twin.head, twin.config = twin.model.get_output_embeddings(), twin.model.config.get_text_config()
     return twin

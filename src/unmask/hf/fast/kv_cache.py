@@ -1,9 +1,12 @@
-"""A key-value cache for rows that stand at different places, and attention on top of it.
+"""A key-value cache for rows of different lengths, and attention on top of it.
 
-One buffer a layer, (slots, columns, heads, dim): a row that is being decoded has a slot, and its token at
-position p stands in column p. So rows advance by different amounts, are retracted by not counting columns, and
-leave or join without touching the others; writing is a copy in place, and the buffer grows in steps of `GRAIN`
-columns. A pass may hold several rows of one slot: all of them write before any of them reads, layer by layer.
+One buffer for each layer, (slots, columns, heads, dim): a row that is being decoded has a slot, whose column p holds
+its token at position p. So rows advance by different amounts, are cut back by counting fewer columns, and leave or
+join without touching the others; writing is a copy in place, and the buffer grows in steps of `GRAIN` columns. A pass
+may hold several rows of one slot: in each layer all of them write before any of them reads.
+
+Slow twin: one pass over the whole text of each row, without a cache; compared in tests/test_slots.py
+(`test_rows_on_ragged_slots_equal_whole_texts`).
 """
 
 from __future__ import annotations
@@ -27,15 +30,19 @@ GRAIN = 256
 """Columns by which the buffers grow."""
 
 SLOTS = "unmask_slots"
-"""Name of the attention below in transformers' table."""
+"""Name of `slot_attention` among transformers' attention functions."""
 
 Part = tuple[int, int, Tensor | None]
-"""Rows begin..end of a pass and the slots they belong to, None for all slots in order."""
+"""Rows begin .. end - 1 of a pass and their slots, None for all slots in order."""
 
 
 @dataclass
 class CacheIndex:
-    """Slots and columns of one pass: flat (slot, column) of each token, the parts of its rows, the columns it reads."""
+    """What a pass writes and reads of a cache.
+
+    target: (tokens,), where each token is written, an index into the flattened (slots, columns). parts: the slots of
+    its rows. columns: how many it reads.
+    """
 
     target: Tensor
     parts: list[Part]
@@ -43,15 +50,15 @@ class CacheIndex:
     additive: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Additive form of each boolean mask, keyed by address; the mask is stored too so the address stays valid."""
     written: bool = False
-    """Whether a layer has written keys and values; not set by compiled passes, which follow a pass that does."""
+    """Whether a layer has written keys and values; compiled passes, which follow an uncompiled one, do not set it."""
 
 
 @dataclass
 class SlotMemory:
-    """What the layers of a cache share, and the layers themselves: all that outlives the cache.
+    """The layers of a cache and what they share; it outlives the cache, so that another one can use the memory.
 
     room, capacity: slots and columns that have memory, or will have with the first pass; more are added when needed.
-    slots: those in use. gathers: hand the model the keys of each row instead of those of each slot, for attention that
+    slots: those in use. gathers: give the model the keys of each row instead of those of each slot, for attention that
     knows no slots. index: that of the present pass. whole: a pass has gone through all layers.
     """
 
@@ -64,11 +71,11 @@ class SlotMemory:
     layers: list[Any] = field(default_factory=list)
 
     def holds(self, slots: int, columns: int) -> bool:
-        """Whether there is memory for so many."""
+        """Whether there is memory for this many slots and columns."""
         return self.room >= slots and self.capacity >= columns
 
     def clear(self) -> None:
-        """Forget everything: what is masked out weighs 0, but 0 times what is not finite is not 0."""
+        """Set all keys and values to 0: masked ones have weight 0, but 0 times NaN or infinity is NaN."""
         for layer in self.layers:
             layer.keys.zero_(), layer.values.zero_()
 
@@ -84,19 +91,18 @@ class SlotCache(Cache):
     def locate(
         self, rows: Sequence[int] | None, column: Tensor, columns: int, slots: int, device: torch.device
     ) -> CacheIndex:
-        """Say which slots and columns the next pass writes and reads.
+        """The index of the next pass, also kept in `memory`.
 
         rows: slot of each row of the pass, None for row i in slot i. column: (rows, length) on the host, -1 for
-        tokens that nothing will read. columns: how many of them the pass sees. device: the model's.
+        tokens that nothing will read. columns: how many the pass reads. device: the model's.
         """
         memory = self.memory
         if columns > memory.capacity:
             memory.capacity = round_columns(columns)
         slot = torch.arange(slots) if rows is None else torch.tensor(rows)
         target = to_device(flat_target(slot, column, memory.capacity), device)
-        place = CacheIndex(target, _parts(rows, slots, device), columns)
-        memory.slots, memory.index = slots, place
-        return place
+        memory.slots, memory.index = slots, CacheIndex(target, _parts(rows, slots, device), columns)
+        return memory.index
 
     def keep_slots(self, keep: Tensor) -> None:
         """Keep these slots, in this order."""
@@ -114,13 +120,13 @@ def round_columns(columns: int) -> int:
 
 
 def flat_target(slot: Tensor, column: Tensor, capacity: int) -> Tensor:
-    """Index into the flattened slots of each token: slot (rows,), column (rows, length), -1 for what nothing reads."""
-    column = torch.where(column < 0, capacity, column)  # one column more than is ever read
+    """`CacheIndex.target` of tokens in slot (rows,) and column (rows, length), -1 for tokens that nothing reads."""
+    column = torch.where(column < 0, capacity, column)  # a spare column that is never read
     return (slot[:, None] * (capacity + 1) + column).flatten()
 
 
 def _parts(rows: Sequence[int] | None, slots: int, device: torch.device) -> list[Part]:
-    """Runs of rows that are all slots in order, which need no copy of the keys; and what is left."""
+    """Runs of rows that are all slots in order, which need no copy of the keys; then the other rows."""
     if rows is None:
         return [(0, slots, None)]
     parts: list[Part] = []
@@ -142,20 +148,20 @@ class _SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         slots, columns = max(self.memory.room, self.memory.slots), self.memory.capacity + 1
-        with torch.inference_mode(False), torch.no_grad():  # it may outlive the mode in which it is made
+        with torch.inference_mode(False), torch.no_grad():  # the memory may outlive the mode
             self.keys, self.values = (
-                self._standing(x.new_zeros(slots, columns, x.shape[1], x.shape[3])) for x in (key_states, value_states)
+                self._in_place(x.new_zeros(slots, columns, x.shape[1], x.shape[3])) for x in (key_states, value_states)
             )
         self.is_initialized = True
 
-    def _standing(self, buffer: Tensor) -> Tensor:
-        """A buffer that a CUDA graph may write to, where the cache has its memory from the start."""
+    def _in_place(self, buffer: Tensor) -> Tensor:
+        """The buffer, marked for CUDA graphs to write to where the cache has its memory from the start."""
         if self.memory.room:
             torch._dynamo.mark_static_address(buffer, guard=False)
         return buffer
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the pass's keys and values (rows, heads, length, dim); return those that it sees."""
+        """Write the pass's keys and values (rows, heads, length, dim); return those that it reads."""
         memory = self.memory
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -163,29 +169,29 @@ class _SlotLayer(CacheLayerMixin):
             more = (0, 0, 0, 0, 0, memory.capacity + 1 - self.keys.shape[1])
             with torch.inference_mode(False), torch.no_grad():
                 self.keys, self.values = (
-                    self._standing(torch.nn.functional.pad(x, more)) for x in (self.keys, self.values)
+                    self._in_place(torch.nn.functional.pad(x, more)) for x in (self.keys, self.values)
                 )
         assert memory.index is not None
         if not torch.compiler.is_compiling():
             memory.index.written = True
         return self._put(self.keys, key_states, memory.index), self._put(self.values, value_states, memory.index)
 
-    def _put(self, buffer: Tensor, new: Tensor, place: CacheIndex) -> Tensor:
+    def _put(self, buffer: Tensor, new: Tensor, index: CacheIndex) -> Tensor:
         new = new.detach() if new.requires_grad else new
-        buffer.flatten(0, 1).index_copy_(0, place.target, new.transpose(1, 2).flatten(0, 1))
-        seen = buffer[: self.memory.slots, : place.columns].transpose(1, 2)
-        if not self.memory.gathers or (len(place.parts) == 1 and place.parts[0][2] is None):
+        buffer.flatten(0, 1).index_copy_(0, index.target, new.transpose(1, 2).flatten(0, 1))
+        seen = buffer[: self.memory.slots, : index.columns].transpose(1, 2)
+        if not self.memory.gathers or (len(index.parts) == 1 and index.parts[0][2] is None):
             return seen
-        return torch.cat([seen if index is None else seen[index] for _, _, index in place.parts])
+        return torch.cat([seen if slots is None else seen[slots] for _, _, slots in index.parts])
 
     def keep_slots(self, keep: Tensor) -> None:
         if self.is_initialized:
-            for buffer in (self.keys, self.values):  # in place, so that addresses stay what they are
+            for buffer in (self.keys, self.values):  # in place, so that addresses do not change
                 buffer[: len(keep)] = buffer[to_device(keep, buffer.device)]
 
     def get_seq_length(self) -> int:
-        now = self.memory.index
-        return now.columns if self.is_initialized and now is not None else 0
+        index = self.memory.index
+        return index.columns if self.is_initialized and index is not None else 0
 
     def get_max_length(self) -> int:
         return -1
@@ -198,17 +204,21 @@ class _SlotLayer(CacheLayerMixin):
 
 
 @contextmanager
-def using_index(config: Any, place: CacheIndex) -> Iterator[None]:
-    """Within the context `slot_attention` in models of this configuration reads the keys of this pass's slots.
+def using_slots(config: Any, memory: SlotMemory, *, direct: bool) -> Iterator[None]:
+    """Within the context models of this configuration attend to the slots of `memory`.
 
-    The configuration is what the attention of a model can see of its surroundings; compilers cannot follow a
-    context variable.
+    direct: by `slot_attention`; else by their own attention, to keys gathered for each row. The memory is put on the
+    configuration because attention functions can read that, and compilers cannot follow a context variable.
     """
-    config.unmask_cache_index = place
+    before = config._attn_implementation
+    memory.gathers, config.unmask_slots = not direct, memory
+    if direct:
+        config._attn_implementation = SLOTS
     try:
         yield
     finally:
-        del config.unmask_cache_index
+        config._attn_implementation = before
+        del config.unmask_slots
 
 
 def slot_attention(
@@ -223,47 +233,47 @@ def slot_attention(
 ) -> tuple[Tensor, None]:
     """Attention of rows (rows, heads, length, dim) to slots (slots, key heads, columns, dim).
 
-    attention_mask: bool (rows, 1, length, columns), or a single True where everything is seen. Under the signature
-    that transformers' models call.
+    attention_mask: bool (rows, 1, length, columns), or a single True where every query attends to all keys. Its
+    signature is that of transformers' attention functions.
     """
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported in decoding: set it to 0")
-    place: CacheIndex = module.config.unmask_cache_index
+    index: CacheIndex = module.config.unmask_slots.index
     compiling = torch.compiler.is_compiling()
     long = query.device.type == "cpu" and query.shape[2] >= 2 * CHUNK and attention_mask.numel() > 1 and not compiling
     out = []
-    for begin, end, index in place.parts:
+    for begin, end, slots in index.parts:
         q, mask = query[begin:end], attention_mask[begin:end] if attention_mask.numel() > 1 else None
-        k, v = (key, value) if index is None else (key[index], value[index])
+        k, v = (key, value) if slots is None else (key[slots], value[slots])
         if long:
             assert mask is not None
             out.append(chunked_attention(q, k, v, mask, scaling))
         else:
-            out.append(_grouped(q, k, v, None if mask is None else _additive(mask, begin, q, k, place), scaling))
+            out.append(_grouped(q, k, v, None if mask is None else _additive(mask, begin, q, k, index), scaling))
     joined = out[0] if len(out) == 1 else torch.cat(out)
     return joined.transpose(1, 2).contiguous(), None
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scaling: float | None) -> Tensor:
-    """The query heads that share a key head become queries of that head: keys and values need no copies."""
+    """Attention where query heads that share a key head become queries of that head: keys need no copies."""
     folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
     return scaled_dot_product_attention(folded, k, v, attn_mask=added, scale=scaling).reshape(*q.shape[:3], v.shape[3])
 
 
-def _additive(mask: Tensor, begin: int, q: Tensor, k: Tensor, place: CacheIndex) -> Tensor:
-    """The mask as it is added to the scores of `_grouped`, made once for the layers of a pass."""
+def _additive(mask: Tensor, begin: int, q: Tensor, k: Tensor, index: CacheIndex) -> Tensor:
+    """The mask as `_grouped` adds it to scores, made once for all layers of a pass."""
 
     def added() -> Tensor:
-        hidden = torch.finfo(q.dtype).min  # finite: what padding computes must not become NaN
+        hidden = torch.finfo(q.dtype).min  # finite: rows of padding must not become NaN
         zeros = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
         return zeros.masked_fill_(~mask, hidden).repeat(1, 1, q.shape[1] // k.shape[1], 1)
 
-    if torch.compiler.is_compiling():  # which finds by itself what is the same in all layers
+    if torch.compiler.is_compiling():  # compilers find by themselves what is equal in all layers
         return added()
     key = begin, q.dtype, mask.data_ptr()
-    if key not in place.additive:
-        place.additive[key] = mask, added()
-    return place.additive[key][1]
+    if key not in index.additive:
+        index.additive[key] = mask, added()
+    return index.additive[key][1]
 
 
 AttentionInterface.register(SLOTS, slot_attention)

@@ -40,8 +40,8 @@ def test_a_canvas_waits_for_the_device_once_a_forward_and_samples_the_same(optio
     expected = run(hf.as_network(tiny_model(SUPPORTED["llama"]()), MASK), **options)
     with emulated.Device() as device:
         net = hf.as_network(tiny_model(SUPPORTED["llama"]()).to("emu"), MASK)
-        made, form = [], net.form
-        net.form = lambda *arguments: made.append(arguments) or form(*arguments)
+        made, original = [], net.make_masks
+        net.make_masks = lambda *arguments: made.append(arguments) or original(*arguments)
         device.waits.clear()
         got = run(net, **options)
         waits = dict(device.waits)

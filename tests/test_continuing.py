@@ -212,3 +212,24 @@ def test_beginnings_are_the_same_under_another_path(tokenizer_and_model: Path, s
     run(copy, True)
     with pytest.raises(ValueError, match="holds a different run: its self_prompts is"):
         run(other, True)
+
+
+def test_a_run_ends_with_its_parent_beside_it(
+    tokenizer_and_model: Path, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = SHORT | {"show_progress": True, "eval_data": str(stories)}
+    lm = unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", tmp_path / "run", **run)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "held-out text" in line]
+    assert len(lines) == 1
+    texts = stories.read_text().split("<|endoftext|>")[: run["eval_documents"]]
+    for model, name in ((unmask.load(tokenizer_and_model), "parent"), (lm, "this model")):
+        nll = model.nll(texts)
+        value = sum(document.nats for document in nll) / sum(document.num_tokens for document in nll)
+        assert f"{value:.4f} ({name}, AR mode)" in lines[0]
+        assert f"{name}, AR mode | {value:.4f} |" in (tmp_path / "run" / "README.md").read_text()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert f"{record['evaluation']['nelbo']:.4f} (diffusion mode, bound)" in lines[0]
+    before = record["parent_nll"]
+    unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", tmp_path / "run", resume=True,
+                 **(run | {"max_tokens": 900}))  # fmt: skip
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["parent_nll"] == before

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.conversion.job import load_parent, plan
-from unmask.conversion.learner import convert, finish, learn
+from unmask.conversion.learner import convert, finish, learn, parent_nll
 from unmask.conversion.run import claim_folder, describe, holds_finished
 from unmask.conversion.run_record import training_folder
 from unmask.conversion.text import hold_out, read_text
@@ -34,7 +34,7 @@ def adapt(
     """Turn a causal LM into what `recipe` says, by training it on `data`, and save it to `output_dir`.
 
     model: folder, hub id or a loaded model, which is trained in place. data: .txt, .jsonl or .parquet files, folders of
-    them, one hub id, or "self" (with self_prompts): text that the model itself writes. recipe: efficient-dlm by
+    them, one hub id, or "self" (with self_prompts): text that the model itself writes. recipe: tri-mode by
     default; without one a converted model keeps its recipe, attention, shift and block size. settings: replace those
     of the recipe. resume: continue the run in output_dir from its newest checkpoint; a finished run is loaded and
     returned, or extended by a larger max_tokens. trust_remote_code: run Python code of the model's folder. Returns the
@@ -48,6 +48,7 @@ def adapt(
     if holds_finished(job, run):
         return load(folder.path, trust_remote_code=trust_remote_code)
     corpus = hold_out(job, parent, text)
+    run["parent_nll"] = parent_nll(job, parent, corpus)
     learner = convert(job, parent)
     run |= learner.record
     with claim_folder(job, run):

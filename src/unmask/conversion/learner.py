@@ -18,7 +18,7 @@ from unmask.core.drafter import DrafterConfig
 from unmask.core.finite import check_weights
 from unmask.core.network import Network
 from unmask.data.documents import Corpus
-from unmask.evaluation.held_out import evaluator
+from unmask.evaluation.held_out import evaluator, held_out_nll
 from unmask.hf import lora
 from unmask.model import DiffusionLM
 from unmask.progress import progress
@@ -134,6 +134,28 @@ def _rows(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainingDat
     return rewritten_text(data.rows, parent.settings, learner.lm.model, write)
 
 
+def parent_nll(job: Job, parent: Parent, data: Data) -> float | None:
+    """Nats per token of the parent in AR mode on the held-out documents, measured once a run; None without them."""
+    if job.earlier is not None and "parent_nll" in job.earlier:
+        return job.earlier["parent_nll"]
+    if not data.held_out or not join().is_main_process:
+        return None
+    network = parent.lm.network
+    return held_out_nll(network, parent.lm.diffusion, data.held_out, network.context_length)
+
+
+def _compared(learner: Learner, data: Data, figures: dict[str, float], before: float | None) -> dict[str, float]:
+    """The parent's NLL and this model's on the held-out documents, and the bound where there is one."""
+    if before is None:
+        return {}
+    network, config = learner.lm.network, learner.lm.diffusion
+    after = figures.get("nll")
+    if after is None:
+        after = held_out_nll(network, config, data.held_out, network.context_length)
+    compared = {"parent, AR mode": before, "this model, AR mode": after}
+    return compared | ({"diffusion mode, bound": figures["nelbo"]} if "nelbo" in figures else {})
+
+
 def _evaluator(learner: Learner, settings: Resolved, data: Data) -> Evaluator | None:
     if not data.held_out:
         return None
@@ -159,10 +181,14 @@ def finish(job: Job, parent: Parent, learner: Learner, data: Data, state: TrainS
     figures = {} if evaluate is None else evaluate()
     if figures:
         folder.append({"step": state.step, "tokens": state.tokens, **figures})
+    compared = _compared(learner, data, figures, run["parent_nll"])
+    if compared and job.show_progress:
+        values = ", ".join(f"{value:.4f} ({name})" for name, value in compared.items())
+        print(f"held-out text, nats per token: {values}", file=sys.stderr)
     with writing(folder.path):
         if not as_adapter:
             lm.save_pretrained(folder.path)
-        card = model_card(parent.name, lm, settings, state.tokens, figures)
+        card = model_card(parent.name, lm, settings, state.tokens, compared)
         (folder.path / "README.md").write_text(card)
         ordinary_permissions(folder.path)
     folder.write(run | {"finished": True, "tokens": state.tokens, "evaluation": figures})

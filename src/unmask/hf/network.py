@@ -26,7 +26,7 @@ from unmask.hf.fast.graphs import CompiledPasses
 from unmask.hf.fast.head import head_input, head_rows, head_sum
 from unmask.hf.fast.kv_cache import SLOTS, CacheIndex, SlotCache, SlotMemory, using_slots
 from unmask.hf.fast.last_layer import CHUNKED, last_layer_rows
-from unmask.hf.fast.recompute import rebuilding
+from unmask.hf.fast.recompute import recomputing
 from unmask.hf.layers import layers_of, plain_layers
 
 
@@ -179,7 +179,7 @@ class HFNetwork:
     ) -> Tensor:
         """The output of the head in a pass; the caller holds the lock."""
         gate = nullcontext() if self.gate is None else self.gate(layout.noisy)  # on the host, where it may be read
-        memory = rebuilding() if torch.is_grad_enabled() else nullcontext()
+        memory = recomputing() if torch.is_grad_enabled() else nullcontext()
         device = self.device
         input_ids, rows = to_device(input_ids, device), None if rows is None else to_device(rows, device)
         with gate, memory:

@@ -1,6 +1,7 @@
-"""What a model does with masks and position ids, measured on a tiny instance of the same configuration class.
+"""Whether a model obeys masks and position ids, measured on a tiny instance of the same configuration class.
 
-No list of supported architectures: `probe` refuses what cannot be controlled, `probe_fast_paths` tries each shortcut.
+There is no list of supported architectures: `probe` refuses models that cannot be controlled, and `probe_fast_paths`
+tries each fast path.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def probe(model: Any) -> None:
 def _probe_fast_paths(kind: Hashable, config: str) -> FastPaths:
     try:
         network = HFNetwork(_tiny_model(kind, config, "sdpa"))
-    except Exception:  # whatever it is, the model goes without
+    except Exception:  # a model that cannot be tried takes no fast path
         return FastPaths()
     length = 2 * CHUNK
     layout = Layout.of(torch.arange(length).expand(2, length) % 40)
@@ -87,10 +88,10 @@ def _probe_fast_paths(kind: Hashable, config: str) -> FastPaths:
     passed = Pass(tokens, layout, causal, torch.arange(0, 2 * length, 3))
     weight = torch.ones(len(passed.rows))
 
-    def loss(logits: Tensor, _part: slice) -> Tensor:  # curved, so that scaled logits are not a scaled loss
+    def loss(logits: Tensor, _part: slice) -> Tensor:  # not linear, so that scaled logits give another loss
         return logits.logsumexp(-1)
 
-    def same(fast_paths: FastPaths) -> bool:
+    def is_same(fast_paths: FastPaths) -> bool:
         network.fast_paths = fast_paths
         try:
             got = network.weighted_sum(passed, loss, weight) if fast_paths.head_sum else run(network, passed)
@@ -104,7 +105,7 @@ def _probe_fast_paths(kind: Hashable, config: str) -> FastPaths:
         logits = run(network, passed)
         for name in ("chunked", "last_rows", "head_sum"):
             tried = replace(fast_paths, **{name: True})
-            fast_paths = tried if same(tried) else fast_paths
+            fast_paths = tried if is_same(tried) else fast_paths
     return fast_paths
 
 
@@ -129,7 +130,7 @@ def _tiny_model(kind: Any, config: str, implementation: str) -> Any:
 
 
 def _kind(model: Any) -> Any:
-    """What a tiny instance is made of: the text model's configuration class, or the class that came with a folder."""
+    """The class that a tiny instance is made of: the text model's configuration, or a folder's own model class."""
     remote = type(model).__module__.startswith("transformers_modules")
     return type(model) if remote else type(model.config.get_text_config())
 
@@ -152,8 +153,8 @@ def probe_network(network: HFNetwork) -> str | None:
     """The checks themselves on a float32 model; a reason to refuse it, or None.
 
     1. identity: the causal pattern gives the stock logits, on more tokens than any window is wide.
-    2. influence: with two streams, changing a token changes just the rows that the pattern lets see it.
-    3. positions: a noisy block beside the clean stream equals the same block run after its clean prefix.
+    2. influence: with two streams, changing a token changes exactly the rows that can attend to it.
+    3. positions: a noisy block beside the clean stream equals the same block after its clean prefix.
     """
     vocabulary, block, length = network.config.vocab_size, 4, 3 * _PROBE_WINDOW + 3
     tokens = torch.arange(3, 3 + 2 * length)[None] * 7 % (vocabulary - 4) + 2
@@ -174,10 +175,10 @@ def probe_network(network: HFNetwork) -> str | None:
     effect = (network(changed, many, pattern) - base).abs().amax(-1).T  # (row, changed token)
 
     sees = dense(pattern, both, both)[0]
-    reach = sees
+    reachable = sees
     for _ in range(network.config.num_hidden_layers):
-        reach = (reach.float() @ sees.float()) > 0
-    leak = effect.masked_fill(reach, 0)
+        reachable = (reachable.float() @ sees.float()) > 0
+    leak = effect.masked_fill(reachable, 0)
     if float(leak.max()) > tolerance:
         row, token = divmod(int(leak.argmax()), 2 * length)
         return (
@@ -187,7 +188,7 @@ def probe_network(network: HFNetwork) -> str | None:
     size = getattr(network.config, "sliding_window", None) or length
     near = sees & dense(window(size), both, both)[0]
     if not bool((effect[near] > 0).all()):
-        return "tokens that the mask shows have no effect, so some layer stays causal whatever the mask says"
+        return "tokens that the mask shows have no effect, so some layer stays causal against the mask"
 
     start = length // block * block  # the last, short block
     rows = torch.cat([tokens[:, length : length + start], tokens[:, start:length]], dim=1)
@@ -225,7 +226,7 @@ def _tiny_json(config: Any) -> str:
             tiny[name] = tiny[name][:layers]
     rope = tiny.get("rope_parameters")
     if isinstance(rope, dict) and "rope_type" in rope:
-        # Scaled rotary embeddings carry tables of the full head size; where tokens stand is the same without.
+        # Scaled rotary embeddings have tables of the full head size; positions act the same without scaling.
         kept = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
         tiny["rope_parameters"] = kept | {"rope_type": "default"}
     tiny.pop("rope_scaling", None)
@@ -251,7 +252,7 @@ def _layers(config: Any) -> str:
 
 
 def probe_fast_paths(model: Any) -> FastPaths:
-    """The shortcuts under which a tiny instance of the model's class gives the same logits."""
+    """The fast paths with which a tiny instance of the model's class gives the same logits."""
     config = model.config.get_text_config()
     fast_paths = _probe_fast_paths(_kind(model), _tiny_json(config))
     if config._attn_implementation != "sdpa" or getattr(config, "attention_dropout", 0.0):
@@ -265,6 +266,6 @@ def as_network(model: Any, mask_token_id: int | None = None, **options: Any) -> 
 
 
 def sees_position_differences(model: Any) -> bool:
-    """Whether moving all positions by the same amount changes nothing (rotary models), tried on a tiny instance."""
+    """Whether a tiny instance ignores a shift of all positions by the same amount, as rotary models do."""
     config = model.config.get_text_config()
     return _probe_positions(_kind(model), _tiny_json(config))

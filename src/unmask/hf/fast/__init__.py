@@ -1,1 +1,1 @@
-"""Faster ways through a stock model; each has a slower twin and a test that they agree."""
+"""Faster ways through a stock model; each file names its slow twin and the test that compares both."""

@@ -1,11 +1,13 @@
-"""Attention that leaves out what a mask hides, for devices without FlexAttention's backward pass.
+"""Attention that skips hidden pairs, for devices without FlexAttention's backward pass.
 
-A dense mask makes scaled-dot-product attention compute every masked-out pair. Here queries are taken in tiles
-and each tile gets only the keys that some query of it sees: for a two-stream pass that is about the
-arithmetic of two causal passes, forward and backward, and less where documents are packed. Tiles run on
-torch's own CPU kernel, in one autograd node: gradients are written in place and keys are saved once,
-whatever the number of tiles and heads that share them. Keys that stood in a cache without a graph get no
-gradient. Knows tensors only.
+With a dense mask scaled-dot-product attention computes every hidden pair. Here queries are cut into tiles, and each
+tile gets only the keys that some query of it attends to: for a two-stream pass that is about the arithmetic of two
+causal passes, forward and backward, and less where documents are packed. Tiles run on torch's own CPU kernel, in one
+autograd node: gradients are written in place, and keys are saved once for all tiles and all heads that share them.
+Keys of a cache without a graph get no gradient. Knows tensors only.
+
+Slow twin: `torch.nn.functional.scaled_dot_product_attention` with the dense mask; compared in tests/test_attention.py
+(`test_chunked_attention_matches_dense_with_gradients`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
 CHUNK = 64
-"""Queries at a time: few waste little on the rim of a mask, many waste little on calls."""
+"""Queries of a tile: smaller tiles skip more hidden pairs, larger ones need fewer calls."""
 _ROUND_TO = 32
 
 Spans = tuple[tuple[int, int], ...]
@@ -30,7 +32,7 @@ Spans = tuple[tuple[int, int], ...]
 class Tile:
     """Queries `queries` of batch rows `rows` against the keys in `spans` of batch rows `key_rows`.
 
-    bias: 0 where a query sees a key and -inf elsewhere, None where it sees all of them.
+    bias: 0 where a query attends to a key and -inf elsewhere, None where it attends to all of them.
     """
 
     rows: slice
@@ -41,43 +43,43 @@ class Tile:
 
 
 _tiles: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Tiles by precision of a mask that is still alive: all layers of a pass share one mask and so one set of tiles."""
+"""Tiles of each living mask, by precision: all layers of a pass share one mask and so one set of tiles."""
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float | None = None) -> Tensor:
     """softmax(scale q k^T) v over the allowed pairs, equal to the dense computation up to rounding.
 
     q: (batch, heads, queries, dim). k, v: (batch, key heads, keys, dim), key heads dividing heads.
-    allowed: bool (batch or 1, 1, queries, keys), at least one key a query. Returns the shape of q.
+    allowed: bool (batch or 1, 1, queries, keys), at least one key for each query. Returns the shape of q.
     """
-    q, k, v = _alike(q, k, v)
+    q, k, v = _same_precision(q, k, v)
     planned = _tiles.setdefault(allowed, {})
     if q.dtype not in planned:
         planned[q.dtype] = plan(allowed, q.dtype)
-    out: Tensor = _Tiled.apply(q, k, v, planned[q.dtype], scale, min(_given(k), _given(v)))
+    out: Tensor = _Tiled.apply(q, k, v, planned[q.dtype], scale, min(_cached_keys(k), _cached_keys(v)))
     return out
 
 
 def picked_attention(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, rows: Tensor, scale: float | None = None
 ) -> Tensor:
-    """The outputs of some queries only: q (1, heads, len(rows), dim), `rows` flat indices into (batch, queries)."""
-    q, k, v = _alike(q, k, v)
-    out: Tensor = _Tiled.apply(q, k, v, plan_rows(allowed, rows, q.dtype), scale, min(_given(k), _given(v)))
+    """`chunked_attention` of some queries: q (1, heads, len(rows), dim), `rows` flat indices into (batch, queries)."""
+    q, k, v = _same_precision(q, k, v)
+    out: Tensor = _Tiled.apply(q, k, v, plan_rows(allowed, rows, q.dtype), scale, min(_cached_keys(k), _cached_keys(v)))
     return out
 
 
-def _alike(*tensors: Tensor) -> list[Tensor]:
-    """All in one precision: autocast's, where that is on, as it does for torch's own attention."""
+def _same_precision(*tensors: Tensor) -> list[Tensor]:
+    """All in autocast's precision, where that is on, as for torch's own attention; else in that of the first."""
     device = tensors[0].device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[0].dtype
     return [x.to(dtype) for x in tensors]
 
 
-def _given(keys: Tensor) -> int:
-    """How many keys stand first that no gradient reaches: a cache's, where `torch.cat` put the pass's own behind them.
+def _cached_keys(keys: Tensor) -> int:
+    """The number of leading keys without a graph: a cache's, to which `torch.cat` appended those of the pass.
 
-    Only the graph knows it. 0 in half precision, where torch's kernel rounds less than the way around it.
+    It is read from the graph. 0 in half precision, where torch's kernel rounds less than `_query_gradient`.
     """
     joined: Any = keys.grad_fn
     if keys.dtype not in (torch.float32, torch.float64) or joined is None or joined.name() != "CatBackward0":
@@ -93,7 +95,7 @@ def _given(keys: Tensor) -> int:
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile], scale: float | None, given: int
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile], scale: float | None, cached: int
     ) -> Tensor:
         out = _like(q)
         sums = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -104,7 +106,7 @@ class _Tiled(torch.autograd.Function):
             _queries(out, tile).copy_(part)
             sums[tile.rows, :, tile.queries] = total
         ctx.save_for_backward(q, k, v, out, sums)
-        ctx.tiles, ctx.scale, ctx.given = tiles, scale, given
+        ctx.tiles, ctx.scale, ctx.cached = tiles, scale, cached
         return out
 
     @staticmethod
@@ -112,7 +114,7 @@ class _Tiled(torch.autograd.Function):
         q, k, v, out, sums = ctx.saved_tensors
         grad_q, grad_k, grad_v = _like(q), torch.zeros_like(k), torch.zeros_like(v)
         for whole in ctx.tiles:
-            given, tile = _cut(whole, ctx.given)
+            cached, tile = _cut(whole, ctx.cached)
             part = _queries(grad_q, whole)
             if tile.spans:
                 parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -129,21 +131,21 @@ class _Tiled(torch.autograd.Function):
                         offset += end - begin
             else:
                 part.zero_()
-            if given.spans:
-                part += _query_gradient(grad, q, k, v, out, sums, given, ctx.scale)
+            if cached.spans:
+                part += _query_gradient(grad, q, k, v, out, sums, cached, ctx.scale)
         return grad_q, grad_k, grad_v, None, None, None
 
 
 def _query_gradient(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, tile: Tile, scale: float | None
 ) -> Tensor:
-    """What a tile's keys give to the gradient of its queries, where theirs is not wanted: 3 products of 5."""
+    """The gradient of a tile's queries from keys that need no gradient: 3 of the 5 products."""
     q, grad, keys, values = _queries(q, tile), _queries(grad, tile), _keys(k, tile), _keys(v, tile)
     shape, pairs = q.shape, len(q) * keys.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     delta = (grad * _queries(out, tile)).sum(-1, keepdim=True)
 
-    def by_key_head(x: Tensor) -> Tensor:  # heads that share keys as more queries
+    def by_key_head(x: Tensor) -> Tensor:  # heads that share keys become queries of one
         return x.reshape(pairs, -1, x.shape[-1])
 
     keys, values = by_key_head(keys), by_key_head(values)
@@ -156,7 +158,7 @@ def _query_gradient(
 
 
 def _cut(tile: Tile, column: int) -> tuple[Tile, Tile]:
-    """A tile's keys before a column, and those from it on."""
+    """The tile with its keys before `column`, and with those from it on."""
     before = tuple((begin, min(end, column)) for begin, end in tile.spans if begin < column)
     after = tuple((max(begin, column), end) for begin, end in tile.spans if end > column)
     if tile.bias is None:
@@ -166,7 +168,7 @@ def _cut(tile: Tile, column: int) -> tuple[Tile, Tile]:
 
 
 def _like(q: Tensor) -> Tensor:
-    """Memory in the order (batch, queries, heads, dim), in which models go on with it."""
+    """Empty, like q, but in memory ordered (batch, queries, heads, dim), as models read it next."""
     batch, heads, queries, dim = q.shape
     return q.new_empty(batch, queries, heads, dim).transpose(1, 2)
 
@@ -176,7 +178,7 @@ def _queries(x: Tensor, tile: Tile) -> Tensor:
 
 
 def _keys(x: Tensor, tile: Tile) -> Tensor:
-    """The spans of keys, one after the other; a view where there is one."""
+    """The spans of keys, one after the other; a view if there is only one."""
     parts = [x[tile.key_rows, :, begin:end] for begin, end in tile.spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
@@ -188,7 +190,7 @@ def plan(allowed: Tensor, dtype: torch.dtype) -> list[Tile]:
     """Tiles of a whole mask (batch or 1, 1, queries, keys); neighbouring rows with the same mask share theirs."""
     tiles, start = [], 0
     masks = list(allowed[:, 0])
-    for _, same in groupby(range(len(masks)), key=_first_alike(masks)):
+    for _, same in groupby(range(len(masks)), key=_run_number(masks)):
         count = len(list(same))
         rows = slice(start, start + count) if len(masks) > 1 else slice(None)
         tiles += _split(masks[start], 0, rows, rows, dtype)
@@ -208,8 +210,8 @@ def plan_rows(allowed: Tensor, rows: Tensor, dtype: torch.dtype) -> list[Tile]:
     return tiles
 
 
-def _first_alike(masks: list[Tensor]) -> Any:
-    """Key that numbers runs of equal masks."""
+def _run_number(masks: list[Tensor]) -> Any:
+    """A key for `groupby` that numbers runs of equal masks."""
     numbers = [0]
     for before, mask in pairwise(masks):
         numbers.append(numbers[-1] + (not torch.equal(before, mask)))
@@ -217,7 +219,7 @@ def _first_alike(masks: list[Tensor]) -> Any:
 
 
 def _split(mask: Tensor, offset: int, rows: slice, key_rows: slice, dtype: torch.dtype) -> list[Tile]:
-    """Tiles of one mask (queries, keys) whose first query stands at `offset`."""
+    """Tiles of one mask (queries, keys) whose first query is number `offset`."""
     queries, keys = mask.shape
     padded = pad(mask, (0, -keys % _ROUND_TO, 0, -queries % CHUNK))
     used = padded.unflatten(-1, (-1, _ROUND_TO)).any(-1).unflatten(0, (-1, CHUNK)).any(1)  # (tiles, grains)
@@ -239,7 +241,7 @@ def _split(mask: Tensor, offset: int, rows: slice, key_rows: slice, dtype: torch
 
 
 def _runs(grains: list[bool], keys: int) -> Spans:
-    """Used grains as runs of keys."""
+    """Runs of used grains, as spans of keys."""
     runs: list[tuple[int, int]] = []
     for index, used in enumerate(grains):
         if used:

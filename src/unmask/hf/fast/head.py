@@ -1,7 +1,7 @@
 """The head of a stock model on the rows that are read, or as the weighted sum of their losses.
 
 Each is a hook for the time of one pass. Slow twin: the plain pass, with `FastPaths()`; compared in
-tests/test_shortcuts.py (`test_loss_and_gradients_match_the_plain_pass`).
+tests/test_fast_paths.py (`test_loss_and_gradients_match_the_plain_pass`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unmask.core.head_loss import RowLoss, weighted_sum
 
 @contextmanager
 def head_rows(head: torch.nn.Module, rows: Tensor | slice | None) -> Iterator[None]:
-    """Within the context the head `head` runs on the given rows only, flat indices into (batch * length)."""
+    """Within the context `head` runs on `rows` only, flat indices into (batch * length); None for all."""
     if rows is None:
         yield
         return
@@ -33,7 +33,7 @@ def head_rows(head: torch.nn.Module, rows: Tensor | slice | None) -> Iterator[No
 def head_sum(
     head: Any, rows: Tensor | slice | None, row_loss: RowLoss, weight: Tensor, mask_token_id: int | None
 ) -> Iterator[None]:
-    """Within the context the head puts out the weighted sum of its rows' losses in place of logits."""
+    """Within the context the output of `head` is the weighted sum of its rows' losses instead of logits."""
 
     def forward(hidden: Tensor) -> Tensor:
         picked = hidden.flatten(0, 1) if rows is None else hidden.flatten(0, 1)[rows]
@@ -48,7 +48,7 @@ def head_sum(
 
 @contextmanager
 def head_input(head: torch.nn.Module, read: list[Tensor]) -> Iterator[None]:
-    """Within the context the list takes up what the head `head` is given; the head runs on one row only."""
+    """Within the context the input of `head` is appended to `read`, and `head` runs on one row only."""
 
     def take(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         read.append(args[0])

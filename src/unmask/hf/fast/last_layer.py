@@ -1,7 +1,7 @@
 """A stock model's attention in tiles, and its last layer for the rows that are read.
 
 Both are hooks for the time of one pass, which leave the model's code alone. Slow twin: the plain pass, with
-`FastPaths()`; compared in tests/test_shortcuts.py (`test_loss_and_gradients_match_the_plain_pass`).
+`FastPaths()`; compared in tests/test_fast_paths.py (`test_loss_and_gradients_match_the_plain_pass`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ AttentionInterface.register(CHUNKED, _chunked_forward)
 
 @dataclass
 class _Unread:
-    """The last layer's mask while only some of its rows are wanted: `rows`, flat indices into (batch, queries)."""
+    """In place of the last layer's mask while only `rows` are wanted, flat indices into (batch, queries).
+
+    keys: the layer's keys and values, once its first call has computed them.
+    """
 
     allowed: Tensor
     rows: Tensor
@@ -60,35 +63,34 @@ class _Unread:
 
 
 class _KeysTaken(Exception):
-    """The last layer has handed over its keys and values: what follows in that call is not needed."""
+    """The last layer has its keys and values: the rest of its first call is not needed."""
 
 
 @contextmanager
 def last_layer_rows(
     layer: torch.nn.Module, rows: Tensor, gate: Callable[[Tensor], AbstractContextManager[None]]
 ) -> Iterator[None]:
-    """Within the context a model's last layer is computed for the given rows alone, and comes out packed.
+    """Within the context a model's last layer is computed for `rows` alone, flat indices into (batch * length).
 
-    Behind its attention no row of the last layer is read by another one. It is called twice: once with all
-    rows, up to its attention, which keeps the keys and values; once with the wanted rows, which attend to
-    them. `rows`: flat indices into (batch * length). The model goes on with as many rows of the batch as hold
-    them, so that its shapes stay what it expects: what was rows[i] is then flat row i. gate: entered around the
-    second call with `rows`.
+    After the attention of the last layer no row reads another. So the layer is called twice: with all rows, up to its
+    attention, which keeps the keys and values; and with the wanted rows, which attend to these. Row rows[i] becomes
+    flat row i of the layer's output, (n, length, width) with the smallest n, as the model expects. gate: entered
+    around the second call with `rows`.
     """
     plain: Any = layer.forward
     signature = inspect.signature(plain)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given = dict(signature.bind(*args, **kwargs).arguments)
-        given |= given.pop("kwargs", {})
-        hidden: Tensor = given["hidden_states"]
-        unread = _Unread(given["attention_mask"], rows)
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        arguments |= arguments.pop("kwargs", {})
+        hidden: Tensor = arguments["hidden_states"]
+        unread = _Unread(arguments["attention_mask"], rows)
         with suppress(_KeysTaken):
-            plain(**given | {"attention_mask": unread})
+            plain(**arguments | {"attention_mask": unread})
         if not len(rows):
             return hidden
         batch, length = hidden.shape[:2]
-        picked = {name: _pick(value, rows, batch, length) for name, value in given.items()}
+        picked = {name: _pick(value, rows, batch, length) for name, value in arguments.items()}
         with gate(rows):
             out = plain(**picked | {"attention_mask": unread})
         if isinstance(out, tuple):
@@ -103,7 +105,7 @@ def last_layer_rows(
 
 
 def _pick(value: Any, rows: Tensor, batch: int, length: int) -> Any:
-    """The rows of whatever has one entry a token; a cache has its keys already."""
+    """`rows` of an argument with one entry for each token; None for a cache, which has its keys already."""
     if isinstance(value, Cache):
         return None
     if isinstance(value, tuple):
@@ -114,5 +116,5 @@ def _pick(value: Any, rows: Tensor, batch: int, length: int) -> Any:
 
 
 def _packed(out: Tensor, length: int) -> Tensor:
-    """(1, rows, width) as (n, length, width), filled up with zeros."""
+    """(1, rows, width) as (n, length, width), padded with zeros."""
     return torch.nn.functional.pad(out[0], (0, 0, 0, -out.shape[1] % length)).unflatten(0, (-1, length))

@@ -1,9 +1,12 @@
-"""Results that the backward pass makes again instead of keeping them.
+"""Results that the backward pass computes again instead of keeping them.
 
-A product and an activation keep their operands for their own gradients, and whoever reads the result keeps that
-as well: a gated MLP holds four tensors of its width where two suffice, a norm three where one does. Within
-`rebuilding` such a result is dropped and made again from the operands when its reader's gradient is taken: the
-same operation on the same numbers, so the same bits. Knows the graph of torch and no model.
+A product and an activation keep their operands for their own gradients, and the operation that reads the result keeps
+the result as well: a gated MLP keeps four tensors of its width where two suffice, a norm three where one does. Within
+`recomputing` such a result is dropped, and computed again from the operands when the gradient of its reader is taken:
+the same operation on the same numbers, so the same bits. Knows the graph of torch and no model.
+
+Slow twin (in memory): the pass without `recomputing`; compared in tests/test_recompute.py
+(`test_gradients_are_those_of_kept_results`).
 """
 
 from __future__ import annotations
@@ -23,13 +26,13 @@ _MADE: dict[str, Callable[[Any], Tensor]] = {
     "SiluBackward0": lambda node: silu(node._saved_self),
     "GeluBackward0": lambda node: gelu(node._saved_self, approximate=node._saved_approximate),
 }
-"""By the node that a cheap operation leaves in the graph: its result, from what the node keeps anyway."""
+"""The result of each cheap operation from the operands that its node keeps, by the node's name in the graph."""
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """A tensor as it was at some version of it: whoever changes it in place afterwards is told."""
+    """A kept tensor and its version, so that a later change in place is noticed."""
 
     value: Tensor
     version: int
@@ -37,13 +40,13 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Made:
-    """What stands for a result: how to make it, and its shape, where a view of it was to be kept."""
+    """A dropped result: the node that computes it again, and its shape, since a view of it may have been kept."""
 
     node: Any
     shape: torch.Size
 
 
-def rebuilding() -> AbstractContextManager[None]:
+def recomputing() -> AbstractContextManager[None]:
     """Within the context the graph keeps no result of a cheap operation whose operands it keeps."""
     return saved_tensors_hooks(_pack, _unpack)
 
@@ -52,7 +55,7 @@ def _pack(result: Tensor) -> _Kept | _Made:
     node: Any = result.grad_fn
     if node is not None and node.name() in _VIEWS:
         node = node.next_functions[0][0]
-    # A product keeps both operands only where both have gradients. What was changed in place is no such result.
+    # A product keeps both operands only if both have gradients; a result that was changed in place is another tensor.
     if (
         node is not None
         and node.name() in _MADE
@@ -61,7 +64,7 @@ def _pack(result: Tensor) -> _Kept | _Made:
         and not result._version
     ):
         return _Made(node, result.shape)
-    return _Kept(result.detach(), result._version)  # with its graph, a node that keeps its own result would hold itself
+    return _Kept(result.detach(), result._version)  # detached: a node that keeps its own result would hold itself
 
 
 def _unpack(packed: _Kept | _Made) -> Tensor:

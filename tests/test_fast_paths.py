@@ -1,6 +1,9 @@
-"""Shortcuts through a stock model change nothing: losses and gradients are those of the plain pass."""
+"""Fast paths through a stock model change nothing: losses and gradients are those of the plain pass."""
 
+import ast
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from unmask.core.objectives import (
 )
 
 LENGTH = 144
+ROOT = Path(__file__).resolve().parents[1]
 ALL = hf.FastPaths(chunked=True, last_rows=True, head_sum=True)
 
 
@@ -81,7 +85,7 @@ def test_loss_and_gradients_match_the_plain_pass(name: str, objective: str, shif
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_routes_are_found_on_a_tiny_instance(name: str) -> None:
+def test_fast_paths_are_found_on_a_tiny_instance(name: str) -> None:
     fast_paths = hf.probe_fast_paths(tiny_model(SUPPORTED[name]()))
     if name == "gemma2":  # its attention caps scores, which no kernel here does
         assert fast_paths == hf.FastPaths()
@@ -89,7 +93,7 @@ def test_routes_are_found_on_a_tiny_instance(name: str) -> None:
         assert fast_paths == ALL
 
 
-def test_a_head_whose_logits_are_changed_behind_it_is_not_summed() -> None:
+def test_a_head_whose_logits_are_changed_after_it_is_not_summed() -> None:
     granite = tiny_model(tf.GraniteConfig(**SUPPORTED["granite"]().to_dict() | {"logits_scaling": 4.0}))
     assert hf.probe_fast_paths(granite) == replace(ALL, head_sum=False)
     network = hf.as_network(granite, MASK)
@@ -203,7 +207,7 @@ def test_a_layout_remembered_in_inference_mode_serves_training(device: str) -> N
 
 
 @pytest.mark.parametrize("objective", ["two_stream", "joint"])
-def test_shortcuts_run_under_autocast(objective: str) -> None:
+def test_fast_paths_run_under_autocast(objective: str) -> None:
     config = SUPPORTED["llama"]()
     config.max_position_embeddings = 160
     network = hf.as_network(tiny_model(config).train(), MASK)
@@ -216,3 +220,12 @@ def test_shortcuts_run_under_autocast(objective: str) -> None:
     assert abs(rounded - loss) < 0.01 * loss
     for a, b in zip(rounded_grads, grads, strict=True):
         assert (a - b).abs().max() < 0.05 * max(g.abs().max() for g in grads)
+
+
+def test_every_file_of_fast_paths_names_its_slow_twin_and_the_test_of_both() -> None:
+    for file in (ROOT / "src" / "unmask" / "hf" / "fast").glob("*.py"):
+        if file.stem != "__init__":
+            docstring = ast.get_docstring(ast.parse(file.read_text())) or ""
+            assert "Slow twin" in docstring, file
+            page, test = re.findall(r"(tests/\w+\.py)\s+\(`(\w+)`\)", docstring)[0]
+            assert f"def {test}(" in (ROOT / page).read_text(), (file, test)

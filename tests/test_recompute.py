@@ -13,7 +13,7 @@ from unmask import hf
 from unmask.core.attention import Layout
 from unmask.core.corruption import mask_exact, segments
 from unmask.core.objectives import diffusion_loss, predictable
-from unmask.hf.fast.recompute import _Kept, _Made, _pack, rebuilding
+from unmask.hf.fast.recompute import _Kept, _Made, _pack, recomputing
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -25,8 +25,8 @@ def test_gradients_are_those_of_kept_results(name: str, monkeypatch: pytest.Monk
     noise, t = torch.rand(2, 2, 144, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn = mask_exact(t, noise, segments(layout, 8), predictable(layout))
     results = []
-    for context in (rebuilding, nullcontext):
-        monkeypatch.setattr(hf.network, "rebuilding", context)
+    for context in (recomputing, nullcontext):
+        monkeypatch.setattr(hf.network, "recomputing", context)
         loss = diffusion_loss(network, block_config(8), x0, layout, drawn).sum
         results.append(torch.autograd.grad(loss, list(network.model.parameters()), allow_unused=True))
     for made, kept in zip(*results, strict=True):
@@ -50,7 +50,7 @@ def test_a_gated_map_keeps_neither_its_activation_nor_its_product(activation: Ca
         return linear(product, down).square().sum()
 
     kept = torch.autograd.grad(run(), (x, up, down))
-    with rebuilding():
+    with recomputing():
         made = torch.autograd.grad(run(), (x, up, down))
     for a, b in zip(made, kept, strict=True):
         assert torch.equal(a, b)
@@ -58,7 +58,7 @@ def test_a_gated_map_keeps_neither_its_activation_nor_its_product(activation: Ca
 
 def test_a_graph_that_nobody_differentiates_is_freed() -> None:
     x = torch.rand(4, requires_grad=True)
-    with rebuilding():
+    with recomputing():
         y = x.rsqrt()  # keeps its own result
     left = torch._C._WeakTensorRef(y)
     del y
@@ -67,13 +67,13 @@ def test_a_graph_that_nobody_differentiates_is_freed() -> None:
 
 def test_a_kept_tensor_that_was_changed_is_refused() -> None:
     x, y = (torch.rand(4, requires_grad=True) for _ in "xy")
-    with rebuilding():
+    with recomputing():
         kept = x + 1
         out = (kept * y).sum()
     kept.detach().add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
-    with rebuilding():
+    with recomputing():
         product = x * y
         out = (product * y).sum()
     with torch.no_grad():

@@ -22,6 +22,7 @@ from transformers import (
 
 from unmask.core.attention import (
     Layout,
+    Pattern,
     block_causal,
     causal,
     dense,
@@ -167,28 +168,14 @@ def probe_network(network: HFNetwork) -> str | None:
         return f"a causal mask changes its logits by {gap:.1e}, so the mask replaces more than it should"
 
     both = Layout.of(clean.position, noisy=True).concat(clean)
-    pattern = two_stream(block)
-    base = network(tokens, both, pattern)
+    base = network(tokens, both, two_stream(block))
     changed = tokens.repeat(2 * length, 1)
     changed.diagonal().copy_(changed.diagonal() % (vocabulary - 4) + 3)
     many = Layout(*(field.expand(2 * length, -1) for field in both))
-    effect = (network(changed, many, pattern) - base).abs().amax(-1).T  # (row, changed token)
-
-    sees = dense(pattern, both, both)[0]
-    reachable = sees
-    for _ in range(network.config.num_hidden_layers):
-        reachable = (reachable.float() @ sees.float()) > 0
-    leak = effect.masked_fill(reachable, 0)
-    if float(leak.max()) > tolerance:
-        row, token = divmod(int(leak.argmax()), 2 * length)
-        return (
-            f"row {row} of a two-stream pass changes by {float(leak.max()):.1e} with token {token}, "
-            "which the mask hides from it, so some layer moves information past the mask"
-        )
-    size = getattr(network.config, "sliding_window", None) or length
-    near = sees & dense(window(size), both, both)[0]
-    if not bool((effect[near] > 0).all()):
-        return "tokens that the mask shows have no effect, so some layer stays causal against the mask"
+    effect = (network(changed, many, two_stream(block)) - base).abs().amax(-1).T
+    reason = _wrong_influence(network.config, effect, both, two_stream(block), tolerance)
+    if reason:
+        return reason
 
     start = length // block * block  # the last, short block
     rows = torch.cat([tokens[:, length : length + start], tokens[:, start:length]], dim=1)
@@ -196,6 +183,26 @@ def probe_network(network: HFNetwork) -> str | None:
     gap = float((alone - base[:, start:length]).abs().max())
     if not gap <= tolerance:
         return f"repeated position ids move its logits by {gap:.1e}, so positions come from somewhere else"
+    return None
+
+
+def _wrong_influence(config: Any, effect: Tensor, layout: Layout, pattern: Pattern, tolerance: float) -> str | None:
+    """Why `effect` (rows, changed tokens) is not that of the pattern's mask in every layer, or None."""
+    sees = dense(pattern, layout, layout)[0]
+    reachable = sees
+    for _ in range(config.num_hidden_layers):
+        reachable = (reachable.float() @ sees.float()) > 0
+    leak = effect.masked_fill(reachable, 0)
+    if float(leak.max()) > tolerance:
+        row, token = divmod(int(leak.argmax()), leak.shape[1])
+        return (
+            f"row {row} of a two-stream pass changes by {float(leak.max()):.1e} with token {token}, "
+            "which the mask hides from it, so some layer moves information past the mask"
+        )
+    size = getattr(config, "sliding_window", None) or layout.position.shape[1] // 2
+    near = sees & dense(window(size), layout, layout)[0]
+    if not bool((effect[near] > 0).all()):
+        return "tokens that the mask shows have no effect, so some layer stays causal against the mask"
     return None
 
 

@@ -99,8 +99,9 @@ def test_rows_spread_over_threads_give_the_same_run(tokenizer_and_model: Path, s
 def test_a_killed_run_resumes_bit_for_bit(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:
     straight = unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", tmp_path / "straight", **RUN)
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "unmask.cli", "adapt", str(tokenizer_and_model), "--data", str(stories),
-               "--output", str(killed), *(f"{k}={v}" for k, v in RUN.items() if k != "show_progress")]  # fmt: skip
+    command = [sys.executable, "-m", "unmask.cli", "adapt", str(tokenizer_and_model), "--recipe", "efficient-dlm",
+               "--data", str(stories), "--output", str(killed),
+               *(f"{k}={v}" for k, v in RUN.items() if k != "show_progress")]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (killed / "checkpoint-6").is_dir() and process.poll() is None and time.monotonic() < deadline:

@@ -106,7 +106,7 @@ HARD = {"masking": "bernoulli", "min_noise_level": 0.3}
 HEADLINE = {
     "one-block": Arm("efficient-dlm", ONE_BLOCK | HARD, tokens=5_000_000),
     "tri-mode": Arm(
-        "tri-mode",
+        "tri-mode-published",
         {"block_size": 26, "noisy_attention": "causal", "teacher": "parent", "alpha": 1.0, "masking": "bernoulli",
          "min_noise_level": 0.5},
         drafts(4, 8, 10), tokens=3_000_000,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,18 +32,19 @@ def read_text(job: Job, parent: Parent) -> Corpus | HubStream:
         return HubStream(job.sources[0], parent.lm.tokenizer, end_token_id=parent.end_token_id,
                          text_column=settings.text_column, split=settings.split)  # fmt: skip
     with progress("tokenise", sum(file.stat().st_size for file in job.files), show=job.show_progress) as advance:
-        corpus = load_corpus(
-            job.files,
-            parent.lm.tokenizer,
-            end_token_id=parent.end_token_id,
-            text_column=settings.text_column,
-            skip_invalid=settings.skip_invalid,
-            max_length=settings.max_length,
-            progress=advance,
-        )
+        corpus = _read_files(parent, job.files, max_length=settings.max_length, progress=advance)
     if settings.self_prompts is None or writes_while_learning(settings):
         return corpus
     return write_own_text(parent.lm, parent, corpus, job.folder.path.parent, parent.fingerprint, job.show_progress)
+
+
+def _read_files(parent: Parent, files: Sequence[Path], **limits: Any) -> Corpus:
+    """`load_corpus` with the parent's tokens and the run's settings of data."""
+    settings = parent.settings
+    return load_corpus(
+        files, parent.lm.tokenizer, end_token_id=parent.end_token_id, text_column=settings.text_column,
+        skip_invalid=settings.skip_invalid, **limits,
+    )  # fmt: skip
 
 
 def writes_while_learning(settings: Settings) -> bool:
@@ -84,15 +87,8 @@ def hold_out(job: Job, parent: Parent, text: Corpus | HubStream) -> Data:
     """Take the held-out documents from eval_data, or from the end of the text, and pack the rest into rows."""
     settings, held_out = parent.settings, []
     if job.held_out_files is not None:
-        corpus = load_corpus(
-            job.held_out_files,
-            parent.lm.tokenizer,
-            end_token_id=parent.end_token_id,
-            text_column=settings.text_column,
-            skip_invalid=settings.skip_invalid,
-            max_length=parent.lm.network.context_length,
-            max_documents=settings.eval_documents,
-        )
+        context, number = parent.lm.network.context_length, settings.eval_documents
+        corpus = _read_files(parent, job.held_out_files, max_length=context, max_documents=number)
         held_out = held_out_documents(corpus, parent.end_token_id)
     cut = num_held_out(job, text)
     if cut and isinstance(text, Corpus):

@@ -8,25 +8,27 @@ from dataclasses import replace
 import torch
 
 from unmask.core.network import DiffusionConfig, Network
-from unmask.data.documents import Corpus
+from unmask.data.documents import Corpus, Document
 from unmask.evaluation import likelihood
 from unmask.settings import Settings
 
 
-def held_out_documents(corpus: Corpus, end_token_id: int | None) -> list[likelihood.Document]:
-    """The documents of a corpus as the likelihood wants them, without their bytes, which are not asked for.
+def held_out_document(document: Document, end_token_id: int | None) -> likelihood.Document:
+    """A document of a corpus as the likelihood wants it, without its bytes, which are not asked for.
 
-    Texts without their end token. Supervised examples whole, since where an answer ends is part of it.
+    A text without its end token. A supervised example whole, since where an answer ends is part of it.
     """
-    documents = []
-    for i in range(len(corpus)):
-        ids, loss_mask = corpus.document(i)
-        if loss_mask is None and end_token_id is not None:
-            ids = ids[:-1]
-        tokens = torch.from_numpy(ids.astype("int64"))
-        mask = None if loss_mask is None else torch.from_numpy(loss_mask)
-        documents.append(likelihood.Document(tokens, torch.zeros_like(tokens), mask))
-    return documents
+    ids, loss_mask = document
+    if loss_mask is None and end_token_id is not None:
+        ids = ids[:-1]
+    tokens = torch.from_numpy(ids.astype("int64"))
+    mask = None if loss_mask is None else torch.from_numpy(loss_mask)
+    return likelihood.Document(tokens, torch.zeros_like(tokens), mask)
+
+
+def held_out_documents(corpus: Corpus, end_token_id: int | None) -> list[likelihood.Document]:
+    """`held_out_document` of each document of a corpus."""
+    return [held_out_document(corpus.document(i), end_token_id) for i in range(len(corpus))]
 
 
 def held_out_nll(

@@ -19,6 +19,7 @@ from torch import Tensor
 from unmask.core.noise import seed_for
 from unmask.data.documents import Corpus
 from unmask.evaluation import likelihood
+from unmask.evaluation.held_out import held_out_document
 from unmask.lab.frontier import Score, Setting, measure, padded
 from unmask.model import DiffusionLM
 from unmask.sampling import Candidates, Confidence, Selector, Threshold
@@ -294,16 +295,13 @@ def hold_out(corpus: Corpus, budget: Budget, end_token_id: int | None) -> HeldOu
     documents: list[likelihood.Document] = []
     prompts: list[Tensor] = []
     for i in range(len(corpus)):
-        ids, loss_mask = corpus.document(i)
-        if loss_mask is None and end_token_id is not None:
-            ids = ids[:-1]
-        tokens = torch.from_numpy(ids.astype("int64"))
-        learnt = None if loss_mask is None else torch.from_numpy(loss_mask)
+        document = held_out_document(corpus.document(i), end_token_id)
+        tokens = document.ids
         if len(documents) < budget.documents:
-            documents.append(likelihood.Document(tokens, torch.zeros_like(tokens), learnt))
+            documents.append(document)
         if len(prompts) < budget.prompts:
-            if learnt is not None:
-                prompts.append(tokens[: int(learnt.int().argmax())])
+            if document.loss_mask is not None:
+                prompts.append(tokens[: int(document.loss_mask.int().argmax())])
             elif len(tokens) >= budget.prompt_tokens + budget.new_tokens:
                 prompts.append(tokens[: budget.prompt_tokens])
     if not prompts:

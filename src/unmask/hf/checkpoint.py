@@ -25,7 +25,7 @@ from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.core.finite import check_weights
 from unmask.core.network import DiffusionConfig
 from unmask.hf.folders import BUILDING, check_folder, first_line, parse, read_object, read_tensors
-from unmask.hf.gguf import gguf_file, reading_options
+from unmask.hf.gguf import dequantising, gguf_file, source_of
 from unmask.plain_json import to_json
 from unmask.run_folder import ordinary_permissions
 
@@ -113,15 +113,12 @@ def load_pretrained(
     trust_remote_code: run Python that the folder brings along; without it, what needs it is refused.
     """
     path, file = Path(name), gguf_file(name)
-    source: str | Path = name if file is None else file.parent
-    of_file: dict[str, Any] = {} if file is None else {"gguf_file": file.name}
-    if file is not None:
-        path = file.parent
-    elif not path.exists() and is_path(name):
+    source, of_file = source_of(name)
+    if file is None and not path.exists() and is_path(name):
         raise ValueError(f"model folder {str(name)!r} does not exist: give an existing folder or a hub id")
-    elif path.exists() and not (path / "config.json").is_file():
-        raise ValueError(f"model folder {str(name)!r} holds no config.json: give the folder of an HF checkpoint")
     if file is None and path.exists():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model folder {str(name)!r} holds no config.json: give the folder of an HF checkpoint")
         check_folder(path)
     options: dict[str, Any] = {
         "attn_implementation": attn_implementation,
@@ -132,13 +129,14 @@ def load_pretrained(
     with _loading(name, "config.json"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **of_file)
     if file is not None:
-        options |= reading_options(file, quantization_config)
+        options["quantization_config"] = dequantising(file, quantization_config)
     with _loading(name, "weights"), BUILDING:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **of_file,
             **{k: v for k, v in options.items() if v is not None},
         )
     _check_weights(name, model, info)
@@ -284,8 +282,7 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 def _tokenizer(name: str | Path, trust_remote_code: bool) -> Any:
     with _loading(name, "tokenizer.json, tokenizer_config.json or another file of the tokenizer"):
-        file = gguf_file(name)
-        source, options = (name, {}) if file is None else (file.parent, {"gguf_file": file.name})
+        source, options = source_of(name)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
         if not tokenizer.get_vocab():
             raise ValueError("the vocabulary is empty")

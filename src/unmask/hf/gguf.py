@@ -36,11 +36,14 @@ def can_read_gguf() -> bool:
     return importlib.util.find_spec("gguf") is not None
 
 
-def reading_options(file: Path, quantization_config: Any = None) -> dict[str, Any]:
-    """Options of `from_pretrained` for the weights of a file, beside the folder that it is in.
+def source_of(name: str | Path) -> tuple[str | Path, dict[str, str]]:
+    """What `from_pretrained` reads for a model's name: a folder or hub id, and the option for a file in the folder."""
+    file = gguf_file(name)
+    return (name, {}) if file is None else (file.parent, {"gguf_file": file.name})
 
-    Without dequantising, transformers would load a model that it cannot save.
-    """
+
+def dequantising(file: Path, quantization_config: Any = None) -> Any:
+    """The quantization_config for the weights of a file, without which transformers loads what it cannot save."""
     if quantization_config is not None:
         raise ValueError(
             f"model file {str(file)!r} is quantised already, and quantization_config={quantization_config!r} would do "
@@ -49,5 +52,5 @@ def reading_options(file: Path, quantization_config: Any = None) -> dict[str, An
     try:
         from transformers import GgufConfig
     except ImportError:  # before 5.2x weights are always dequantised
-        return {"gguf_file": file.name}
-    return {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+        return None
+    return GgufConfig(dequantize=True)

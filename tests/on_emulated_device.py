@@ -17,7 +17,7 @@ from decode import sample_bidirectional
 from unmask import hf
 from unmask.core.network import DiffusionConfig
 from unmask.core.noise import Key, uniforms
-from unmask.sampling import Ancestral, Canvas, Confidence, Remask
+from unmask.sampling import Ancestral, Canvas, Confidence, ConfidenceAmongAll, Remask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "shared" / "tools"))
 import emulated_device as emulated
@@ -33,6 +33,7 @@ def run(net: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("options", [
     {}, {"temperature": 1.0},
     {"select": Confidence(1)}, {"select": Ancestral(), "max_denoising_steps": 5}, {"guidance_scale": 2.0},
+    {"select": ConfidenceAmongAll(), "max_denoising_steps": 4, "temperature": 0.7},
     {"remask": Remask("cap", 0.3), "max_denoising_steps": 9},
     {"remask": Remask("confidence"), "max_denoising_steps": 9},
 ])  # fmt: skip

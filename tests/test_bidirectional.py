@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,21 @@ from unmask import hf
 from unmask.core.attention import Layout, bidirectional
 from unmask.core.network import DiffusionConfig
 from unmask.core.noise import uniform
-from unmask.sampling import Ancestral, Canvas, Confidence, Entropy, EntropyBound, Margin, Random, Remask, Threshold
+from unmask.sampling import (
+    Ancestral,
+    Blocks,
+    Candidates,
+    Canvas,
+    Confidence,
+    ConfidenceAmongAll,
+    Entropy,
+    EntropyBound,
+    Margin,
+    Random,
+    Remask,
+    Threshold,
+    WholeCanvas,
+)
 
 
 def config(shift: bool = True) -> DiffusionConfig:
@@ -47,9 +62,11 @@ def slow(
             logits[:, MASK] = -torch.inf
             forwards += 1
         options = []
-        for i in masked:
+        for i in open_ if isinstance(rule, ConfidenceAmongAll) else masked:
             scores = logits[i - chosen.shift].clone()
             p = scores.softmax(-1)
+            if temperature and isinstance(rule, ConfidenceAmongAll):
+                p = (scores / temperature).softmax(-1)
             if temperature:
                 if top_k:
                     scores[scores < scores.sort(descending=True).values[top_k - 1]] = -torch.inf
@@ -61,6 +78,10 @@ def slow(
         least = 0 if steps is None else math.ceil(len(masked) / (steps - step))
         if isinstance(rule, Ancestral):
             chosen_now = [o for o in options if order[o[0]] < (step + 1) / steps]
+        elif isinstance(rule, ConfidenceAmongAll):
+            stay = len(open_) * (steps - step - 1) // steps
+            least_sure = sorted(options, key=lambda o: (o[2], -o[0]))[:stay]
+            chosen_now = [o for o in options if o[0] in masked and o not in least_sure]
         elif isinstance(rule, Threshold):
             n = max(least, 1, sum(o[2] > rule.confidence_threshold for o in options))
             chosen_now = sorted(options, key=lambda o: (-o[2], o[0]))[:n]
@@ -97,7 +118,7 @@ def test_ragged_batch_equals_each_row_by_definition(rule, shift: bool) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rule", [Ancestral(), Confidence(2)])
+@pytest.mark.parametrize("rule", [Ancestral(), Confidence(2), ConfidenceAmongAll()])
 def test_sampled_batch_equals_each_row_with_its_number(rule) -> None:
     net, options = network(), {"temperature": 0.8, "top_k": 20, "seed": 7}
     got = sample_bidirectional(net, config(), CANVASES, select=rule, max_denoising_steps=5, **options)
@@ -115,6 +136,90 @@ def test_every_kind_of_architecture_equals_the_definition(name: str) -> None:
     net = hf.as_network(tiny_model(SUPPORTED[name](), torch.float64), MASK)
     got = sample_bidirectional(net, config(), CANVASES[:2], select=Confidence(2))
     assert got.new_tokens == [slow(net, config(), one, Confidence(2))[0] for one in CANVASES[:2]]
+
+
+# --- committed tokens in the ranking
+
+
+def released_ranking(scores: torch.Tensor, masked: torch.Tensor, open_: torch.Tensor, t: int, steps: int):
+    """Which of a row's positions are committed at loop index t: the released code's `topk_masking`, by its definition."""
+    scores = torch.where(open_, scores, 1000.0)
+    cutoff = scores.sort().values[int(open_.sum()) * t // steps]
+    return masked & ~(scores < cutoff)
+
+
+@settings(max_examples=200, deadline=None)
+@given(n=st.integers(1, 20), steps=st.integers(1, 20), seed=st.integers(0, 10**6))
+def test_ranking_of_all_is_the_released_codes(n: int, steps: int, seed: int) -> None:
+    """Scores that change at random from forward to forward; prompt positions at both ends."""
+    generator, rule = torch.Generator().manual_seed(seed), ConfidenceAmongAll()
+    open_ = torch.tensor([False, *[True] * n, False])
+    masked, none = open_.clone(), torch.zeros(1, dtype=torch.long)
+    logits = torch.zeros(1, 5)
+    for t in range(steps - 1, -1, -1):
+        p = torch.rand(n + 2, generator=generator, dtype=torch.float64)
+        progress = (steps - t) / steps
+        candidates = Candidates(masked[None], (p * open_)[None], logits, p[None], progress, open_[None])
+        commit = rule(candidates, none)[0]
+        assert torch.equal(commit, released_ranking(p.log(), masked, open_, t, steps))
+        per_row = replace(candidates, progress=torch.tensor([[progress]], dtype=torch.float64))
+        assert torch.equal(commit, rule(per_row, none)[0])
+        masked = masked & ~commit
+        assert int(masked.sum()) <= n * t // steps
+    assert not masked.any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("steps", [1, 4, 5])
+def test_ranking_of_all_on_ragged_canvases_equals_each_row_by_definition(shift: bool, steps: int) -> None:
+    net, rule, ahead = network(), ConfidenceAmongAll(), 0
+    got = sample_bidirectional(net, config(shift), CANVASES, select=rule, max_denoising_steps=steps)
+    for row, one in enumerate(CANVASES):
+        tokens, forwards = slow(net, config(shift), one, rule, steps=steps, row=row)
+        assert got.new_tokens[row] == tokens
+        assert got.num_forwards[row] == forwards
+        ahead += tokens != slow(net, config(shift), one, Confidence(1), steps=steps, row=row)[0]
+    assert ahead > 0 or steps == 1  # another rule than `Confidence`, which is the same where T is 1
+
+
+@torch.no_grad()
+def test_ranking_of_all_scores_at_the_sampling_temperature() -> None:
+    rule, different = ConfidenceAmongAll(), 0
+    for seed in range(4):
+        options = {"steps": 6, "temperature": 0.2, "seed": seed}
+        got = sample_bidirectional(
+            NET, config(), CANVASES, select=rule, max_denoising_steps=6, temperature=0.2, seed=seed
+        )
+        expected = [slow(NET, config(), one, rule, row=row, **options)[0] for row, one in enumerate(CANVASES)]
+        assert got.new_tokens == expected
+        ones = [slow(NET, config(), one, Confidence(1), row=row, **options)[0] for row, one in enumerate(CANVASES)]
+        different += expected != ones
+    assert different
+
+
+@torch.no_grad()
+def test_ranking_of_all_with_guidance_equals_the_definition() -> None:
+    got = sample_bidirectional(NET, config(), CANVASES, select=ConfidenceAmongAll(), max_denoising_steps=4,
+                               guidance_scale=2.0)  # fmt: skip
+    for row, one in enumerate(CANVASES):
+        assert got.new_tokens[row] == slow(NET, config(), one, ConfidenceAmongAll(), steps=4, row=row, scale=2.0)[0]
+
+
+def test_ranking_of_all_needs_a_canvas_and_a_number_of_steps() -> None:
+    with pytest.raises(ValueError, match=r"ConfidenceAmongAll\(\) ranks committed tokens too, which Blocks does not"):
+        Blocks(select=ConfidenceAmongAll())
+    one = torch.ones(1, 1)
+    with pytest.raises(ValueError, match="which a whole canvas alone scores again"):
+        ConfidenceAmongAll()(Candidates(one > 0, one.double(), one, one.double(), 1.0), torch.zeros(1))
+    for rule in (Ancestral(), ConfidenceAmongAll()):
+        with pytest.raises(ValueError, match=r"select=\w+\(\) needs max_denoising_steps, which is None"):
+            WholeCanvas(select=rule)
+    with pytest.raises(ValueError, match="shares its commits out over max_denoising_steps, which is None"):
+        sample_bidirectional(NET, config(), [canvas(2, 8)], select=ConfidenceAmongAll())
+    with pytest.raises(ValueError, match="does not go with remask"):
+        sample_bidirectional(NET, config(), [canvas(2, 8)], select=ConfidenceAmongAll(), remask=Remask(),
+                             max_denoising_steps=9)  # fmt: skip
 
 
 # --- pace
@@ -202,7 +307,7 @@ NET = network(dtype=torch.float32)
 @settings(max_examples=40, deadline=None)
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(0, 6)), min_size=1, max_size=3),
-    rule=st.sampled_from([*RULES, EntropyBound(3.0), Ancestral()]),
+    rule=st.sampled_from([*RULES, EntropyBound(3.0), Ancestral(), ConfidenceAmongAll()]),
     steps=st.sampled_from([None, 1, 2]),
     temperature=st.sampled_from([0.0, 1.0]),
     remask=st.sampled_from(
@@ -215,7 +320,7 @@ def test_given_tokens_never_change_and_no_mask_is_left(shapes, rule, steps, temp
     canvases = [canvas(*shape) for shape in shapes]
     if remask is not None:
         rule, steps = None, 14
-    elif isinstance(rule, Ancestral) or steps == 2:
+    elif isinstance(rule, Ancestral | ConfidenceAmongAll) or steps == 2:
         steps = 1 if max(n for _, n, _ in shapes) == 1 else 2
     last: dict[tuple[int, int], int] = {}
 

@@ -19,7 +19,14 @@ from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import gumbels, uniform
 from unmask.core.scoring import score
 from unmask.core.transfer import to_device
-from unmask.sampling.commit import Ancestral, Candidates, Selector, Threshold, token_confidence
+from unmask.sampling.commit import (
+    Ancestral,
+    Candidates,
+    ConfidenceAmongAll,
+    Selector,
+    Threshold,
+    token_confidence,
+)
 from unmask.sampling.guidance import guide
 from unmask.sampling.remask import Remask
 from unmask.sampling.request import Request, SampledTokens, Stop
@@ -63,6 +70,7 @@ def sample_bidirectional(
     max_denoising_steps: T, the number of forwards of all rows, or (without remask) of each. Step s commits at least
     ceil(remaining / (T - s)) tokens, so that at most floor(N (T - s) / T) of N stay masked after s steps (DiffuLLaMA
     2410.17891, section 4.2 of its code); `Ancestral` reveals by chance instead. Without T the rule sets the pace.
+    `ConfidenceAmongAll` has the logits of committed positions computed as well.
     select: the commit rule, `Threshold()` by default. remask: tokens are revealed as `Ancestral` does, corrected for
     those that are masked again, which are drawn with new noise later; a row then ends at its last step only, and a
     position reaches `callback` at each of its commits. guidance_scale other than 1: every forward runs a second time
@@ -76,8 +84,9 @@ def sample_bidirectional(
     batch = _Batch(network, config, canvases, request, numbers, guidance_scale)
     budgets = _budgets(batch.masked, max_denoising_steps, select, remask)
     select = select or Threshold()
+    rank_all = isinstance(select, ConfidenceAmongAll)
     while len(batch.rows):
-        proposal = batch.propose()
+        proposal = batch.propose(rank_all)
         last = batch.step + 1 == max_denoising_steps
         if remask is None:
             changes = batch.commit_by_rule(proposal, select, budgets)
@@ -98,13 +107,15 @@ def sample_bidirectional(
 class _Proposal(NamedTuple):
     """Of the masked positions of the rows, in their order: logits (n, vocabulary), a token each, and its confidence.
 
-    masked: (rows, length) bool on the device. confidence: (rows, length) float64, 0 elsewhere.
+    masked: (rows, length) bool on the device. confidence: (rows, length) float64, 0 elsewhere. ranked: (rows, length)
+    bool on the device, all open positions, which then have a confidence too; None if the masked ones alone have.
     """
 
     masked: Tensor
     logits: Tensor
     tokens: Tensor
     confidence: Tensor
+    ranked: Tensor | None
 
 
 class _Batch:
@@ -150,21 +161,29 @@ class _Batch:
         self._keep(self.masked.any(-1).nonzero()[:, 0])
         self.confidence = torch.zeros_like(self.priority)
 
-    def propose(self) -> _Proposal | None:
-        """Tokens for the masked positions by one forward, two with guidance; None if nothing is masked."""
+    def propose(self, rank_all: bool = False) -> _Proposal | None:
+        """Tokens for the masked positions by one forward, two with guidance; None if nothing is masked.
+
+        rank_all: committed positions get a confidence too, and all have it at the sampling temperature, not at 1.
+        """
         request, masked, xt = self.request, self.masked[self.rows], self.xt[self.rows]
         if not bool(masked.any()):
             return None
-        logits = score(self.network, self.config, xt, xt, self.layout, masked)
+        wanted = self.open[self.rows] if rank_all else masked
+        logits = score(self.network, self.config, xt, xt, self.layout, wanted)
         if self.guidance_scale != 1:
             hidden = xt.masked_fill(self.prompt[self.rows], self.config.mask_token_id)
-            unconditional = score(self.network, self.config, hidden, hidden, self.layout, masked)
+            unconditional = score(self.network, self.config, hidden, hidden, self.layout, wanted)
             logits = guide(logits, unconditional, self.guidance_scale)
         self.num_forwards[self.rows[masked.any(-1)]] += 1 if self.guidance_scale == 1 else 2
-        noise = None if request.temperature == 0 else self._noise(masked, logits.shape[-1])
+        noise = None if request.temperature == 0 else self._noise(wanted, logits.shape[-1])
         tokens = choose_tokens(logits, request.temperature, request.top_p, noise, request.top_k)
         on_device = to_device(masked, self.device)
-        return _Proposal(on_device, logits, tokens, token_confidence(logits, on_device, tokens))
+        if not rank_all:
+            return _Proposal(on_device, logits, tokens, token_confidence(logits, on_device, tokens), None)
+        ranked, still = to_device(wanted, self.device), to_device(masked[wanted].nonzero()[:, 0], self.device)
+        confidence = token_confidence(logits / (request.temperature or 1.0), ranked, tokens)
+        return _Proposal(on_device, logits[still], tokens[still], confidence, ranked)
 
     def commit_by_rule(self, proposal: _Proposal | None, select: Selector, budgets: Tensor | None) -> Tensor:
         """The changes of a step in which a rule commits: (rows, length) on the device, a token or `_UNCHANGED`.
@@ -177,7 +196,8 @@ class _Batch:
             num_steps = budgets[self.rows]
             at_least = -(-self.masked[self.rows].sum(-1) // (num_steps - self.step).clamp_min(1))
             progress = _progress(num_steps, self.step + 1, self.device)
-        candidates = Candidates(proposal.masked, proposal.confidence, proposal.logits, self.priority, progress)
+        candidates = Candidates(proposal.masked, proposal.confidence, proposal.logits, self.priority, progress,
+                                proposal.ranked)  # fmt: skip
         commit = select(candidates, to_device(at_least, self.device))
         return self._revealed(proposal, commit)
 

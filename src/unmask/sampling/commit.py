@@ -1,8 +1,8 @@
 """Commit rules: which masked positions become final after a denoising forward.
 
 A rule is called as `rule(candidates, at_least)` and returns commit (batch, block) bool, a subset of the
-masked positions: the `count` best by the rule's own order, never fewer than `at_least` (batch,) if so many are masked;
-`Ancestral` alone draws how many. Of equals the lower position comes first.
+masked positions: the `count` best by the rule's own order, never fewer than `at_least` (batch,) if so many are masked.
+`Ancestral` draws how many, and `ConfidenceAmongAll` counts how many stay. Of equals the lower position comes first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-9
+"""Above the rounding error of N (1 - s / T), below its distance from the next whole number."""
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -22,7 +25,9 @@ class Candidates:
     masked: (batch, block) bool. confidence: (batch, block) float64, the untruncated probability at
     temperature 1 of the proposed token, 0 where nothing is masked. logits: (masked.sum(), vocabulary).
     priority: (batch, block) float64 uniforms, fixed per (seed, row, position). progress: share of the step budget that
-    is spent with this forward, in (0, 1], of all rows or (batch, 1) of each; None without a budget.
+    is spent with this forward, in (0, 1], of all rows or (batch, 1) of each; None without a budget. ranked: (batch,
+    block) bool, given to `ConfidenceAmongAll` alone: what was masked at first, whose confidence is then that of the
+    tokens that this forward proposes, at the sampling temperature.
     """
 
     masked: Tensor
@@ -30,6 +35,7 @@ class Candidates:
     logits: Tensor
     priority: Tensor
     progress: float | Tensor | None = None
+    ranked: Tensor | None = None
 
     @property
     def entropy(self) -> Tensor:
@@ -65,11 +71,15 @@ Selector = Callable[[Candidates, Tensor], Tensor]
 
 def commit_best(score: Tensor, masked: Tensor, count: Tensor, at_least: Tensor) -> Tensor:
     """The max(count, at_least) masked positions of highest score in each row."""
-    score = score.masked_fill(~masked, -torch.inf)
+    rank = _rank(score.masked_fill(~masked, -torch.inf))
+    return masked & (rank < torch.maximum(count, at_least)[:, None])
+
+
+def _rank(score: Tensor) -> Tensor:
+    """Of each score in its row, how many come before it: higher ones, and equals at lower positions."""
     order = score.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order)
-    rank.scatter_(-1, order, torch.arange(score.shape[-1], device=score.device).expand_as(order))
-    return masked & (rank < torch.maximum(count, at_least)[:, None])
+    return rank.scatter_(-1, order, torch.arange(score.shape[-1], device=score.device).expand_as(order))
 
 
 def _check_count(n: int) -> None:
@@ -131,7 +141,8 @@ class Factor:
 class EntropyBound:
     """By rising entropy, the largest k with sum_{i<=k} H_i - max_{i<=k} H_i <= bound (2505.24857).
 
-    The left side bounds the error of drawing the k tokens independently.
+    The left side bounds the error of drawing the k tokens independently. It is 0 for k = 1, so that the position of
+    lowest entropy is always committed; the most confident one need not be, where another is sure of fewer tokens.
     """
 
     entropy_bound: float = 0.1
@@ -200,3 +211,28 @@ class Ancestral:
         if candidates.progress is None:
             raise ValueError("Ancestral draws each position's step out of max_denoising_steps, which is None: set it")
         return candidates.masked & (candidates.priority < candidates.progress)
+
+
+@dataclass(frozen=True)
+class ConfidenceAmongAll:
+    """All but the k least confident of a row's N open positions, committed ones among them (DiffuLLaMA's released code).
+
+    k = floor(N (T - s) / T) after step s of T (2410.17891, `generate_samples` of its trainer). A committed token never
+    changes, yet it keeps its place in the ranking, with the confidence of what this forward proposes for its position.
+    Where that place is among the k, fewer than k stay masked: rows may be ahead of the pace of `Confidence`, and end
+    early. Needs max_denoising_steps and a whole canvas; ignores `at_least`.
+    """
+
+    def __call__(self, candidates: Candidates, _at_least: Tensor) -> Tensor:
+        ranked = candidates.ranked
+        if ranked is None:
+            raise ValueError("ConfidenceAmongAll ranks committed tokens too, which a whole canvas alone scores again: "
+                             "use Confidence()")  # fmt: skip
+        if candidates.progress is None:
+            raise ValueError(
+                "ConfidenceAmongAll shares its commits out over max_denoising_steps, which is None: set it"
+            )
+        number = ranked.sum(-1, keepdim=True)
+        stay = (number.double() * (1 - candidates.progress) + _ROUNDING).floor()
+        rank = _rank(candidates.confidence.masked_fill(~ranked, -torch.inf))
+        return candidates.masked & (rank < number - stay)

@@ -21,7 +21,7 @@ from unmask.sampling.acceptance import Acceptance
 from unmask.sampling.autoregressive import sample_autoregressive
 from unmask.sampling.block import sample_blocks
 from unmask.sampling.canvas import Canvas, sample_bidirectional, sample_canvases
-from unmask.sampling.commit import Selector, Threshold
+from unmask.sampling.commit import Ancestral, ConfidenceAmongAll, Selector, Threshold
 from unmask.sampling.guidance import check_guidance
 from unmask.sampling.remask import Remask
 from unmask.sampling.request import Request, SampledTokens
@@ -60,6 +60,9 @@ class Blocks:
     def __post_init__(self) -> None:
         _check_positive(self, "block_size", "max_denoising_steps", "window")
         check_guidance(self.guidance_scale)
+        if isinstance(self.select, ConfidenceAmongAll):
+            raise ValueError(f"select={self.select} ranks committed tokens too, which Blocks does not score again: "
+                             "use Confidence(), or a bidirectional checkpoint")  # fmt: skip
 
     def check(self, config: DiffusionConfig | None) -> None:
         """Raise ValueError for a checkpoint that has no blocks."""
@@ -85,9 +88,9 @@ class Blocks:
 class WholeCanvas:
     """mode="diffusion" of a bidirectional checkpoint: canvases that every forward sees whole, see `sample_canvases`.
 
-    block_size: new tokens of a canvas, all by default. max_denoising_steps: forwards of a canvas at most. select: the
-    commit rule, by default `Threshold()`; with remask, chance decides. guidance_scale: as for `Blocks`. remask: takes
-    tokens back while sampling.
+    block_size: new tokens of a canvas, all by default. max_denoising_steps: forwards of a canvas at most, which
+    `Ancestral` and `ConfidenceAmongAll` need. select: the commit rule, by default `Threshold()`; with remask, chance
+    decides. guidance_scale: as for `Blocks`. remask: takes tokens back while sampling.
     """
 
     block_size: int | None = None
@@ -99,6 +102,10 @@ class WholeCanvas:
     def __post_init__(self) -> None:
         _check_positive(self, "block_size", "max_denoising_steps")
         check_guidance(self.guidance_scale)
+        if isinstance(self.select, Ancestral | ConfidenceAmongAll) and self.max_denoising_steps is None:
+            raise ValueError(
+                f"select={self.select} needs max_denoising_steps, which is None: set the number of forwards"
+            )
 
     def check(self, config: DiffusionConfig | None) -> None:
         """Raise ValueError for a checkpoint that is not bidirectional."""

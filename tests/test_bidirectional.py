@@ -142,7 +142,7 @@ def test_every_kind_of_architecture_equals_the_definition(name: str) -> None:
 
 
 def released_ranking(scores: torch.Tensor, masked: torch.Tensor, open_: torch.Tensor, t: int, steps: int):
-    """Which of a row's positions are committed at loop index t: the released code's `topk_masking`, by its definition."""
+    """Which positions are committed at loop index t: the released code's `topk_masking`, by its definition."""
     scores = torch.where(open_, scores, 1000.0)
     cutoff = scores.sort().values[int(open_.sum()) * t // steps]
     return masked & ~(scores < cutoff)

@@ -67,7 +67,7 @@ def test_a_recipe_sets_all_of_it(
     assert "shift True -> False" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("setting", [{"mask_token": "<other>"}, {"mask_init": "a"}])
+@pytest.mark.parametrize("setting", [{"mask_token": "<other>"}, {"mask_init": "a"}, {"mask_init_noise": True}])
 def test_the_mask_token_of_a_converted_model_cannot_change(
     shifted: Path, stories: Path, tmp_path: Path, setting: dict[str, Any]
 ) -> None:

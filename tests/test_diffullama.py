@@ -76,6 +76,58 @@ def test_a_natural_mask_token_is_seen_and_never_predicted() -> None:
     assert (drawn.masked & (batch.x0 == MASK)).any()
 
 
+class NaturalMask:
+    """Logits that are a function of the position alone; the mask token has one like any other."""
+
+    device = CPU
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+    def __call__(self, input_ids, layout, pattern, *, rows=None, past=None):  # noqa: ARG002
+        return self.logits.expand(len(input_ids), -1, -1).flatten(0, 1)[rows]
+
+
+def test_predicted_mask_tokens_are_those_of_the_released_code() -> None:
+    """A position has a loss if and only if the input shows the mask token there, position 0 apart; weight 1/t."""
+    batch, logits = Batch(random_tokens(8, 32), one_document(8, 32)), torch.randn(32, MASK + 1)
+    batch.x0[:, 5::7] = MASK
+    chosen = settings(predict_mask=True, loss_normaliser="masked")
+    for step in range(5):
+        plain = corruptions(chosen, batch.layout, step, torch.arange(8))[0]
+        x_t = plain.apply(batch.x0, MASK)
+        shown = (x_t == MASK)[:, 1:]
+        t = 1 / plain.weight.amax(1, keepdim=True).double()
+        nll = -logits.log_softmax(-1)[:-1].expand(8, -1, -1).gather(-1, batch.x0[:, 1:, None])[..., 0]
+        usual = plain.masked.any(1)  # at a very low level a row may mask nothing but its natural masks
+        expected = (nll * shown / t)[usual].sum() / shown[usual].sum()
+        loss = step_loss(NaturalMask(logits), chosen, SHIFTED, batch.rows(0, 8), step, torch.arange(8))  # type: ignore[arg-type]
+        if bool(usual.all()):
+            assert float(loss.sum) / int(loss.count) == pytest.approx(float(expected), rel=1e-5)
+        without = step_loss(NaturalMask(logits), replace(chosen, predict_mask=False), SHIFTED, batch, step,
+                            torch.arange(8))  # type: ignore[arg-type]  # fmt: skip
+        assert float(without.sum) != pytest.approx(float(loss.sum), rel=1e-5)
+
+
+def test_a_mask_token_that_is_predicted_learns_and_is_still_never_written(
+    tokenizer_and_model: Path, stories: Path, tmp_path: Path
+) -> None:
+    """With "." as mask token every sentence has one: its logit has a gradient in the loss, and none in what is drawn."""
+    run = RUN | {"mask_token": ".", "anneal_steps": 1, "max_tokens": 30_000, "learning_rate": 1e-2}
+    rows = {}
+    for predict in (True, False):
+        lm = unmask.adapt(tokenizer_and_model, stories, "diffullama", tmp_path / f"{predict}", predict_mask=predict, **run)
+        ids = torch.tensor([lm.tokenizer(STORIES[0])["input_ids"]])
+        assert int((ids == lm.diffusion.mask_token_id).sum()) >= 1
+        layout = Layout.of(torch.arange(ids.shape[1])[None])
+        inside = hf.as_network(lm.model, None)(ids, layout, bidirectional)[0].softmax(-1)[:, lm.diffusion.mask_token_id]
+        end = int((ids[0] == lm.diffusion.mask_token_id).nonzero()[0])
+        rows[predict] = float(inside[end - 1].detach())
+        assert "." not in lm.generate("Once there", max_new_tokens=12, seed=0).texts[0]
+        assert math.isfinite(lm.nelbo([STORIES[0].replace(".", "")], num_samples=1)[0].nats)
+    assert rows[True] > 0.5 > rows[False]
+
+
 # --- normalisation
 
 
@@ -298,6 +350,29 @@ def test_presets_hold_the_published_settings(name: str, length: int, rows: int, 
     assert chosen.min_learning_rate_ratio == (1.0 if "7b" in name else 0.0)
     steps = tokens / (length * rows)
     assert round(chosen.warmup_ratio * steps) == (0 if "7b" in name else 2000)
+
+
+def test_presets_hold_the_parts_of_the_published_loss() -> None:
+    """Micro-batches are a part of it: it is divided by the masked tokens of each (2410.17891, released code)."""
+    for name, micro in (("gpt2", 32), ("gpt2-medium", 160), ("llama2-7b", 60)):
+        chosen = resolve(load_recipe(f"diffullama-{name}"), 10**8, 4096)
+        assert (chosen.micro_batch_size, chosen.loss_normaliser, chosen.predict_mask) == (micro, "masked", True)
+        assert chosen.batch_size % (8 * micro) == 0
+        assert chosen.mask_init_noise == (name == "gpt2-medium")  # the only one with a row of its own for the mask
+
+
+def test_micro_batches_of_the_parity_loss_stay_when_a_run_goes_on(
+    tokenizer_and_model: Path, stories: Path, tmp_path: Path
+) -> None:
+    folder, run = tmp_path / "run", RUN | {"max_tokens": 900, "loss_normaliser": "masked", "micro_batch_size": 2}
+    unmask.adapt(tokenizer_and_model, stories, "diffullama", folder, **run)
+    with pytest.raises(ValueError, match="micro_batch_size"):
+        unmask.adapt(tokenizer_and_model, stories, "diffullama", folder, resume=True,
+                     **(run | {"max_tokens": 1800, "micro_batch_size": 1}))  # fmt: skip
+    unbiased = tmp_path / "unbiased"
+    unmask.adapt(tokenizer_and_model, stories, "diffullama", unbiased, **(run | {"loss_normaliser": "tokens"}))
+    unmask.adapt(tokenizer_and_model, stories, "diffullama", unbiased, resume=True,
+                 **(run | {"loss_normaliser": "tokens", "max_tokens": 1800, "micro_batch_size": 1}))  # fmt: skip
 
 
 def test_any_length_will_do_without_blocks() -> None:

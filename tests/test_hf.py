@@ -195,6 +195,37 @@ def test_qwen3_gets_the_token_that_engines_know(shared: Path) -> None:
     assert len(model.get_input_embeddings().weight) == 151936
 
 
+@pytest.mark.parametrize("like", [None, "</s>"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_mask_token_can_start_with_noise(tied: bool, like: str | None, tokenizer_and_model: Path) -> None:
+    """N(0, 1 / width) on top of the mean or the token, in both embeddings, the same for the same key alone."""
+
+    def row_less_start(seed: int, of_head: bool = False) -> torch.Tensor:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_and_model)
+        model = tiny_llama(torch.float64, vocab_size=len(tokenizer), hidden_size=512, tie_word_embeddings=tied)
+        embedding = model.get_output_embeddings() if of_head else model.get_input_embeddings()
+        before = embedding.weight.detach().clone()
+        mask = hf.add_mask_token(model, tokenizer, like=like, noise=("mask init", seed))
+        embedding = model.get_output_embeddings() if of_head else model.get_input_embeddings()
+        assert torch.equal(embedding.weight[:-1], before)
+        return embedding.weight[mask].detach() - (before[tokenizer.eos_token_id] if like else before.float().mean(0))
+
+    noise = row_less_start(3)
+    assert torch.equal(noise, row_less_start(3))
+    assert not torch.allclose(noise, row_less_start(4))
+    assert torch.equal(noise, row_less_start(3, of_head=True)) == tied
+    for one in (noise, row_less_start(3, of_head=True)):
+        assert float(one.std() * 512**0.5) == pytest.approx(1.0, abs=0.1)
+        assert float(one.mean() * 512**0.5) == pytest.approx(0.0, abs=0.15)
+
+
+def test_a_reused_mask_token_keeps_its_embedding_without_noise(tokenizer_and_model: Path) -> None:
+    model, tokenizer = tiny_llama(torch.float32), AutoTokenizer.from_pretrained(tokenizer_and_model)
+    with pytest.raises(ValueError, match=r"mask_init_noise=true: mask token '!' is in the vocabulary"):
+        hf.add_mask_token(model, tokenizer, token="!", noise=("mask init", 0))
+    assert tokenizer.mask_token is None
+
+
 def test_unknown_token_to_start_from_is_named(tokenizer_and_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tokenizer_and_model)
     with pytest.raises(ValueError, match="mask_init 'nowhere' is no token"):

@@ -181,6 +181,13 @@ class CorruptionSettings:
     mask_init: str | None = setting(
         None, "token whose embedding the mask token begins with; unset: the mean of all", attention=DIFFUSION,
         objective=("diffusion", "joint"))
+    mask_init_noise: bool = setting(
+        False, "add normal noise of variance 1 / width to what the mask token begins with, as DiffuGPT-M's training does",
+        attention=DIFFUSION, objective=("diffusion", "joint"))
+    predict_mask: bool = setting(
+        False, "the loss counts the mask token among the tokens that may be predicted, and predicts it wherever the "
+        "text has it, as DiffuLLaMA's code does; sampling and evaluation never do", attention=DIFFUSION,
+        objective="diffusion", masking="bernoulli")
 
 
 @dataclass(frozen=True, kw_only=True)

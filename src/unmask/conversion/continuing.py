@@ -37,9 +37,8 @@ def _kept_settings(model: str | Path | DiffusionLM) -> dict[str, Any]:
     kept = {name: raw[name] for name in _KEPT if name in raw and (raw[name] is not None or name == "clean_attention")}
     if kept.get("recipe") not in recipe_names():
         kept["recipe"] = _nearest_recipe(kept)
-    return kept | (
-        {"anneal_steps": 1} if kept.get("attention") == "bidirectional" else {}
-    )  # its attention is open already
+    opened = {"anneal_steps": 1} if kept.get("attention") == "bidirectional" else {}  # its attention is open already
+    return kept | opened | {"mask_init_noise": False}
 
 
 def _nearest_recipe(kept: dict[str, Any]) -> str:
@@ -70,6 +69,11 @@ def check_mask_stays(lm: DiffusionLM, settings: CorruptionSettings, name: str) -
         raise ValueError(
             f"mask_init={settings.mask_init!r}: model {name!r} is converted already, and its mask token has learnt: "
             "leave mask_init out, or adapt its AR parent"
+        )
+    if settings.mask_init_noise:
+        raise ValueError(
+            f"mask_init_noise=true: model {name!r} is converted already, and its mask token has learnt: "
+            "mask_init_noise=false goes on from it"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +62,9 @@ def convert(job: Job, parent: Parent) -> Learner:
         if config is not None:
             mask_token_id = config.mask_token_id
         else:
+            noise = ("mask init", settings.seed) if settings.mask_init_noise else None
             mask_token_id = hf.add_mask_token(
-                lm.model, lm.tokenizer, token=settings.mask_token, like=settings.mask_init
+                lm.model, lm.tokenizer, token=settings.mask_token, like=settings.mask_init, noise=noise
             )
         config = diffusion_config(settings, mask_token_id, __version__)
     changed = changes(lm.diffusion, config)
@@ -108,7 +110,7 @@ def learn(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainState:
     ):
         return train(
             lm.model,
-            lm._network,
+            functools.partial(_training_network, lm, settings),
             settings,
             lm.diffusion if settings.attention != "ar" else None,
             _rows(job, parent, learner, data),
@@ -119,6 +121,13 @@ def learn(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainState:
             replicate=replication(lm.model, settings),
             teacher=learner.teacher,
         )
+
+
+def _training_network(lm: DiffusionLM, settings: Resolved, forward: Any) -> Network:
+    """The network that learns: with predict_mask one whose mask token has a logit like any other."""
+    if settings.predict_mask:
+        return hf.as_network(lm.model, None, forward=forward)
+    return lm._network(forward)
 
 
 def _rows(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainingData:

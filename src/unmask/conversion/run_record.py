@@ -35,7 +35,10 @@ def read_earlier(folder: RunFolder, resume: bool) -> dict[str, Any] | None:
 def check_same_run(folder: RunFolder, earlier: dict[str, Any], run: dict[str, Any]) -> None:
     """Raise ValueError for the first value in which `run` differs from the earlier run of its folder."""
     before, now = _identity(earlier), _identity(run)
-    free = {name for name in TABLE if name in FREE or unmet(name, run["settings"]) is not None}
+    settings = run["settings"]
+    free = {name for name in TABLE if name in FREE or unmet(name, settings) is not None}
+    if settings["loss_normaliser"] == "masked" or settings["anneal_redraw"]:
+        free.discard("micro_batch_size")  # it is a part of these two
     if extends(earlier, now["max_tokens"]):
         free.add("max_tokens")
     free |= {name for name in ("model", "teacher") if _same_weights(before[name], now[name])}

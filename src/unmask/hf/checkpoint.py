@@ -24,6 +24,7 @@ from transformers.utils import logging as hf_logging
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.core.finite import check_weights
 from unmask.core.network import DiffusionConfig
+from unmask.core.noise import Key, uniform
 from unmask.hf.folders import BUILDING, check_folder, first_line, parse, read_object, read_tensors
 from unmask.hf.gguf import dequantising, gguf_file, source_of
 from unmask.plain_json import to_json
@@ -37,11 +38,14 @@ SDAR_MASK_TOKEN = "<|MASK|>"
 # --- the mask token
 
 
-def add_mask_token(model: Any, tokenizer: Any, *, token: str | None = None, like: str | None = None) -> int:
+def add_mask_token(
+    model: Any, tokenizer: Any, *, token: str | None = None, like: str | None = None, noise: Key | None = None
+) -> int:
     """Give the model a mask token and return its id; embeddings grow only when no row is free.
 
     token: its text; one that the vocabulary already has is reused with its embedding, unless `like` is set.
-    like: initialise the row as this token's instead of the mean of all rows.
+    like: initialise the row as this token's instead of the mean of all rows. noise: key of normal noise of variance
+    1 / width that is added to the row, as LLaMA-Factory does (DiffuLLaMA 2410.17891, its code for gpt2-medium).
     """
     vocabulary = tokenizer.get_vocab()
     if like is not None and like not in vocabulary:
@@ -50,6 +54,11 @@ def add_mask_token(model: Any, tokenizer: Any, *, token: str | None = None, like
         sdar = model.config.get_text_config().model_type in ("qwen3", "qwen3_moe")
         token = tokenizer.mask_token or (SDAR_MASK_TOKEN if sdar else MASK_TOKEN)
     reused = token in vocabulary
+    if reused and like is None and noise is not None:
+        raise ValueError(
+            f"mask_init_noise=true: mask token {token!r} is in the vocabulary and keeps its embedding: leave "
+            "mask_init_noise out, or give what it begins with, mask_init=TOKEN"
+        )
     tokenizer.add_special_tokens({"mask_token": token})
     mask_token_id: int = tokenizer.mask_token_id
     rows = model.get_input_embeddings().weight.shape[0]
@@ -58,15 +67,22 @@ def add_mask_token(model: Any, tokenizer: Any, *, token: str | None = None, like
             model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
     if not reused or like is not None:
         used = len(vocabulary)
-        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for number, embedding in enumerate((model.get_input_embeddings(), model.get_output_embeddings())):
             with torch.no_grad():
                 weight = embedding.weight
                 row = weight[vocabulary[like]] if like is not None else weight[:used].float().mean(0)
+                if noise is not None:
+                    row = row + _normal(len(row), (*noise, number)).to(row.device) / len(row) ** 0.5
                 weight[mask_token_id] = row.to(weight.dtype)
                 if getattr(embedding, "bias", None) is not None:
                     bias = embedding.bias
                     bias[mask_token_id] = bias[vocabulary[like]] if like is not None else bias[:used].mean()
     return mask_token_id
+
+
+def _normal(size: int, key: Key) -> torch.Tensor:
+    """Standard normal numbers, (size,) float64."""
+    return torch.special.ndtri(uniform(size, key=key))
 
 
 @contextmanager

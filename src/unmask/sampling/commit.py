@@ -215,7 +215,7 @@ class Ancestral:
 
 @dataclass(frozen=True)
 class ConfidenceAmongAll:
-    """All but the k least confident of a row's N open positions, committed ones among them (DiffuLLaMA's released code).
+    """All but the k least confident of a row's N open positions, committed ones included (DiffuLLaMA's code).
 
     k = floor(N (T - s) / T) after step s of T (2410.17891, `generate_samples` of its trainer). A committed token never
     changes, yet it keeps its place in the ranking, with the confidence of what this forward proposes for its position.

@@ -58,28 +58,42 @@ def step_loss(
         config = config.with_block_size(settings.block_size)  # smaller while first_block_size grows
     if settings.random_offset:
         batch = offset_blocks(batch, settings, step, rows)
-    # A mask token that the text itself contains is seen as a mask and never predicted.
+    # A mask token that the text itself contains is seen as a mask: never predicted, or with predict_mask always.
     is_mask = batch.x0 == config.mask_token_id
-    drawn = [c.excluding(is_mask) for c in corruptions(settings, batch.layout, step, rows, batch.loss_mask)]
+    drawn = corruptions(settings, batch.layout, step, rows, batch.loss_mask, is_mask if settings.predict_mask else None)
+    if not settings.predict_mask:
+        drawn = [corruption.excluding(is_mask) for corruption in drawn]
     pattern = annealing(settings, step, rows, network.device)
     return objective_of(settings, teacher)(network, config, batch, drawn, pattern)
 
 
 def corruptions(
-    settings: Resolved, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None = None
+    settings: Resolved,
+    layout: Layout,
+    step: int,
+    rows: Tensor,
+    loss_mask: Tensor | None = None,
+    always: Tensor | None = None,
 ) -> list[Corruption]:
     """The masks of some rows of the global batch at an optimiser step: `num_masks`, or as many complementary pairs.
 
     rows: (batch,) int64, their numbers in the global batch. loss_mask: bool like the layout, None learns all tokens.
+    always: bool like the layout, tokens that Bernoulli masks mask whatever is drawn.
     """
     drawn = []
     for number in range(settings.num_masks):
-        drawn += _draw_mask(settings, layout, step, rows, loss_mask, number)
+        drawn += _draw_mask(settings, layout, step, rows, loss_mask, always, number)
     return drawn
 
 
 def _draw_mask(
-    settings: Resolved, layout: Layout, step: int, rows: Tensor, loss_mask: Tensor | None, number: int
+    settings: Resolved,
+    layout: Layout,
+    step: int,
+    rows: Tensor,
+    loss_mask: Tensor | None,
+    always: Tensor | None,
+    number: int,
 ) -> list[Corruption]:
     """Mask `number` of the rows at a step, with `complementary` and its complement."""
     by_block = settings.noise_level == "block"
@@ -95,6 +109,7 @@ def _draw_mask(
     if settings.masking == "all":
         return [Corruption(maskable, maskable.float())]
     if settings.masking == "bernoulli":
+        noise = noise if always is None else noise.masked_fill(always, 0.0)  # below every level
         return [mask_bernoulli(t, noise, segment, maskable)]
     size = settings.block_size if by_block else length
     place = (layout.position % size + 1) / size

@@ -112,11 +112,13 @@ def test_predicted_mask_tokens_are_those_of_the_released_code() -> None:
 def test_a_mask_token_that_is_predicted_learns_and_is_still_never_written(
     tokenizer_and_model: Path, stories: Path, tmp_path: Path
 ) -> None:
-    """With "." as mask token every sentence has one: its logit has a gradient in the loss, and none in what is drawn."""
+    """With "." as mask token every sentence has one: the loss teaches it, and what is drawn never has it."""
     run = RUN | {"mask_token": ".", "anneal_steps": 1, "max_tokens": 30_000, "learning_rate": 1e-2}
     rows = {}
     for predict in (True, False):
-        lm = unmask.adapt(tokenizer_and_model, stories, "diffullama", tmp_path / f"{predict}", predict_mask=predict, **run)
+        lm = unmask.adapt(
+            tokenizer_and_model, stories, "diffullama", tmp_path / f"{predict}", predict_mask=predict, **run
+        )
         ids = torch.tensor([lm.tokenizer(STORIES[0])["input_ids"]])
         assert int((ids == lm.diffusion.mask_token_id).sum()) >= 1
         layout = Layout.of(torch.arange(ids.shape[1])[None])

@@ -262,6 +262,47 @@ def test_trajectories_mask_what_was_still_masked_at_one_step_of_each_block(
     assert partly > 10
 
 
+@pytest.mark.parametrize(("steps", "sizes"), [(1, {4}), (2, {4, 2}), (3, {4, 2, 1}), (4, {4, 3, 2, 1})])
+def test_trajectories_of_a_step_budget_take_that_many_forwards_a_block(
+    steps: int, sizes: set[int], student: Path, stories: Path, tmp_path: Path
+) -> None:
+    """With T steps a block of 4 is written in shares of ceil(remaining / steps left): what is masked before each."""
+    lm = unmask.load(student)
+    prompts = load_corpus([stories], lm.tokenizer)
+    made = roll_out(lm.network, prompts, tmp_path, author="x", num_tokens=2000, max_length=40, temperature=1.0,
+                    student=lm.diffusion, num_steps=steps, seed=2)  # fmt: skip
+    found = set()
+    for i in range(len(made)):
+        _, learnt = made.document(i)
+        first = int(np.flatnonzero(learnt)[0])
+        found |= {int(learnt[k : k + 4].sum()) for k in range((first // 4 + 1) * 4, len(learnt) - 3, 4)}
+    assert found == sizes
+
+
+@pytest.mark.parametrize("by_diffusion", [True, False])
+def test_the_end_token_of_own_text_leaves_the_loss_alone(
+    by_diffusion: bool, student: Path, stories: Path, tmp_path: Path
+) -> None:
+    lm = unmask.load(student)
+    prompts, ends = load_corpus([stories], lm.tokenizer), range(2, 150)
+    options = {"author": "x", "num_tokens": 400, "max_length": 30, "temperature": 1.0, "end_token_ids": ends,
+               "student": lm.diffusion if by_diffusion else None}  # fmt: skip
+    whole, without = (roll_out(lm.network, prompts, tmp_path, learn_end=end, **options) for end in (True, False))
+    assert len(list(tmp_path.glob("rollouts-*.npz"))) == 2  # of another content, so in another file
+    assert np.array_equal(whole.tokens, without.tokens)
+    changed = ended = 0
+    for i in range(len(whole)):
+        (ids, learnt), (_, rest) = whole.document(i), without.document(i)
+        learnt = np.ones(len(ids), bool) if learnt is None else learnt
+        rest = np.ones(len(ids), bool) if rest is None else rest
+        ended += int(ids[-1] in ends)
+        changed += int(learnt[-1] and not rest[-1])
+        assert np.array_equal(learnt[:-1], rest[:-1])
+        assert not (rest[-1] and ids[-1] in ends)
+    assert ended >= changed > 0
+    assert (ended == changed) or by_diffusion  # there the end token may be no mask of the step that was drawn
+
+
 @pytest.mark.parametrize("recipe", ["drafter", "tri-mode"])
 def test_adapt_on_trajectories_rolls_out_anew_and_resumes_exactly(
     recipe: str, tokenizer_and_model: Path, student: Path, stories: Path, tmp_path: Path

@@ -24,7 +24,10 @@ def test_a_documented_variant_trains_and_decodes(
     recipe: str, line: str, tokenizer_and_model: Path, stories: Path, tmp_path: Path
 ) -> None:
     run = {"show_progress": False, "max_tokens": 300, "max_length": 32, "block_size": 4, "batch_size": 2}
-    lm = unmask.adapt(tokenizer_and_model, stories, recipe, tmp_path / "run", **(run | settings_of(line)))
+    settings, data = run | settings_of(line), stories
+    if settings.get("self_prompts") == "FILE":
+        settings, data = settings | {"self_prompts": str(stories)}, "self"
+    lm = unmask.adapt(tokenizer_and_model, data, recipe, tmp_path / "run", **settings)
     modes = ("diffusion", "speculative") if lm.diffusion.serves_ar else ("diffusion",)
     for mode in modes:
         assert int(lm.generate("Once there", mode=mode, max_new_tokens=5, seed=0).num_new_tokens[0]) >= 1
@@ -32,4 +35,5 @@ def test_a_documented_variant_trains_and_decodes(
 
 def test_the_documented_variants_are_found() -> None:
     assert len(VARIANTS) >= 10
+    assert sum("self_steps=4" in line for _, _, line in VARIANTS) == 1
     assert {"bd3lm", "fast-dllm-v2", "tri-mode-published", "drafter"} <= {recipe for _, recipe, _ in VARIANTS}

@@ -22,7 +22,7 @@ RUN = {"max_tokens": 1500, "max_length": 32, "block_size": 4, "batch_size": 6, "
        "learning_rate": 1e-3}  # fmt: skip
 CUT = {"save_every": 2, "keep_checkpoints": 9}
 SELF = {"self_mode": "diffusion", "self_every": 2, "max_tokens": 700, "max_length": 24, "masking": "all",
-        "random_offset": False}  # fmt: skip
+        "random_offset": False, "self_steps": 2, "self_end": False}  # fmt: skip
 ONE_PASS = {"max_tokens": None, "eval_documents": 1}
 
 CASES: dict[str, dict[str, Any]] = {

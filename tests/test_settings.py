@@ -96,6 +96,12 @@ def test_a_group_is_a_part_of_the_settings() -> None:
         ("drafter", {"lora_rank": 4}, "lora_rank=4 needs objective='diffusion' or 'joint'; recipe drafter has"),
         ("drafter", {"compile_layers": True}, "compile_layers=true needs objective='diffusion' or 'joint'"),
         ("drafter", {"self_prompts": "x", "self_mode": "diffusion", "masking": "exact"}, "masking='all', not 'exact'"),
+        ("drafter", {"self_prompts": "x", "self_steps": 2}, "self_steps=2 needs self_mode='diffusion'; recipe drafter"),
+        ("drafter", {"self_prompts": "x", "self_mode": "diffusion", "self_steps": 0}, "self_steps=0 must be above 0"),
+        ("drafter", {"self_end": False}, "self_end=false needs self_prompts; recipe drafter has no self_prompts"),
+        ("efficient-dlm", {"predict_mask": True}, "predict_mask=true needs masking='bernoulli'; recipe efficient-dlm"),
+        ("tri-mode", {"predict_mask": True}, "predict_mask=true needs objective='diffusion' and masking='bernoulli'"),
+        ("drafter", {"mask_init_noise": True}, "mask_init_noise=true needs objective='diffusion' or 'joint'"),
         ("tri-mode-published", {"self_prompts": "x", "self_mode": "diffusion", "masking": "all"}, "and teacher=FOLDER"),
         ("ar", {"objective": "joint"}, "objective='joint' needs attention='two_stream' with clean_attention='causal'"),
         ("ar", {"masking": "all"}, "masking='all' needs attention other than 'ar'; recipe ar has attention='ar'"),
@@ -194,6 +200,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"recipe": "tri-mode-published", "teacher": "parent", "distance": "kl", "teacher_top_k": 5},
     {"recipe": "diffullama", "anneal_steps": 3, "noise_level": "block", "first_block_size": 2},
     {"recipe": "drafter", "data": "self"},
+    {"recipe": "drafter", "data": "self", "self_mode": "diffusion", "self_steps": 2},
 ]
 
 

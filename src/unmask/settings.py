@@ -182,7 +182,7 @@ class CorruptionSettings:
         None, "token whose embedding the mask token begins with; unset: the mean of all", attention=DIFFUSION,
         objective=("diffusion", "joint"))
     mask_init_noise: bool = setting(
-        False, "add normal noise of variance 1 / width to what the mask token begins with, as DiffuGPT-M's training does",
+        False, "add normal noise of variance 1 / width to what the mask token begins with, as for DiffuGPT-M",
         attention=DIFFUSION, objective=("diffusion", "joint"))
     predict_mask: bool = setting(
         False, "the loss counts the mask token among the tokens that may be predicted, and predicts it wherever the "
@@ -213,6 +213,10 @@ class RolloutSettings:
     self_mode: str = setting(
         "ar", "ar, or diffusion: masks are then what was still masked at a random step of the writing",
         one_of=("ar", "diffusion"), self_prompts=SET)
+    self_steps: int | None = setting(
+        None, "forwards in which the model writes a block, the surest tokens first, evenly shared out; unset: as "
+        "many as it takes to commit what is surer than 0.9", above=0, self_prompts=SET, self_mode="diffusion")
+    self_end: bool = setting(True, "learn the end token of what the model writes too", self_prompts=SET)
     self_every: int | None = setting(
         None, "write anew with the current weights after every so many steps; unset: once", above=0, self_prompts=SET)
 

@@ -70,7 +70,8 @@ def write_own_text(
             lm.network, prompts, folder, author=author, num_tokens=num_tokens,
             max_length=settings.max_length, temperature=settings.self_temperature,
             end_token_ids=() if end is None else (end,), seed=settings.seed, first=step * settings.batch_size,
-            student=lm.diffusion if settings.self_mode == "diffusion" else None, progress=advance,
+            student=lm.diffusion if settings.self_mode == "diffusion" else None, num_steps=settings.self_steps,
+            learn_end=settings.self_end, progress=advance,
         )  # fmt: skip
 
 

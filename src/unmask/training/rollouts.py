@@ -25,7 +25,7 @@ from unmask.core.noise import Key, integer
 from unmask.data.documents import Corpus, Document
 from unmask.data.packing import Packer, PackState
 from unmask.resolve import Resolved
-from unmask.sampling import Request, sample_autoregressive, sample_blocks
+from unmask.sampling import Confidence, Request, sample_autoregressive, sample_blocks
 from unmask.training.batches import TrainingData
 
 LONGEST_PROMPT = 32
@@ -46,6 +46,8 @@ def roll_out(
     seed: int = 0,
     first: int = 0,
     student: DiffusionConfig | None = None,
+    num_steps: int | None = None,
+    learn_end: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
     """Documents of up to `max_length` tokens, about `num_tokens` in all, kept in `folder`.
@@ -53,11 +55,15 @@ def roll_out(
     Document i continues the first 1 to 32 tokens (drawn from the seed) of document first + i of `prompts`, modulo their
     number. author: fingerprint of the model; the file's name is a hash of everything that decides its content.
     student: decode blocks by diffusion with this config; learnt are then the tokens that were still masked at one step
-    of each block, drawn among the steps that it took. progress: called with the number of tokens of each batch.
+    of each block, drawn among the steps that it took. num_steps: the student's forwards of a block, in which it commits
+    its surest tokens; None leaves the pace to `Threshold()`. learn_end: False keeps the end token that a text ends with
+    in the text and out of the loss (OPDLM). progress: called with the number of tokens of each batch.
     """
     decisive = repr((author, prompts.fingerprint, num_tokens, max_length, temperature, tuple(end_token_ids), seed))
     if student is not None or first:
         decisive += repr((first, student))
+    if num_steps is not None or not learn_end:
+        decisive += repr((num_steps, learn_end))
     file = folder / f"rollouts-{hashlib.sha256(decisive.encode()).hexdigest()[:16]}.npz"
     if file.is_file():
         return _load(file)
@@ -74,7 +80,9 @@ def roll_out(
         if student is None:
             batch = _continued(network, beginnings, request)
         else:
-            batch = _denoised(network, student, beginnings, request, (*key, "step", number))
+            batch = _denoised(network, student, beginnings, request, num_steps, (*key, "step", number))
+        if not learn_end:
+            batch = [_without_end(document, end_token_ids) for document in batch]
         documents += batch
         size = sum(len(document.ids) for document in batch)
         written += size
@@ -121,17 +129,34 @@ def _continued(network: Network, beginnings: list[Tensor], request: Request) -> 
 
 
 def _denoised(
-    network: Network, student: DiffusionConfig, beginnings: list[Tensor], request: Request, key: Key
+    network: Network,
+    student: DiffusionConfig,
+    beginnings: list[Tensor],
+    request: Request,
+    num_steps: int | None,
+    key: Key,
 ) -> list[Document]:
     """Documents as the student writes them; learnt is what was still masked at one step of each block."""
     assert student.block_size is not None
     steps = _CommitSteps(len(beginnings), request.max_new_tokens)
-    new_tokens = sample_blocks(network, student, beginnings, replace(request, callback=steps)).new_tokens
+    new_tokens = sample_blocks(
+        network, student, beginnings, replace(request, callback=steps), max_denoising_steps=num_steps,
+        select=None if num_steps is None else Confidence(),
+    ).new_tokens  # fmt: skip
     documents = []
     for row, pair in enumerate(zip(beginnings, new_tokens, strict=True)):
         ids = _joined(*pair)
         documents.append(Document(ids, steps.still_masked(row, len(ids), student.block_size, key)))
     return documents
+
+
+def _without_end(document: Document, end_token_ids: Sequence[int]) -> Document:
+    """The document with the end token that it ends with out of its loss."""
+    if document.ids[-1] not in end_token_ids:
+        return document
+    learnt = np.ones(len(document.ids), dtype=bool) if document.loss_mask is None else document.loss_mask.copy()
+    learnt[-1] = False
+    return document._replace(loss_mask=learnt)
 
 
 def _joined(beginning: Tensor, new_tokens: Sequence[int]) -> np.ndarray:

@@ -1,11 +1,12 @@
 """LAMBADA: the last word of a passage, of which the number of tokens is given.
 
-    python benchmarks/lambada.py MODEL test.txt --output results/NAME [--max-passages 500] [--temperature 1]
+    python benchmarks/lambada.py MODEL test.txt --output results/NAME [--max-passages 500] [--released]
 
 Protocol of DiffuLLaMA (2410.17891, section 4.2 and B.3): the model continues the passage without its last word by as
 many tokens as that word has, at most one token a forward, sampled at temperature 1 without truncation (as the authors'
-code; 0 is greedy). A hit is the stripped continuation being the word, exactly; each passage counts once (the
-authors' first script counted hits twice). A passage longer than the context loses words at its beginning.
+code; 0 is greedy). --released commits as their sampler does, which ranks committed tokens too. A hit is the stripped
+continuation being the word, exactly; each passage counts once (the authors' first script counted hits twice). A passage
+longer than the context loses words at its beginning.
 """
 
 import argparse
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max-passages", type=int)
     parser.add_argument("--mode", choices=["ar", "diffusion"])
+    parser.add_argument("--released", action="store_true", help="the authors' sampler, on a whole canvas")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -57,12 +59,14 @@ def main() -> None:
     import torch
 
     import unmask
-    from unmask.sampling import Confidence
+    from unmask.sampling import Confidence, ConfidenceAmongAll
 
     torch.set_num_threads(1)
     lm = unmask.load(options.model)
     mode = options.mode or ("ar" if lm.diffusion is None else "diffusion")
-    decoder = lm.decoder(mode, select=None if mode == "ar" else Confidence(1))
+    if mode == "ar" and options.released:
+        parser.error("--released is a sampler of mode diffusion: leave it out with --mode ar")
+    rule = ConfidenceAmongAll() if options.released else Confidence(1)
     context = lm.network.context_length or 10**9
     groups: dict[int, list[tuple[int, str, str]]] = defaultdict(list)
     cut = 0
@@ -75,6 +79,9 @@ def main() -> None:
 
     found = []
     for length, group in sorted(groups.items()):
+        # The authors' sampler shares the tokens out over T = length forwards; the other takes as many by itself.
+        steps = length if options.released else None
+        decoder = lm.decoder(mode) if mode == "ar" else lm.decoder(mode, select=rule, max_denoising_steps=steps)
         for start in range(0, len(group), options.batch_size):
             batch = group[start : start + options.batch_size]
             out = lm.generate([before for _, before, _ in batch], mode=decoder, max_new_tokens=length,
@@ -83,7 +90,7 @@ def main() -> None:
                       for (number, _, word), text in zip(batch, out.texts, strict=True)]  # fmt: skip
     found.sort(key=lambda row: row["passage"])
     result = {"accuracy": sum(row["hit"] for row in found) / len(found), "passages": len(found), "shortened": cut,
-              "mode": mode, "temperature": options.temperature, "seed": options.seed,
+              "mode": mode, "released": options.released, "temperature": options.temperature, "seed": options.seed,
               "command": shlex.join(["python", *sys.argv])}  # fmt: skip
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))

@@ -58,6 +58,33 @@ def test_lambada_counts_each_exact_word_once(tokenizer_and_model: Path) -> None:
     assert len(tokenizer(kept)["input_ids"]) <= 5
 
 
+@pytest.mark.parametrize(
+    ("text", "golds", "contained", "exact", "f1"),
+    [
+        (" The Onion.", ["Onion", "Allium cepa"], 1, 1, 1.0),
+        ("It is an onion, I think", ["Onion"], 1, 0, 2 / 6),  # six words: it is onion i think, and the gold
+        ("allium", ["Onion", "Allium cepa"], 0, 0, 2 / 3),
+        ("onions", ["Onion"], 1, 0, 0.0),  # a part of a word is contained, as in the paper's rule
+        ("anything", ["The"], 0, 0, 0.0),  # empty once normalised
+        ("", ["Onion"], 0, 0, 0.0),
+    ],
+)
+def test_triviaqa_scores(text: str, golds: list[str], contained: int, exact: int, f1: float) -> None:
+    found = script("triviaqa").scores(text, golds)
+    assert (found["contained"], found["exact"]) == (contained, exact)
+    assert found["f1"] == pytest.approx(f1)
+
+
+def test_triviaqa_gives_the_length_of_the_answer(tokenizer_and_model: Path, shared: Path) -> None:
+    trivia, tokenizer = script("triviaqa"), AutoTokenizer.from_pretrained(tokenizer_and_model)
+    question, answer = "Question: Who liked to play?\nAnswer:", "the cat"
+    whole = tokenizer(f"{question} {answer}")["input_ids"]
+    assert trivia.answer_tokens(tokenizer, question, answer) == len(whole) - len(tokenizer(question)["input_ids"])
+    lines = (shared / "eval" / "triviaqa" / "triviaqa_sm_sub.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[:200]]
+    assert all(trivia.scores(f" {row['answer']}", [row["answer"], *row["aliases"]])["exact"] for row in rows)
+
+
 def test_multiple_choice_formats() -> None:
     read = script("multiple_choice").read_question
     assert read({"query": "Question: Why?", "choices": ["a", "b"], "gold": 1}) == (

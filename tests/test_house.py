@@ -66,6 +66,13 @@ def test_every_module_that_the_docs_name_exists() -> None:
             assert any(place.is_file() for place in places), (page.name, path)
 
 
+def test_every_test_that_the_page_of_papers_names_exists() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (ROOT / "docs" / "papers.md").read_text())
+    assert len(named) > 40
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), (file, name)
+
+
 def test_the_page_names_the_layers_of_the_contract() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = " > ".join(layer.replace("unmask.", "") for layer in contracts[0]["layers"])

@@ -275,6 +275,21 @@ def test_resolved_settings_have_a_value_for_all_that_a_size_decides() -> None:
     assert resolve(sized, 10**9, 2048, 100) == sized
 
 
+@pytest.mark.parametrize(
+    ("size", "block", "tokens"), [("1.5b", 16, 300 * 10**9), ("4b", 64, 300 * 10**9), ("8b", 64, 500 * 10**9)]
+)
+def test_efficient_dlm_presets_hold_the_published_settings(size: str, block: int, tokens: int) -> None:
+    """2512.14067, sections 2.2, 5, A and D, whatever the parent's size."""
+    for num_parameters in (10**6, 8 * 10**9):
+        chosen = resolve(load_recipe(f"efficient-dlm-{size}"), num_parameters, 32768)
+        assert (chosen.block_size, chosen.max_tokens, chosen.half_life) == (block, tokens, 0.1)
+        assert chosen.learning_rate == 1e-5
+        assert chosen.learning_rate * chosen.min_learning_rate_ratio == pytest.approx(3e-6)
+        assert (chosen.attention, chosen.clean_attention, chosen.shift) == ("two_stream", "block_causal", False)
+        assert chosen.max_length % block == 0
+    assert (chosen.max_length, chosen.max_length * chosen.batch_size) == (4096, 2**21)
+
+
 def test_small_parents_get_measured_values_and_large_ones_the_papers() -> None:
     chosen = load_recipe("efficient-dlm")
     small, middle, large = (resolve(chosen, n, None) for n in (10**6, int(10**8.5), 4 * 10**9))

@@ -6,19 +6,13 @@ tries each fast path.
 
 from __future__ import annotations
 
-import copy
 import functools
-import json
 from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
 
 from unmask.core.attention import (
     Layout,
@@ -31,25 +25,9 @@ from unmask.core.attention import (
 )
 from unmask.core.network import Pass, run
 from unmask.hf.fast.chunked import CHUNK
-from unmask.hf.folders import BUILDING, first_line
+from unmask.hf.folders import first_line
 from unmask.hf.network import FastPaths, HFNetwork, UnsupportedModelError
-
-_PROBE_WINDOW = 5
-_TINY: dict[str, Any] = {
-    # width
-    "hidden_size": 32, "n_embd": 32, "d_model": 32, "word_embed_proj_dim": 32,
-    "intermediate_size": 48, "n_inner": 48, "ffn_dim": 48, "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16, "block_ff_dim": 48,
-    # heads
-    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    # experts, vocabulary, context
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "vocab_size": 61, "vocab_size_per_layer_input": 61,
-    "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_seq_len": 64,
-    "initializer_range": 0.2,
-}  # fmt: skip
+from unmask.hf.tiny import WINDOW, kind_of, tiny_model, tiny_settings
 
 
 def probe(model: Any) -> None:
@@ -66,8 +44,8 @@ def probe(model: Any) -> None:
             "load it with attn_implementation='sdpa' or 'eager'"
         )
     reason = _probe_class(
-        _kind(model),
-        _tiny_json(config),
+        kind_of(model),
+        tiny_settings(config),
         "sdpa" if implementation == "flex_attention" else implementation,
     )
     if reason:
@@ -80,7 +58,7 @@ def probe(model: Any) -> None:
 @functools.lru_cache(maxsize=64)
 def _probe_fast_paths(kind: Hashable, config: str) -> FastPaths:
     try:
-        network = HFNetwork(_tiny_model(kind, config, "sdpa"))
+        network = HFNetwork(tiny_model(kind, config, "sdpa"))
     except Exception:  # a model that cannot be tried takes no fast path
         return FastPaths()
     length = 2 * CHUNK
@@ -112,7 +90,7 @@ def _probe_fast_paths(kind: Hashable, config: str) -> FastPaths:
 
 @functools.lru_cache(maxsize=64)
 def _probe_positions(kind: Hashable, config: str) -> bool:
-    network = HFNetwork(_tiny_model(kind, config, "sdpa"))
+    network = HFNetwork(tiny_model(kind, config, "sdpa"))
     tokens, position = torch.arange(20)[None] + 3, torch.arange(20)[None]
     with torch.inference_mode():
         logits = network(tokens, Layout.of(position), causal)
@@ -120,27 +98,11 @@ def _probe_positions(kind: Hashable, config: str) -> bool:
     return bool(gap <= 1e-4 * logits.abs().max())
 
 
-def _tiny_model(kind: Any, config: str, implementation: str) -> Any:
-    """A random instance of a class of models, or of what transformers makes of a class of configurations."""
-    options = {"attn_implementation": implementation, "dtype": torch.float32}
-    with BUILDING, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if issubclass(kind, PreTrainedModel):
-            return kind._from_config(kind.config_class(**json.loads(config)), **options).eval()
-        return AutoModelForCausalLM.from_config(kind(**json.loads(config)), **options).eval()
-
-
-def _kind(model: Any) -> Any:
-    """The class that a tiny instance is made of: the text model's configuration, or a folder's own model class."""
-    remote = type(model).__module__.startswith("transformers_modules")
-    return type(model) if remote else type(model.config.get_text_config())
-
-
 @functools.lru_cache(maxsize=64)
 def _probe_class(kind: Hashable, config: str, implementation: str) -> str | None:
     """Why the class is refused, or None."""
     try:
-        tiny = _tiny_model(kind, config, implementation)
+        tiny = tiny_model(kind, config, implementation)
     except Exception as error:
         return f"no tiny instance of {kind} could be built to test it ({first_line(error)})"
     try:
@@ -157,7 +119,7 @@ def probe_network(network: HFNetwork) -> str | None:
     2. influence: with two streams, changing a token changes exactly the rows that can attend to it.
     3. positions: a noisy block beside the clean stream equals the same block after its clean prefix.
     """
-    vocabulary, block, length = network.config.vocab_size, 4, 3 * _PROBE_WINDOW + 3
+    vocabulary, block, length = network.config.vocab_size, 4, 3 * WINDOW + 3
     tokens = torch.arange(3, 3 + 2 * length)[None] * 7 % (vocabulary - 4) + 2
     clean = Layout.of(torch.arange(length)[None])
 
@@ -206,40 +168,6 @@ def _wrong_influence(config: Any, effect: Tensor, layout: Layout, pattern: Patte
     return None
 
 
-def _tiny_json(config: Any) -> str:
-    """The settings, as JSON, of a tiny model with one layer of each kind (at least two layers)."""
-    tiny = {k: v for k, v in copy.deepcopy(config.to_dict()).items() if v is not None}
-    for name in ("model_type", "transformers_version", "architectures", "quantization_config", "dtype", "diffusion",
-                 "_name_or_path", "id2label", "label2id", "auto_map", "name_or_path"):  # fmt: skip
-        tiny.pop(name, None)
-    tiny.update({name: value for name, value in _TINY.items() if name in tiny})
-    kinds = list(dict.fromkeys(tiny.get("layer_types", ())))
-    layers = max(2, len(kinds))
-    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-        if name in tiny:
-            tiny[name] = layers
-    if kinds:
-        tiny["layer_types"] = (kinds * layers)[:layers]
-    if tiny.get("sliding_window"):
-        tiny["sliding_window"] = _PROBE_WINDOW
-    if "attention_types" in tiny:  # gpt_neo spells its layer kinds its own way
-        tiny["attention_types"] = [[["global", "local"], 1]]
-        tiny["attention_layers"] = ["global", "local"]
-        tiny["window_size"] = _PROBE_WINDOW
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        tiny[name] = 0
-    for name in ("no_rope_layers", "mlp_layer_types", "expert_layer_period", "full_attn_idxs"):
-        if isinstance(tiny.get(name), list):
-            tiny[name] = tiny[name][:layers]
-    rope = tiny.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_type" in rope:
-        # Scaled rotary embeddings have tables of the full head size; positions act the same without scaling.
-        kept = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
-        tiny["rope_parameters"] = kept | {"rope_type": "default"}
-    tiny.pop("rope_scaling", None)
-    return json.dumps(tiny, default=str, sort_keys=True)
-
-
 def _layers(config: Any) -> str:
     known = {
         "conv": "a convolution, which reads its neighbours whatever the mask says",
@@ -261,7 +189,7 @@ def _layers(config: Any) -> str:
 def probe_fast_paths(model: Any) -> FastPaths:
     """The fast paths with which a tiny instance of the model's class gives the same logits."""
     config = model.config.get_text_config()
-    fast_paths = _probe_fast_paths(_kind(model), _tiny_json(config))
+    fast_paths = _probe_fast_paths(kind_of(model), tiny_settings(config))
     if config._attn_implementation != "sdpa" or getattr(config, "attention_dropout", 0.0):
         return FastPaths(head_sum=fast_paths.head_sum)
     return fast_paths
@@ -275,4 +203,4 @@ def as_network(model: Any, mask_token_id: int | None = None, **options: Any) -> 
 def sees_position_differences(model: Any) -> bool:
     """Whether a tiny instance ignores a shift of all positions by the same amount, as rotary models do."""
     config = model.config.get_text_config()
-    return _probe_positions(_kind(model), _tiny_json(config))
+    return _probe_positions(kind_of(model), tiny_settings(config))

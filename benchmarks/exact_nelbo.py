@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import unmask
-from unmask.data.documents import read_documents
+from unmask.data.readers import read_documents
 from unmask.evaluation.likelihood import LikelihoodOutput, summarise
 
 

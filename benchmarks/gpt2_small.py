@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import unmask
-from unmask.data.documents import read_documents
+from unmask.data.readers import read_documents
 from unmask.evaluation.likelihood import summarise
 
 

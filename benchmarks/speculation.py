@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import unmask
-from unmask.data.documents import read_documents
+from unmask.data.readers import read_documents
 from unmask.sampling import Coupled, Rejection, Request, sample_autoregressive, sample_speculative
 
 

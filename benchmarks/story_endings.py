@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    from unmask.data.documents import read_documents
+    from unmask.data.readers import read_documents
 
     stories = [pair for pair in map(split_story, read_documents(options.file)) if pair is not None]
     chance = random.Random(options.seed)

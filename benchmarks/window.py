@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import unmask
-from unmask.data.documents import read_documents
+from unmask.data.readers import read_documents
 from unmask.sampling import Confidence, Request, Selector, Threshold, sample_blocks
 
 PROMPT, NEW = 32, 64

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from unmask.core.attention import PADDING
-from unmask.data.documents import Corpus, find_files, load_corpus, read_documents
+from unmask.data.documents import Corpus, Encoder, load_corpus
 from unmask.data.packing import Packer, PackState
+from unmask.data.readers import Faults, find_files, read_documents
+from unmask.data.streams import RecordStream, open_hub
 
 
 def corpus(*lengths: int) -> Corpus:
@@ -54,7 +56,7 @@ BROKEN = [
     ("a.jsonl", b'{"text": "good"}\n{"text": \n{"text": "fine"}\n', 2, "not JSON", ["good", "fine"]),
     ("b.jsonl", b'{"text": "good"}\n{"text": "\xff"}\n', 2, "not UTF-8", ["good"]),
     ("c.jsonl", b'{"text": "good"}\n\n{"body": "x"}\n', 3, r"no text column 'text', found \['body'\]", ["good"]),
-    ("d.jsonl", b'{"text": "good"}\n[1]\n', 2, "found list", ["good"]),
+    ("d.jsonl", b'{"text": "good"}\n[1]\n', 2, "found a list", ["good"]),
 ]
 
 
@@ -169,17 +171,16 @@ def test_a_packer_goes_on_where_another_stopped(steps: int) -> None:
 
 def test_hub_data_is_streamed_and_resumes(tmp_path: Path, tokenizer_and_model: Path) -> None:
     """The hub's own loader, on a data set that lies on this disk."""
-    from unmask.data.documents import HubStream
-
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in STORIES))
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_and_model)
-    stream = HubStream(str(tmp_path / "set"), tokenizer, end_token_id=1, text_column="text", split="train")
-    whole = [d.ids.tolist() for d in stream.stream(0, 0, 0)]
+    data, encoder = open_hub(str(tmp_path / "set"), "train"), Encoder(tokenizer, 1, Faults())
+    stream = RecordStream(data, "data 'set'", encoder, text_column="text", fingerprint="")
+    whole = [d.ids.tolist() for (d,) in stream.stream(0, 0, 0)]
     assert sorted(whole) == sorted([*tokenizer(s)["input_ids"], 1] for s in STORIES)
-    assert [d.ids.tolist() for d in stream.stream(0, 0, 7)] == whole[7:]
-    assert [d.ids.tolist() for d in stream.stream(0, 1, 0)] != whole
-    with pytest.raises(ValueError, match=r"no text column 'body', found \['text'\]"):
-        HubStream(str(tmp_path / "set"), tokenizer, end_token_id=1, text_column="body", split="train")
+    assert [d.ids.tolist() for (d,) in stream.stream(0, 0, 7)] == whole[7:]
+    assert [d.ids.tolist() for (d,) in stream.stream(0, 1, 0)] != whole
+    with pytest.raises(ValueError, match=r"data 'set' has no text column 'body', found \['text'\]"):
+        RecordStream(data, "data 'set'", encoder, text_column="body", fingerprint="")
     with pytest.raises(ValueError, match="cannot be opened on the hub"):
-        HubStream("nobody/nothing-here", tokenizer, end_token_id=1, text_column="text", split="train")
+        open_hub("nobody/nothing-here", "train")

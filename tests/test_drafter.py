@@ -482,7 +482,7 @@ def _batch() -> tuple[torch.Tensor, Layout, Corruption]:
 @pytest.mark.parametrize("name", ["stories260k", "babyllama-1m"])
 @pytest.mark.parametrize("trained", [False, True])
 def test_speculative_equals_ar_greedy_on_real_prompts(name: str, trained: bool, shared: Path, tmp_path: Path) -> None:
-    from unmask.data.documents import read_documents
+    from unmask.data.readers import read_documents
 
     test = shared / "corpora" / "tinystories" / "test.txt"
     prompts = [text[: 20 + 7 * i % 40] for i, text in zip(range(200), read_documents(test), strict=False)]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,3 +127,37 @@ def test_what_a_drafters_base_cannot_read_is_refused(drafter: unmask.DiffusionLM
         drafter.infill("Once", "end", 3, attention="bidirectional")
     with pytest.raises(ValueError, match=f"token id {drafter.diffusion.mask_token_id}"):
         drafter.generate(torch.tensor([[3, drafter.diffusion.mask_token_id]]), max_new_tokens=3)
+
+
+# --- text that is no text
+
+
+def test_half_a_character_is_refused_wherever_text_comes_in(lm: unmask.DiffusionLM) -> None:
+    odd = "The cat \ud83d sang"
+    calls: list[Any] = [
+        lambda: lm.generate(odd, max_new_tokens=2), lambda: lm.generate(["The", odd], max_new_tokens=2),
+        lambda: lm.generate([{"role": "user", "content": odd}], max_new_tokens=2), lambda: lm.infill("The", odd, 2),
+        lambda: lm.nll([odd]), lambda: lm.nelbo(odd, num_samples=1), lambda: lm.embed([odd]),
+        lambda: choice_document(lm.tokenizer, "Once", odd),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match=r"lone surrogate '\\ud83d' at character \d+ of "):
+            call()
+
+
+def test_standard_input_is_utf8_in_every_locale(converted: Path) -> None:
+    command = [sys.executable, "-m", "unmask.cli", "generate", str(converted), "-", "--max-new-tokens", "2", "--json"]
+    texts = []
+    for locale in ("C", "C.UTF-8"):
+        for given in (b"Once \xe2\x98\x82", b"\xef\xbb\xbfOnce \xe2\x98\x82"):
+            texts.append(_run(command, locale, given).stdout)
+        refused = _run(command, locale, b"Once \xff")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert r"lone surrogate '\udcff' at character 6" in refused.stderr.splitlines()[-1]
+    assert len(set(texts)) == 1
+    assert json.loads(texts[0])["num_new_tokens"] == 2
+
+
+def _run(command: list[str], locale: str, given: bytes) -> Any:
+    done = subprocess.run(command, input=given, capture_output=True, env=os.environ | {"LC_ALL": locale}, check=False)
+    return SimpleNamespace(returncode=done.returncode, stdout=done.stdout.decode(), stderr=done.stderr.decode())

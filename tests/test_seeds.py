@@ -11,7 +11,9 @@ import torch
 
 from unmask.core import noise
 from unmask.core.noise import gumbels, uniform
-from unmask.data.documents import Corpus, HubStream
+from unmask.data.documents import Corpus, Encoder
+from unmask.data.readers import Faults
+from unmask.data.streams import RecordStream
 from unmask.lab import frontier
 
 SEEDS = (0, 1, -1, 2**32, 2**32 + 1, -(2**32), 2**64, 2**64 + 1, 2**200)
@@ -19,7 +21,7 @@ SEEDS = (0, 1, -1, 2**32, 2**32 + 1, -(2**32), 2**64, 2**64 + 1, 2**200)
 
 def order(seed: int, epoch: int) -> tuple[int, ...]:
     corpus = Corpus(np.arange(50, dtype=np.int32), np.arange(51), "test")
-    return tuple(int(ids[0]) for ids, _ in corpus.stream(seed, epoch, 0))
+    return tuple(int(ids[0]) for ((ids, _),) in corpus.stream(seed, epoch, 0))
 
 
 def test_documents_come_in_an_order_of_their_seed_and_epoch() -> None:
@@ -30,8 +32,8 @@ def test_documents_come_in_an_order_of_their_seed_and_epoch() -> None:
 
 def test_a_streams_second_epoch_is_not_another_seeds_first() -> None:
     seen: list[int] = []
-    stream = object.__new__(HubStream)
-    stream.data = SimpleNamespace(shuffle=lambda **options: seen.append(options["seed"]) or [])
+    data = SimpleNamespace(column_names=None, shuffle=lambda **options: seen.append(options["seed"]) or [])
+    stream = RecordStream(data, "", Encoder(None, None, Faults()), text_column="text", fingerprint="")
     for seed in SEEDS:
         for epoch in range(3):
             assert list(stream.stream(seed, epoch, 0)) == []

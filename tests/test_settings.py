@@ -115,28 +115,28 @@ def test_senseless_settings_are_refused(name: str, overrides: dict[str, Any], me
 def test_refused_before_anything_is_loaded_or_claimed(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"alpha=0.9 needs objective='joint'"):
         unmask.adapt("no-such-model", stories, "efficient-dlm", tmp_path / "run", alpha=0.9)
-    with pytest.raises(ValueError, match=r"split='test' needs a hub data set; the data are .txt"):
+    with pytest.raises(ValueError, match=r"split='test' needs a data set with splits.*; the data are .txt"):
         unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", tmp_path / "run", split="test")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("suffixes", "from_hub", "overrides", "message"),
+    ("kinds", "has_splits", "overrides", "message"),
     [
-        ([".txt"], False, {"split": "test"}, "split='test' needs a hub data set; the data are .txt"),
-        ([".txt"], False, {"text_column": "body"}, "text_column='body' needs data with columns"),
-        ([], True, {"skip_invalid": True}, "skip_invalid=true needs data in files; the data are a hub data set"),
-        ([".txt", ".jsonl"], False, {"text_column": "body", "skip_invalid": True}, None),
-        ([".txt"], True, {"text_column": "body", "skip_invalid": True, "split": "test"}, None),
-        ([".txt"], False, {"split": None, "seed": 3}, None),
+        ({".txt"}, False, {"split": "test"}, "split='test' needs a data set with splits, of the hub or of `datasets`; "
+                                             "the data are .txt"),
+        ({".txt"}, False, {"text_column": "body"}, "text_column='body' needs data with columns"),
+        ({"a hub data set"}, True, {"skip_invalid": True, "text_column": "body"}, None),
+        ({".txt", ".jsonl"}, False, {"text_column": "body", "skip_invalid": True}, None),
+        ({".txt", "a hub data set"}, True, {"text_column": "body", "skip_invalid": True, "split": "test"}, None),
+        ({".txt"}, False, {"split": None, "seed": 3}, None),
     ],
-)
+)  # fmt: skip
 def test_settings_of_other_data_are_refused(
-    suffixes: list[str], from_hub: bool, overrides: dict[str, Any], message: str | None
+    kinds: set[str], has_splits: bool, overrides: dict[str, Any], message: str | None
 ) -> None:
-    files = [Path(f"x{suffix}") for suffix in suffixes]
     with nullcontext() if message is None else pytest.raises(ValueError, match=re.escape(message)):
-        check_data_settings(overrides, files, from_hub)
+        check_data_settings(overrides, kinds, has_splits)
 
 
 # --- what a run takes

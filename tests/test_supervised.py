@@ -21,8 +21,9 @@ import unmask
 from unmask.core.attention import PADDING, Layout
 from unmask.core.batch import Batch
 from unmask.core.objectives import diffusion_loss
-from unmask.data.documents import Corpus, load_corpus, read_examples
+from unmask.data.documents import Corpus, load_corpus
 from unmask.data.packing import Packer, PackState
+from unmask.data.readers import read_examples
 from unmask.data.supervised import Completion, Conversation, continue_ids, encode_example
 from unmask.evaluation.likelihood import Document, nelbo, nll
 from unmask.settings import Settings
@@ -84,9 +85,9 @@ def test_columns_tell_what_a_record_is(tmp_path: Path) -> None:
         ({"prompt": "x", "completion": "y", "text": "z"}, "has both 'text' and 'completion'"),
         ({"prompt": "x", "completion": "  "}, "has an empty completion"),
         ({"prompt": "", "completion": "y"}, "has an empty prompt"),
-        ({"completion": "y"}, "holds NoneType in column 'prompt'"),
-        ({"prompt": "x", "completion": 3}, "holds int in column 'completion'"),
-        ({"text": 3}, "holds int in column 'text', not text"),
+        ({"completion": "y"}, "has no column 'prompt'"),
+        ({"prompt": "x", "completion": 3}, "holds a number in column 'completion'"),
+        ({"text": 3}, "holds a number in column 'text', not text"),
         ({"prompt": "x"}, r"no text column 'text', found \['prompt'\]"),
         ({"messages": "hello"}, "no list of objects with a role"),
         ({"messages": [{"role": "user"}]}, "no list of objects with a role"),
@@ -475,7 +476,7 @@ def test_padding_is_predicted_only_in_the_padded_variant(tokenizer, pairs: Path)
 
 
 def test_supervised_files_are_no_text_for_evaluation(pairs: Path) -> None:
-    from unmask.data.documents import read_documents
+    from unmask.data.readers import read_documents
 
     with pytest.raises(ValueError, match=r"pairs.jsonl' holds supervised examples"):
         list(read_documents(pairs))

@@ -36,6 +36,11 @@ def progress(description: str, total: float | None, *, start: float = 0, show: b
         yield lambda amount, note="", /: bar.update(task, advance=amount, note=note)
 
 
+def note(line: str) -> None:
+    """A line on stderr about what is not as one may expect."""
+    print(f"note: {line}", file=sys.stderr, flush=True)
+
+
 def _silent(_amount: float, _note: str = "") -> None:
     pass
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from unmask.settings import TABLE, Settings, check_value, shown, to_plain, unmet
@@ -61,21 +60,19 @@ def load_recipe(name: str, background: Mapping[str, Any] | None = None, **overri
     return Settings(recipe=name, **values)
 
 
-def check_data_settings(overrides: Mapping[str, Any], files: Sequence[Path], from_hub: bool) -> None:
+def check_data_settings(overrides: Mapping[str, Any], kinds: Collection[str], has_splits: bool) -> None:
     """Raise ValueError for an override of how data is read that these data do not have.
 
-    files: all that are read, held-out ones too. from_hub: the training data are a hub data set.
+    kinds: suffixes of all files that are read, held-out ones too, and words for other data. has_splits: the training
+    data are a hub data set, or another with splits.
     """
-    columns = from_hub or any(file.suffix != ".txt" for file in files)
     conditions = {
-        "split": (from_hub, "a hub data set"),
-        "text_column": (columns, "data with columns (.jsonl, .parquet, a hub data set)"),
-        "skip_invalid": (bool(files), "data in files"),
+        "split": (has_splits, "a data set with splits, of the hub or of `datasets`"),
+        "text_column": (set(kinds) != {".txt"}, "data with columns (.jsonl, .parquet, records, a hub data set)"),
     }
     for name, (holds, needed) in conditions.items():
         if overrides.get(name) is not None and not holds:
-            kinds = sorted({file.suffix for file in files}) + ["a hub data set"] * from_hub
-            raise ValueError(f"{name}={shown(overrides[name])} needs {needed}; the data are {', '.join(kinds)}")
+            raise ValueError(f"{name}={shown(overrides[name])} needs {needed}; the data are {', '.join(sorted(kinds))}")
 
 
 def differences(settings: Settings) -> dict[str, Any]:

@@ -195,9 +195,9 @@ class DataSettings:
     """Text to rows of tokens."""
 
     max_length: int | None = setting(None, "tokens of a row", above=0, of_size=True)
-    text_column: str = setting("text", "column of the text in .jsonl, .parquet and hub data")
-    split: str = setting("train", "split of a hub data set")
-    skip_invalid: bool = setting(False, "leave out records of a file that cannot be used, instead of stopping")
+    text_column: str = setting("text", "column of the text in records")
+    split: str = setting("train", "split of a data set of the hub or of `datasets`")
+    skip_invalid: bool = setting(False, "leave out records that cannot be used, instead of stopping")
     end_token: str | None = setting(None, "token that ends a document; unset: the tokenizer's own")
     predict_padding: bool = setting(
         False, "one document a row, filled up with end tokens that are masked and predicted; needs files")

@@ -46,7 +46,8 @@ def adapt(
     import unmask
     from unmask.training.ranks import join, leave
 
-    unmask.adapt(model, [*data, *more], recipe, output, resume=resume, trust_remote_code=trust_remote_code, **chosen)
+    sources = [Path(name) if name else name for name in (*data, *more)]  # names, never texts
+    unmask.adapt(model, sources, recipe, output, resume=resume, trust_remote_code=trust_remote_code, **chosen)
     is_main = join().is_main_process
     leave()
     if not is_main:

@@ -6,6 +6,7 @@ object on stdout; progress and logs go to stderr.
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated, Any
 
@@ -48,6 +49,7 @@ def _root(
 
 def main() -> None:
     """Entry point of the `unmask` command."""
+    _set_encodings()
     try:
         code = app(standalone_mode=False)
     except (ValueError, OSError) as error:
@@ -60,6 +62,15 @@ def main() -> None:
             raise
         _fail(error.format_message() + _given(getattr(error, "param", None)))
     sys.exit(code or 0)
+
+
+def _set_encodings() -> None:
+    """Standard input is UTF-8 whatever the locale, and output that the locale cannot write is escaped, not lost."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # other bytes are refused where text is read
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _given(param: Any) -> str:

@@ -26,7 +26,7 @@ def run_demo(model: str | None, data: list[str] | None, output: Path, max_tokens
     data: without it, the standard library. trust: run code that the model's folder brings.
     """
     import unmask
-    from unmask.data.documents import find_files, read_documents
+    from unmask.data.readers import find_files, read_documents
 
     if data is None:
         data = [str(_write_sources(output / "sources.jsonl"))]
@@ -90,7 +90,7 @@ def make_base(folder: Path, data: str) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     import unmask
-    from unmask.data.documents import local_files, read_documents
+    from unmask.data.readers import local_files, read_documents
 
     _note(f"make a tiny AR base from {data}")
     bpe = ByteLevelBPETokenizer()

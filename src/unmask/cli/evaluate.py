@@ -11,6 +11,7 @@ import typer
 from unmask.cli.app import Json, TrustRemoteCode, app
 from unmask.cli.options import DECODER, takes_decoding
 from unmask.plain_json import to_json
+from unmask.progress import note
 
 _OF_TASKS = (
     "tasks_folder", "limit", "num_fewshot", "batch_size", "max_length", "gen_kwargs", "apply_chat_template",
@@ -91,14 +92,14 @@ def evaluate(
 
 def _documents(files: Sequence[str], limit: int | None, text_column: str, skip_invalid: bool) -> list[str]:
     """The first `limit` documents of the files."""
-    from unmask.data.documents import local_files, read_documents
+    from unmask.data.readers import local_files, read_documents
 
     paths = local_files(files, "data")
     if limit is not None and limit < 1:
         raise ValueError(f"--max-documents {limit} must be at least 1")
     texts: list[str] = []
     for path in paths:
-        for text in read_documents(path, text_column=text_column, skip_invalid=skip_invalid):
+        for text in read_documents(path, text_column=text_column, skip_invalid=skip_invalid, note=note):
             if limit is not None and len(texts) >= limit:
                 break
             texts.append(text)
@@ -185,12 +186,13 @@ def embed(
     as_json: Json = False,
 ) -> None:
     """Texts as vectors: the mean of the last hidden states, one vector a document, in the file's order."""
-    from unmask.data.documents import local_files, read_documents
+    from unmask.data.readers import local_files, read_documents
     from unmask.evaluation.embed import check_output, write_embeddings
 
     check_output(output)
     files = local_files([file], "file")
-    texts = [text for one in files for text in read_documents(one, text_column=text_column, skip_invalid=skip_invalid)]
+    options: dict[str, Any] = {"text_column": text_column, "skip_invalid": skip_invalid, "note": note}
+    texts = [text for one in files for text in read_documents(one, **options)]
     if not texts:
         raise ValueError(f"file {str(file)!r} holds no documents")
 

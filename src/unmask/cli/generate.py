@@ -37,7 +37,7 @@ def generate(
         raise ValueError("--watch draws where --json prints: leave one of them out")
     if replay is not None and (replay.is_dir() or not replay.parent.is_dir()):
         raise ValueError(f"--replay {str(replay)!r} is no file in a folder that exists: name one such as replay.html")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read().removeprefix("\ufeff") if prompt == "-" else prompt
 
     import unmask
     from unmask.cli.replay import watching, write_replay

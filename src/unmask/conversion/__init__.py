@@ -6,7 +6,7 @@ hold_out (text), convert (learner), claim_folder (run), learn and finish (learne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from unmask.training.ranks import join
 
 def adapt(
     model: str | Path | DiffusionLM,
-    data: str | Path | Sequence[str | Path],
+    data: str | Path | Iterable[Any],
     recipe: str | None = None,
     output_dir: str | Path = "runs/adapted",
     *,
@@ -34,7 +34,8 @@ def adapt(
     """Turn a causal LM into what `recipe` says, by training it on `data`, and save it to `output_dir`.
 
     model: folder, hub id or a loaded model, which is trained in place. data: .txt, .jsonl or .parquet files, folders of
-    them, one hub id, or "self" (with self_prompts): text that the model itself writes. recipe: tri-mode by
+    them, one hub id, a `Dataset` or `IterableDataset` of `datasets`, a list of texts or of records (dicts), or "self"
+    (with self_prompts): text that the model itself writes. recipe: tri-mode by
     default; without one a converted model keeps its recipe, attention, shift and block size. settings: replace those
     of the recipe. resume: continue the run in output_dir from its newest checkpoint; a finished run is loaded and
     returned, or extended by a larger max_tokens. trust_remote_code: run Python code of the model's folder. Returns the

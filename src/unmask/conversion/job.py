@@ -12,7 +12,8 @@ import torch
 from unmask import hf
 from unmask.conversion.continuing import check_mask_stays, recipe_settings
 from unmask.conversion.run_record import IN_MEMORY, read_earlier
-from unmask.data.documents import find_files, local_files
+from unmask.data.readers import Records, find_files, in_memory, local_files
+from unmask.data.streams import from_datasets, has_splits, stream_name
 from unmask.hf import lora
 from unmask.loading import load
 from unmask.model import DiffusionLM
@@ -29,14 +30,16 @@ from unmask.training.teacher import load_teacher
 class Job:
     """The arguments of `adapt`, checked as far as possible without the model.
 
-    files: data files, or with self_prompts the files whose documents the model continues; None for a hub id.
-    held_out_files: those of eval_data. earlier: run.json of the run that this one continues, None for a new run.
+    sources: names for run.json. files: data files and records in memory, or with self_prompts the files whose documents
+    the model continues; None for a hub id and a stream. stream: a `datasets.IterableDataset`. held_out_files: those of
+    eval_data. earlier: run.json of the run that this one continues, None for a new run.
     """
 
     model: str | Path | DiffusionLM
     settings: Settings
     sources: tuple[str, ...]
-    files: list[Path] | None
+    files: Sequence[Path | Records] | None
+    stream: Any
     held_out_files: list[Path] | None
     folder: RunFolder
     earlier: dict[str, Any] | None
@@ -47,7 +50,7 @@ class Job:
 
 def plan(
     model: str | Path | DiffusionLM,
-    data: str | Path | Sequence[str | Path],
+    data: Any,
     recipe: str | None,
     overrides: dict[str, Any],
     folder: RunFolder,
@@ -60,9 +63,7 @@ def plan(
     recipe: None keeps what a converted model is. overrides: settings that replace the recipe's.
     """
     settings = recipe_settings(model, recipe, overrides)
-    sources = (str(data),) if isinstance(data, str | Path) else tuple(map(str, data))
-    if not sources:
-        raise ValueError("data is empty: give at least one file, folder or hub id")
+    sources, given = _sources(data, settings.split)
     if settings.lora_rank is not None:
         lora.require_peft()
     own = sources == ("self",)
@@ -71,13 +72,34 @@ def plan(
             f"data {list(sources)} with self_prompts={settings.self_prompts!r}: text of the "
             "model's own needs --data self alone, self_prompts=FILE for its beginnings, and --max-tokens or self_tokens"
         )
-    prompts = settings.self_prompts
-    files = find_files(sources) if prompts is None else local_files([prompts], "self_prompts")
+    files: Sequence[Path | Records] | None = None
+    if settings.self_prompts is not None:
+        files = local_files([settings.self_prompts], "self_prompts")
+    elif isinstance(given, Records):
+        files = [given]
+    elif given is None:
+        files = find_files(sources)
     held_out = None if settings.eval_data is None else local_files([settings.eval_data], "eval_data")
-    check_data_settings(overrides, [*(files or []), *(held_out or [])], from_hub=files is None)
+    kinds = {file.suffix if isinstance(file, Path) else str(file) for file in [*(files or []), *(held_out or [])]}
+    from_hub = files is None and given is None
+    kinds |= {"a hub data set"} if from_hub else {"a stream"} if files is None else set()
+    check_data_settings(overrides, kinds, from_hub or has_splits(data))
     earlier = read_earlier(folder, resume)
     shown = show_progress and join().is_main_process
-    return Job(model, settings, sources, files, held_out, folder, earlier, resume, shown, trust_remote_code)
+    stream = None if isinstance(given, Records) else given
+    return Job(model, settings, sources, files, stream, held_out, folder, earlier, resume, shown, trust_remote_code)
+
+
+def _sources(data: Any, split: str) -> tuple[tuple[str, ...], Any]:
+    """The names of the data for run.json, and what lies in memory or streams; None for files and a hub id."""
+    given = from_datasets(data, split)
+    given = in_memory(data) if given is None else given
+    if given is not None:
+        return (str(given) if isinstance(given, Records) else stream_name(given),), given
+    sources = (str(data),) if isinstance(data, str | Path) else tuple(map(str, data))
+    if not sources:
+        raise ValueError("data is empty: give at least one file, folder, hub id, text or record")
+    return sources, None
 
 
 @dataclass(frozen=True)

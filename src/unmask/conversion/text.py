@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from unmask.conversion.job import Job, Parent
-from unmask.data.documents import Corpus, HubStream, load_corpus
+from unmask.data.documents import Corpus, Encoder, load_corpus
+from unmask.data.readers import Faults, Records
+from unmask.data.streams import RecordStream, open_hub
 from unmask.evaluation.held_out import held_out_documents
 from unmask.evaluation.likelihood import Document
 from unmask.model import DiffusionLM
-from unmask.progress import progress
+from unmask.progress import note, progress
 from unmask.resolve import Resolved
 from unmask.settings import Settings
 from unmask.training.batches import TrainingData, packed_documents
@@ -22,29 +24,45 @@ from unmask.training.ranks import join
 from unmask.training.rollouts import roll_out
 
 
-def read_text(job: Job, parent: Parent) -> Corpus | HubStream:
-    """The text before documents are held out: files, a hub data set, or text that the parent writes.
+def read_text(job: Job, parent: Parent) -> Corpus | RecordStream:
+    """The text before documents are held out: files, records, a stream of them, or text that the parent writes.
 
     If the model writes while it trains, the documents whose beginnings it will continue.
     """
     settings = parent.settings
     if job.files is None:
-        return HubStream(job.sources[0], parent.lm.tokenizer, end_token_id=parent.end_token_id,
-                         text_column=settings.text_column, split=settings.split)  # fmt: skip
-    with progress("tokenise", sum(file.stat().st_size for file in job.files), show=job.show_progress) as advance:
-        corpus = _read_files(parent, job.files, max_length=settings.max_length, progress=advance)
+        return _stream(job, parent)
+    sizes = [file.stat().st_size for file in job.files if isinstance(file, Path)]
+    total = sum(sizes) if len(sizes) == len(job.files) else None
+    with progress("tokenise", total, show=job.show_progress) as advance:
+        corpus = _read_files(job, parent, job.files, max_length=settings.max_length, progress=advance)
     if settings.self_prompts is None or writes_while_learning(settings):
         return corpus
     return write_own_text(parent.lm, parent, corpus, job.folder.path.parent, parent.fingerprint, job.show_progress)
 
 
-def _read_files(parent: Parent, files: Sequence[Path], **limits: Any) -> Corpus:
+def _stream(job: Job, parent: Parent) -> RecordStream:
+    """The records of a hub data set, or of the stream that was given."""
+    settings, (name,) = parent.settings, job.sources
+    faults = Faults(settings.skip_invalid, _noting(job))
+    encoder = Encoder(parent.lm.tokenizer, parent.end_token_id, faults, settings.max_length)
+    if job.stream is not None:
+        return RecordStream(job.stream, name, encoder, text_column=settings.text_column, fingerprint=name)
+    data, fingerprint = open_hub(name, settings.split), f"{name}:{settings.split}"
+    return RecordStream(data, f"data {name!r}", encoder, text_column=settings.text_column, fingerprint=fingerprint)
+
+
+def _read_files(job: Job, parent: Parent, files: Sequence[Path | Records], **limits: Any) -> Corpus:
     """`load_corpus` with the parent's tokens and the run's settings of data."""
     settings = parent.settings
     return load_corpus(
         files, parent.lm.tokenizer, end_token_id=parent.end_token_id, text_column=settings.text_column,
-        skip_invalid=settings.skip_invalid, **limits,
+        skip_invalid=settings.skip_invalid, note=_noting(job), **limits,
     )  # fmt: skip
+
+
+def _noting(job: Job) -> Callable[[str], None] | None:
+    return note if job.show_progress else None
 
 
 def writes_while_learning(settings: Settings) -> bool:
@@ -79,17 +97,17 @@ def write_own_text(
 class Data:
     """The training text, the rows that its steps read, and the held-out documents."""
 
-    text: Corpus | HubStream
+    text: Corpus | RecordStream
     rows: TrainingData
     held_out: list[Document]
 
 
-def hold_out(job: Job, parent: Parent, text: Corpus | HubStream) -> Data:
+def hold_out(job: Job, parent: Parent, text: Corpus | RecordStream) -> Data:
     """Take the held-out documents from eval_data, or from the end of the text, and pack the rest into rows."""
     settings, held_out = parent.settings, []
     if job.held_out_files is not None:
         context, number = parent.lm.network.context_length, settings.eval_documents
-        corpus = _read_files(parent, job.held_out_files, max_length=context, max_documents=number)
+        corpus = _read_files(job, parent, job.held_out_files, max_length=context, max_documents=number)
         held_out = held_out_documents(corpus, parent.end_token_id)
     cut = num_held_out(job, text)
     if cut and isinstance(text, Corpus):
@@ -100,14 +118,14 @@ def hold_out(job: Job, parent: Parent, text: Corpus | HubStream) -> Data:
     return Data(text, packed_documents(settings, text), held_out)
 
 
-def num_held_out(job: Job, text: Corpus | HubStream) -> int:
+def num_held_out(job: Job, text: Corpus | RecordStream) -> int:
     """Documents to hold out from the end of the text: 1%, at most eval_documents; 0 with eval_data or a hub stream."""
     if job.held_out_files is not None or not isinstance(text, Corpus):
         return 0
     return min(job.settings.eval_documents, len(text) // 100)
 
 
-def _filled_up(text: Corpus | HubStream, settings: Resolved, end_token_id: int | None) -> Corpus:
+def _filled_up(text: Corpus | RecordStream, settings: Resolved, end_token_id: int | None) -> Corpus:
     """One document in each row, as predict_padding asks; ValueError if that is not possible."""
     if not isinstance(text, Corpus) or end_token_id is None:
         lacks = "an end token, which this model lacks" if end_token_id is None else "files, not a streamed data set"

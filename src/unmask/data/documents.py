@@ -1,10 +1,8 @@
-"""Text files and hub data sets to documents of token ids."""
+"""Texts and supervised examples to documents of token ids, and a corpus of them in memory."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,146 +12,8 @@ import numpy as np
 
 from unmask.core.noise import seed_for
 from unmask.data.plain_text import SpecialTextError, encode
-from unmask.data.supervised import (
-    COMPLETION,
-    MESSAGES,
-    PROMPT,
-    Example,
-    InvalidRecordError,
-    encode_example,
-    missing_column,
-    read_record,
-)
-
-SEPARATOR = b"<|endoftext|>"
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-
-
-# --- files -> texts and examples
-
-
-def read_documents(path: Path, *, text_column: str = "text", skip_invalid: bool = False) -> Iterator[str]:
-    """The texts of a file; ValueError if it holds supervised examples."""
-    for example in read_examples(path, text_column=text_column, skip_invalid=skip_invalid):
-        if not isinstance(example, str):
-            raise ValueError(
-                f"data file {str(path)!r} holds supervised examples (prompt and completion, or messages) "
-                "where plain text is needed: choose a column with text_column=NAME, or give another file"
-            )
-        yield example
-
-
-def read_examples(path: Path, *, text_column: str = "text", skip_invalid: bool = False) -> Iterator[Example]:
-    """Texts and supervised examples of one .txt, .jsonl or .parquet file; the columns of a record decide which it is.
-
-    White space around a text is stripped, and empty texts are left out. Text that is not UTF-8, a broken JSON line or a
-    missing column raises a ValueError that names file and line; with `skip_invalid` that document is left out instead.
-    """
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    for example in readers[path.suffix](path, text_column, skip_invalid):
-        if isinstance(example, str):
-            example = example.strip()
-            if not example:
-                continue
-        yield example
-
-
-def _read_txt(path: Path, _column: str, skip_invalid: bool) -> Iterator[str]:
-    line = 1
-    for raw in path.read_bytes().split(SEPARATOR):
-        try:
-            yield raw.decode()
-        except UnicodeDecodeError as error:
-            if not skip_invalid:
-                raise _invalid(
-                    path, line + raw.count(b"\n", 0, error.start), f"is not UTF-8 ({error.reason})"
-                ) from None
-        line += raw.count(b"\n")
-
-
-def _read_jsonl(path: Path, column: str, skip_invalid: bool) -> Iterator[Example]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            problem = ""
-            try:
-                record = json.loads(raw.decode())
-                if isinstance(record, dict):
-                    yield read_record(record, column)
-                    continue
-                problem = f"is no object with a text column {column!r}, found {type(record).__name__}"
-            except InvalidRecordError as error:
-                problem = str(error)
-            except UnicodeDecodeError as error:
-                problem = f"is not UTF-8 ({error.reason})"
-            except json.JSONDecodeError as error:
-                problem = f"is not JSON ({error.msg} at column {error.colno})"
-            if not skip_invalid:
-                raise _invalid(path, number, problem)
-
-
-def _read_parquet(path: Path, column: str, skip_invalid: bool) -> Iterator[Example]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"data file {str(path)!r} is not parquet: {str(error).splitlines()[0]}") from None
-    names = file.schema_arrow.names
-    columns = [name for name in (column, PROMPT, COMPLETION, MESSAGES) if name in names]
-    if not columns:
-        raise ValueError(f"data file {str(path)!r} {missing_column(column, names)}")
-    number = 0
-    for batch in file.iter_batches(columns=columns, batch_size=1024):
-        for record in batch.to_pylist():
-            number += 1
-            try:
-                yield read_record(record, column)
-            except InvalidRecordError as error:
-                if not skip_invalid:
-                    raise _invalid(path, number, str(error)) from None
-
-
-def _invalid(path: Path, line: int, problem: str) -> ValueError:
-    return ValueError(
-        f"data file {str(path)!r}, line {line}: {problem}; correct it, or keep the rest with skip_invalid=true"
-    )
-
-
-def find_files(sources: Sequence[str | Path]) -> list[Path] | None:
-    """The data files among files and folders, those of a folder sorted; None if the only source is a hub id."""
-    files: list[Path] = []
-    for source in sources:
-        path = Path(source)
-        if not str(source):
-            raise ValueError(f"data source {str(source)!r} is empty: give a file, a folder or a hub id")
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-            if not found:
-                raise ValueError(f"data folder {str(source)!r} holds no {', '.join(SUFFIXES)} file")
-            files += found
-        elif path.is_file():
-            if path.suffix not in SUFFIXES:
-                raise ValueError(f"data file {str(source)!r} has an unknown type: use {', '.join(SUFFIXES)}")
-            files.append(path)
-        elif path.suffix in SUFFIXES or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-            raise ValueError(f"data file {str(source)!r} does not exist")
-        elif len(sources) > 1:
-            raise ValueError(f"data source {str(source)!r} is no file; a hub id must stand alone")
-        else:
-            return None
-    return files
-
-
-def local_files(sources: Sequence[str | Path], what: str) -> list[Path]:
-    """`find_files`, but ValueError for a hub id; what: the name of the sources in the message."""
-    files = find_files(sources)
-    if files is None:
-        raise ValueError(f"{what} {str(sources[0])!r} is no file here: give {', '.join(SUFFIXES)} files, or a folder")
-    return files
-
+from unmask.data.readers import Faults, Place, Read, Records, file_name, read
+from unmask.data.supervised import Conversation, Example, InvalidRecordError, encode_example
 
 # --- texts -> token ids
 
@@ -227,13 +87,13 @@ class Corpus:
             Corpus(self.tokens[end:], self.offsets[cut:] - end, self.fingerprint, last),
         )
 
-    def stream(self, seed: int, epoch: int, start: int) -> Iterator[Document]:
-        """The documents of an epoch in a random order of its own, from number `start` in that order."""
+    def stream(self, seed: int, epoch: int, start: int) -> Iterator[list[Document]]:
+        """The documents of an epoch, each alone, in a random order of its own, from number `start` in that order."""
         # numpy reads a list as 32-bit words, so [2^32, 0] would equal [0, 1], and accepts no negative number.
         key = [seed, epoch] if 0 <= seed < 2**32 else seed_for(("documents", seed, epoch))
         order = np.random.default_rng(key).permutation(len(self))
         for index in order[start:]:
-            yield self.document(index)
+            yield [self.document(index)]
 
     def tokens_per_row(self, max_length: int) -> float:
         """Mean number of tokens in a packed row, below `max_length` where a supervised example did not fit its rest."""
@@ -261,84 +121,38 @@ class Corpus:
         return Corpus(tokens.reshape(-1), offsets, self.fingerprint, learnt.reshape(-1))
 
 
-def load_corpus(
-    files: Sequence[Path],
-    tokenizer: Any,
-    *,
-    end_token_id: int | None = None,
-    text_column: str = "text",
-    skip_invalid: bool = False,
-    max_length: int | None = None,
-    max_documents: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Corpus:
-    """Read and tokenise files, in batches of documents, `max_documents` at most.
+@dataclass(frozen=True)
+class Encoder:
+    """Turns what is read into documents.
 
-    progress: called with the bytes of text of each batch. Raises ValueError for a file without documents and, unless
-    `skip_invalid` leaves them out, for invalid records and supervised examples longer than `max_length`.
+    end_token_id: closes every document, unless None. faults: what becomes of an example that makes none: one that
+    spells a special token which the tokenizer cannot split, or a supervised one of more than `max_length` tokens.
     """
-    builder = _CorpusBuilder(tokenizer, end_token_id, skip_invalid, max_length)
-    documents = builder.documents
-    for path in files:
-        before = len(documents)
-        examples = read_examples(path, text_column=text_column, skip_invalid=skip_invalid)
-        while batch := list(itertools.islice(examples, _batch_size(max_documents, len(documents)))):
-            num_bytes = builder.add(batch, path)
-            if progress is not None:
-                progress(num_bytes)
-        if len(documents) == before and (max_documents is None or before < max_documents):
-            raise ValueError(f"data file {str(path)!r} holds no documents")
-    return builder.corpus()
 
+    tokenizer: Any
+    end_token_id: int | None
+    faults: Faults
+    max_length: int | None = None
 
-_BATCH = 256
-"""Documents that are tokenised at a time."""
+    def __call__(self, batch: Sequence[Read]) -> list[list[Document]]:
+        """The documents of each example: one, none if it is left out, several for some conversations."""
+        texts = iter(self._texts([(place, example) for place, example in batch if isinstance(example, str)]))
+        return [
+            next(texts) if isinstance(example, str) else self._supervised(place, example) for place, example in batch
+        ]
 
-
-def _batch_size(max_documents: int | None, documents: int) -> int:
-    """Examples to read next, after so many documents."""
-    return _BATCH if max_documents is None else max(0, min(_BATCH, max_documents - documents))
-
-
-class _CorpusBuilder:
-    """The documents that were read, and a digest of their texts."""
-
-    def __init__(self, tokenizer: Any, end_token_id: int | None, skip_invalid: bool, max_length: int | None) -> None:
-        self.tokenizer, self.end_token_id = tokenizer, end_token_id
-        self.skip_invalid, self.max_length = skip_invalid, max_length
-        self.documents: list[Document] = []
-        self._digest = hashlib.sha256()
-
-    def add(self, examples: Sequence[Example], path: Path) -> int:
-        """Tokenise examples of a file, in their order; return their bytes of text."""
-        texts = iter(self._texts([example for example in examples if isinstance(example, str)], path))
-        num_bytes = 0
-        for example in examples:
-            raw = (example if isinstance(example, str) else repr(example)).encode()
-            self._digest.update(len(raw).to_bytes(8, "little") + raw)
-            num_bytes += len(raw)
-            if not isinstance(example, str):
-                self.documents += self._supervised(example, path)
-                continue
-            ids = next(texts)
-            if ids is not None:
-                self.documents.append(Document(ids))
-        return num_bytes
-
-    def _texts(self, texts: list[str], path: Path) -> list[np.ndarray | None]:
-        """Token ids of each text, None for one that is left out."""
+    def _texts(self, texts: list[tuple[Place, str]]) -> list[list[Document]]:
+        """The document of each text; if there is a text that makes none, halves of the texts by themselves."""
         try:
-            return list(tokenize(self.tokenizer, texts, self.end_token_id))
+            return [[Document(ids)] for ids in tokenize(self.tokenizer, [t for _, t in texts], self.end_token_id)]
         except SpecialTextError as error:
-            if not self.skip_invalid:
-                raise ValueError(f"data file {str(path)!r}: {error}, or keep the rest with skip_invalid=true") from None
-        if len(texts) == 1:
-            return [None]
+            if len(texts) == 1:
+                self.faults(texts[0][0], str(error))
+                return [[]]
         half = len(texts) // 2
-        return self._texts(texts[:half], path) + self._texts(texts[half:], path)
+        return self._texts(texts[:half]) + self._texts(texts[half:])
 
-    def _supervised(self, example: Any, path: Path) -> list[Document]:
-        """The documents of a supervised example, none if it is left out."""
+    def _supervised(self, place: Place, example: Any) -> list[Document]:
         try:
             encoded = encode_example(self.tokenizer, example, self.end_token_id)
             for ids, loss_mask in encoded:
@@ -347,51 +161,72 @@ class _CorpusBuilder:
                 if not any(loss_mask):
                     raise InvalidRecordError("has a completion without tokens")
         except (InvalidRecordError, SpecialTextError) as error:
-            if self.skip_invalid:
-                return []
-            colon = ":" if isinstance(error, SpecialTextError) else ""
-            raise ValueError(
-                f"data file {str(path)!r}: the example {_shortened(repr(example))}{colon} {error}; "
-                "correct it, or keep the rest with skip_invalid=true"
-            ) from None
+            self.faults(place, f"the example {_shortened(repr(example))} {error}")
+            return []
         return [Document(np.asarray(ids, dtype=np.int32), np.asarray(mask)) for ids, mask in encoded]
-
-    def corpus(self) -> Corpus:
-        """The corpus of all documents, with the digest as its fingerprint."""
-        return Corpus.of(self.documents, self._digest.hexdigest()[:16])
 
 
 def _shortened(text: str, width: int = 70) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-class HubStream:
-    """The documents of a hub data set of unknown length, streamed and tokenised in batches."""
+def load_corpus(
+    sources: Sequence[Path | Records],
+    tokenizer: Any,
+    *,
+    end_token_id: int | None = None,
+    text_column: str = "text",
+    skip_invalid: bool = False,
+    max_length: int | None = None,
+    max_documents: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Corpus:
+    """Read and tokenise files or records, in batches of documents, `max_documents` at most.
 
-    def __init__(self, name: str, tokenizer: Any, *, end_token_id: int | None, text_column: str, split: str) -> None:
-        import datasets
+    progress: called with the bytes of text of each batch. note: called with lines about what is left out. Raises
+    ValueError for a file without documents and, unless `skip_invalid` leaves them out, for invalid records and
+    supervised examples longer than `max_length`.
+    """
+    faults, digest = Faults(skip_invalid, note), hashlib.sha256()
+    encoder = Encoder(tokenizer, end_token_id, faults, max_length)
+    documents: list[Document] = []
+    for source in sources:
+        before = len(documents)
+        examples = read(source, text_column, faults)
+        while batch := _batch(examples, None if max_documents is None else max_documents - len(documents)):
+            num_bytes = 0
+            for _, example in batch:
+                content = _content(example)
+                digest.update(len(content).to_bytes(8, "little") + content)
+                num_bytes += len(content)
+            documents += [document for made in encoder(batch) for document in made]
+            if progress is not None:
+                progress(num_bytes)
+        if len(documents) == before and (max_documents is None or before < max_documents):
+            named = file_name(source) if isinstance(source, Path) else str(source)
+            raise ValueError(f"{named} holds no documents")
+    return Corpus.of(documents, digest.hexdigest()[:16])
 
-        try:
-            self.data = datasets.load_dataset(name, split=split, streaming=True)
-        except Exception as error:  # the hub's client has many error types of its own
-            raise ValueError(
-                f"data {name!r} is no file here and cannot be opened on the hub: "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
-        columns = self.data.column_names
-        if columns is not None and text_column not in columns:
-            raise ValueError(f"data {name!r} has no text column {text_column!r}, found {sorted(columns)}")
-        self.tokenizer, self.end_token_id, self.text_column = tokenizer, end_token_id, text_column
-        self.fingerprint = f"{name}:{split}"
 
-    def stream(self, seed: int, epoch: int, start: int) -> Iterator[Document]:
-        """The documents of an epoch in the order of a shuffling buffer, from number `start` in that order."""
-        data = self.data.shuffle(seed=seed_for(("documents", seed, epoch)), buffer_size=10_000)
-        texts: list[str] = []
-        for record in data.skip(start) if start else data:
-            texts.append(record[self.text_column].strip())
-            if len(texts) == 256:
-                yield from map(Document, tokenize(self.tokenizer, texts, self.end_token_id))
-                texts = []
-        if texts:
-            yield from map(Document, tokenize(self.tokenizer, texts, self.end_token_id))
+BATCH, _BATCH_CHARACTERS = 256, 1 << 22
+"""Examples that are tokenised at a time at most, and the characters after which there come no more."""
+
+
+def _batch(examples: Iterator[Read], limit: int | None) -> list[Read]:
+    """The next examples, `limit` at most; none at the end."""
+    batch: list[Read] = []
+    size = 0
+    limit = BATCH if limit is None else min(BATCH, limit)
+    while len(batch) < limit and size < _BATCH_CHARACTERS and (found := next(examples, None)) is not None:
+        batch.append(found)
+        size += len(found.example) if isinstance(found.example, str) else 0
+    return batch
+
+
+def _content(example: Example) -> bytes:
+    """What the fingerprint of a corpus is made of."""
+    if isinstance(example, str):
+        return example.encode()
+    given = f", given={example.given}" if isinstance(example, Conversation) and example.given else ""
+    return (repr(example) + given).encode()

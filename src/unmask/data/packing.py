@@ -15,12 +15,16 @@ import torch
 
 from unmask.core.attention import PADDING, Layout
 from unmask.core.batch import Batch
-from unmask.data.documents import Corpus, Document, HubStream
+from unmask.data.documents import Corpus, Document
+from unmask.data.streams import RecordStream
 
 
 @dataclass(frozen=True)
 class PackState:
-    """The place in the data where the next row begins: epoch, number of the document in it, token of the document."""
+    """The place in the data where the next row begins: epoch, number of the document in it, token of the document.
+
+    For a stream they are the number of the record, and the token of all its documents one after another.
+    """
 
     epoch: int = 0
     document: int = 0
@@ -36,7 +40,7 @@ class Packer:
 
     def __init__(
         self,
-        source: Corpus | HubStream,
+        source: Corpus | RecordStream,
         max_length: int,
         *,
         seed: int,
@@ -53,9 +57,14 @@ class Packer:
         epoch, start, offset = state.epoch, state.document, state.offset
         while self.epochs is None or epoch < self.epochs:
             empty = start == 0
-            for number, whole in enumerate(self.source.stream(self.seed, epoch, start), start):
-                yield PackState(epoch, number, offset), whole.after(offset)
-                empty, offset = False, 0
+            for number, documents in enumerate(self.source.stream(self.seed, epoch, start), start):
+                before = 0  # tokens of the documents of this record that are done
+                for document in documents:
+                    seen = min(max(0, offset - before), len(document.ids))
+                    yield PackState(epoch, number, before + seen), document.after(seen)
+                    before += len(document.ids)
+                    empty = False
+                offset = 0
             if empty:
                 raise ValueError("the training data holds no documents")
             epoch, start = epoch + 1, 0

@@ -21,11 +21,42 @@ class SpecialTextError(ValueError):
     """A text spells a special token, and the tokenizer reads nothing else in it; the message names the text."""
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def surrogate_problem(text: str) -> str | None:
+    """What is wrong with a text that holds half of a character, which UTF-8 cannot write; None for a sound text.
+
+    JSON escapes make such texts, and so do bytes that are no UTF-8 on a command line or standard input.
+    """
+    found = _SURROGATE.search(text)
+    if found is None:
+        return None
+    return (
+        f"the lone surrogate {found[0]!r} at character {found.start() + 1} of {_shown(text)}, which is half of a "
+        "character (or a byte that is no UTF-8): take it out"
+    )
+
+
+def check_characters(texts: Sequence[str]) -> None:
+    """Raise ValueError for a text that `surrogate_problem` finds fault with."""
+    for text in texts:
+        problem = surrogate_problem(text)
+        if problem is not None:
+            raise ValueError(f"a text holds {problem}")
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 70 else text[:67] + "...")
+
+
 def encode(tokenizer: Any, texts: str | Sequence[str], **options: Any) -> Any:
     """`tokenizer(texts, **options)`, with the texts of special tokens split like other text; a begin token is kept.
 
-    Raises SpecialTextError if the tokenizer cannot split one (a tokenizer of whole words, for example).
+    Raises SpecialTextError if the tokenizer cannot split one (a tokenizer of whole words, for example), and ValueError
+    for a text with a lone surrogate.
     """
+    check_characters([texts] if isinstance(texts, str) else texts)
     options |= {"split_special_tokens": True, "return_attention_mask": False, "verbose": False}
     with _LOCK:
         encoded = tokenizer(texts, **options)
@@ -47,10 +78,9 @@ def _check_split(tokenizer: Any, texts: Sequence[str], rows: Sequence[list[int]]
                 with _LOCK:
                     own = list(tokenizer("", add_special_tokens=adds_own, verbose=False)["input_ids"])
             if ids.count(token) > own.count(token):
-                shown = text if len(text) <= 70 else text[:67] + "..."
                 raise SpecialTextError(
-                    f"the text {shown!r} spells the special token {specials[token]!r}, which this tokenizer cannot "
-                    "read as ordinary text: take it out"
+                    f"the text {_shown(text)} spells the special token {specials[token]!r}, which this tokenizer "
+                    "cannot read as ordinary text: take it out"
                 )
 
 
@@ -87,6 +117,7 @@ def _private(count: int) -> str:
 
 def rendered_ids(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> list[int]:
     """Token ids of a rendered chat template: its special tokens are special, those that `hide_special` hid are text."""
+    check_characters([text])
     specials = special_texts(tokenizer)
     ids: list[int] = []
     for i, piece in enumerate(re.split(f"({_ESCAPE}?{_private(len(specials))})", text)):

@@ -1,6 +1,6 @@
 """Supervised examples: a prompt and a completion, which is learnt, or messages, of which the assistant's are learnt.
 
-Knows records, a tokenizer and its chat template. Knows no file and no model.
+Knows a tokenizer and its chat template. Knows no file and no model.
 
 Every example becomes token ids and a loss mask, True on the tokens that are learnt. The tokens before an answer are
 exactly those that `generate` reads as the prompt.
@@ -9,13 +9,11 @@ exactly those that `generate` reads as the prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from unmask.data.plain_text import hide_special, ids_of, rendered_ids, special_texts
-
-PROMPT, COMPLETION, MESSAGES = "prompt", "completion", "messages"
 
 
 class InvalidRecordError(ValueError):
@@ -32,88 +30,58 @@ class Completion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages of a chat, each with role and content."""
+    """Messages of a chat, each with role and content; the first `given` of them are never learnt."""
 
     messages: list[dict[str, str]]
+    given: int = field(default=0, repr=False)
 
 
-Example = str | Completion | Conversation
+@dataclass(frozen=True)
+class Instruction:
+    """An instruction, what it is about (may be empty), and the answer, as Alpaca's data have them."""
+
+    instruction: str
+    input: str
+    output: str
+
+    def messages(self) -> list[dict[str, str]]:
+        """As a chat: instruction and input are one message."""
+        asked = f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": self.output}]
+
+    def completion(self) -> Completion:
+        """As text, under the prompt that Alpaca was trained with (github.com/tatsu-lab/stanford_alpaca)."""
+        paired = ", paired with an input that provides further context" if self.input else ""
+        prompt = (
+            f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes "
+            f"the request.\n\n### Instruction:\n{self.instruction}\n\n"
+        )
+        about = f"### Input:\n{self.input}\n\n" if self.input else ""
+        return Completion(f"{prompt}{about}### Response:\n", self.output)
+
+
+Example = str | Completion | Conversation | Instruction
 """What a record holds: a text, which is learnt whole, or a supervised example."""
 
 
-def read_record(record: dict[str, Any], text_column: str) -> Example:
-    """The example in a record, recognised by its columns: text, or prompt and completion, or messages.
-
-    Raises InvalidRecordError for a record without exactly one of them.
-    """
-    if text_column != "text" and isinstance(record.get(text_column), str):
-        chosen: str = record[text_column]
-        return chosen
-    kinds = [name for name in (text_column, COMPLETION, MESSAGES) if record.get(name) is not None]
-    if COMPLETION not in kinds and PROMPT in record and MESSAGES in kinds:
-        kinds.insert(0, PROMPT)
-    if len(kinds) > 1:
-        raise InvalidRecordError(f"has both {kinds[0]!r} and {kinds[1]!r}, so what to learn is unclear: keep one")
-    if kinds == [COMPLETION]:
-        return _completion(record)
-    if kinds == [MESSAGES]:
-        return _conversation(record[MESSAGES])
-    if isinstance(record.get(text_column), str):
-        text: str = record[text_column]
-        return text
-    if kinds == [text_column]:
-        raise InvalidRecordError(f"holds {type(record[text_column]).__name__} in column {text_column!r}, not text")
-    raise InvalidRecordError(missing_column(text_column, sorted(record)))
-
-
-def missing_column(text_column: str, found: list[str]) -> str:
-    """The message for a record or file without a column of text."""
-    return (
-        f"has no text column {text_column!r}, found {found}; choose one with text_column=NAME, "
-        "or give prompt and completion, or messages"
-    )
-
-
-def _completion(record: dict[str, Any]) -> Completion:
-    for name in (PROMPT, COMPLETION):
-        value = record.get(name)
-        if not isinstance(value, str):
-            raise InvalidRecordError(f"holds {type(value).__name__} in column {name!r}, not text")
-        if not value.strip():
-            raise InvalidRecordError(f"has an empty {name}: a supervised example needs both")
-    return Completion(record[PROMPT], record[COMPLETION])
-
-
-def _conversation(messages: Any) -> Conversation:
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        raise InvalidRecordError("holds messages that are no list of objects with a role and a content text each")
-    answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    if not answers:
-        raise InvalidRecordError("holds messages without one of the role 'assistant', so nothing is to be learnt")
-    if not all(a.strip() for a in answers):
-        raise InvalidRecordError("holds an empty message of the role 'assistant'")
-    if messages[0]["role"] == "assistant":
-        raise InvalidRecordError("begins with a message of the role 'assistant', which answers nothing")
-    return Conversation(messages)
-
-
 def encode_example(
-    tokenizer: Any, example: Completion | Conversation, end_token_id: int | None
+    tokenizer: Any, example: Completion | Conversation | Instruction, end_token_id: int | None
 ) -> list[tuple[list[int], list[bool]]]:
     """(ids, loss mask) of the documents that an example makes, usually one.
 
     The end token follows the last learnt token, unless the template wrote it there. If a template renders an earlier
     answer differently from the last one (some drop their reasoning), every answer makes a document of its own, after
-    exactly the tokens that `generate` would read before it.
+    exactly the tokens that `generate` would read before it. An instruction goes through the chat template if there is
+    one, and is a completion of Alpaca's prompt otherwise.
     """
+    if isinstance(example, Instruction):
+        example = example.completion() if tokenizer.chat_template is None else Conversation(example.messages())
     if isinstance(example, Completion):
         prompt = ids_of(tokenizer, example.prompt)
         spans = [(prompt, continue_ids(tokenizer, prompt, example.prompt, example.completion))]
         return [_joined(tokenizer, spans, end_token_id)]
     documents = []
-    for turns in _turns(tokenizer, example.messages):
+    for turns in _turns(tokenizer, example.messages, example.given):
         ids: list[int] = []
         text, spans = "", []
         for before, after in turns:
@@ -160,14 +128,14 @@ def _ends(tokenizer: Any, ids: list[int], end_token_id: int) -> bool:
     return end_token_id in ids if special else ids[-1:] == [end_token_id]
 
 
-def _turns(tokenizer: Any, messages: list[dict[str, str]]) -> list[list[tuple[str, str]]]:
-    """For each document, (text before an answer, text up to the end of the answer) of its answers."""
+def _turns(tokenizer: Any, messages: list[dict[str, str]], given: int) -> list[list[tuple[str, str]]]:
+    """For each document, (text before an answer, text up to the end of the answer) of its answers that are learnt."""
 
     def render(upto: int, ask: bool) -> str:
         text: str = apply_template(tokenizer, messages[:upto], tokenize=False, add_generation_prompt=ask)
         return text
 
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [i for i, message in enumerate(messages) if i >= given and message["role"] == "assistant"]
     turns = [(render(i, True), render(i + 1, False)) for i in answers]
     for before, after in turns:
         if not after.startswith(before):

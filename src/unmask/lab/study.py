@@ -25,7 +25,8 @@ from unmask import hf
 from unmask.conversion import adapt
 from unmask.conversion.run_record import training_folder
 from unmask.core.finite import check_weights
-from unmask.data.documents import find_files, load_corpus, local_files
+from unmask.data.documents import load_corpus
+from unmask.data.readers import find_files, local_files
 from unmask.lab.measures import MEASURES, Budget, HeldOut, Subject, hold_out
 from unmask.lab.report import write_report
 from unmask.lab.tasks import check

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from unmask import hf
 from unmask.conversion.run_record import IN_MEMORY
-from unmask.data.documents import local_files, read_documents
 from unmask.data.plain_text import ids_of
+from unmask.data.readers import local_files, read_documents
 from unmask.lab import plots
 from unmask.lab.frontier import (
     FrontierRow,

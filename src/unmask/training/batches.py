@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from unmask.core.batch import Batch
-from unmask.data.documents import Corpus, HubStream
+from unmask.data.documents import Corpus
 from unmask.data.packing import Packer, PackState
+from unmask.data.streams import RecordStream
 from unmask.resolve import Resolved
 
 
@@ -26,7 +27,7 @@ class TrainingData:
     num_steps: int
 
 
-def packed_documents(settings: Resolved, source: Corpus | HubStream) -> TrainingData:
+def packed_documents(settings: Resolved, source: Corpus | RecordStream) -> TrainingData:
     """Rows packed from the documents of `source`, until max_tokens are seen, or one pass without max_tokens."""
 
     def batches(_step: int, place: PackState) -> Iterator[tuple[Batch, PackState]]:

@@ -1,0 +1,94 @@
+"""Data sets of the `datasets` library: streams of records, and what of them lies in memory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from unmask.core.noise import seed_for
+from unmask.data.documents import BATCH, Document, Encoder
+from unmask.data.readers import Place, Read, Records, read_item
+from unmask.data.records import COLUMNS, missing_column
+
+
+def open_hub(name: str, split: str) -> Any:
+    """A data set of the hub as a stream; ValueError if it cannot be opened."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=split, streaming=True)
+    except Exception as error:  # the hub's client has many error types of its own
+        raise ValueError(
+            f"data {name!r} is no file here and cannot be opened on the hub: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+
+
+def from_datasets(data: Any, split: str) -> Any:
+    """An object of `datasets` as `Records`, or as the stream that it is; None for any other object.
+
+    Of a set of splits it is the one named; ValueError if it has none of that name.
+    """
+    if has_splits(data):
+        if split not in data:
+            raise ValueError(f"data has no split {split!r}, found {sorted(data)}: choose one with split=NAME")
+        data = data[split]
+    if _is(data, "Dataset"):
+        return Records(data, "data set in memory")
+    return data if _is(data, "IterableDataset") else None
+
+
+def has_splits(data: Any) -> bool:
+    """Whether data are a set of splits of `datasets`."""
+    return _is(data, "DatasetDict") or _is(data, "IterableDatasetDict")
+
+
+def stream_name(data: Any) -> str:
+    """What messages and run.json call a stream."""
+    return f"stream {data.info.dataset_name or 'of records'}:{data.split or 'train'}"
+
+
+def _is(data: Any, name: str) -> bool:
+    """Whether an object is of a class of `datasets`, which whoever holds one has imported."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(data, getattr(datasets, name))
+
+
+class RecordStream:
+    """The documents of a data set of unknown length, read and tokenised in batches.
+
+    data: a `datasets.IterableDataset`. name: what messages call it. encoder: as for files.
+    """
+
+    def __init__(self, data: Any, name: str, encoder: Encoder, *, text_column: str, fingerprint: str) -> None:
+        columns = data.column_names
+        if columns is not None and not {text_column, *COLUMNS} & set(columns):
+            raise ValueError(f"{name} {missing_column(text_column, columns)}")
+        self.data, self.name, self.encoder, self.text_column = data, name, encoder, text_column
+        self.fingerprint = fingerprint
+
+    def stream(self, seed: int, epoch: int, start: int) -> Iterator[list[Document]]:
+        """The documents of each record of an epoch, in the order of a shuffling buffer, from record `start` on."""
+        data = self.data.shuffle(seed=seed_for(("documents", seed, epoch)), buffer_size=10_000)
+        found: list[list[Read]] = []
+        for number, record in enumerate(self._records(data.skip(start) if start else data), start + 1):
+            place = Place(self.name, "shuffled record", number, record)
+            found.append(list(read_item(record, place, self.text_column, self.encoder.faults)))
+            if len(found) == BATCH:
+                yield from self._encoded(found)
+                found = []
+        yield from self._encoded(found)
+
+    def _records(self, data: Any) -> Iterator[Any]:
+        """The records; ValueError where the library that reads them fails, which has many error types of its own."""
+        try:
+            yield from data
+        except Exception as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"{self.name} cannot be read to its end: {type(error).__name__}: {reason}") from error
+
+    def _encoded(self, found: list[list[Read]]) -> Iterator[list[Document]]:
+        """The documents of each record, of which `found` has one example or none."""
+        made = iter(self.encoder([one for of_record in found for one in of_record]))
+        yield from (next(made) if of_record else [] for of_record in found)

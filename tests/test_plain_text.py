@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +14,7 @@ from choices import choice_document
 from transformers import AutoTokenizer
 
 import unmask
+from unmask.cli.app import main
 from unmask.data.documents import load_corpus
 from unmask.data.plain_text import encode, ids_of, rendered_ids
 from unmask.data.supervised import Completion, Conversation, apply_template, encode_example
@@ -145,19 +144,22 @@ def test_half_a_character_is_refused_wherever_text_comes_in(lm: unmask.Diffusion
             call()
 
 
-def test_standard_input_is_utf8_in_every_locale(converted: Path) -> None:
-    command = [sys.executable, "-m", "unmask.cli", "generate", str(converted), "-", "--max-new-tokens", "2", "--json"]
-    texts = []
-    for locale in ("C", "C.UTF-8"):
+def test_standard_input_is_utf8_in_every_locale(
+    converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def generate(given: bytes, locale: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding=locale))
+        monkeypatch.setattr(sys, "argv", ["unmask", "generate", str(converted), "-", "--max-new-tokens", "2", "--json"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    texts = set()
+    for locale in ("ascii", "latin-1", "utf-8"):
         for given in (b"Once \xe2\x98\x82", b"\xef\xbb\xbfOnce \xe2\x98\x82"):
-            texts.append(_run(command, locale, given).stdout)
-        refused = _run(command, locale, b"Once \xff")
-        assert (refused.returncode, refused.stdout) == (2, "")
-        assert r"lone surrogate '\udcff' at character 6" in refused.stderr.splitlines()[-1]
-    assert len(set(texts)) == 1
-    assert json.loads(texts[0])["num_new_tokens"] == 2
-
-
-def _run(command: list[str], locale: str, given: bytes) -> Any:
-    done = subprocess.run(command, input=given, capture_output=True, env=os.environ | {"LC_ALL": locale}, check=False)
-    return SimpleNamespace(returncode=done.returncode, stdout=done.stdout.decode(), stderr=done.stderr.decode())
+            texts.add(generate(given, locale)[1])
+        code, out, err = generate(b"Once \xff", locale)
+        assert (code, out) == (2, "")
+        assert r"lone surrogate '\udcff' at character 6" in err.splitlines()[-1]
+    assert len(texts) == 1
+    assert json.loads(texts.pop())["num_new_tokens"] == 2

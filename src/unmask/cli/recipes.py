@@ -22,7 +22,7 @@ def recipes(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/settings.md.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the recipes, or the settings of one."""
+    """Which recipe for which goal, and the list of all; or the settings of one."""
     from unmask.recipe import load_recipe, recipe_names, recipe_summary
     from unmask.settings import to_plain
 
@@ -33,11 +33,41 @@ def recipes(
     if as_json:
         print(to_json({recipe: to_plain(load_recipe(recipe)) for recipe in names}))
     elif name is None:
+        print(goals_table())
         for recipe in names:
             print(f"{recipe:24} {recipe_summary(recipe)}")
     else:
         print(f"# {recipe_summary(name)}")
         print(settings_of(name, everything, shutil.get_terminal_size((120, 24)).columns), end="")
+
+
+def goals_table() -> str:
+    """Which recipe for which goal, and what it costs, as the tables of docs/recipes.md."""
+    from unmask.goals import GOALS, SEEN, SIZES, cost, short
+
+    wanted: list[tuple[str, ...]] = [
+        ("you want", "recipe", "the AR model", "decodes as", "tokens that were enough (parameters)")
+    ]
+    costs: list[tuple[str, ...]] = [("recipe", *SIZES)]
+    for goal in GOALS:
+        seen = ", ".join(f"{short(run.num_tokens)} ({short(run.num_parameters)})" for run in SEEN[goal.recipe])
+        wanted.append((goal.want, f"`{goal.recipe}`", goal.parent, goal.decodes, seen))
+        cells = []
+        for num_parameters in SIZES.values():
+            tokens, hours, size, measured_tokens, measured_hours = cost(goal, num_parameters)
+            signs = ("" if measured_tokens else "~"), ("" if measured_tokens and measured_hours else "~")
+            cells.append(f"{signs[0]}{short(tokens)}, {signs[1]}{short(hours)} h, {short(size / 1e9)} GB")
+        costs.append((f"`{goal.recipe}`", *cells))
+    legend = "Tokens, hours on one H200, memory of weights, gradients and AdamW without activations; ~ is estimated.\n"
+    return f"{_markdown(wanted)}\n{_markdown(costs)}\n{legend}"
+
+
+def _markdown(rows: list[tuple[str, ...]]) -> str:
+    """A table in Markdown, its first row the header, with columns of equal width but the last."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[-1] = 0
+    head, *body = ("| " + " | ".join(f"{cell:{n}}" for cell, n in zip(row, widths, strict=True)) + " |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(widths), *body]) + "\n"
 
 
 def settings_of(name: str, everything: bool = False, width: int = 120) -> str:

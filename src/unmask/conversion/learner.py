@@ -20,6 +20,7 @@ from unmask.core.finite import check_weights
 from unmask.core.network import Network
 from unmask.data.documents import Corpus
 from unmask.evaluation.held_out import evaluator, held_out_nll
+from unmask.goals import too_few
 from unmask.hf import lora
 from unmask.model import DiffusionLM
 from unmask.progress import progress
@@ -102,6 +103,10 @@ def learn(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainState:
     lm, settings, num_steps = learner.lm, parent.settings, data.rows.num_steps
     if job.show_progress:
         announce(settings, num_steps)
+        num_parameters = sum(p.numel() for p in parent.lm.model.parameters())
+        note = too_few(settings.recipe, num_parameters, data.rows.num_tokens) if parent.lm.diffusion is None else None
+        if note is not None:
+            print(f"note: {note}", file=sys.stderr)
     newest = latest_checkpoint(job.folder.path) if job.resume else None
     start = 0 if newest is None else read_state(newest).step
     with (

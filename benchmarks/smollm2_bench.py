@@ -15,7 +15,7 @@ import torch
 import unmask
 from unmask.core.network import DiffusionConfig
 from unmask.evaluation import likelihood
-from unmask.sampling import Request, Threshold, sample_autoregressive, sample_blocks, sample_speculative
+from unmask.sampling import Request, Speculative, Threshold, sample_autoregressive, sample_blocks
 from unmask.version import __version__
 
 
@@ -166,8 +166,8 @@ class Trained:
             rows = [i for name in dict.fromkeys(self.domains) for i in _numbers(self.domains, name)[:4]]
         domains = [self.domains[i] for i in rows]
         request = Request(self.bench.options.new_held_out, temperature)
-        out = sample_speculative(self.lm.network, self.config, [self.prompts[i] for i in rows], request,
-                                 draft_length=draft_length)  # fmt: skip
+        decoder = Speculative(draft_length=draft_length)
+        out = decoder(self.lm.network, self.config, [self.prompts[i] for i in rows], request)
         assert out.cycle_gains is not None
         figures: dict[str, Any] = {
             "tokens_per_cycle": by_domain(domains, tokens_per(out.cycle_gains.sum(-1), out.new_tokens)),

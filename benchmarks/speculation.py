@@ -3,7 +3,7 @@
     python benchmarks/speculation.py CHECKPOINT PROMPTS.txt --output results/speculation [--name NAME]
 
 Prompts are the first 16 tokens of the first 200 documents, continued by 64 tokens. One row a case is appended to
-rows.jsonl: {temperature 0, 1} x {coupled, rejection} x {anchor row, none}, the wall clock of batch 1 against AR
+rows.jsonl: {temperature 0, 1} x {coupled, rejection} x cycles of {one, two} forwards, the wall clock of batch 1 against AR
 decoding on the same cache code and against transformers' prompt lookup, all alternating in one process, and how
 often greedy speculation leaves greedy AR in float32 and bfloat16 (in float64 the test suite says never).
 """
@@ -18,7 +18,7 @@ import torch
 
 import unmask
 from unmask.data.readers import read_documents
-from unmask.sampling import Coupled, Rejection, Request, sample_autoregressive, sample_speculative
+from unmask.sampling import Coupled, Rejection, Request, Speculative, sample_autoregressive
 
 
 def prompts_of(
@@ -41,16 +41,14 @@ def prompts_of(
 def yields(lm: unmask.DiffusionLM, prompts: list[torch.Tensor], new: int, draft_length: int | None) -> list[dict]:
     rows: list[dict[str, Any]] = []
     cases = [(0.0, Coupled()), (1.0, Coupled()), (1.0, Rejection())]
-    for anchor in (True, False):
+    for cycle in ("one", "two"):
         for temperature, rule in cases:
             gains: list[torch.Tensor] = []
             forwards = tokens = 0
             for start in range(0, len(prompts), 50):
                 request = Request(new, temperature, seed=start, context_length=lm.network.context_length)
-                out = sample_speculative(
-                    lm.network, lm.diffusion, prompts[start : start + 50], request,
-                    acceptance=rule, anchor=anchor, draft_length=draft_length,
-                )  # fmt: skip
+                decoder = Speculative(draft_length=draft_length, cycle=cycle, acceptance=rule)
+                out = decoder(lm.network, lm.diffusion, prompts[start : start + 50], request)
                 forwards += int(out.num_forwards.sum())
                 tokens += sum(map(len, out.new_tokens))
                 total = out.cycle_gains.sum(0)
@@ -58,7 +56,7 @@ def yields(lm: unmask.DiffusionLM, prompts: list[torch.Tensor], new: int, draft_
             histogram = torch.stack(gains).sum(0)
             rows.append({
                 "case": "yield", "temperature": temperature, "acceptance": type(rule).__name__.lower(),
-                "anchor": anchor, "tokens_per_cycle": tokens / int(histogram.sum()),
+                "cycle": cycle, "tokens_per_cycle": tokens / int(histogram.sum()),
                 "tokens_per_forward": tokens / forwards,
                 "cycle_gains": histogram[: int(histogram.nonzero().max()) + 1].tolist(), "tokens": tokens,
             })  # fmt: skip
@@ -77,7 +75,7 @@ def wall_clock(lm: unmask.DiffusionLM, prompts: list[torch.Tensor], new: int, dr
         return len(sample_autoregressive(lm.network, [p], Request(new)).new_tokens[0])
 
     def speculative(p: torch.Tensor) -> int:
-        out = sample_speculative(lm.network, lm.diffusion, [p], Request(new), draft_length=draft_length)
+        out = Speculative(draft_length=draft_length)(lm.network, lm.diffusion, [p], Request(new))
         return len(out.new_tokens[0])
 
     def stock(p: torch.Tensor, **more: Any) -> int:
@@ -117,7 +115,7 @@ def mismatches(lm: unmask.DiffusionLM, prompts: list[torch.Tensor], new: int, dt
     for start in range(0, len(prompts), 50):
         rows = prompts[start : start + 50]
         a = sample_autoregressive(lm.network, rows, Request(new)).new_tokens
-        b = sample_speculative(lm.network, lm.diffusion, rows, Request(new)).new_tokens
+        b = Speculative()(lm.network, lm.diffusion, rows, Request(new)).new_tokens
         for prompt, x, y in zip(rows, a, b, strict=True):
             where = next((i for i, pair in enumerate(zip(x, y, strict=True)) if pair[0] != pair[1]), None)
             if where is not None:

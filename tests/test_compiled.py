@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from unmask import hf
 from unmask.core.attention import Layout, causal
-from unmask.core.decoding import begin, verify
+from unmask.core.decoding import begin
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.hf.fast.graphs import CompiledPasses
 from unmask.hf.layers import layers_of
@@ -66,12 +66,12 @@ def test_a_shifted_guided_windowed_queue_equals_the_plain_one(shift: bool) -> No
         assert got.new_tokens == want.new_tokens
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_speculation_and_ar_equal_the_plain_ones(adaptive: bool) -> None:
+@pytest.mark.parametrize("own", [{}, {"draft_length": "auto"}, {"cycle": "one"}])
+def test_speculation_and_ar_equal_the_plain_ones(own: dict) -> None:
     plain, compiled = pair()
     options = {"max_new_tokens": 16, "end_token_ids": (5, 9), "batch_size": 2}
     config = block_config(6, clean="causal")
-    want, got = (sample_speculative(net, config, PROMPTS, adaptive=adaptive, **options) for net in (plain, compiled))
+    want, got = (sample_speculative(net, config, PROMPTS, **own, **options) for net in (plain, compiled))
     assert (got.new_tokens, got.num_forwards.tolist()) == (want.new_tokens, want.num_forwards.tolist())
     want, got = (sample_autoregressive(net, PROMPTS, **options) for net in (plain, compiled))
     assert got.new_tokens == want.new_tokens
@@ -142,7 +142,7 @@ def test_memory_that_would_not_do_is_not_used_again() -> None:
     with torch.no_grad():
         past = begin(compiled, causal, PROMPTS[1:3])
         past.set_columns(12)
-        assert verify(compiled, past, torch.full((2, 1), 5), Layout.of(past.lengths[:, None])).isfinite().any()
+        assert compiled(torch.full((2, 1), 5), Layout.of(past.lengths[:, None]), causal, past=past).isfinite().any()
 
 
 def test_an_interrupted_pass_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

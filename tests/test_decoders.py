@@ -39,6 +39,7 @@ VALUES: dict[str, Any] = {
     "window": 2,
     "remask": Remask(),
     "draft_length": 2,
+    "cycle": "one",
     "acceptance": Rejection(),
 }
 CHECKPOINTS = {
@@ -51,7 +52,7 @@ READ = {
     Autoregressive: set(),
     Blocks: {"block_size", "max_denoising_steps", "select", "confidence_threshold", "guidance_scale", "window"},
     WholeCanvas: {"block_size", "max_denoising_steps", "select", "confidence_threshold", "guidance_scale", "remask"},
-    Speculative: {"block_size", "draft_length", "acceptance"},
+    Speculative: {"block_size", "cycle", "draft_length", "acceptance"},
 }
 
 

@@ -9,11 +9,11 @@ from decode import sample_autoregressive, sample_speculative
 from torch import Tensor
 
 from unmask import hf
-from unmask.core.attention import Layout, causal, dense, drafting, two_stream
-from unmask.core.decoding import begin, draft, verify
+from unmask.core.attention import PADDING, Layout, causal, dense, drafting, two_stream
+from unmask.core.decoding import begin, speculate
 from unmask.sampling import Coupled, Rejection
 from unmask.sampling.acceptance import Noise
-from unmask.sampling.speculative import adapted_length
+from unmask.sampling.cycles import adapted_length
 
 LENGTHS = (1, 4, 6, 11, 3, 9, 2, 17)
 
@@ -34,9 +34,14 @@ def check_equals_ar(net, config, lengths=LENGTHS, *, ends: tuple[int, ...] = (),
     gains = torch.arange(got.cycle_gains.shape[1])
     assert (got.cycle_gains * gains).sum(-1).tolist() == [len(new) for new in expected]
     cycles = got.cycle_gains.sum(-1)
-    assert ((got.num_forwards <= 2 * cycles) & (got.num_forwards >= 2 * cycles - 1)).all()
     queued = sample_speculative(net, config, prompts, max_new_tokens=14, end_token_ids=ends, batch_size=2, **options)
     assert queued.new_tokens == expected
+    if options.get("cycle") == "auto":  # it follows the clock
+        return got.cycle_gains
+    if options.get("cycle") == "one":
+        assert torch.equal(got.num_forwards, cycles)
+    else:
+        assert ((got.num_forwards <= 2 * cycles) & (got.num_forwards >= 2 * cycles - 1)).all()
     assert queued.num_forwards.tolist() == got.num_forwards.tolist()
     assert torch.equal(queued.cycle_gains, got.cycle_gains)
     alone = sample_speculative(net, config, prompts[:1], max_new_tokens=14, end_token_ids=ends, **options)
@@ -45,26 +50,31 @@ def check_equals_ar(net, config, lengths=LENGTHS, *, ends: tuple[int, ...] = (),
     return got.cycle_gains
 
 
-@pytest.mark.parametrize("anchor", [True, False])
+@pytest.mark.parametrize("cycle", ["one", "two", "auto"])
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("noisy", ["bidirectional", "causal"])
 @pytest.mark.parametrize("draft_length", [1, 3, 8])
-def test_greedy_equals_ar_greedy(draft_length: int, noisy: str, shift: bool, anchor: bool) -> None:
+def test_greedy_equals_ar_greedy(draft_length: int, noisy: str, shift: bool, cycle: str) -> None:
     config = causal_config(shift=shift, noisy=noisy)
-    check_equals_ar(network(), config, draft_length=draft_length, anchor=anchor)
+    options = {"block_size": draft_length} if cycle == "auto" else {"draft_length": draft_length}
+    check_equals_ar(network(), config, cycle=cycle, **options)
 
 
 @pytest.mark.parametrize("name", [n for n in SUPPORTED if n not in ("qwen3_moe", "mixtral", "gemma2")])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_speculative_equals_ar_on_every_architecture(name: str, temperature: float) -> None:
+@pytest.mark.parametrize(("cycle", "temperature"), [("two", 0.0), ("two", 1.0), ("one", 1.0)])
+def test_speculative_equals_ar_on_every_architecture(name: str, cycle: str, temperature: float) -> None:
     net = hf.as_network(tiny_model(SUPPORTED[name](), torch.float64), MASK)
-    check_equals_ar(net, causal_config(), LENGTHS[:4], temperature=temperature, seed=3)
+    check_equals_ar(net, causal_config(), LENGTHS[:4], cycle=cycle, temperature=temperature, seed=3)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (0.3, 0.8)])
 @pytest.mark.parametrize("shift", [False, True])
-def test_coupled_equals_ar_sampling_with_the_same_noise(temperature: float, top_p: float, shift: bool) -> None:
-    check_equals_ar(network(), causal_config(shift=shift), temperature=temperature, top_p=top_p, seed=7)
+@pytest.mark.parametrize("cycle", ["one", "two", "auto"])
+def test_coupled_equals_ar_sampling_with_the_same_noise(
+    temperature: float, top_p: float, shift: bool, cycle: str
+) -> None:
+    config = causal_config(shift=shift)
+    check_equals_ar(network(), config, cycle=cycle, temperature=temperature, top_p=top_p, seed=7)
 
 
 def test_float32_parts_from_ar_only_where_the_two_best_tokens_tie() -> None:
@@ -90,10 +100,14 @@ def test_end_tokens_adaptive_lengths_and_the_context_change_nothing() -> None:
     net, config = network(), causal_config()
     free = sample_autoregressive(net, [random_tokens(n, seed=n) for n in LENGTHS], max_new_tokens=14).new_tokens
     check_equals_ar(net, config, ends=(free[1][4], free[3][0], free[5][7]))
-    check_equals_ar(net, config, adaptive=True, draft_length=8)
+    check_equals_ar(net, config, draft_length="auto", block_size=8)
     check_equals_ar(net, config, context_length=19)
+    check_equals_ar(net, config, ends=(free[1][4], free[3][0], free[5][7]), cycle="one")
+    check_equals_ar(net, config, draft_length="auto", block_size=8, cycle="one")
+    check_equals_ar(net, config, context_length=19, cycle="one")
     gpt2 = hf.as_network(tiny_model(SUPPORTED["gpt2"](), torch.float64), MASK)  # positions end at 128, no rotation
     check_equals_ar(gpt2, config, (120, 127, 100, 3), context_length=128, draft_length=8)
+    check_equals_ar(gpt2, config, (120, 127, 100, 3), context_length=128, draft_length=8, cycle="one")
 
 
 def test_stop_and_callback_see_what_ar_shows_them() -> None:
@@ -114,16 +128,34 @@ class Echo:
 
     device = torch.device("cpu")
 
+    def __init__(self, shift: bool = False) -> None:
+        self.shift = shift
+
     def new_slots(self, slots, columns):  # noqa: ARG002
         return Kept()
 
     def __call__(self, input_ids, layout, pattern, *, rows=None, past=None):  # noqa: ARG002
-        logits = torch.nn.functional.one_hot((layout.position + (~layout.noisy).long()) % 90, 97).double() * 9
+        ahead = (~layout.noisy | self.shift).long()
+        logits = torch.nn.functional.one_hot((layout.position + ahead) % 90, 97).double() * 9
         return logits if rows is None else logits.flatten(0, 1)[rows]
 
 
 class Kept:
     def keep_slots(self, keep: Tensor) -> None: ...
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("draft_length", [1, 4, 7])
+def test_a_perfect_drafter_gains_its_draft_a_forward(draft_length: int, shift: bool) -> None:
+    new = 1 + 3 * draft_length  # the first forward has no drafts to verify
+    got = sample_speculative(Echo(shift), causal_config(shift=shift), [random_tokens(5)], max_new_tokens=new,
+                             draft_length=draft_length, cycle="one")  # fmt: skip
+    assert got.new_tokens[0] == list(range(5, 5 + new))
+    gained = [0] * (draft_length + 1)
+    gained[1] += 1
+    gained[draft_length] += 3
+    assert got.num_forwards.tolist() == [4]
+    assert got.cycle_gains[0].tolist() == gained
 
 
 @pytest.mark.parametrize("draft_length", [1, 4, 7])
@@ -171,49 +203,56 @@ def test_drafting_pattern_equals_two_stream_on_an_aligned_block() -> None:
         assert torch.equal(dense(drafting(noisy), both, both), dense(two_stream(4, "causal", noisy), both, both))
 
 
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("noisy", ["bidirectional", "causal"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mistral_window"])
 @torch.no_grad()
-def test_draft_after_ragged_acceptance_equals_a_fresh_prefix(name: str) -> None:
-    net, config = hf.as_network(tiny_model(SUPPORTED[name](), torch.float64), MASK), causal_config()
-    prompts, drafts = random_tokens(3, 9), random_tokens(3, 5, seed=1)
-    past = begin(net, causal, prompts)
-    past.columns = 14
-    verify(net, past, drafts, Layout.of(torch.arange(9, 14).expand(3, 5)))
-    accepted = torch.tensor([0, 3, 2])
-    past.lengths += accepted
-    start, last = 9 + accepted[:, None], random_tokens(3, 1, seed=2)
-    past.columns = 17
-    got = draft(net, config, past, last, Layout.of(start), Layout.of(start + 1 + torch.arange(4)))
-    assert past.lengths.tolist() == [10, 13, 12]
-    for i, n in enumerate(accepted.tolist()):
-        fresh = begin(net, causal, torch.cat([prompts[i], drafts[i, :n]])[None])
-        fresh.columns = 14 + n
-        alone = draft(net, config, fresh, last[i : i + 1], Layout.of(start[i : i + 1]),
-                      Layout.of(start[i : i + 1] + 1 + torch.arange(4)))  # fmt: skip
-        for a, b in zip(got, alone, strict=True):
-            assert (a[i] - b[0])[..., :MASK].abs().max() < 1e-10
+def test_drafts_behind_each_token_equal_those_of_a_pass_of_its_own(name: str, noisy: str, shift: bool) -> None:
+    net = hf.as_network(tiny_model(SUPPORTED[name](), torch.float64), MASK)
+    config = causal_config(shift=shift, noisy=noisy)
+    prompts, tokens = [random_tokens(n, seed=n) for n in (9, 4, 7)], random_tokens(3, 4, seed=1)
+    start, counts, wanted = torch.tensor([9, 4, 7])[:, None], torch.tensor([4, 2, 3]), torch.tensor([3, 3, 2])
+    real = torch.arange(4) < counts[:, None]
+    position = torch.where(real, start + torch.arange(4), start)
+    past = begin(net, causal, prompts, columns=40)
+    past.set_columns(13)
+    got = speculate(net, config, past, tokens, Layout.of(position, torch.where(real, 0, PADDING)), wanted)
+    for j in range(4):
+        drafts = got.drafts(torch.full((3,), j))
+        for i in torch.arange(3)[counts > j].tolist():
+            fresh = begin(net, causal, [torch.cat([prompts[i], tokens[i, :j]])], columns=40)
+            fresh.set_columns(20)
+            layout = Layout.of(start[i : i + 1] + j)
+            alone = speculate(net, config, fresh, tokens[i : i + 1, j : j + 1], layout, wanted[i : i + 1])
+            assert (got.ar_logits[i, j] - alone.ar_logits[0, 0])[:MASK].abs().max() < 1e-10
+            expected = alone.drafts(torch.tensor([0]))[0]
+            assert (drafts[i, : wanted[i]] - expected)[:, :MASK].abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("shift", [False, True])
 @torch.no_grad()
-def test_draft_equals_the_training_pass_on_an_aligned_block(shift: bool) -> None:
-    from unmask.core.decoding import begin
+def test_drafts_equal_the_training_pass_on_an_aligned_block(shift: bool) -> None:
     from unmask.core.scoring import score, score_ar
 
     net, config, x0 = network(), causal_config(shift=shift), random_tokens(1, 12)
     layout, wanted = Layout.of(torch.arange(12)[None]), torch.arange(12)[None] >= 8
-    xt = x0.masked_fill(wanted, MASK)
     past = begin(net, causal, x0[:, :7])
     past.columns = 12
-    arguments = net, config, past, x0[:, 7:8], layout.subset(..., slice(7, 8)), layout.subset(..., slice(8, 12))
-    ar, drafted = draft(*arguments)
-    assert (drafted[0] - score(net, config, xt, x0, layout, wanted))[:, :MASK].abs().max() < 1e-10
-    first = layout.position == 8
-    assert (ar - score_ar(net, x0, layout, first))[:, :MASK].abs().max() < 1e-10
-    past.lengths -= 1
-    again, anchored = draft(*arguments, anchor=True)
-    assert torch.equal(again, anchored[:, 0])
-    assert (anchored[0, 1:] - drafted[0, 1:])[:, :MASK].abs().max() < 1e-10
+    got = speculate(net, config, past, x0[:, 7:8], layout.subset(..., slice(7, 8)), 3)
+    masked = score(net, config, x0.masked_fill(wanted, MASK), x0, layout, wanted)
+    assert (got.drafts(torch.tensor([0]))[0] - masked[1:])[:, :MASK].abs().max() < 1e-10
+    assert (got.ar_logits[0] - score_ar(net, x0, layout, layout.position == 8))[:, :MASK].abs().max() < 1e-10
+
+
+@torch.no_grad()
+def test_logits_that_are_read_later_equal_those_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, prompts = network(), [random_tokens(5)]
+    assert net.plain_head
+    at_once = sample_speculative(net, causal_config(), prompts, max_new_tokens=20, cycle="one")
+    monkeypatch.setattr(type(net), "plain_head", property(lambda _: False))
+    later = sample_speculative(net, causal_config(), prompts, max_new_tokens=20, cycle="one")
+    assert later.new_tokens == at_once.new_tokens
+    assert later.num_forwards.tolist() == at_once.num_forwards.tolist()
 
 
 # --- distributions
@@ -241,15 +280,15 @@ def chain_distribution(temperature: float, top_p: float) -> Tensor:
     return torch.einsum("a,ab,bc,cd->abcd", p[1], p, p, p).flatten()
 
 
-@pytest.mark.parametrize("anchor", [True, False])
+@pytest.mark.parametrize("cycle", ["one", "two"])
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.85)])
 @pytest.mark.parametrize("rule", [Rejection(), Coupled()])
-def test_sampled_distribution_is_that_of_ar(rule, temperature: float, top_p: float, anchor: bool) -> None:
+def test_sampled_distribution_is_that_of_ar(rule, temperature: float, top_p: float, cycle: str) -> None:
     from scipy import stats
 
     n, expected_share = 4000, chain_distribution(temperature, top_p)
     prompts = [torch.tensor([1])] * n
-    got = sample_speculative(Chain(), causal_config(3), prompts, max_new_tokens=4, acceptance=rule, anchor=anchor,
+    got = sample_speculative(Chain(), causal_config(3), prompts, max_new_tokens=4, acceptance=rule, cycle=cycle,
                              temperature=temperature, top_p=top_p, seed=5)  # fmt: skip
     ids = torch.tensor(got.new_tokens) @ torch.tensor([27, 9, 3, 1])
     counts = torch.bincount(ids, minlength=81).double()
@@ -288,12 +327,12 @@ def test_a_cycle_draws_the_noise_of_a_token_once(rule, monkeypatch: pytest.Monke
     got = sample_speculative(network(), causal_config(), [random_tokens(5)], max_new_tokens=40, draft_length=6,
                              acceptance=rule, temperature=1.0)  # fmt: skip
     cycles = int(got.cycle_gains.sum())
-    verified = int(got.num_forwards[0]) - cycles
-    if isinstance(rule, Coupled):  # a draft's noise verifies it too, and the last token needs its own
-        assert 6 * cycles < drawn.count("token") <= 6 * cycles + verified
+    forwards = int(got.num_forwards[0])
+    if isinstance(rule, Coupled):  # a draft's noise verifies it too, and the last token of a forward needs its own
+        assert 6 * cycles < drawn.count("token") <= 5 * cycles + forwards
     else:
-        assert drawn.count("token") == 6 * cycles
-        assert drawn.count("residual") == verified
+        assert drawn.count("token") == 5 * cycles
+        assert drawn.count("residual") == forwards
 
 
 # --- bad input

@@ -47,7 +47,8 @@ class SampleOutput:
     sequences: (batch, length) int64, prompt included, padded on the right. texts: the new text, without end
     token and stop string. num_new_tokens: (batch,) up to and with the end token or the token that completed a
     stop string. num_forwards: (batch,) passes after the prefill that the row needed. num_prefill_forwards:
-    (batch,). cycle_gains: speculative mode only, (batch, n): cycles of the row that gained j tokens each.
+    (batch,). Speculative mode only: cycle_gains, (batch, n), cycles of the row that gained j tokens each; num_inputs,
+    (batch,), tokens and masks that the forwards were made over, which is 1 a forward in AR decoding.
     """
 
     sequences: Tensor
@@ -56,10 +57,11 @@ class SampleOutput:
     num_forwards: Tensor
     num_prefill_forwards: Tensor
     cycle_gains: Tensor | None = None
+    num_inputs: Tensor | None = None
 
     @property
     def tokens_per_cycle(self) -> Tensor | None:
-        """(batch,) float: num_new_tokens per draft and verification; None outside speculative mode."""
+        """(batch,) float: num_new_tokens per cycle of drafts and their verification; None outside speculative mode."""
         if self.cycle_gains is None:
             return None
         return self.num_new_tokens / self.cycle_gains.sum(-1).clamp_min(1)
@@ -320,6 +322,7 @@ class DiffusionLM:
             num_forwards=sampled.num_forwards,
             num_prefill_forwards=sampled.num_prefill_forwards,
             cycle_gains=sampled.cycle_gains,
+            num_inputs=sampled.num_inputs,
         )
 
     # --- likelihood

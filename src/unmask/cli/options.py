@@ -27,6 +27,10 @@ DECODER: dict[str, Any] = {
     "draft_length": Annotated[
         str | None, typer.Option(help="Positions drafted at a time in speculative mode, or auto.")
     ],
+    "cycle": Annotated[
+        str | None,
+        typer.Option(help="Forwards of a speculative cycle: one, two, or auto, the faster one."),
+    ],
     "guidance_scale": Annotated[float | None, typer.Option(help="Of classifier-free guidance; 1 is none.")],
 }
 """Options of the decoders of `unmask.sampling`."""

@@ -1,9 +1,10 @@
-"""Cached passes: prefill, denoise a block, draft and verify. The token shift is resolved as in `scoring`."""
+"""Cached passes: prefill, denoise a block, speculate. The token shift is resolved as in `scoring`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from unmask.core.attention import PADDING, Layout, Pattern, causal, drafting
-from unmask.core.network import DiffusionConfig, Network, SlotCacheState
+from unmask.core.network import DiffusionConfig, Network, Pass, SlotCacheState, run_deferred
 from unmask.core.scoring import all_noisy, check_serves_ar, masks_by_place
 from unmask.core.transfer import to_device
 
@@ -137,43 +138,84 @@ def _with_first_positions(past: SlotCacheState, logits: Tensor, wanted: Tensor) 
     return out
 
 
-def draft(
+class Speculation(NamedTuple):
+    """What a pass of `speculate` gives. ar_logits: (batch, n, vocab) after each token.
+
+    drafts: (number of the token (batch,), on the host) -> logits (batch, num_drafts, vocab) of the positions from the
+    second one after that token on.
+    """
+
+    ar_logits: Tensor
+    drafts: Callable[[Tensor], Tensor]
+
+
+def speculate(
     network: Network,
     config: DiffusionConfig,
     past: SlotCacheState,
-    last: Tensor,
-    last_layout: Layout,
+    tokens: Tensor,
     layout: Layout,
+    num_drafts: int | Tensor = 0,
     *,
-    anchor: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """One forward over [last verified token, clean | masks, noisy] on top of the cached prefix.
+    end: int | None = None,
+) -> Speculation:
+    """One forward that verifies tokens and, behind each of them, drafts what may come after the next one.
 
-    The clean row is the AR model and its keys stay in the cache. The masks have the positions of `layout` (batch, k),
-    from the first unverified one on, wherever that is in its block, and are not cached. Returns the exact AR logits of
-    the first unverified position (batch, vocab), and the draft logits (batch, k, vocab). The first of these are the AR
-    logits again with `anchor`, else those of the first mask.
+    Row j of a slot is [token j, clean | masks, noisy] on top of the cached prefix and of tokens 0 .. j - 1: whichever
+    token is the last one accepted, the drafts behind it are there (TiDAR 2511.08923, Nemotron-Labs 2607.05722). The
+    clean tokens are the AR model, exactly. tokens: (batch, n) on the network's device, of which padding may be the last
+    ones; they are written to the cache and none is counted: the caller adds those accepted to `past.lengths`. The masks
+    have the positions after their token, and are not kept. num_drafts: of each slot, (batch,), or of all; masks at
+    positions from `end` on are left out.
     """
     check_serves_ar(config)
     batch, width = layout.position.shape
-    place = torch.arange(width, device=last.device).clamp_max(config.mask_rows - 1)
-    masks = (config.mask_token_id + place).expand(batch, -1)
-    passed = last_layout.concat(all_noisy(layout))
-    read = torch.arange(width + 1)
-    if config.shift:
-        read = read[:-1]
-    elif anchor:
-        read = read[read != 1]
-    rows = (torch.arange(batch)[:, None] * (width + 1) + read).flatten()
-    logits = network(torch.cat([last, masks], dim=1), passed, drafting(config.noisy_attention), rows=rows, past=past)
-    past.lengths += 1
-    logits = logits.unflatten(0, (batch, -1))
-    return logits[:, 0], logits[:, int(not config.shift and not anchor) :]
+    wanted = torch.as_tensor(num_drafts).expand(batch)
+    most = int(wanted.max())
+    if not most:
+        return Speculation(network(tokens, layout, causal, past=past), lambda _: tokens.new_zeros(batch, 0))
+    masks = _masks_behind(config, layout, wanted, end)
+    num_masks = masks.position.shape[-1]
+    ids = config.mask_token_id + torch.arange(num_masks, device=tokens.device).clamp_max(config.mask_rows - 1)
+    ids = torch.cat([tokens[..., None], ids.expand(batch, width, -1)], dim=-1).flatten(0, 1)
+    passed = Layout(*(torch.cat([x[..., None], y], -1).flatten(0, 1) for x, y in zip(layout, masks, strict=True)))
+    first = torch.arange(batch * width).view(batch, width) * (1 + num_masks)
+    # Row i - 1 scores position i with the shift; the token itself scores the next position, exactly.
+    drafted = first[..., None] + torch.arange(most) + (1 if config.shift else 2)
+    state = past if width == 1 else past.for_branches(*_branches(past, passed, batch, width))
+    whole = Pass(ids, passed, drafting(config.noisy_attention), first.flatten())
+    ar_logits, later = run_deferred(network, whole, drafted.flatten(), state)
+
+    def drafts(token: Tensor) -> Tensor:
+        return later(drafted[torch.arange(batch), token].flatten()).unflatten(0, (batch, most))
+
+    return Speculation(ar_logits.unflatten(0, (batch, width)), drafts)
 
 
-def verify(network: Network, past: SlotCacheState, tokens: Tensor, layout: Layout) -> Tensor:
-    """AR logits of the token after each of `tokens` (batch, k), (batch, k, vocab).
+def spare_masks(config: DiffusionConfig) -> int:
+    """How many masks more than drafts a block has: one, since its first position is the AR row's, or none.
 
-    All tokens are written to the cache, and none is counted: the caller adds those accepted to `past.lengths`.
+    With the shift its last mask scores the position after the block, and is there for the others alone; a causal block
+    does without it.
     """
-    return network(tokens, layout, causal, past=past)
+    return int(not (config.shift and config.noisy_attention == "causal"))
+
+
+def _masks_behind(config: DiffusionConfig, layout: Layout, num_drafts: Tensor, end: int | None) -> Layout:
+    """The layout (batch, n, masks) of the masks behind each token of `layout` (batch, n)."""
+    more = spare_masks(config)
+    index = torch.arange(int(num_drafts.max()) + more)
+    position = layout.position[..., None] + 1 + index
+    real = (index < num_drafts[:, None, None] + more) & layout.real[..., None]
+    if end is not None:
+        real = real & (position < end)
+    position = torch.where(real, position, layout.position[..., None])
+    return Layout.of(position, torch.where(real, 0, PADDING), noisy=True)
+
+
+def _branches(past: SlotCacheState, passed: Layout, batch: int, width: int) -> tuple[list[int], Tensor]:
+    """The slot of each row of a pass whose slots have `width` rows, and the columns of its tokens."""
+    slots = range(batch) if past.rows is None else past.rows
+    num_masks = passed.position.shape[1] - 1
+    own = past.columns + torch.arange(width * num_masks).view(width, num_masks).repeat(batch, 1)
+    return [slot for slot in slots for _ in range(width)], torch.cat([passed.position[:, :1], own], dim=1)

@@ -5,7 +5,7 @@ A `Network` maps tokens, their layout and a pattern to logits, alone or on top o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -121,7 +121,8 @@ class SlotCacheState:
     Column p of a slot holds the token at position p. lengths: (slots,), on the host like the layouts of passes, so that
     positions can be read without waiting. columns: how many a pass reads and writes, for all rows.
     next_logits: (slots, vocab), of the last cached row, kept only where the shift reads them.
-    rows: the slot of each row of a pass, None for row i in slot i. round_to: `set_columns` rounds up to its multiples.
+    rows: the slot of each row of a pass, None for row i in slot i. column: see `for_branches`. round_to: `set_columns`
+    rounds up to its multiples.
     """
 
     cache: Any
@@ -129,6 +130,7 @@ class SlotCacheState:
     columns: int = 0
     next_logits: Tensor | None = None
     rows: Sequence[int] | None = None
+    column: Tensor | None = None
     round_to: int = 1
 
     @classmethod
@@ -141,6 +143,15 @@ class SlotCacheState:
         """The state for a pass whose row i is in slot rows[i]; a slot may come more than once."""
         return replace(self, rows=rows)
 
+    def for_branches(self, rows: Sequence[int], column: Tensor) -> SlotCacheState:
+        """The state for a pass with several continuations of a slot, each in a row of its own.
+
+        column: (rows, length), where each token is written: the clean ones at their positions, where all rows of the
+        slot see them; the noisy ones in columns of their own past all positions, and only their row sees them.
+        """
+        columns = max(self.columns, int(column.max()) + 1)
+        return replace(self, rows=rows, column=column, columns=-(-columns // self.round_to) * self.round_to)
+
     def set_columns(self, columns: int) -> None:
         """Let passes read and write this many columns, rounded up."""
         self.columns = -(-columns // self.round_to) * self.round_to
@@ -148,7 +159,9 @@ class SlotCacheState:
     def keys(self, layout: Layout) -> Layout:
         """The layout of the keys of a pass over `layout`, (slots, columns), or (rows, columns) where rows are set."""
         rows = None if self.rows is None else torch.tensor(self.rows)
-        return slot_keys(layout, rows, self.lengths, self.columns)
+        if self.column is None or rows is None:
+            return slot_keys(layout, rows, self.lengths, self.columns)
+        return branch_keys(layout, rows, self.column, self.lengths, self.columns)
 
     def keep_slots(self, keep: Tensor) -> None:
         """Keep these slots, in this order; keep: their numbers, on the host."""
@@ -174,6 +187,17 @@ def slot_keys(layout: Layout, rows: Tensor | None, lengths: Tensor, columns: int
     noisy = pad(noisy, spare).index_put(index, layout.noisy)[:, :-1]
     kv = Layout(column, document, noisy)
     return kv if rows is None else kv.subset(rows)
+
+
+def branch_keys(layout: Layout, rows: Tensor, column: Tensor, lengths: Tensor, columns: int) -> Layout:
+    """`slot_keys` of a pass with branches: a row sees its own noisy tokens, in `column`, and no clean one past its own."""
+    clean = layout._replace(document=layout.document.masked_fill(layout.noisy, PADDING))
+    keys = slot_keys(clean, rows, lengths, columns)
+    last = layout.position.masked_fill(layout.noisy, -1).amax(-1, keepdim=True)
+    keys = keys._replace(document=keys.document.masked_fill(keys.position > last, PADDING))
+    spare = (0, 1)  # a column for what is not noisy
+    index = (torch.arange(len(rows))[:, None], column.where(layout.noisy & layout.real, columns))
+    return Layout(*(pad(x, spare).index_put(index, y)[:, :-1] for x, y in zip(keys, layout, strict=True)))
 
 
 class Network(Protocol):
@@ -215,6 +239,18 @@ class SummingNetwork(Network, Protocol):
         """sum_i weight_i * row_loss(logits of row i); differentiable once, with respect to the model alone."""
 
 
+Later = Callable[[Tensor], Tensor]
+"""(flat rows of a pass, on the host) -> their logits, computed when they are asked for."""
+
+
+@runtime_checkable
+class DeferringNetwork(Network, Protocol):
+    """A network whose head can run on further rows of a pass once it is known which of them are read."""
+
+    def deferred(self, passed: Pass, later: Tensor, past: SlotCacheState) -> tuple[Tensor, Later]:
+        """`run_deferred`."""
+
+
 class Pass(NamedTuple):
     """The arguments of a network."""
 
@@ -224,7 +260,7 @@ class Pass(NamedTuple):
     rows: Tensor
 
 
-def run(network: Network, passed: Pass, past: GrowingCache | None = None) -> Tensor:
+def run(network: Network, passed: Pass, past: GrowingCache | SlotCacheState | None = None) -> Tensor:
     """The logits of a pass."""
     input_ids, layout, pattern, rows = passed
     return network(input_ids, layout, pattern, rows=rows, past=past)
@@ -237,3 +273,17 @@ def run_sum(
     if isinstance(network, SummingNetwork):
         return network.weighted_sum(passed, row_loss, weight, past)
     return whole_sum(run(network, passed, past), row_loss, weight)
+
+
+def run_deferred(network: Network, passed: Pass, later: Tensor, past: SlotCacheState) -> tuple[Tensor, Later]:
+    """The logits of `passed.rows`, and a function from some of the rows `later` to theirs; later: ascending."""
+    if isinstance(network, DeferringNetwork):
+        return network.deferred(passed, later, past)
+    return not_deferred(network, passed, later, past)
+
+
+def not_deferred(network: Network, passed: Pass, later: Tensor, past: SlotCacheState) -> tuple[Tensor, Later]:
+    """`run_deferred` with the logits of all rows at once: the slow twin."""
+    first = len(passed.rows)
+    logits = run(network, passed._replace(rows=torch.cat([passed.rows, later])), past)
+    return logits[:first], lambda rows: logits[to_device(first + torch.searchsorted(later, rows), logits.device)]

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from unmask.core.attention import Layout, Pattern, block_mask, dense, intersect, same_document, window
 from unmask.core.head_loss import RowLoss, whole_sum
-from unmask.core.network import GrowingCache, Pass, SlotCacheState, run
+from unmask.core.network import GrowingCache, Later, Pass, SlotCacheState, not_deferred, run
 from unmask.core.transfer import to_device
 from unmask.hf.fast.chunked import CHUNK
 from unmask.hf.fast.graphs import CompiledPasses
@@ -143,11 +143,29 @@ class HFNetwork:
                 logits = self.compiled(input_ids, layout, pattern, rows, past)
             else:
                 logits = self._run(input_ids, layout, pattern, rows, past, lambda kept: head_rows(self.head, kept))
+        return self._finished(logits)
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        """Logits as this network returns them: at least float32, and none for the mask."""
         if logits.dtype != torch.float64:
             logits = logits.float()
         if self.mask_token_id is not None and self.mask_token_id < logits.shape[-1]:  # a drafter's has no logit
             logits[..., self.mask_token_id] = -torch.inf
         return logits
+
+    def deferred(self, passed: Pass, later: Tensor, past: SlotCacheState) -> tuple[Tensor, Later]:
+        """The logits of `passed.rows`, and a function from other flat rows of the same pass to theirs."""
+        if not self.plain_head or (self.compiled is not None and self.compiled.takes(past)):
+            return not_deferred(self, passed, later, past)
+        read: list[Tensor] = []
+        with self.lock:
+            logits = self._run(*passed, past, lambda kept: head_rows(self.head, kept, read))
+        return self._finished(logits), lambda rows: self._finished(self.head(read[0][to_device(rows, self.device)]))
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether logits are the head's output as it is, so that the head can run apart from the model."""
+        return self.fast_paths.head_sum and type(self.head) is torch.nn.Linear and not hasattr(self.head, "_hf_hook")
 
     def hidden_states(self, input_ids: Tensor, layout: Layout, pattern: Pattern) -> Tensor:
         """The last hidden states (batch, length, hidden): what the head reads, after the final norm."""
@@ -158,7 +176,7 @@ class HFNetwork:
 
     def weighted_sum(self, passed: Pass, row_loss: RowLoss, weight: Tensor, past: GrowingCache | None = None) -> Tensor:
         """sum_i weight_i * row_loss(logits of row i), without whole logits where the head allows it."""
-        if not self.fast_paths.head_sum or type(self.head) is not torch.nn.Linear or hasattr(self.head, "_hf_hook"):
+        if not self.plain_head:
             return whole_sum(run(self, passed, past), row_loss, weight)
         head = functools.partial(
             head_sum, self.head, row_loss=row_loss, weight=weight, mask_token_id=self.mask_token_id
@@ -279,16 +297,18 @@ class HFNetwork:
         if (
             known is not None
             and known.key == key
+            and past.column is None
             and torch.equal(known.lengths, past.lengths)
             and all(map(torch.equal, layout, known.layout))
         ):
             memory.slots, memory.index = len(past.lengths), known.index
             return known
-        column = torch.where(layout.real, layout.position, -1)
+        column = torch.where(layout.real, layout.position if past.column is None else past.column, -1)
         index = past.cache.locate(past.rows, column, past.columns, len(past.lengths), device)
         key = past.rows, past.columns, memory.capacity, layout.position.device  # the capacity may have grown
-        self._plan = PassPlan(key, past.lengths.clone(), layout, past.keys(layout), index)
-        return self._plan
+        plan = PassPlan(key, past.lengths.clone(), layout, past.keys(layout), index)
+        self._plan = plan if past.column is None else None
+        return plan
 
     def _masks_of(self, plan: PassPlan, pattern: Pattern, device: torch.device) -> Any:
         """The masks of a pass on slots, made once for each plan, pattern and attention implementation."""

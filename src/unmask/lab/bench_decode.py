@@ -21,7 +21,7 @@ from unmask.core.attention import Layout
 from unmask.core.decoding import begin, denoise
 from unmask.core.network import DiffusionConfig
 from unmask.lab.bench_train import Case, clocks, make_model, medians
-from unmask.sampling import Confidence, Request, SampledTokens, sample_autoregressive, sample_blocks, sample_speculative
+from unmask.sampling import Confidence, Request, SampledTokens, Speculative, sample_autoregressive, sample_blocks
 from unmask.sampling.acceptance import Noise
 from unmask.version import __version__
 
@@ -45,7 +45,7 @@ class DecodeCase(Case):
 
 @dataclass(frozen=True)
 class Accept:
-    """Keep the first n drafts of a cycle, whatever the verifier says: n + 1 tokens a cycle."""
+    """Keep the first n drafts of a cycle, whatever the verifier says: n + 2 tokens a cycle of two forwards."""
 
     n: int
 
@@ -99,9 +99,8 @@ def speculative_decoder(
     """Greedy self-speculation that gains exactly `gain` tokens a cycle of a draft and a verification."""
     config, network = bench_config(model, draft_length, "causal"), network_of(model, compiled)
     prompts = list(random_prompts(model, batch))
-    return lambda: sample_speculative(
-        network, config, prompts, Request(max_new_tokens=new), draft_length=draft_length, acceptance=Accept(gain - 1)
-    )
+    decoder = Speculative(draft_length=draft_length, acceptance=Accept(gain - 2))
+    return lambda: decoder(network, config, prompts, Request(max_new_tokens=new))
 
 
 def ar_decoder(model: Any, *, batch: int, new: int = NEW, compiled: bool = False) -> Decoder:

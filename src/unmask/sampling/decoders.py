@@ -16,12 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
+from unmask.core.decoding import spare_masks
 from unmask.core.network import DiffusionConfig, Network
 from unmask.sampling.acceptance import Acceptance
 from unmask.sampling.autoregressive import sample_autoregressive
 from unmask.sampling.block import sample_blocks
 from unmask.sampling.canvas import Canvas, sample_bidirectional, sample_canvases
 from unmask.sampling.commit import Ancestral, ConfidenceAmongAll, Selector, Threshold
+from unmask.sampling.cycles import Cycle, MeasuredPace, Pace, costs_of
 from unmask.sampling.guidance import check_guidance
 from unmask.sampling.remask import Remask
 from unmask.sampling.request import Request, SampledTokens
@@ -140,11 +142,15 @@ class WholeCanvas:
 class Speculative:
     """mode="speculative" of a causal clean half (tri-mode, drafter): AR's own output in fewer forwards.
 
-    draft_length: positions drafted at a time, the block size by default, or "auto" to follow the recent acceptance.
-    block_size: the longest draft of "auto". acceptance: `Coupled()` by default, or `Rejection()`.
+    cycle: "two" forwards a cycle, a draft and its verification; "one", which verifies and drafts at once; or "auto":
+    the cycle and its length, or none, by what forwards cost on this device and how often drafts are accepted.
+    draft_length: tokens drafted at a time, the AR row's own among them, the block size by default; or "auto": that of
+    each row follows its last cycle. block_size: the longest draft of "auto". acceptance: `Coupled()` by default, or
+    `Rejection()`.
     """
 
     draft_length: int | str | None = None
+    cycle: str = "two"
     block_size: int | None = None
     acceptance: Acceptance | None = None
 
@@ -153,6 +159,13 @@ class Speculative:
             raise ValueError(f"draft_length {self.draft_length!r} must be a number of tokens or 'auto'")
         if isinstance(self.draft_length, int) and self.draft_length < 1:
             raise ValueError(f"draft_length {self.draft_length} must be at least 1")
+        if self.cycle not in ("one", "two", "auto"):
+            raise ValueError(f"cycle {self.cycle!r} is unknown: use 'one', 'two' or 'auto'")
+        if self.cycle == "auto" and self.draft_length is not None:
+            raise ValueError(
+                f"draft_length {self.draft_length!r} has no meaning with cycle 'auto', which chooses it: leave it out, "
+                "or set block_size, the longest"
+            )
         _check_positive(self, "block_size")
 
     def check(self, config: DiffusionConfig | None) -> None:
@@ -170,11 +183,13 @@ class Speculative:
         self, network: Network, config: DiffusionConfig | None, prompts: Sequence[Tensor], request: Request
     ) -> SampledTokens:
         config = _converted(config, "speculative").with_block_size(self.block_size)
-        length = self.draft_length if isinstance(self.draft_length, int) else None
-        return sample_speculative(
-            network, config, prompts, request, draft_length=length, adaptive=self.draft_length == "auto",
-            acceptance=self.acceptance,
-        )  # fmt: skip
+        assert config.block_size is not None
+        length = self.draft_length if isinstance(self.draft_length, int) else config.block_size
+        if self.cycle == "auto":
+            pace: Pace = MeasuredPace(length, costs_of(network), spare_masks(config))
+        else:
+            pace = Pace(Cycle(1 if self.cycle == "one" else 2, length), adaptive=self.draft_length == "auto")
+        return sample_speculative(network, config, prompts, request, pace=pace, acceptance=self.acceptance)
 
 
 Decoder = Autoregressive | Blocks | WholeCanvas | Speculative

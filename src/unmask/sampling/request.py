@@ -69,13 +69,15 @@ class SampledTokens:
 
     num_forwards: (rows,) passes after the prefill: denoising, and cache writes that no denoising pass carried.
     num_prefill_forwards: (rows,) 0 or 1, twice that with guidance. cycle_gains: speculation only, (rows, longest + 1),
-    how many cycles of the row gained j tokens: its new tokens are sum_j j * cycle_gains[:, j].
+    how many cycles of the row gained j tokens: its new tokens are sum_j j * cycle_gains[:, j]. num_inputs: speculation
+    only, (rows,) tokens and masks that those forwards were made over: 1 a forward in AR decoding.
     """
 
     new_tokens: list[list[int]]
     num_forwards: Tensor
     num_prefill_forwards: Tensor
     cycle_gains: Tensor | None = None
+    num_inputs: Tensor | None = None
 
 
 def first_end(tokens: Sequence[int], end_token_ids: Sequence[int]) -> int | None:

@@ -72,7 +72,7 @@ class CompiledPasses:
     def takes(self, past: SlotCacheState) -> bool:
         """Whether a pass can be compiled: over all slots in order, and then perhaps over some of them again."""
         slots, rows, memory = len(past.lengths), past.rows, past.cache.memory
-        if not memory.whole or not memory.holds(slots, past.columns):
+        if not memory.whole or not memory.holds(slots, past.columns) or past.column is not None:
             return False
         return rows is None or (len(rows) > slots and list(rows[:slots]) == list(range(slots)))
 

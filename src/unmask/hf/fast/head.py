@@ -17,12 +17,22 @@ from unmask.core.head_loss import RowLoss, weighted_sum
 
 
 @contextmanager
-def head_rows(head: torch.nn.Module, rows: Tensor | slice | None) -> Iterator[None]:
-    """Within the context `head` runs on `rows` only, flat indices into (batch * length); None for all."""
+def head_rows(head: torch.nn.Module, rows: Tensor | slice | None, read: list[Tensor] | None = None) -> Iterator[None]:
+    """Within the context `head` runs on `rows` only, flat indices into (batch * length); None for all.
+
+    read: gets the input of all rows, (batch * length, hidden), for those that are read later.
+    """
     if rows is None:
         yield
         return
-    handle = head.register_forward_pre_hook(lambda _module, args: (args[0].flatten(0, 1)[rows],))
+
+    def pick(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        hidden = args[0].flatten(0, 1)
+        if read is not None:
+            read.append(hidden)
+        return (hidden[rows],)
+
+    handle = head.register_forward_pre_hook(pick)
     try:
         yield
     finally:

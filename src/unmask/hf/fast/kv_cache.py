@@ -33,7 +33,7 @@ SLOTS = "unmask_slots"
 """Name of `slot_attention` among transformers' attention functions."""
 
 Part = tuple[int, int, Tensor | None]
-"""Rows begin .. end - 1 of a pass and their slots, None for all slots in order."""
+"""Rows begin .. end - 1 of a pass and their slots, None for all slots in order, each as many times in a row as fit."""
 
 
 @dataclass
@@ -126,9 +126,12 @@ def flat_target(slot: Tensor, column: Tensor, capacity: int) -> Tensor:
 
 
 def _parts(rows: Sequence[int] | None, slots: int, device: torch.device) -> list[Part]:
-    """Runs of rows that are all slots in order, which need no copy of the keys; then the other rows."""
-    if rows is None:
-        return [(0, slots, None)]
+    """Runs of rows that are all slots in order, which need no copy of the keys; then the other rows.
+
+    A pass with branches has every slot as many times, one after the other: their rows become queries of one.
+    """
+    if rows is None or list(rows) == [slot for slot in range(slots) for _ in range(len(rows) // slots)]:
+        return [(0, slots if rows is None else len(rows), None)]
     parts: list[Part] = []
     every, begin = list(range(slots)), 0
     while begin < len(rows) and list(rows[begin : begin + slots]) == every:
@@ -180,9 +183,14 @@ class _SlotLayer(CacheLayerMixin):
         new = new.detach() if new.requires_grad else new
         buffer.flatten(0, 1).index_copy_(0, index.target, new.transpose(1, 2).flatten(0, 1))
         seen = buffer[: self.memory.slots, : index.columns].transpose(1, 2)
-        if not self.memory.gathers or (len(index.parts) == 1 and index.parts[0][2] is None):
+        if not self.memory.gathers or (len(index.parts) == 1 and len(new) == len(seen) and index.parts[0][2] is None):
             return seen
-        return torch.cat([seen if slots is None else seen[slots] for _, _, slots in index.parts])
+        return torch.cat(
+            [
+                seen.repeat_interleave((end - begin) // len(seen), 0) if slots is None else seen[slots]
+                for begin, end, slots in index.parts
+            ]
+        )
 
     def keep_slots(self, keep: Tensor) -> None:
         if self.is_initialized:
@@ -239,19 +247,31 @@ def slot_attention(
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported in decoding: set it to 0")
     index: CacheIndex = module.config.unmask_slots.index
-    compiling = torch.compiler.is_compiling()
-    long = query.device.type == "cpu" and query.shape[2] >= 2 * CHUNK and attention_mask.numel() > 1 and not compiling
     out = []
     for begin, end, slots in index.parts:
         q, mask = query[begin:end], attention_mask[begin:end] if attention_mask.numel() > 1 else None
         k, v = (key, value) if slots is None else (key[slots], value[slots])
-        if long:
-            assert mask is not None
-            out.append(chunked_attention(q, k, v, mask, scaling))
+        branches = len(q) // len(k)
+        if branches > 1:
+            q, mask = _folded(q, branches), None if mask is None else mask.reshape(len(k), 1, -1, mask.shape[-1])
+        long = q.device.type == "cpu" and q.shape[2] >= 2 * CHUNK and not torch.compiler.is_compiling()
+        if long and mask is not None:
+            part = chunked_attention(q, k, v, mask, scaling)
         else:
-            out.append(_grouped(q, k, v, None if mask is None else _additive(mask, begin, q, k, index), scaling))
+            part = _grouped(q, k, v, None if mask is None else _additive(mask, begin, q, k, index), scaling)
+        out.append(_unfolded(part, branches) if branches > 1 else part)
     joined = out[0] if len(out) == 1 else torch.cat(out)
     return joined.transpose(1, 2).contiguous(), None
+
+
+def _folded(q: Tensor, branches: int) -> Tensor:
+    """(slots * branches, heads, length, dim) as queries of the slots, (slots, heads, branches * length, dim)."""
+    return q.unflatten(0, (-1, branches)).transpose(1, 2).flatten(2, 3)
+
+
+def _unfolded(out: Tensor, branches: int) -> Tensor:
+    """The inverse of `_folded`."""
+    return out.unflatten(2, (branches, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scaling: float | None) -> Tensor:

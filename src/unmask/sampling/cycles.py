@@ -1,0 +1,141 @@
+"""Which cycles speculation makes: how many tokens are drafted, in one forward or two; or none, which is AR decoding.
+
+A fixed pace makes the same cycles all the time. A measured one has seen what a forward over so many tokens costs on
+this device, and how often the drafts of this text are accepted, and makes the cycle that promises most tokens a second.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One round of speculation. forwards: 1 or 2. length: tokens drafted after a verified one, the next one included.
+
+    With a length of 1 nothing is drafted, and a cycle of one forward is a step of AR decoding.
+    """
+
+    forwards: int
+    length: int
+
+    def inputs(self, spare_masks: int) -> list[int]:
+        """Tokens and masks of each forward, of one row; spare_masks: how many masks more than drafts a block has."""
+        block = self.length + spare_masks if self.length > 1 else 1
+        return [self.length * block] if self.forwards == 1 else [block, self.length]
+
+    def gain(self, accepted: float) -> float:
+        """Tokens gained where so many drafts are accepted: one more a forward."""
+        return self.forwards + accepted
+
+
+class Pace:
+    """The same cycle all the time. adaptive: `length` is the longest, and that of each row follows `adapted_length`."""
+
+    def __init__(self, cycle: Cycle, *, adaptive: bool = False) -> None:
+        self.cycle, self.adaptive, self.longest = cycle, adaptive, cycle.length
+        self.first_length = min(2, self.longest) if adaptive else self.longest
+
+    def choose(self, num_rows: int) -> Cycle:  # noqa: ARG002
+        """The next cycle of so many rows."""
+        return self.cycle
+
+    def learn_cost(self, num_tokens: int, seconds: float) -> None:
+        """A forward over so many tokens took this long."""
+
+    def learn_drafts(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        """Of so many drafts of each row so many were accepted."""
+
+    def next_length(self, length: int, gained: int) -> int:
+        """A row's draft length after a cycle that gained so many tokens."""
+        return adapted_length(length, gained, self.longest) if self.adaptive else length
+
+
+def adapted_length(length: int, gained: int, longest: int) -> int:
+    """Next cycle's draft length: one more than the last cycle gained, or twice the last one if nothing was refused."""
+    return min(longest, 2 * length if gained > length else max(2, gained + 1))
+
+
+# --- measured
+
+
+@dataclass
+class Costs:
+    """Seconds of a forward by the number of its tokens, a running mean. One for each model: they outlive a call."""
+
+    seconds: dict[int, float] = field(default_factory=dict)
+
+    def learn(self, num_tokens: int, seconds: float) -> None:
+        """The first forward of a size may prepare for the later ones, so it counts only until the second."""
+        known = self.seconds.get(num_tokens)
+        if known is None or seconds < known / 2:
+            self.seconds[num_tokens] = seconds
+        else:
+            self.seconds[num_tokens] = known + _SHARE * (min(seconds, 2 * known) - known)
+
+    def of(self, num_tokens: int) -> float:
+        """What a forward costs; one never tried costs what the next smaller one does, so that it will be tried."""
+        if num_tokens in self.seconds:
+            return self.seconds[num_tokens]
+        sizes = sorted(self.seconds)
+        place = bisect_right(sizes, num_tokens)
+        return self.seconds[sizes[place - 1]] if place else 0.0
+
+
+_SHARE = 0.1
+"""Weight of the newest forward in a running mean."""
+_KEPT = 0.98
+"""Share of what is known of the drafts that a cycle keeps: what was not tried for long may be tried again."""
+_costs: weakref.WeakKeyDictionary[nn.Module, Costs] = weakref.WeakKeyDictionary()
+
+
+def costs_of(network: Any) -> Costs:
+    """The costs seen so far of the network's model."""
+    model = getattr(network, "model", None)
+    return Costs() if model is None else _costs.setdefault(model, Costs())
+
+
+class MeasuredPace(Pace):
+    """The cycle that promises most tokens a second, from measured costs and the acceptance of the last cycles.
+
+    tried, accepted: of the j-th draft after the AR token, once those before it were accepted; weighted by age.
+    """
+
+    def __init__(self, longest: int, costs: Costs, spare_masks: int = 1) -> None:
+        super().__init__(Cycle(1, longest))
+        self.costs, self.spare_masks = costs, spare_masks
+        self.tried, self.accepted = [0.0] * longest, [0.0] * longest
+        lengths = [n for n in range(2, longest + 1) if n <= 4 or n % 2 == 0]
+        self.cycles = [Cycle(1, 1)] + [Cycle(forwards, length) for length in lengths for forwards in (2, 1)]
+
+    def choose(self, num_rows: int) -> Cycle:
+        return max(self.cycles, key=lambda cycle: self._speed(cycle, num_rows))
+
+    def _speed(self, cycle: Cycle, num_rows: int) -> float:
+        """Tokens a second of a row."""
+        cost = sum(self.costs.of(num_rows * inputs) for inputs in cycle.inputs(self.spare_masks))
+        return cycle.gain(self._expected(cycle.length - 1)) / max(cost, 1e-9)
+
+    def _expected(self, drafts: int) -> float:
+        """Drafts accepted of so many; a place never tried counts as one that accepts, so that it will be tried."""
+        total, chance = 0.0, 1.0
+        for tried, accepted in zip(self.tried[:drafts], self.accepted[:drafts], strict=True):
+            chance *= (accepted + 1) / (tried + 1)
+            total += chance
+        return total
+
+    def learn_cost(self, num_tokens: int, seconds: float) -> None:
+        self.costs.learn(num_tokens, seconds)
+
+    def learn_drafts(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        for place in range(self.longest):
+            tried = sum(n > place and m >= place for n, m in zip(drafted, accepted, strict=True))
+            passed = sum(n > place and m > place for n, m in zip(drafted, accepted, strict=True))
+            self.tried[place] = _KEPT * self.tried[place] + tried
+            self.accepted[place] = _KEPT * self.accepted[place] + passed

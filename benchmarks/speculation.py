@@ -3,8 +3,8 @@
     python benchmarks/speculation.py CHECKPOINT PROMPTS.txt --output results/speculation [--name NAME]
 
 Prompts are the first 16 tokens of the first 200 documents, continued by 64 tokens. One row a case is appended to
-rows.jsonl: {temperature 0, 1} x {coupled, rejection} x cycles of {one, two} forwards, the wall clock of batch 1 against AR
-decoding on the same cache code and against transformers' prompt lookup, all alternating in one process, and how
+rows.jsonl: {temperature 0, 1} x {coupled, rejection} x cycles of {one, two} forwards, the wall clock of batch 1 against
+AR decoding on the same cache code and against transformers' prompt lookup, all alternating in one process, and how
 often greedy speculation leaves greedy AR in float32 and bfloat16 (in float64 the test suite says never).
 """
 

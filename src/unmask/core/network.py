@@ -190,7 +190,7 @@ def slot_keys(layout: Layout, rows: Tensor | None, lengths: Tensor, columns: int
 
 
 def branch_keys(layout: Layout, rows: Tensor, column: Tensor, lengths: Tensor, columns: int) -> Layout:
-    """`slot_keys` of a pass with branches: a row sees its own noisy tokens, in `column`, and no clean one past its own."""
+    """`slot_keys` of a pass with branches: a row sees its noisy tokens, in `column`, and no clean one past its own."""
     clean = layout._replace(document=layout.document.masked_fill(layout.noisy, PADDING))
     keys = slot_keys(clean, rows, lengths, columns)
     last = layout.position.masked_fill(layout.noisy, -1).amax(-1, keepdim=True)

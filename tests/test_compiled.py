@@ -98,14 +98,14 @@ def test_memory_is_used_again_and_does_not_move() -> None:
         gc.collect()  # compilation keeps what it has seen until then
 
     decode(4)
-    (memory,) = compiled.compiled._free
-    address = [layer.keys.data_ptr() for layer in memory.layers]
+    ((memory, layers),) = compiled.compiled._free
+    address = [layer.keys.data_ptr() for layer in layers]
     for n in (4, 3):
         decode(n)
-        assert compiled.compiled._free == [memory]
-        assert [layer.keys.data_ptr() for layer in memory.layers] == address
+        assert compiled.compiled._free == [(memory, layers)]
+        assert [layer.keys.data_ptr() for layer in layers] == address
     decode(5)  # what is larger serves for what was smaller
-    assert [m.room for m in compiled.compiled._free] == [8]
+    assert [memory.room for memory, _ in compiled.compiled._free] == [8]
 
 
 def test_memory_that_would_not_do_is_not_used_again() -> None:

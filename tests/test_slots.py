@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -173,3 +175,21 @@ def test_a_mask_is_told_by_itself_and_not_by_its_address() -> None:
         again.columns = 10
         expected = fresh(more, layout, pattern, past=again)
         assert torch.equal(net(more, layout, pattern, past=past), expected)
+
+
+def test_keys_and_values_go_with_their_cache() -> None:
+    """Without a circle that only Python's collector would break, many requests later."""
+    net = network()
+    gc.collect()
+    gc.disable()
+    try:
+        past = begin(net, causal, [random_tokens(5)])
+        kept = weakref.ref(past.cache), *(weakref.ref(layer) for layer in past.cache.layers)
+        keys = weakref.ref(past.cache.layers[0].keys)
+        del past
+        assert keys() is None
+        assert [ref() for ref in kept] == [None] * len(kept)
+        sample_autoregressive(net, [random_tokens(5)], max_new_tokens=3)
+        assert not [x for x in gc.get_objects() if type(x) is slots.SlotCache]
+    finally:
+        gc.enable()

@@ -40,7 +40,7 @@ class CompiledPasses:
     def __init__(self, network: Any, **options: Any) -> None:
         self.network, self._options = network, options
         self._rows: Tensor | None = None
-        self._free: list[SlotMemory] = []
+        self._free: list[tuple[SlotMemory, list[Any]]] = []  # with the layers that lie in it
         self._kind: Any = None  # device and precision of that memory
         self._patterns: dict[Pattern, Pattern | dict[str, Pattern]] = {}  # the same objects, compiled once
         self._shapes = torch._dynamo.config.patch(recompile_limit=_SHAPES, accumulated_recompile_limit=_SHAPES)
@@ -57,16 +57,18 @@ class CompiledPasses:
         kind = self.network.device, self.network.model.dtype
         if kind != self._kind:
             self._kind, self._free = kind, []
-        large = [memory for memory in self._free if memory.holds(slots, columns)]
-        memory = min(large, key=lambda m: m.room * m.capacity, default=None)
-        if memory is None:
-            memory = SlotMemory(_power_of_two(slots), round_columns(columns))
-            self._free[:] = [m for m in self._free if not memory.holds(m.room, m.capacity)]  # replaced by the new one
+        large = [free for free in self._free if free[0].holds(slots, columns)]
+        if large:
+            free = min(large, key=lambda free: free[0].room * free[0].capacity)
+            self._free[:] = [other for other in self._free if other is not free]
+            cache = SlotCache(*free)
+            cache.clear()
         else:
-            self._free.remove(memory)
-            memory.clear()
-        cache = SlotCache(memory)
-        weakref.finalize(cache, _give_back, memory, self._free)
+            memory = SlotMemory(_power_of_two(slots), round_columns(columns))
+            # The new one replaces those that it is large enough for.
+            self._free[:] = [free for free in self._free if not memory.holds(free[0].room, free[0].capacity)]
+            cache = SlotCache(memory)
+        weakref.finalize(cache, _give_back, cache.memory, cache.layers, self._free)
         return cache
 
     def takes(self, past: SlotCacheState) -> bool:
@@ -143,10 +145,10 @@ class CompiledPasses:
         return args if self._rows is None else (args[0].flatten(0, 1)[self._rows],)
 
 
-def _give_back(memory: SlotMemory, free: list[SlotMemory]) -> None:
+def _give_back(memory: SlotMemory, layers: list[Any], free: list[tuple[SlotMemory, list[Any]]]) -> None:
     """Make memory free again, unless no pass has filled all its layers."""
     if memory.whole:
-        free.append(memory)
+        free.append((memory, layers))
 
 
 def _padded(input_ids: Tensor, layout: Layout, slots: int, room: int, more: int, width: int) -> tuple[Tensor, Layout]:

@@ -55,7 +55,7 @@ class CacheIndex:
 
 @dataclass
 class SlotMemory:
-    """The layers of a cache and what they share; it outlives the cache, so that another one can use the memory.
+    """What the layers of a cache share. It does not hold them: a circle would keep the keys until Python looks for it.
 
     room, capacity: slots and columns that have memory, or will have with the first pass; more are added when needed.
     slots: those in use. gathers: give the model the keys of each row instead of those of each slot, for attention that
@@ -68,25 +68,22 @@ class SlotMemory:
     gathers: bool = True
     index: CacheIndex | None = None
     whole: bool = False
-    layers: list[Any] = field(default_factory=list)
 
     def holds(self, slots: int, columns: int) -> bool:
         """Whether there is memory for this many slots and columns."""
         return self.room >= slots and self.capacity >= columns
 
-    def clear(self) -> None:
-        """Set all keys and values to 0: masked ones have weight 0, but 0 times NaN or infinity is NaN."""
-        for layer in self.layers:
-            layer.keys.zero_(), layer.values.zero_()
-
 
 class SlotCache(Cache):
-    """transformers' cache interface over slots; `locate` comes before each pass."""
+    """transformers' cache interface over slots; `locate` comes before each pass.
 
-    def __init__(self, memory: SlotMemory | None = None) -> None:
+    layers: those that an earlier cache has left, with their `memory`, to be used again.
+    """
+
+    def __init__(self, memory: SlotMemory | None = None, layers: list[Any] | None = None) -> None:
         self.memory = memory = memory or SlotMemory()
         super().__init__(layer_class_to_replicate=functools.partial(_SlotLayer, memory))
-        self.layers = memory.layers
+        self.layers = [] if layers is None else layers
 
     def locate(
         self, rows: Sequence[int] | None, column: Tensor, columns: int, slots: int, device: torch.device
@@ -108,6 +105,11 @@ class SlotCache(Cache):
         """Keep these slots, in this order."""
         for layer in self.layers:
             layer.keep_slots(keep)
+
+    def clear(self) -> None:
+        """Set all keys and values to 0: masked ones have weight 0, but 0 times NaN or infinity is NaN."""
+        for layer in self.layers:
+            layer.keys.zero_(), layer.values.zero_()
 
     @property
     def is_compileable(self) -> bool:

@@ -11,7 +11,7 @@ import transformers as tf
 from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
 
 from unmask import hf
-from unmask.core.attention import PADDING, Layout, annealed, block_causal
+from unmask.core.attention import PADDING, Layout, annealed, block_causal, causal
 from unmask.core.corruption import Corruption, mask_complementary, mask_exact, segments
 from unmask.core.drafter import DrafterConfig
 from unmask.core.network import DiffusionConfig
@@ -24,6 +24,7 @@ from unmask.core.objectives import (
     predictable,
     shared_loss,
 )
+from unmask.hf.layers import layers_of
 
 LENGTH = 144
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,3 +230,21 @@ def test_every_file_of_fast_paths_names_its_slow_twin_and_the_test_of_both() -> 
             assert "Slow twin" in docstring, file
             page, test = re.findall(r"(tests/\w+\.py)\s+\(`(\w+)`\)", docstring)[0]
             assert f"def {test}(" in (ROOT / page).read_text(), (file, test)
+
+
+@torch.no_grad()
+def test_the_layers_are_those_of_the_text_model() -> None:
+    """A tower for images may have as many layers, and comes first."""
+    text = SUPPORTED["gemma3"]().to_dict()
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "image_size": 28, "patch_size": 14}  # fmt: skip
+    model = tiny_model(tf.Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4))
+    assert layers_of(model) == list(model.model.language_model.layers)
+    network = hf.as_network(model, MASK)
+    assert network.fast_paths.last_rows
+    tokens, layout = packed()
+    rows = torch.arange(3, 3 * LENGTH, 5)
+    fast = network(tokens, layout, causal, rows=rows)
+    network.fast_paths = hf.FastPaths()
+    slow = network(tokens, layout, causal, rows=rows)
+    assert (fast - slow)[:, :MASK].abs().max() <= 1e-5 * slow[:, :MASK].abs().max()

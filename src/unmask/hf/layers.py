@@ -10,9 +10,14 @@ import torch
 
 
 def layers_of(model: Any) -> list[torch.nn.Module]:
-    """The model's layers: its first list of `num_hidden_layers` modules; empty if it has none."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for module in model.modules():
+    """The layers of the text model: its first list of `num_hidden_layers` modules; empty if it has none.
+
+    Towers for images or sound may have as many, so the search begins at the module whose configuration is the text's.
+    """
+    config = model.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None)
+    of_text = (module for module in model.modules() if getattr(module, "config", None) is config)
+    for module in next(of_text, model).modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return list(module)
     return []

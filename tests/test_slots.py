@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MASK, SUPPORTED, block_config, network, random_tokens, tiny_model
+import transformers as tf
+from conftest import _SIZES, MASK, SUPPORTED, block_config, network, random_tokens, tiny_model
 from decode import sample_autoregressive, sample_blocks
 
 from unmask import hf
@@ -52,6 +53,20 @@ def test_rows_on_ragged_slots_equal_whole_texts(name: str, implementation: str, 
         written[s] = torch.cat([written[s], more[i]])
         expected = alone(net, written[s])[-4:]
         assert (got[i] - expected)[:, :MASK].abs().max() < relative * expected[:, :MASK].abs().max()
+
+
+@torch.no_grad()
+def test_models_that_need_keys_in_the_order_of_memory_are_served() -> None:
+    config = tf.GPTNeoXJapaneseConfig(**_SIZES, intermediate_multiple_size=2)
+    net = hf.as_network(tiny_model(config), MASK)
+    text = random_tokens(1, 12)[0]
+    past = begin(net, causal, [text[:7], text[:9]])
+    past.columns = 12
+    for rows, position in ((None, [[7], [9]]), ([1], [[9]]), ([0, 1, 1], [[7], [9], [10]])):
+        got = net(text[torch.tensor(position)], Layout.of(torch.tensor(position)), causal, past=past.for_rows(rows))
+        for row, (p,) in enumerate(position):
+            expected = alone(net, text)[p]
+            assert (got[row, 0] - expected)[:MASK].abs().max() < 1e-5 * expected[:MASK].abs().max()
 
 
 @pytest.mark.parametrize("clean", ["block_causal", "causal"])

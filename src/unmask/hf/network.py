@@ -28,6 +28,14 @@ from unmask.hf.fast.kv_cache import SLOTS, CacheIndex, SlotCache, SlotMemory, us
 from unmask.hf.fast.last_layer import CHUNKED, last_layer_rows
 from unmask.hf.fast.recompute import recomputing
 from unmask.hf.layers import layers_of, plain_layers
+from unmask.hf.long_rope import (
+    LongSlots,
+    first_long_position,
+    in_long_documents,
+    rotary_modules,
+    rotating,
+    run_on_long_slots,
+)
 
 
 class UnsupportedModelError(ValueError):
@@ -81,7 +89,8 @@ class HFNetwork:
     forward: what runs the model, if not the model itself (a DDP or FSDP wrapper around it).
     per_layer_type: give each layer type its own mask, which sliding windows need; off in a test of the probe alone.
     gate: entered around every pass with its noisy rows, (batch, length) bool: what adapts those rows alone.
-    fast_paths: those that the model takes, by default none; `probes.as_network` finds them out.
+    fast_paths: those that the model takes, by default none. no_slots: why rows cannot be decoded on slots of a cache,
+    None if they can. `probes.as_network` finds both out.
     """
 
     def __init__(
@@ -93,13 +102,14 @@ class HFNetwork:
         per_layer_type: bool = True,
         gate: Callable[[Tensor], AbstractContextManager[None]] | None = None,
         fast_paths: FastPaths = FastPaths(),
+        no_slots: str | None = None,
     ) -> None:
         self.model = model
         self.forward = forward or model
         self.mask_token_id = mask_token_id
         self.per_layer_type = per_layer_type
         self.gate = gate
-        self.fast_paths = fast_paths
+        self.fast_paths, self.no_slots = fast_paths, no_slots
         self.head = model.get_output_embeddings()
         self.config = model.config.get_text_config()
         self.cache_keyword = cache_keyword(model)
@@ -107,6 +117,7 @@ class HFNetwork:
         self._recent_masks: deque[tuple[Pattern, Layout, Layout, str, Any]] = deque(maxlen=2)
         self._plan: PassPlan | None = None
         self.compiled: CompiledPasses | None = None
+        self.first_long_position = first_long_position(model)
 
     @property
     def device(self) -> torch.device:
@@ -122,12 +133,22 @@ class HFNetwork:
         return DynamicCache()
 
     def new_slots(self, slots: int, columns: int) -> SlotCache:
+        if self.no_slots is not None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} cannot be decoded: {self.no_slots}. It can be trained and scored"
+            )
+        if self.first_long_position is not None:
+            return LongSlots()
         with self.lock:
             return SlotCache() if self.compiled is None else self.compiled.new_slots(slots, columns)
 
     def compile(self, **options: Any) -> None:
-        """Compile later decoding passes; options: of torch.compile, see `CompiledPasses`."""
-        self.compiled = CompiledPasses(self, **options)
+        """Compile later decoding passes, unless keys may have to be written again (`long_rope`).
+
+        options: of torch.compile, see `CompiledPasses`.
+        """
+        if self.first_long_position is None:
+            self.compiled = CompiledPasses(self, **options)
 
     def __call__(
         self,
@@ -196,14 +217,27 @@ class HFNetwork:
         head: Head,
     ) -> Tensor:
         """The output of the head in a pass; the caller holds the lock."""
-        gate = nullcontext() if self.gate is None else self.gate(layout.noisy)  # on the host, where it may be read
         memory = recomputing() if torch.is_grad_enabled() else nullcontext()
         device = self.device
         input_ids, rows = to_device(input_ids, device), None if rows is None else to_device(rows, device)
-        with gate, memory:
-            if isinstance(past, SlotCacheState):
-                return self._run_on_slots(input_ids, layout, pattern, rows, past, head)
-            return self._run_whole(input_ids, layout, pattern, rows, past, head)
+        with memory:
+            if not isinstance(past, SlotCacheState):
+                return self._run_whole(input_ids, layout, pattern, rows, past, head)
+            if self.first_long_position is None:
+                return self._run_on_slots(input_ids, layout, rows, past, None, pattern=pattern, head=head)
+            run = functools.partial(self._run_on_slots, pattern=pattern, head=head)
+            return run_on_long_slots(run, self.first_long_position, input_ids, layout, pattern, rows, past)
+
+    @contextmanager
+    def _prepared(self, layout: Layout, is_long: Tensor | None) -> Iterator[None]:
+        """The contexts of every pass: a drafter's gate, and the rotary factors of each token's text."""
+        gate = nullcontext() if self.gate is None else self.gate(layout.noisy)  # on the host, where it may be read
+        with gate:
+            if is_long is None or self.first_long_position is None:
+                yield
+                return
+            with rotating(self.model, layout.position, is_long, self.first_long_position):
+                yield
 
     def _run_whole(
         self,
@@ -217,8 +251,9 @@ class HFNetwork:
         """A pass over whole sequences, or on a cache that grows by them."""
         keys, cache = (layout, None) if past is None else (past.keys(layout), past.cache)
         q, kv = layout.to(input_ids.device), keys.to(input_ids.device)
-        before = 0 if cache is None else cache.get_seq_length()
-        with self._unread_left_out(layout, rows) as kept, head(kept):
+        before, first = 0 if cache is None else cache.get_seq_length(), self.first_long_position
+        is_long = None if first is None else in_long_documents(keys, first)[:, -input_ids.shape[1] :]
+        with self._prepared(layout, is_long), self._unread_left_out(layout, rows) as kept, head(kept):
             out = self._forward(input_ids, q.position, self.masks(pattern, q, kv), cache)
         self._check_written(cache is None or cache.get_seq_length() == before + input_ids.shape[1])
         return out
@@ -227,16 +262,20 @@ class HFNetwork:
         self,
         input_ids: Tensor,
         layout: Layout,
-        pattern: Pattern,
         rows: Tensor | None,
         past: SlotCacheState,
+        is_long: Tensor | None,
+        *,
+        pattern: Pattern,
         head: Head,
     ) -> Tensor:
         """A pass over rows that continue slots of a cache."""
         device, memory = input_ids.device, past.cache.memory
         plan = self._plan_pass(past, layout, device)
+        if isinstance(past.cache, LongSlots):
+            past.cache.note(input_ids)
         position, plan.index.written = plan.layout.to(device).position, False
-        with self.attending_to_slots(memory), head(rows):
+        with self._prepared(layout, is_long), self.attending_to_slots(memory), head(rows):
             out = self._forward(input_ids, position, self._masks_of(plan, pattern, device), past.cache)
         memory.whole = True
         self._check_written(plan.index.written)
@@ -384,7 +423,8 @@ def replicate(network: HFNetwork) -> HFNetwork:
     """
     model = network.model
     memo: dict[int, Any] = {id(p): torch.nn.Parameter(p.data, p.requires_grad) for p in model.parameters()}
-    memo |= {id(b): b for b in model.buffers()}
+    changing = {id(b) for module in rotary_modules(model) for b in module.buffers()}  # written by each pass
+    memo |= {id(b): b for b in model.buffers() if id(b) not in changing}
     twin = copy.copy(network)
     twin.model = twin.forward = copy.deepcopy(model, memo)
     twin._recent_masks, twin._plan, twin.compiled, twin.lock = deque(maxlen=2), None, None, lock_of(twin.model)

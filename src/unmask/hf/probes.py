@@ -23,9 +23,11 @@ from unmask.core.attention import (
     two_stream,
     window,
 )
+from unmask.core.decoding import begin
 from unmask.core.network import Pass, run
 from unmask.hf.fast.chunked import CHUNK
 from unmask.hf.folders import first_line
+from unmask.hf.long_rope import changes_unseen
 from unmask.hf.network import FastPaths, HFNetwork, UnsupportedModelError
 from unmask.hf.tiny import WINDOW, kind_of, tiny_model, tiny_settings
 
@@ -42,6 +44,12 @@ def probe(model: Any) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} runs attention implementation {implementation!r}, which takes no 4-D mask: "
             "load it with attn_implementation='sdpa' or 'eager'"
+        )
+    if changes_unseen(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be converted: its rotary factors ('longrope') follow the longest row of a "
+            "pass, and they are computed by code of its own, where rows cannot be told apart: load the folder without "
+            "trust_remote_code, if transformers knows its class"
         )
     reason = _probe_class(
         kind_of(model),
@@ -86,6 +94,31 @@ def _probe_fast_paths(kind: Hashable, config: str) -> FastPaths:
             tried = replace(fast_paths, **{name: True})
             fast_paths = tried if is_same(tried) else fast_paths
     return fast_paths
+
+
+@functools.lru_cache(maxsize=64)
+def _probe_slots(kind: Hashable, config: str, implementation: str, chunked: bool) -> str | None:
+    """Why rows that share slots of a cache do not get the logits of their whole texts, or None."""
+    try:
+        network = HFNetwork(tiny_model(kind, config, implementation), fast_paths=FastPaths(chunked=chunked))
+        with torch.inference_mode():
+            return _wrong_on_slots(network)
+    except Exception as error:
+        return f"its keys and values cannot be kept in slots ({first_line(error)})"
+
+
+def _wrong_on_slots(network: HFNetwork) -> str | None:
+    texts = torch.arange(2 * 3 * WINDOW).view(2, -1) * 7 % 50 + 3
+    starts, order, width = (WINDOW + 3, 4), [1, 0, 1], 3
+    past = begin(network, causal, [text[:start] for text, start in zip(texts, starts, strict=True)])
+    position = torch.tensor([[4], [WINDOW + 3], [4 + width]]) + torch.arange(width)
+    tokens = texts[torch.tensor(order)[:, None], position]
+    past.columns = int(position.max()) + 1
+    got = network(tokens, Layout.of(position), causal, past=past.for_rows(order))
+    whole = network(texts, Layout.of(torch.arange(texts.shape[1]).expand_as(texts)), causal)
+    expected = whole[torch.tensor(order)[:, None], position]
+    gap = float((got - expected).abs().max() / expected.abs().max())
+    return None if gap <= 1e-5 else f"passes on a cache differ from passes over whole texts by {gap:.1e} of the logits"
 
 
 @functools.lru_cache(maxsize=64)
@@ -197,7 +230,13 @@ def probe_fast_paths(model: Any) -> FastPaths:
 
 def as_network(model: Any, mask_token_id: int | None = None, **options: Any) -> HFNetwork:
     """The model as a network that takes the fast paths of its class; options: of `HFNetwork`."""
-    return HFNetwork(model, mask_token_id, fast_paths=probe_fast_paths(model), **options)
+    fast_paths, config = probe_fast_paths(model), model.config.get_text_config()
+    implementation = "eager" if config._attn_implementation == "eager" else "sdpa"
+    tried = kind_of(model), tiny_settings(config), implementation
+    no_slots = _probe_slots(*tried, fast_paths.chunked)
+    if no_slots is not None and fast_paths.chunked and _probe_slots(*tried, False) is None:
+        fast_paths, no_slots = replace(fast_paths, chunked=False), None
+    return HFNetwork(model, mask_token_id, fast_paths=fast_paths, no_slots=no_slots, **options)
 
 
 def sees_position_differences(model: Any) -> bool:

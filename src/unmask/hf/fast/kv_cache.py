@@ -185,8 +185,9 @@ class _SlotLayer(CacheLayerMixin):
         new = new.detach() if new.requires_grad else new
         buffer.flatten(0, 1).index_copy_(0, index.target, new.transpose(1, 2).flatten(0, 1))
         seen = buffer[: self.memory.slots, : index.columns].transpose(1, 2)
-        if not self.memory.gathers or (len(index.parts) == 1 and len(new) == len(seen) and index.parts[0][2] is None):
+        if not self.memory.gathers:
             return seen
+        # A copy even of all slots in order: some models read keys in the order of memory that their own would have.
         return torch.cat(
             [
                 seen.repeat_interleave((end - begin) // len(seen), 0) if slots is None else seen[slots]

@@ -124,5 +124,5 @@ def test_factors_of_code_that_is_not_transformers_are_refused() -> None:
     model = tiny_model(MODELS["phi3"]())
     hf.probe(model)
     del model.model.rotary_emb.rope_type
-    with pytest.raises(unmask.UnsupportedModelError, match="'longrope'.*longest row of a pass"):
+    with pytest.raises(unmask.UnsupportedModelError, match=r"'longrope'.*longest row of a pass"):
         hf.probe(model)

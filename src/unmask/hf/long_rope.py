@@ -168,7 +168,7 @@ def _sees_long(
 
 
 def _write_again(run: Run, past: SlotCacheState, slot: int, count: int, is_long: bool) -> None:
-    """Write the keys of the first `count` tokens of a slot once more, with the factors of a long text or a short one."""
+    """Write the keys of the first `count` tokens of a slot once more, with the factors of a long or a short text."""
     if count > 0:
         tokens, position = past.cache.tokens.keys[slot, :count, 0, 0][None].clone(), torch.arange(count)[None]
         again, none = replace(past, rows=[slot], columns=count), torch.zeros(0, dtype=torch.long)

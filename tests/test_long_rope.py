@@ -76,12 +76,14 @@ def test_ar_text_is_stock_generates(name: str, batch_size: int | None) -> None:
         assert new == text[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("cycle", ["one", "two"])
 @pytest.mark.parametrize("draft", [2, 5])
-def test_speculative_text_is_the_ar_text(draft: int) -> None:
+def test_speculative_text_is_the_ar_text(draft: int, cycle: str) -> None:
     net, config = long_network(), block_config(8, clean="causal")
     prompts = [random_tokens(1, n, seed=n)[0] for n in (3, 17, FIRST - 2, FIRST, FIRST + 4)]
     expected = sample_autoregressive(net, prompts, max_new_tokens=30).new_tokens
-    assert sample_speculative(net, config, prompts, max_new_tokens=30, draft_length=draft).new_tokens == expected
+    got = sample_speculative(net, config, prompts, max_new_tokens=30, draft_length=draft, cycle=cycle)
+    assert got.new_tokens == expected
 
 
 @pytest.mark.parametrize("shift", [False, True])

@@ -171,5 +171,5 @@ def _write_again(run: Run, past: SlotCacheState, slot: int, count: int, is_long:
     """Write the keys of the first `count` tokens of a slot once more, with the factors of a long or a short text."""
     if count > 0:
         tokens, position = past.cache.tokens.keys[slot, :count, 0, 0][None].clone(), torch.arange(count)[None]
-        again, none = replace(past, rows=[slot], columns=count), torch.zeros(0, dtype=torch.long)
+        again, none = replace(past, rows=[slot], column=None, columns=count), torch.zeros(0, dtype=torch.long)
         run(tokens, Layout.of(position), none, again, torch.full_like(position, is_long, dtype=torch.bool))

@@ -176,7 +176,8 @@ class HFNetwork:
 
     def deferred(self, passed: Pass, later: Tensor, past: SlotCacheState) -> tuple[Tensor, Later]:
         """The logits of `passed.rows`, and a function from other flat rows of the same pass to theirs."""
-        if not self.plain_head or (self.compiled is not None and self.compiled.takes(past)):
+        compiled = self.compiled is not None and self.compiled.takes(past)
+        if not self.plain_head or compiled or self.first_long_position is not None:
             return not_deferred(self, passed, later, past)
         read: list[Tensor] = []
         with self.lock:

@@ -152,7 +152,8 @@ def run_on_long_slots(
         outs.append(run(input_ids, layout, rows, past, wanted[slot][:, None].expand(layout.position.shape)))
     if len(outs) == 1:
         return outs[0]
-    return torch.where(to_device(early, outs[0].device).view(*outs[0].shape[:-1], 1), *outs)
+    short, long = outs
+    return torch.where(to_device(early, long.device).view(*long.shape[:-1], 1), short, long)
 
 
 def _sees_long(

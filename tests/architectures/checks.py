@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from unmask import hf
 from unmask.core.attention import Layout, causal, two_stream
 from unmask.core.decoding import begin, denoise
-from unmask.core.drafter import Drafter, DrafterConfig
+from unmask.core.drafter import DrafterConfig
 from unmask.core.network import DiffusionConfig, Pass
 from unmask.core.scoring import score
 from unmask.hf.probes import probe_network
@@ -198,7 +198,7 @@ def _drafts(model: Any, tolerance: float) -> None:
     layout = _layout(tokens)
     with torch.no_grad():
         before = _stock(model, tokens)
-    drafter = Drafter(model, mask, DrafterConfig(rank=2, mask_rows=2))
+    drafter = hf.drafter_on(model, mask, DrafterConfig(rank=2, mask_rows=2))
     try:
         for index, up in enumerate(drafter.up.values()):
             torch.nn.init.normal_(up, std=0.05, generator=torch.Generator().manual_seed(index))

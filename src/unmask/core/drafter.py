@@ -7,7 +7,7 @@ cache and no file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,9 +66,20 @@ class _NoisyRows:
 
 
 class Drafter(nn.Module):
-    """The trained part; hooks on `model` apply it inside `rows(noisy)` and nowhere else."""
+    """The trained part; hooks on `model` apply it inside `rows(noisy)` and nowhere else.
 
-    def __init__(self, model: Any, mask_token_id: int, config: DrafterConfig) -> None:
+    maps: names of the linear maps that can be gated, all by default. tables: names of embeddings that ids index beside
+    the input embedding, where masks have rows of their own too. `hf.gateable` measures both.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        mask_token_id: int,
+        config: DrafterConfig,
+        maps: Collection[str] | None = None,
+        tables: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.mask_token_id, self.config = mask_token_id, config
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
@@ -84,7 +95,15 @@ class Drafter(nn.Module):
             embedding.register_forward_hook(self._embed_masks),
         ]
         generator = torch.Generator().manual_seed(0)
-        for name, module in target_modules(model, config.targets):
+        self.tables = nn.ParameterDict()
+        for name in tables:
+            table, key = model.get_submodule(name), name.replace(".", "-")
+            self.tables[key] = nn.Parameter(_mean_row(table).repeat(config.mask_rows, 1))
+            self._handles += [
+                table.register_forward_pre_hook(self._hide_places),
+                table.register_forward_hook(self._embed_places(self.tables[key])),
+            ]
+        for name, module in target_modules(model, config.targets, maps):
             weight: Any = module.weight
             out_features, in_features = _shape(module)
             key = name.replace(".", "-")  # a parameter's name holds no dot
@@ -145,25 +164,54 @@ class Drafter(nn.Module):
         rows = self.masks.to(out.dtype)[self._places.clamp_min(0)]
         return torch.where(self._places[..., None] >= 0, rows, out)
 
+    # Further tables see ids after the input embedding has, perhaps with those hidden that it does not hold.
 
-def target_modules(model: Any, targets: str) -> list[tuple[str, nn.Module]]:
-    """Linear maps of the model's layers whose names end in one of `targets`; the head is never one."""
+    def _hide_places(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return None if self._places is None else (args[0].masked_fill(self._places >= 0, 0), *args[1:])
+
+    def _embed_places(self, masks: Tensor) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            if self._places is None:
+                return out
+            return torch.where(self._places[..., None] >= 0, masks.to(out.dtype)[self._places.clamp_min(0)], out)
+
+        return hook
+
+
+def linear_maps(model: Any) -> list[tuple[str, nn.Module]]:
+    """Linear maps of the model; the head is never one."""
     head = model.get_output_embeddings()
-    maps = [
+    return [
         (name, module)
         for name, module in model.named_modules()
         if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
     ]
+
+
+def target_modules(model: Any, targets: str, maps: Collection[str] | None = None) -> list[tuple[str, nn.Module]]:
+    """Linear maps of the model whose names end in one of `targets`, of those in `maps` if that is given."""
+    every = linear_maps(model)
+    usable = [(name, module) for name, module in every if maps is None or name in maps]
     if targets == "all":
-        return maps
+        return usable
     endings = tuple(ending.strip() for ending in targets.split(","))
     for ending in endings:
-        if not ending or not any(name.endswith(ending) for name, _ in maps):
-            known = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name, _ in maps))
-            raise ValueError(
-                f"drafter_targets {ending!r} is no linear map of this model: use 'all', or some of {known}"
-            )
-    return [(name, module) for name, module in maps if name.endswith(endings)]
+        if ending and any(name.endswith(ending) for name, _ in usable):
+            continue
+        known = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name, _ in usable))
+        reason = "is no linear map of this model"
+        if ending and any(name.endswith(ending) for name, _ in every):
+            reason = "does not run once on each token of a pass, and on these alone, so noisy ones cannot be picked"
+        raise ValueError(f"drafter_targets {ending!r} {reason}: use 'all', or some of {known}")
+    return [(name, module) for name, module in usable if name.endswith(endings)]
+
+
+def _mean_row(table: nn.Embedding) -> Tensor:
+    """The mean of what a table gives, which may be scaled; a part at a time, since such tables are wide."""
+    with torch.no_grad():
+        ids = torch.arange(table.weight.shape[0], device=table.weight.device)
+        total = sum(table(part[None])[0].float().sum(0) for part in ids.split(1 << 12))
+        return (total / len(ids)).to(table.weight.dtype)
 
 
 def _shape(module: Any) -> tuple[int, int]:

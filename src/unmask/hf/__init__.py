@@ -22,6 +22,7 @@ from unmask.hf.checkpoint import (
     without_dropout,
     write_diffusion,
 )
+from unmask.hf.gateable import drafter_on
 from unmask.hf.layers import checkpoint_layers
 from unmask.hf.network import FastPaths, HFNetwork, UnsupportedModelError, replicate
 from unmask.hf.probes import as_network, probe, probe_fast_paths, probe_network, sees_position_differences
@@ -36,6 +37,7 @@ __all__ = [
     "as_network",
     "check_tokenizer",
     "checkpoint_layers",
+    "drafter_on",
     "end_token_ids",
     "fingerprint",
     "load_drafter",

@@ -26,6 +26,7 @@ from unmask.core.finite import check_weights
 from unmask.core.network import DiffusionConfig
 from unmask.core.noise import Key, uniform
 from unmask.hf.folders import BUILDING, check_folder, first_line, parse, read_object, read_tensors
+from unmask.hf.gateable import drafter_on
 from unmask.hf.gguf import dequantising, gguf_file, source_of
 from unmask.plain_json import to_json
 from unmask.run_folder import ordinary_permissions
@@ -352,7 +353,7 @@ def add_drafter(model: Any, tokenizer: Any, config: DrafterConfig, *, token: str
             f"those of {[token, *taken][-1]!r} too; give a new token with mask_token=TEXT"
         )
     tokenizer.add_special_tokens({"mask_token": token})
-    return Drafter(model, tokenizer.mask_token_id, config).to(model.device)
+    return drafter_on(model, tokenizer.mask_token_id, config).to(model.device)
 
 
 def save_drafter(folder: str | Path, drafter: Drafter, tokenizer: Any, diffusion: DiffusionConfig, base: Base) -> None:

@@ -89,8 +89,8 @@ class HFNetwork:
     forward: what runs the model, if not the model itself (a DDP or FSDP wrapper around it).
     per_layer_type: give each layer type its own mask, which sliding windows need; off in a test of the probe alone.
     gate: entered around every pass with its noisy rows, (batch, length) bool: what adapts those rows alone.
-    fast_paths: those that the model takes, by default none. no_slots: why rows cannot be decoded on slots of a cache,
-    None if they can. `probes.as_network` finds both out.
+    fast_paths: those that the model takes, by default none. no_cache: why its passes cannot stand on cached ones, None
+    if they can. `probes.as_network` finds both out.
     """
 
     def __init__(
@@ -102,14 +102,14 @@ class HFNetwork:
         per_layer_type: bool = True,
         gate: Callable[[Tensor], AbstractContextManager[None]] | None = None,
         fast_paths: FastPaths = FastPaths(),
-        no_slots: str | None = None,
+        no_cache: str | None = None,
     ) -> None:
         self.model = model
         self.forward = forward or model
         self.mask_token_id = mask_token_id
         self.per_layer_type = per_layer_type
         self.gate = gate
-        self.fast_paths, self.no_slots = fast_paths, no_slots
+        self.fast_paths, self.no_cache = fast_paths, no_cache
         self.head = model.get_output_embeddings()
         self.config = model.config.get_text_config()
         self.cache_keyword = cache_keyword(model)
@@ -128,15 +128,20 @@ class HFNetwork:
         """Longest document the positions of the model reach, if it says so."""
         return getattr(self.config, "max_position_embeddings", None)
 
+    def _check_cache(self) -> None:
+        if self.no_cache is not None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} cannot be decoded, nor trained or scored on a cache of its clean text: "
+                f"{self.no_cache}. Whole passes can be trained and scored"
+            )
+
     def new_cache(self) -> DynamicCache:
+        self._check_cache()
         # Without the config: caches made for sliding windows drop old keys.
         return DynamicCache()
 
     def new_slots(self, slots: int, columns: int) -> SlotCache:
-        if self.no_slots is not None:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} cannot be decoded: {self.no_slots}. It can be trained and scored"
-            )
+        self._check_cache()
         if self.first_long_position is not None:
             return LongSlots()
         with self.lock:

@@ -24,7 +24,7 @@ from unmask.core.attention import (
     window,
 )
 from unmask.core.decoding import begin
-from unmask.core.network import Pass, run
+from unmask.core.network import GrowingCache, Pass, run
 from unmask.hf.fast.chunked import CHUNK
 from unmask.hf.folders import first_line
 from unmask.hf.long_rope import changes_unseen
@@ -97,28 +97,34 @@ def _probe_fast_paths(kind: Hashable, config: str) -> FastPaths:
 
 
 @functools.lru_cache(maxsize=64)
-def _probe_slots(kind: Hashable, config: str, implementation: str, chunked: bool) -> str | None:
-    """Why rows that share slots of a cache do not get the logits of their whole texts, or None."""
+def _probe_cache(kind: Hashable, config: str, implementation: str, chunked: bool) -> str | None:
+    """Why passes on cached ones, in slots or growing, do not give the logits of whole texts, or None."""
     try:
         network = HFNetwork(tiny_model(kind, config, implementation), fast_paths=FastPaths(chunked=chunked))
         with torch.inference_mode():
-            return _wrong_on_slots(network)
+            return _wrong_on_cache(network)
     except Exception as error:
-        return f"its keys and values cannot be kept in slots ({first_line(error)})"
+        return f"its keys and values cannot be kept in a cache ({first_line(error)})"
 
 
-def _wrong_on_slots(network: HFNetwork) -> str | None:
-    texts = torch.arange(2 * 3 * WINDOW).view(2, -1) * 7 % 50 + 3
-    starts, order, width = (WINDOW + 3, 4), [1, 0, 1], 3
+def _wrong_on_cache(network: HFNetwork) -> str | None:
+    texts, width = torch.arange(2 * 3 * WINDOW).view(2, -1) * 7 % 50 + 3, 3
+    layout = Layout.of(torch.arange(texts.shape[1]).expand_as(texts))
+    whole = network(texts, layout, causal)
+    starts, order = (WINDOW + 3, 4), [1, 0, 1]
     past = begin(network, causal, [text[:start] for text, start in zip(texts, starts, strict=True)])
     position = torch.tensor([[4], [WINDOW + 3], [4 + width]]) + torch.arange(width)
-    tokens = texts[torch.tensor(order)[:, None], position]
+    at = torch.tensor(order)[:, None], position
     past.columns = int(position.max()) + 1
-    got = network(tokens, Layout.of(position), causal, past=past.for_rows(order))
-    whole = network(texts, Layout.of(torch.arange(texts.shape[1]).expand_as(texts)), causal)
-    expected = whole[torch.tensor(order)[:, None], position]
-    gap = float((got - expected).abs().max() / expected.abs().max())
-    return None if gap <= 1e-5 else f"passes on a cache differ from passes over whole texts by {gap:.1e} of the logits"
+    on_slots = network(texts[at], Layout.of(position), causal, past=past.for_rows(order)) - whole[at]
+
+    growing = GrowingCache(network.new_cache(), layout.subset(..., slice(0, 0)))
+    begun, later = slice(0, WINDOW + 3), slice(WINDOW + 3, None)
+    network(texts[:, begun], layout.subset(..., begun), causal, past=growing)
+    growing.layout = layout.subset(..., begun)
+    grown = network(texts[:, later], layout.subset(..., later), causal, past=growing) - whole[:, later]
+    gap = float(max(on_slots.abs().max(), grown.abs().max()) / whole.abs().max())
+    return None if gap <= 1e-4 else f"passes on a cache differ from passes over whole texts by {gap:.1e} of the logits"
 
 
 @functools.lru_cache(maxsize=64)
@@ -233,10 +239,10 @@ def as_network(model: Any, mask_token_id: int | None = None, **options: Any) -> 
     fast_paths, config = probe_fast_paths(model), model.config.get_text_config()
     implementation = "eager" if config._attn_implementation == "eager" else "sdpa"
     tried = kind_of(model), tiny_settings(config), implementation
-    no_slots = _probe_slots(*tried, fast_paths.chunked)
-    if no_slots is not None and fast_paths.chunked and _probe_slots(*tried, False) is None:
-        fast_paths, no_slots = replace(fast_paths, chunked=False), None
-    return HFNetwork(model, mask_token_id, fast_paths=fast_paths, no_slots=no_slots, **options)
+    no_cache = _probe_cache(*tried, fast_paths.chunked)
+    if no_cache is not None and fast_paths.chunked and _probe_cache(*tried, False) is None:
+        fast_paths, no_cache = replace(fast_paths, chunked=False), None
+    return HFNetwork(model, mask_token_id, fast_paths=fast_paths, no_cache=no_cache, **options)
 
 
 def sees_position_differences(model: Any) -> bool:

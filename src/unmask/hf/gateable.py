@@ -1,0 +1,96 @@
+"""What a drafter can gate, measured: linear maps that run once on each token of a pass, and tables that ids look up.
+
+Experts get only the tokens that are routed to them, some maps read cached tokens again, and some routers give more than
+their product: noisy tokens cannot be picked there. So the base runs once, with and without a cache, and is watched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from unmask.core.drafter import Drafter, DrafterConfig, linear_maps
+from unmask.hf.network import cache_keyword
+
+
+@dataclass(frozen=True)
+class Gateable:
+    """maps: names of linear maps. tables: names of embeddings that ids index, beside the input embedding (Gemma 3n)."""
+
+    maps: tuple[str, ...]
+    tables: tuple[str, ...]
+
+
+def drafter_on(model: Any, mask_token_id: int, config: DrafterConfig) -> Drafter:
+    """A new drafter on all that can be gated of its targets."""
+    parts = gateable(model)
+    return Drafter(model, mask_token_id, config, parts.maps, parts.tables)
+
+
+def gateable(model: Any) -> Gateable:
+    """What a drafter on this model can gate; the model runs on a few tokens."""
+    rows, length = 2, 7
+    size = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(rows * 2 * length).view(rows, -1) * 5 + 3) % size
+    ids = ids.to(model.get_input_embeddings().weight.device)
+    seen: dict[str, set[bool]] = {}
+    tables: dict[str, None] = {}
+    present = ids[:, :length]
+
+    def watch_map(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            shape = args[0].shape[:-1]
+            each = tuple(shape) in ((rows, present.shape[1]), (present.numel(),))
+            seen.setdefault(name, set()).add(each and isinstance(out, Tensor) and out.shape[:-1] == shape)
+
+        return hook
+
+    def watch_table(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], _out: Any) -> None:
+            if args[0].shape == present.shape and torch.equal(args[0], present):
+                tables[name] = None
+
+        return hook
+
+    own = model.get_input_embeddings()
+    handles = [module.register_forward_hook(watch_map(name)) for name, module in linear_maps(model)]
+    handles += [module.register_forward_hook(watch_table(name)) for name, module in model.named_modules()
+                if isinstance(module, nn.Embedding) and module is not own]  # fmt: skip
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _masked_by_itself(model):
+            model(input_ids=present, use_cache=False)
+            cache = {cache_keyword(model): DynamicCache()}
+            with suppress(Exception):  # of a model whose passes cannot be cached: `probes` says so where that is asked
+                model(input_ids=present, use_cache=True, **cache)
+                present = ids[:, length : 2 * length - 3]  # another number of tokens than are cached
+                model(input_ids=present, use_cache=True, **cache)
+    finally:
+        for handle in handles:
+            handle.remove()
+    routed = {_kind(name) for name, good in seen.items() if False in good}
+    return Gateable(tuple(name for name in seen if _kind(name) not in routed), tuple(tables))
+
+
+def _kind(name: str) -> str:
+    """The name without numbers: the same for all layers and experts, some of which may get every token by chance."""
+    return re.sub(r"\d+", "*", name)
+
+
+@contextmanager
+def _masked_by_itself(model: Any) -> Iterator[None]:
+    """Within the context the model makes its own masks, by attention that needs no compiler."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    if before == "flex_attention":
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

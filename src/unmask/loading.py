@@ -12,16 +12,7 @@ from unmask import hf
 from unmask.core.finite import check_weights
 from unmask.hf import lora
 from unmask.model import DiffusionLM
-
-
-def _check_chain(name: str | Path) -> None:
-    """Adapters may stand on adapters, but not in a circle."""
-    seen, at = {Path(name).resolve()}, lora.adapter_base(name)
-    while at is not None:
-        if Path(at).resolve() in seen:
-            raise ValueError(f"adapter {str(name)!r} ends at no model: its bases go round in a circle by {at!r}")
-        seen.add(Path(at).resolve())
-        at = lora.adapter_base(at)
+from unmask.model_name import locate, permanent_name
 
 
 def load(
@@ -36,10 +27,10 @@ def load(
 ) -> DiffusionLM:
     """Load a folder, hub id or .gguf file, converted or not; refuse a model whose attention cannot be controlled.
 
-    An adapter's folder is its base with the adapter merged into it; a drafter's is its base with the drafter on it;
-    base: where that model is, if not where the folder says. A .gguf file (extra `[gguf]`) is dequantised.
-    trust_remote_code: run Python code that the folder brings; without it such a folder is refused. Raises ValueError
-    with the file or the weights that are not what they should be.
+    An adapter's folder, also one of PEFT's own, is its base with the adapter merged into it; a drafter's is its base
+    with the drafter on it; base: where that model is, if not where the folder says. A .gguf file (extra `[gguf]`) is
+    dequantised. trust_remote_code: run Python code that the folder brings; without it such a folder is refused. Raises
+    ValueError with the file or the weights that are not what they should be.
     """
     options: dict[str, Any] = {
         "device": device,
@@ -49,26 +40,77 @@ def load(
         "quantization_config": quantization_config,
         "trust_remote_code": trust_remote_code,
     }
-    adapted_base = lora.adapter_base(name)
-    if adapted_base is not None:
-        _check_chain(name)
-        lm = load(base or adapted_base, **options)
-        lora.load_adapter(lm.model, name)
-        check_weights(lm.model, f"model {str(name)!r}")
-        tokenizer = hf.load_tokenizer(name, trust_remote_code=trust_remote_code)
-        hf.check_tokenizer(name, lm.model, tokenizer)
-        return DiffusionLM(lm.model, tokenizer, hf.read_diffusion(lm.model)).known_finite()
-    drafted = hf.read_base(name)
-    if drafted is not None:
-        if base is not None:
-            drafted = replace(drafted, name=str(base))
-        model, tokenizer, diffusion, drafter = hf.load_drafter(name, drafted, **options)
-        hf.probe(model)
-        hf.check_tokenizer(name, model, tokenizer)
-        return DiffusionLM(model, tokenizer, diffusion, drafter=drafter, base=drafted).known_finite()
-    if base is not None:
-        raise ValueError(f"base={str(base)!r} is for a drafter's or an adapter's folder, and {str(name)!r} is neither")
-    model, tokenizer = hf.load_pretrained(name, **options)
+    *above, (model_name, place) = _chain(str(name), None if base is None else str(base))
+    model, tokenizer = hf.load_pretrained(place, **options)
+    model.config._name_or_path = model_name
     hf.probe(model)
+    hf.check_tokenizer(place, model, tokenizer)
+    lm = DiffusionLM(model, tokenizer, hf.read_diffusion(model))
+    for at, (layer_name, layer) in reversed(list(enumerate(above))):
+        under = (*above, (model_name, place))[at + 1][0]
+        lm = _with(lm, layer_name, Path(layer), under, trust_remote_code)
+    return lm.known_finite()
+
+
+def read_config(name: str | Path, base: str | Path | None = None) -> dict[str, Any]:
+    """The object in config.json of a model, or of the one that an adapter without it stands on; empty without any."""
+    chain = _chain(str(name), None if base is None else str(base))
+    return next((found for _, place in chain if (found := hf.read_config(place))), {})
+
+
+def recorded_base(name: str | Path) -> str | None:
+    """The base that the folder of a drafter or adapter names; None for any other model."""
+    return _base_of(locate(name))
+
+
+def _base_of(place: Path | str) -> str | None:
+    drafted = hf.read_base(place)
+    return lora.adapter_base(place) if drafted is None else drafted.name
+
+
+def _chain(name: str, base: str | None) -> list[tuple[str, Path | str]]:
+    """Names and places of a model and of those it stands on, of which the last is whole.
+
+    base: stands in for the base that the first one names.
+    """
+    chain = [(name, locate(name))]
+    while (recorded := _base_of(chain[-1][1])) is not None:
+        (above, place), under = chain[-1], base or recorded
+        kind = "drafter" if hf.read_base(place) else "adapter"
+        if not under:
+            raise ValueError(f"{kind} {above!r} names no base_model_name_or_path: give base=FOLDER (--base FOLDER)")
+        try:
+            chain.append((under, locate(under)))
+        except ValueError as error:
+            raise ValueError(
+                f"{kind} {above!r} needs its base {under!r}, which does not load: give base=FOLDER "
+                f"(--base FOLDER) ({error})"
+            ) from error
+        if hf.read_base(chain[-1][1]) is not None:
+            raise ValueError(f"{kind} {above!r} stands on {under!r}, which is a drafter: give the drafter's own base")
+        if chain[-1][1] in [place for _, place in chain[:-1]]:
+            raise ValueError(f"adapter {name!r} ends at no model: its bases go round in a circle by {under!r}")
+        base = None
+    if base is not None:
+        raise ValueError(f"base={base!r} is for a drafter's or an adapter's folder, and {name!r} is neither")
+    return chain
+
+
+def _with(lm: DiffusionLM, name: str, folder: Path, base: str, trust_remote_code: bool) -> DiffusionLM:
+    """The drafter or adapter in a folder, on its base `lm`."""
+    model, drafted = lm.model, hf.read_base(folder)
+    if drafted is not None:
+        drafted = replace(drafted, name=permanent_name(base))
+        tokenizer, diffusion, drafter = hf.load_drafter(
+            folder, drafted, model, lm.tokenizer, trust_remote_code=trust_remote_code
+        )
+        hf.check_tokenizer(name, model, tokenizer)
+        return DiffusionLM(model, tokenizer, diffusion, drafter=drafter, base=drafted)
+    lora.load_adapter(model, folder)
+    model.config._name_or_path = name
+    check_weights(model, f"model {name!r}")
+    tokenizer = lm.tokenizer
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = hf.load_tokenizer(folder, trust_remote_code=trust_remote_code)
     hf.check_tokenizer(name, model, tokenizer)
-    return DiffusionLM(model, tokenizer, hf.read_diffusion(model)).known_finite()
+    return DiffusionLM(model, tokenizer, hf.read_diffusion(model))

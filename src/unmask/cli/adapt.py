@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unmask.cli.app import Data, Json, TrustRemoteCode, app
+from unmask.cli.app import Base, Data, Json, TrustRemoteCode, app, name_of
 from unmask.plain_json import to_json
 
 
@@ -19,7 +19,7 @@ from unmask.plain_json import to_json
     "block_size=16 mixed_precision=bf16"
 )
 def adapt(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a causal language model.")],
+    model: Annotated[str, typer.Argument(**name_of("Folder or hub id of a causal language model."))],
     data: Data,
     output: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics, final model.")],
     settings: Annotated[
@@ -35,6 +35,7 @@ def adapt(
         int | None, typer.Option(help="Clean, unpadded training tokens; without it, one pass over the data.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue the run in the output folder.")] = False,
+    base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -47,7 +48,9 @@ def adapt(
     from unmask.training.ranks import join, leave
 
     sources = [Path(name) if name else name for name in (*data, *more)]  # names, never texts
-    unmask.adapt(model, sources, recipe, output, resume=resume, trust_remote_code=trust_remote_code, **chosen)
+    unmask.adapt(
+        model, sources, recipe, output, resume=resume, base=base, trust_remote_code=trust_remote_code, **chosen
+    )
     is_main = join().is_main_process
     leave()
     if not is_main:
@@ -80,15 +83,20 @@ def split_settings(items: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 @app.command(epilog="Example: unmask demo; unmask demo Qwen/Qwen3-0.6B-Base --data corpus.txt --output runs/q")
 def demo(
-    model: Annotated[str | None, typer.Argument(help="Folder or hub id; by default a tiny base made here.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(**name_of("Folder or hub id; by default a tiny base made here."))
+    ] = None,
     data: Annotated[
         list[str] | None, typer.Option("--data", help="Text to adapt on; by default Python's own sources.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Where base and converted model go.")] = Path("runs/demo"),
     max_tokens: Annotated[int, typer.Option(help="Training tokens of the conversion.")] = 400_000,
+    base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """The whole job on a default: make a tiny AR base, convert it, generate with it and measure it."""
+    if base is not None and model is None:
+        raise ValueError(f"--base {base} is for a drafter or an adapter: give its folder, or leave it out")
     from unmask.cli.demo import run_demo
 
-    run_demo(model, data, output, max_tokens, trust_remote_code)
+    run_demo(model, data, output, max_tokens, base, trust_remote_code)

@@ -28,6 +28,23 @@ Data = Annotated[
     typer.Option("--data", help="A .txt, .jsonl or .parquet file, a folder of them, or a hub id; can be repeated."),
 ]
 
+
+def name_of(what: str) -> Any:
+    """What makes an argument or option a model's name, which is looked up before anything else is done."""
+    return {"help": what, "callback": _located}
+
+
+def _located(name: str | None) -> str | None:
+    from unmask.model_name import locate
+
+    if name is not None:
+        locate(name)
+    return name
+
+
+Base = Annotated[
+    str | None, typer.Option("--base", **name_of("Where the base of a drafter or adapter lies, if not where it says."))
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model's folder brings.")
 ]

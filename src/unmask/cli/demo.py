@@ -20,10 +20,11 @@ BASE_TOKENS = 1_500_000
 VOCABULARY = 1024
 
 
-def run_demo(model: str | None, data: list[str] | None, output: Path, max_tokens: int, trust: bool = False) -> None:
+def run_demo(model: str | None, data: list[str] | None, output: Path, max_tokens: int, base: str | None = None,
+             trust: bool = False) -> None:  # fmt: skip
     """Convert a base, a tiny one made of `data` unless `model` names one, and show text and likelihood of both.
 
-    data: without it, the standard library. trust: run code that the model's folder brings.
+    data: without it, the standard library. base, trust: of `load`: run code that the model's folder brings.
     """
     import unmask
     from unmask.data.readers import find_files, read_documents
@@ -35,11 +36,18 @@ def run_demo(model: str | None, data: list[str] | None, output: Path, max_tokens
     converted = output / "converted"
     _note(f"convert {model}")
     lm = unmask.adapt(
-        model, data, output_dir=converted, resume=True, trust_remote_code=trust, max_tokens=max_tokens, eval_every=50
+        model,
+        data,
+        output_dir=converted,
+        resume=True,
+        base=base,
+        trust_remote_code=trust,
+        max_tokens=max_tokens,
+        eval_every=50,
     )
     files = find_files(data)
     held_out = [text for file in files[-1:] for text in read_documents(file)][-8:] if files else []
-    _show(unmask.load(model, trust_remote_code=trust), lm, held_out)
+    _show(unmask.load(model, base=base, trust_remote_code=trust), lm, held_out)
     print(f'model          {converted}: try `unmask generate {converted} "import "`', flush=True)
 
 

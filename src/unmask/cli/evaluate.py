@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unmask.cli.app import Json, TrustRemoteCode, app
+from unmask.cli.app import Base, Json, TrustRemoteCode, app, name_of
 from unmask.cli.options import DECODER, takes_decoding
 from unmask.plain_json import to_json
 from unmask.progress import note
@@ -26,7 +26,7 @@ _OF_TASKS = (
 )
 @takes_decoding(*(name for name in DECODER if name != "block_size"))
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    model: Annotated[str, typer.Argument(**name_of("Folder or hub id."))],
     data: Annotated[
         list[str] | None,
         typer.Option("--data", help="A .txt, .jsonl or .parquet file, or a folder of them; can be repeated."),
@@ -54,6 +54,7 @@ def evaluate(
     apply_chat_template: Annotated[bool, typer.Option(help="Tasks: as messages in the chat template.")] = False,
     confirm_run_unsafe_code: Annotated[bool, typer.Option(help="Tasks: run code that the model wrote.")] = False,
     output: Annotated[Path | None, typer.Option(help="Tasks: folder for results.json and every sample.")] = None,
+    base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     *,
@@ -69,10 +70,11 @@ def evaluate(
     of_tasks = {name: arguments[name] for name in _OF_TASKS}
     of_tasks = {name: value for name, value in of_tasks.items() if value is not None and value is not False}
     bound: dict[str, Any] = {"num_samples": num_samples, "exact": exact, "block_size": block_size, "seed": seed}
+    load_options: dict[str, Any] = {"base": base, "trust_remote_code": trust_remote_code}
     if tasks is not None:
         if data or more or max_documents is not None:
             raise ValueError(f"--tasks {tasks} brings its own documents: leave --data, and take fewer with --limit")
-        results = _run_tasks(model, trust_remote_code, tasks, of_tasks, bound | decoder)
+        results = _run_tasks(model, load_options, tasks, of_tasks, bound | decoder)
         if as_json:
             figures = {name: value for name, value in results.items() if name not in ("samples", "configs")}
             print(to_json(figures, default=str))
@@ -86,7 +88,7 @@ def evaluate(
     if not data:
         raise ValueError("evaluate needs --data FILE, or --tasks NAME of lm-evaluation-harness")
     texts = _documents([*data, *(more or [])], max_documents, text_column, skip_invalid)
-    figures = _likelihoods(model, trust_remote_code, texts, bound)
+    figures = _likelihoods(model, load_options, texts, bound)
     print(to_json(figures) if as_json else _as_text(figures))
 
 
@@ -108,12 +110,12 @@ def _documents(files: Sequence[str], limit: int | None, text_column: str, skip_i
     return texts
 
 
-def _likelihoods(model: str, trust_remote_code: bool, texts: list[str], bound: dict[str, Any]) -> dict[str, Any]:
+def _likelihoods(model: str, load_options: dict[str, Any], texts: list[str], bound: dict[str, Any]) -> dict[str, Any]:
     """The figures of --json: nats per predicted token and bits per byte, None where the checkpoint has no such mode."""
     import unmask
     from unmask.evaluation.likelihood import summarise
 
-    lm = unmask.load(model, trust_remote_code=trust_remote_code)
+    lm = unmask.load(model, **load_options)
     exact, block_size = bound["exact"], bound["block_size"]
     if lm.diffusion is None and (exact or block_size is not None):
         raise ValueError(f"model {model!r} is an untouched AR model and has no blocks: leave --block-size and --exact")
@@ -150,7 +152,7 @@ def _as_text(figures: dict[str, Any]) -> str:
 
 
 def _run_tasks(
-    model: str, trust_remote_code: bool, tasks: str, of_tasks: dict[str, Any], scoring: dict[str, Any]
+    model: str, load_options: dict[str, Any], tasks: str, of_tasks: dict[str, Any], scoring: dict[str, Any]
 ) -> dict[str, Any]:
     """`evaluate --tasks`: `scoring` are the options of the bound and of decoding."""
     try:
@@ -162,7 +164,7 @@ def _run_tasks(
 
     import unmask
 
-    lm = unmask.load(model, trust_remote_code=trust_remote_code)
+    lm = unmask.load(model, **load_options)
     output = of_tasks.pop("output", None)
     size = {name: of_tasks.pop(name) for name in ("batch_size", "max_length") if name in of_tasks}
     results = run_tasks(HarnessLM(lm, show_progress=True, **scoring, **size), loaded, **of_tasks)
@@ -173,7 +175,7 @@ def _run_tasks(
 
 @app.command(epilog="Example: unmask embed runs/q sentences.jsonl --output sentences.npy")
 def embed(
-    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    model: Annotated[str, typer.Argument(**name_of("Folder or hub id."))],
     file: Annotated[Path, typer.Argument(help="A .txt, .jsonl or .parquet file of texts.")],
     output: Annotated[Path, typer.Option(help=".npy (vectors alone), .jsonl or .parquet (text and embedding).")],
     pattern: Annotated[
@@ -182,6 +184,7 @@ def embed(
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files.")] = "text",
     skip_invalid: Annotated[bool, typer.Option(help="Leave broken documents out instead of stopping.")] = False,
+    base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -198,7 +201,7 @@ def embed(
 
     import unmask
 
-    lm = unmask.load(model, trust_remote_code=trust_remote_code)
+    lm = unmask.load(model, base=base, trust_remote_code=trust_remote_code)
     vectors = lm.embed(texts, pattern, show_progress=True)
     write_embeddings(output, texts, vectors)
     used = pattern or lm.embedding_pattern

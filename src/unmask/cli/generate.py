@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unmask.cli.app import Json, TrustRemoteCode, app
+from unmask.cli.app import Base, Json, TrustRemoteCode, app, name_of
 from unmask.cli.options import DECODER, SAMPLING, takes_decoding
 from unmask.plain_json import to_json
 
@@ -17,7 +17,7 @@ from unmask.plain_json import to_json
 @app.command(epilog='Example: unmask generate runs/q "Once upon a time" --max-new-tokens 64 --confidence-threshold 0.8')
 @takes_decoding(*DECODER, *SAMPLING)
 def generate(
-    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    model: Annotated[str, typer.Argument(**name_of("Folder or hub id."))],
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 128,
     replay: Annotated[
@@ -26,6 +26,7 @@ def generate(
     watch: Annotated[
         bool, typer.Option("--watch", help="Show on the terminal how the text is denoised, coloured by confidence.")
     ] = False,
+    base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     *,
@@ -43,7 +44,7 @@ def generate(
     from unmask.cli.replay import watching, write_replay
     from unmask.sampling import Trace
 
-    lm = unmask.load(model, trust_remote_code=trust_remote_code)
+    lm = unmask.load(model, base=base, trust_remote_code=trust_remote_code)
     chosen: Any = lm.decoder(**decoder)
     given = lm.prompt_ids(text)[0].tolist()
     live = None
@@ -79,11 +80,12 @@ def generate(
 @app.command(epilog="Example: unmask chat runs/q --confidence-threshold 0.8")
 @takes_decoding(*DECODER, *SAMPLING)
 def chat(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a model with a chat template.")],
+    model: Annotated[str, typer.Argument(**name_of("Folder or hub id of a model with a chat template."))],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile decoding: a slow first answer, faster ones on a GPU.")
     ] = False,
+    base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
     *,
     decoder: dict[str, Any],
@@ -93,7 +95,7 @@ def chat(
     import unmask
     from unmask.data.supervised import check_template
 
-    lm = unmask.load(model, trust_remote_code=trust_remote_code)
+    lm = unmask.load(model, base=base, trust_remote_code=trust_remote_code)
     check_template(lm.tokenizer)
     chosen = lm.decoder(**decoder)
     if compiled:
@@ -163,7 +165,7 @@ class _Stream:
 )
 @takes_decoding("block_size", "max_denoising_steps", "confidence_threshold", "guidance_scale", *SAMPLING)
 def infill(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a converted model.")],
+    model: Annotated[str, typer.Argument(**name_of("Folder or hub id of a converted model."))],
     prefix: Annotated[str, typer.Option(help="The text before the gap.")],
     suffix: Annotated[str, typer.Option(help="The text after the gap.")],
     num_tokens: Annotated[
@@ -175,6 +177,7 @@ def infill(
     num_samples: Annotated[
         int | None, typer.Option(help="Forwards that score a candidate length, by default 8.")
     ] = None,
+    base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     *,
@@ -184,7 +187,7 @@ def infill(
     """Fill the gap between a prefix and a suffix."""
     import unmask
 
-    lm = unmask.load(model, trust_remote_code=trust_remote_code)
+    lm = unmask.load(model, base=base, trust_remote_code=trust_remote_code)
     lengths: int | list[int] = num_tokens[0] if len(num_tokens) == 1 else num_tokens
     out = lm.infill(prefix, suffix, lengths, attention=attention, num_samples=num_samples, **decoder, **sampling)
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unmask.cli.app import Json, Temperature, TrustRemoteCode, app
+from unmask.cli.app import Base, Json, Temperature, TrustRemoteCode, app, name_of
 from unmask.plain_json import to_json
 from unmask.version import __version__
 
@@ -18,14 +18,14 @@ from unmask.version import __version__
     "--output results/q"
 )
 def frontier(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a converted model.")],
+    model: Annotated[str, typer.Argument(**name_of("Folder or hub id of a converted model."))],
     data: Annotated[
         list[str] | None, typer.Option("--data", help="Files whose documents' beginnings are the prompts.")
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(help="Further data files.", show_default=False)] = None,
     task: Annotated[str | None, typer.Option(help="A task with answers instead of data: copy, reverse, ...")] = None,
     parent: Annotated[
-        str | None, typer.Option(help="The AR model it was made from; by default what its folder records.")
+        str | None, typer.Option(**name_of("The AR model it was made from; by default what its folder records."))
     ] = None,
     thresholds: Annotated[str, typer.Option(help="Confidence thresholds to decode with.")] = "0.1,0.3,0.5,0.7,0.9",
     rule: Annotated[
@@ -46,6 +46,7 @@ def frontier(
     output: Annotated[
         Path | None, typer.Option(help="Folder for run.json, rows.jsonl and the figure; continued where it stopped.")
     ] = None,
+    base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -66,7 +67,14 @@ def frontier(
         oracle=oracle, temperature=temperature, seed=seed,
     )  # fmt: skip
     rows, run = run_frontier(
-        model, sweep, data=files, task=task, parent=parent, output=output, trust_remote_code=trust_remote_code
+        model,
+        sweep,
+        data=files,
+        task=task,
+        parent=parent,
+        output=output,
+        base=base,
+        trust_remote_code=trust_remote_code,
     )
     if as_json:
         print(to_json({"rows": [asdict(row) for row in rows], "aup": areas(rows), "settings": run}))
@@ -77,12 +85,13 @@ def frontier(
 @app.command(epilog="Example: unmask bench decode --json; unmask bench train runs/q --rounds 3")
 def bench(
     what: Annotated[str, typer.Argument(help="train or decode.")],
-    model: Annotated[str | None, typer.Argument(help="Folder or hub id instead of random weights.")] = None,
+    model: Annotated[str | None, typer.Argument(**name_of("Folder or hub id instead of random weights."))] = None,
     shape: Annotated[str, typer.Option(help="Random Qwen3 weights of this shape: tiny, 0.6b, 4b or 8b.")] = "tiny",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 5,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile our decoding passes (a GPU replays them as CUDA graphs).")
     ] = False,
+    base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -91,6 +100,8 @@ def bench(
         raise ValueError(f"bench {what!r} is unknown: use train or decode")
     if rounds < 1:
         raise ValueError(f"--rounds {rounds} must be at least 1")
+    if base is not None and model is None:
+        raise ValueError(f"--base {base} is for a drafter or an adapter: give its folder, or leave it out")
     if compiled and what == "train":
         raise ValueError("--compile is for decoding: leave it out of bench train")
 
@@ -102,9 +113,9 @@ def bench(
 
     torch.set_num_threads(1)
     cases: Any = (
-        bench_train(model or shape, rounds, trust_remote_code=trust_remote_code)
+        bench_train(model or shape, rounds, base=base, trust_remote_code=trust_remote_code)
         if what == "train"
-        else bench_decode(model or shape, rounds, compiled=compiled, trust_remote_code=trust_remote_code)
+        else bench_decode(model or shape, rounds, compiled=compiled, base=base, trust_remote_code=trust_remote_code)
     )
     settings = {
         "shape": model or shape,
@@ -131,7 +142,7 @@ def study(
     name: Annotated[
         str | None, typer.Argument(help="A study that ships with unmask, or a .toml file; without it, list them.")
     ] = None,
-    model: Annotated[str | None, typer.Argument(help="Folder or hub id of the AR parent.")] = None,
+    model: Annotated[str | None, typer.Argument(**name_of("Folder or hub id of the AR parent."))] = None,
     data: Annotated[
         list[str] | None, typer.Option("--data", help="Training text of every arm; can be repeated.")
     ] = None,
@@ -142,6 +153,7 @@ def study(
     max_tokens: Annotated[int | None, typer.Option(help="Training tokens of every arm.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds with commas between, as 0,1,2.")] = None,
     arms: Annotated[str | None, typer.Option(help="Only these arms, with commas between.")] = None,
+    base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -158,7 +170,7 @@ def study(
     )  # fmt: skip
     if model is None or not data or not evaluation or output is None:
         raise ValueError(f"study {name!r} needs a MODEL, --data, --eval and --output")
-    rows = run_study(chosen, model, data, evaluation, output, trust_remote_code=trust_remote_code)
+    rows = run_study(chosen, model, data, evaluation, output, base=base, trust_remote_code=trust_remote_code)
     if as_json:
         print(to_json({"study": chosen.name, "output": str(output), "rows": rows}))
     else:

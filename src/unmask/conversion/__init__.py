@@ -28,6 +28,7 @@ def adapt(
     *,
     resume: bool = False,
     show_progress: bool = True,
+    base: str | Path | None = None,
     trust_remote_code: bool = False,
     **settings: Any,
 ) -> DiffusionLM:
@@ -38,11 +39,11 @@ def adapt(
     (with self_prompts): text that the model itself writes. recipe: tri-mode by
     default; without one a converted model keeps its recipe, attention, shift and block size. settings: replace those
     of the recipe. resume: continue the run in output_dir from its newest checkpoint; a finished run is loaded and
-    returned, or extended by a larger max_tokens. trust_remote_code: run Python code of the model's folder. Returns the
-    adapted model, in eval mode. Raises ValueError for what cannot work, mostly before output_dir is written to.
+    returned, or extended by a larger max_tokens. base, trust_remote_code: of `load`. Returns the adapted
+     model, in eval mode. Raises ValueError for what cannot work, mostly before output_dir is written to.
     """
     folder = training_folder(Path(output_dir))
-    job = plan(model, data, recipe, settings, folder, resume, show_progress, trust_remote_code)
+    job = plan(model, data, recipe, settings, folder, resume, show_progress, base, trust_remote_code)
     parent = load_parent(job)
     text = read_text(job, parent)
     run = describe(job, parent, text)

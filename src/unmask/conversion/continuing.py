@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from unmask import hf
 from unmask.core.network import DiffusionConfig
 from unmask.model import DiffusionLM
 from unmask.recipe import load_recipe, recipe_names
@@ -20,18 +19,21 @@ _DEFAULT = "tri-mode"
 """Recipe of an AR model: the one that keeps it."""
 
 
-def recipe_settings(model: str | Path | DiffusionLM, recipe: str | None, overrides: dict[str, Any]) -> Settings:
-    """The settings of a run: those of the recipe, or without one those that a converted model keeps; then overrides."""
+def recipe_settings(model: DiffusionLM | Mapping[str, Any], recipe: str | None, overrides: dict[str, Any]) -> Settings:
+    """The settings of a run: those of the recipe, or without one those that a converted model keeps; then overrides.
+
+    model: loaded, or the object in its config.json.
+    """
     kept = {} if recipe is not None else _kept_settings(model)
     return load_recipe(recipe or kept.pop("recipe", _DEFAULT), kept, **overrides)
 
 
-def _kept_settings(model: str | Path | DiffusionLM) -> dict[str, Any]:
-    """The settings of `_KEPT` of a converted model, read without loading it; empty for an AR model."""
+def _kept_settings(model: DiffusionLM | Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `_KEPT` of a converted model; empty for an AR model."""
     if isinstance(model, DiffusionLM):
         raw: Any = None if model.diffusion is None else asdict(model.diffusion)
     else:
-        raw = hf.read_config(model).get("diffusion")
+        raw = model.get("diffusion")
     if not isinstance(raw, dict):  # `load` raises if it is something else
         return {}
     kept = {name: raw[name] for name in _KEPT if name in raw and (raw[name] is not None or name == "clean_attention")}

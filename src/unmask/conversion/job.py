@@ -15,8 +15,9 @@ from unmask.conversion.run_record import IN_MEMORY, read_earlier
 from unmask.data.readers import Records, find_files, in_memory, local_files
 from unmask.data.streams import from_datasets, has_splits, stream_name
 from unmask.hf import lora
-from unmask.loading import load
+from unmask.loading import load, read_config
 from unmask.model import DiffusionLM
+from unmask.model_name import locate
 from unmask.recipe import check_data_settings
 from unmask.resolve import Resolved, resolve
 from unmask.run_folder import RunFolder
@@ -45,6 +46,7 @@ class Job:
     earlier: dict[str, Any] | None
     resume: bool
     show_progress: bool
+    base: str | Path | None
     trust_remote_code: bool
 
 
@@ -56,13 +58,16 @@ def plan(
     folder: RunFolder,
     resume: bool,
     show_progress: bool,
+    base: str | Path | None,
     trust_remote_code: bool,
 ) -> Job:
     """Resolve the recipe, find the data files and read the folder; ValueError for an error in any of them.
 
     recipe: None keeps what a converted model is. overrides: settings that replace the recipe's.
     """
-    settings = recipe_settings(model, recipe, overrides)
+    settings = recipe_settings(_known(model, base), recipe, overrides)
+    if settings.teacher not in (None, "parent"):
+        locate(str(settings.teacher))
     sources, given = _sources(data, settings.split)
     if settings.lora_rank is not None:
         lora.require_peft()
@@ -87,7 +92,18 @@ def plan(
     earlier = read_earlier(folder, resume)
     shown = show_progress and join().is_main_process
     stream = None if isinstance(given, Records) else given
-    return Job(model, settings, sources, files, stream, held_out, folder, earlier, resume, shown, trust_remote_code)
+    return Job(
+        model, settings, sources, files, stream, held_out, folder, earlier, resume, shown, base, trust_remote_code
+    )  # fmt: skip
+
+
+def _known(model: str | Path | DiffusionLM, base: str | Path | None) -> DiffusionLM | dict[str, Any]:
+    """What is known of a model before it is loaded: the object in its config.json."""
+    if not isinstance(model, DiffusionLM):
+        return read_config(model, base)
+    if base is not None:
+        raise ValueError(f"base={str(base)!r} is for a drafter's or adapter's folder, and this model is loaded already")
+    return model
 
 
 def _sources(data: Any, split: str) -> tuple[tuple[str, ...], Any]:
@@ -158,7 +174,7 @@ def _load(job: Job) -> DiffusionLM:
     if isinstance(job.model, DiffusionLM):
         lm = job.model
     else:
-        lm = load(job.model, dtype=torch.float32, device=device, trust_remote_code=job.trust_remote_code)
+        lm = load(job.model, dtype=torch.float32, device=device, base=job.base, trust_remote_code=job.trust_remote_code)
     if device is not None:
         lm.model.to(device)
     return lm

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from unmask.core.network import DiffusionConfig
 from unmask.core.noise import Key, uniform
 from unmask.hf.folders import BUILDING, check_folder, first_line, parse, read_object, read_tensors
 from unmask.hf.gateable import drafter_on
-from unmask.hf.gguf import dequantising, gguf_file, source_of
+from unmask.hf.gguf import dequantising, source_of
+from unmask.model_name import CONFIG, DRAFTER_WEIGHTS, permanent_name
 from unmask.plain_json import to_json
 from unmask.run_folder import ordinary_permissions
 
@@ -99,24 +100,17 @@ def _quiet() -> Iterator[None]:
 # --- folders
 
 
-def read_config(name: str | Path) -> dict[str, Any]:
-    """The object in config.json of a folder or hub id, unchanged; empty if there is none."""
-    path = Path(name) / "config.json"
-    if path.is_file():
-        return read_object(path)
-    if Path(name).exists() or is_path(name) or gguf_file(name) is not None:
-        return {}
-    with _loading(name, "config.json"):
-        return dict(PreTrainedConfig.get_config_dict(name)[0])
-
-
-def is_path(name: str | Path) -> bool:
-    """Whether a name cannot be a hub id."""
-    return str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
+def read_config(place: Path | str) -> dict[str, Any]:
+    """The object in config.json of a located model, unchanged; empty if it has none."""
+    if isinstance(place, str):
+        with _loading(place, "config.json"):
+            return dict(PreTrainedConfig.get_config_dict(place)[0])
+    path = place / CONFIG
+    return read_object(path) if path.is_file() else {}
 
 
 def load_pretrained(
-    name: str | Path,
+    place: Path | str,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
@@ -125,29 +119,24 @@ def load_pretrained(
     quantization_config: Any = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Model (in eval mode) and tokenizer of a folder, hub id or .gguf file, whose weights are all there and fit.
+    """Model (in eval mode) and tokenizer of a located model, whose weights are all there and fit.
 
     trust_remote_code: run Python that the folder brings along; without it, what needs it is refused.
     """
-    path, file = Path(name), gguf_file(name)
-    source, of_file = source_of(name)
-    if file is None and not path.exists() and is_path(name):
-        raise ValueError(f"model folder {str(name)!r} does not exist: give an existing folder or a hub id")
-    if file is None and path.exists():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"model folder {str(name)!r} holds no config.json: give the folder of an HF checkpoint")
-        check_folder(path)
+    source, of_file = source_of(place)
+    if isinstance(place, Path) and not of_file:
+        check_folder(place)
     options: dict[str, Any] = {
         "attn_implementation": attn_implementation,
         "device_map": device_map,
         "quantization_config": quantization_config,
         "dtype": dtype,
     }
-    with _loading(name, "config.json"):
+    with _loading(place, "config.json"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **of_file)
-    if file is not None:
-        options["quantization_config"] = dequantising(file, quantization_config)
-    with _loading(name, "weights"), BUILDING:
+    if of_file:
+        options["quantization_config"] = dequantising(place, quantization_config)
+    with _loading(place, "weights"), BUILDING:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -156,16 +145,14 @@ def load_pretrained(
             **of_file,
             **{k: v for k, v in options.items() if v is not None},
         )
-    _check_weights(name, model, info)
-    _check_ids(name, model)
-    tokenizer = _tokenizer(name, trust_remote_code)
-    if file is not None:
-        model.config._name_or_path = str(name)
+    _check_weights(place, model, info)
+    _check_ids(place, model)
+    tokenizer = _tokenizer(place, trust_remote_code)
     if device_map is None and quantization_config is None:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device)
-    check_weights(model, f"model {str(name)!r}")
+    check_weights(model, f"model {str(place)!r}")
     return model.eval(), tokenizer
 
 
@@ -290,16 +277,16 @@ def write_diffusion(model: Any, diffusion: DiffusionConfig | None) -> None:
         model.config.diffusion = asdict(diffusion)
 
 
-def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder or hub id."""
-    if Path(name).exists():
-        check_folder(Path(name))
-    return _tokenizer(name, trust_remote_code)
+def load_tokenizer(place: Path | str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a located model."""
+    if isinstance(place, Path):
+        check_folder(place)
+    return _tokenizer(place, trust_remote_code)
 
 
-def _tokenizer(name: str | Path, trust_remote_code: bool) -> Any:
-    with _loading(name, "tokenizer.json, tokenizer_config.json or another file of the tokenizer"):
-        source, options = source_of(name)
+def _tokenizer(place: Path | str, trust_remote_code: bool) -> Any:
+    with _loading(place, "tokenizer.json, tokenizer_config.json or another file of the tokenizer"):
+        source, options = source_of(place)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
         if not tokenizer.get_vocab():
             raise ValueError("the vocabulary is empty")
@@ -317,12 +304,10 @@ def save_pretrained(folder: str | Path, model: Any, tokenizer: Any, diffusion: D
 
 # --- drafter folders: adapters and mask embeddings, and the name of their base
 
-DRAFTER_WEIGHTS = "drafter.safetensors"
-
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen model that a drafter belongs to: path or hub id, and the hash of its weights."""
+    """The frozen model that a drafter belongs to: hub id or full path, and the hash of its weights."""
 
     name: str
     fingerprint: str
@@ -362,43 +347,36 @@ def save_drafter(folder: str | Path, drafter: Drafter, tokenizer: Any, diffusion
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
     save_file(weights, folder / DRAFTER_WEIGHTS, metadata={"format": "pt"})
-    described = asdict(diffusion) | {"base": asdict(base), "lora": asdict(drafter.config)}
+    named = asdict(replace(base, name=permanent_name(base.name)))
+    described = asdict(diffusion) | {"base": named, "lora": asdict(drafter.config)}
     (folder / "config.json").write_text(to_json({"model_type": "unmask-drafter", "diffusion": described}, indent=2))
     tokenizer.save_pretrained(folder)
     ordinary_permissions(folder)
 
 
-def read_base(name: str | Path) -> Base | None:
-    """The base that a drafter folder names; None for any other folder or hub id."""
-    path = Path(name) / "config.json"
-    if not path.is_file():
-        return None
-    diffusion = read_object(path).get("diffusion")
+def read_base(place: Path | str) -> Base | None:
+    """The base that a drafter's folder names; None for any other model."""
+    diffusion = read_object(path).get("diffusion") if (path := Path(place) / CONFIG).is_file() else None
     if not isinstance(diffusion, dict) or diffusion.get("base") is None:
         return None
     return parse(Base, diffusion["base"], f"diffusion.base of {str(path)!r}")
 
 
 def load_drafter(
-    name: str | Path, base: Base, *, trust_remote_code: bool = False, **options: Any
-) -> tuple[Any, Any, DiffusionConfig, Drafter]:
-    """Base with its drafter hooked on, tokenizer and config of a drafter folder; `options` load the base."""
-    folder = Path(name)
-    described = read_object(folder / "config.json")["diffusion"]
-    shape = parse(DrafterConfig, described.get("lora"), f"diffusion.lora of {str(folder / 'config.json')!r}")
+    folder: Path, base: Base, model: Any, tokenizer: Any, *, trust_remote_code: bool = False
+) -> tuple[Any, DiffusionConfig, Drafter]:
+    """Hook the drafter of a folder on `model`, its base; tokenizer and config of the folder.
+
+    tokenizer: the base's, for a folder that has none.
+    """
+    described = read_object(folder / CONFIG)["diffusion"]
+    shape = parse(DrafterConfig, described.get("lora"), f"diffusion.lora of {str(folder / CONFIG)!r}")
     weights = read_tensors(folder / DRAFTER_WEIGHTS)
-    try:
-        model, tokenizer = load_pretrained(base.name, trust_remote_code=trust_remote_code, **options)
-    except ValueError as error:
-        raise ValueError(
-            f"drafter {str(name)!r} needs its base {base.name!r}, which does not load: set diffusion.base.name in its "
-            f"config.json to where the base is ({error})"
-        ) from error
     found = fingerprint(model)
     if found != base.fingerprint:
         raise ValueError(
-            f"drafter {str(name)!r} was trained on another model than {base.name!r}: its base has fingerprint "
-            f"{base.fingerprint}, this one {found}; give the original base"
+            f"drafter {str(folder)!r} was trained on another model than {base.name!r}: its base has fingerprint "
+            f"{base.fingerprint}, this one {found}; give the original base with base=FOLDER (--base FOLDER)"
         )
     if (folder / "tokenizer_config.json").is_file():  # else it is the base's, with a mask token added
         with _quiet():  # it would warn that the folder's model type is unknown, as intended
@@ -411,5 +389,5 @@ def load_drafter(
         raise ValueError(
             f"weights {str(folder / DRAFTER_WEIGHTS)!r} do not fit diffusion.lora of its config.json: {reasons[0]}"
         ) from error
-    check_weights(drafter, f"drafter {str(name)!r}")
-    return model, tokenizer, parse_diffusion(described, model, drafter=drafter), drafter.eval()
+    check_weights(drafter, f"drafter {str(folder)!r}")
+    return tokenizer, parse_diffusion(described, model, drafter=drafter), drafter.eval()

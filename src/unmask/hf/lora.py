@@ -3,25 +3,33 @@
 Knows stock models and PEFT, which is imported when it is needed. Knows nothing of diffusion or training.
 
 Adapters are put into the model in place, so that the model stays the same object. Embeddings, norms and head, which
-Efficient-DLM (2512.14067, Table 1) found necessary, are trained themselves, not as copies.
+Efficient-DLM (2512.14067, Table 1) found necessary, are trained themselves, not as copies. So there are two kinds of
+adapter folders: those of `save_adapter`, whose embeddings may have a row for the mask token, and PEFT's own.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from unmask.core.noise import uniform
 from unmask.hf.folders import read_object, read_tensors, reading
+from unmask.model_name import ADAPTER_CONFIG, CONFIG, permanent_name
 from unmask.run_folder import ordinary_permissions
+from unmask.version import __version__
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
+_OURS = "unmask"
+"""What the metadata of adapter weights have that `save_adapter` wrote."""
+
 _PREFIX = "base_model.model."  # PEFT's, in front of every name of an adapter file
 
 
@@ -94,9 +102,9 @@ def save_adapter(folder: str | Path, tuner: Any, base: str) -> None:
     whole = {n: p for n, p in model.named_parameters() if "lora_" not in n and (p.requires_grad or id(p) in edges)}
     adapters = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
     tensors = {_PREFIX + n: p.detach().cpu().contiguous() for n, p in (adapters | whole).items()}
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt", _OURS: __version__})
     config = tuner.peft_config["default"]
-    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).exists() else base
+    config.base_model_name_or_path = permanent_name(base)
     config.modules_to_save = sorted({n.rpartition(".")[0] for n in whole})
     config.save_pretrained(str(folder))
     model.config.save_pretrained(folder)
@@ -104,34 +112,60 @@ def save_adapter(folder: str | Path, tuner: Any, base: str) -> None:
     ordinary_permissions(folder)
 
 
-def adapter_base(folder: str | Path) -> str | None:
-    """The base that an adapter folder names; None for any other folder or name."""
-    path = Path(folder) / ADAPTER_CONFIG
+def adapter_base(place: Path | str) -> str | None:
+    """The base that an adapter's folder names, "" if it names none; None for any other model."""
+    path = Path(place) / ADAPTER_CONFIG
     if not path.is_file():
         return None
     base = read_object(path).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    if base is not None and not isinstance(base, str):
         raise ValueError(f"file {str(path)!r}: base_model_name_or_path {base!r} must be a folder or hub id")
-    return base
+    return base or ""
 
 
-def load_adapter(model: Any, folder: str | Path) -> None:
-    """Load a folder of `save_adapter` into its base and merge it; config and generation config are the folder's."""
+def load_adapter(model: Any, folder: Path) -> None:
+    """Merge a LoRA adapter into `model`, its base; of a folder of `save_adapter`, config and generation config too."""
     peft = require_peft()
-    raw = read_object(Path(folder) / "config.json")
-    with reading(f"file {str(Path(folder) / ADAPTER_CONFIG)!r}"):
-        config = peft.LoraConfig.from_pretrained(str(folder))
-    config.modules_to_save = None  # loaded below, into the model itself
-    state = {k.removeprefix(_PREFIX): v for k, v in read_tensors(Path(folder) / ADAPTER_WEIGHTS).items()}
+    with reading(f"file {str(folder / ADAPTER_CONFIG)!r}"):
+        config = peft.PeftConfig.from_pretrained(str(folder))
+    if config.peft_type != "LORA":
+        raise ValueError(
+            f"adapter {str(folder)!r} has peft_type {str(getattr(config.peft_type, 'value', config.peft_type))!r}: "
+            "only LORA is merged into its base"
+        )
     embedding = model.get_input_embeddings()
-    name = next(n for n, module in model.named_modules() if module is embedding)
-    if f"{name}.weight" not in state:
-        raise ValueError(f"adapter {str(folder)!r} does not fit the model it names as its base: it lacks {name}.weight")
-    rows = state[f"{name}.weight"].shape[0]
-    if rows != embedding.weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    with reading(f"file {str(Path(folder) / ADAPTER_CONFIG)!r}"):
-        tuner = peft.tuners.lora.LoraModel(model, config, "default")
+    name = next(n for n, module in model.named_modules() if module is embedding) + ".weight"
+    state, ours = _read_weights(folder, name)
+    grown = [v.shape[0] for k, v in state.items() if k in (name, name.replace(".weight", ".base_layer.weight"))]
+    if grown and grown[0] != embedding.weight.shape[0]:
+        model.resize_token_embeddings(grown[0], mean_resizing=False)
+    with reading(f"file {str(folder / ADAPTER_CONFIG)!r}"):
+        odd = _merge_own(peft, model, config, state) if ours else _merge_stock(peft, model, config, state)
+    if odd:
+        raise ValueError(f"adapter {str(folder)!r} does not fit the model it names as its base: {odd[0]}")
+    if ours:
+        _take_configs(model, folder)
+    model.requires_grad_(True).eval()
+
+
+def _read_weights(folder: Path, embedding: str) -> tuple[dict[str, torch.Tensor], bool]:
+    """Tensors without PEFT's prefix, and whether `save_adapter` wrote them; embedding: its name in the model."""
+    if not (folder / ADAPTER_WEIGHTS).is_file() and (folder / OLD_WEIGHTS).is_file():
+        with reading(f"weights {str(folder / OLD_WEIGHTS)!r}"):
+            state, ours = torch.load(folder / OLD_WEIGHTS, map_location="cpu", weights_only=True), False
+    else:
+        state = read_tensors(folder / ADAPTER_WEIGHTS)
+        with safe_open(str(folder / ADAPTER_WEIGHTS), framework="pt") as file:
+            ours = _OURS in (file.metadata() or {})
+    state = {key.removeprefix(_PREFIX): tensor for key, tensor in state.items()}
+    path = folder / CONFIG  # of versions that wrote no metadata
+    return state, ours or (embedding in state and path.is_file() and "diffusion" in read_object(path))
+
+
+def _merge_own(peft: Any, model: Any, config: Any, state: dict[str, torch.Tensor]) -> list[str]:
+    """Merge an adapter of `save_adapter`; what does not fit, in words."""
+    config.modules_to_save = None  # loaded below, into the model itself
+    tuner = peft.tuners.lora.LoraModel(model, config, "default")
     state = {k.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): v
              for k, v in state.items()}  # fmt: skip
     odd = [n for n, _ in model.named_parameters() if "lora_" in n and n not in state]
@@ -139,12 +173,44 @@ def load_adapter(model: Any, folder: str | Path) -> None:
         odd += model.load_state_dict(state, strict=False).unexpected_keys
     except RuntimeError as error:  # shapes
         odd.append(str(error).splitlines()[-1].strip())
+    if not odd:
+        merge(tuner)
+    return odd
+
+
+def _merge_stock(peft: Any, model: Any, config: Any, state: dict[str, torch.Tensor]) -> list[str]:
+    """Merge an adapter that PEFT wrote, through PEFT; what does not fit, in words."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    if tied:  # an adapter of one of them must not be merged into both
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    tuned = peft.PeftModel(model, config, "default")
+    try:
+        found = peft.set_peft_model_state_dict(tuned, {_PREFIX + key: tensor for key, tensor in state.items()})
+    except RuntimeError as error:  # shapes
+        return [str(error).splitlines()[-1].strip()]
+    marks = ("lora_", ".modules_to_save.default.")
+    odd = [f"it lacks {key}" for key in found.missing_keys if any(mark in key for mark in marks)]
+    # Of an embedding that grew, PEFT writes the trained weights once more, and the untrained ones.
+    again = (".modules_to_save.", ".original_module.")
+    odd += [f"{key} is none of its weights" for key in found.unexpected_keys if not any(part in key for part in again)]
     if odd:
-        raise ValueError(f"adapter {str(folder)!r} does not fit the model it names as its base: {odd[0]}")
-    merge(tuner)
+        return odd
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no longer tied")  # they are tied again below, if they are equal
+        merge(tuned)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if tied:
+        still = head.weight.shape == embedding.weight.shape and torch.equal(head.weight, embedding.weight)
+        if still:
+            head.weight = embedding.weight
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = still
+    return []
+
+
+def _take_configs(model: Any, folder: Path) -> None:
+    raw = read_object(folder / CONFIG)
     if "diffusion" in raw:
         model.config.diffusion = raw["diffusion"]
-    model.config._name_or_path = str(folder)
-    with reading(f"file {str(Path(folder) / 'generation_config.json')!r}"):
+    with reading(f"file {str(folder / 'generation_config.json')!r}"):
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.eval()

@@ -183,14 +183,12 @@ _CASES: tuple[tuple[str, Callable[..., Decoder], dict[str, Any]], ...] = (
 """(case, what makes its decoder, with which options)."""
 
 
-def bench_decode(
-    shape: str, rounds: int = 3, *, compiled: bool = False, trust_remote_code: bool = False
-) -> list[DecodeCase]:
+def bench_decode(shape: str, rounds: int = 3, *, compiled: bool = False, **options: Any) -> list[DecodeCase]:
     """Decoding: `ratio` is our tokens per second over those of AR `generate()` (higher is better).
 
-    compiled: our passes, those of our own AR too.
+    compiled: our passes, those of our own AR too. options: of `make_model`.
     """
-    model = make_model(shape, trust_remote_code=trust_remote_code)
+    model = make_model(shape, **options)
     baseline = {batch: generate_decoder(model, batch=batch) for batch in (1, 8)}
     cases = []
     for case, make_decoder, settings in _CASES:

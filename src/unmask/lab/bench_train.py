@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from unmask.core.corruption import Corruption, mask_exact, noise_levels, positio
 from unmask.core.drafter import Drafter, DrafterConfig, target_modules
 from unmask.core.network import DiffusionConfig
 from unmask.core.objectives import diffusion_loss, distill_loss, predictable, shared_loss
+from unmask.loading import load
 from unmask.version import __version__
 
 
@@ -53,16 +54,23 @@ _SHAPES: dict[str, dict[str, int | bool]] = {
 }  # fmt: skip
 
 
-def make_model(shape: str, *, trust_remote_code: bool = False, **changes: Any) -> Any:
-    """A random Qwen3 of a named shape, or the model in a folder."""
+def make_model(
+    shape: str, *, base: str | None = None, trust_remote_code: bool = False, changes: Mapping[str, Any] | None = None
+) -> Any:
+    """A random Qwen3 of a named shape, or the model of a name; of a drafter, its base. changes: of the shape."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if shape not in _SHAPES:
         if len(shape) <= 4:
             raise ValueError(f"shape {shape!r} is unknown: use one of {', '.join(_SHAPES)}, or give a model")
-        return hf.load_pretrained(shape, dtype=dtype, trust_remote_code=trust_remote_code)[0]
+        lm = load(shape, dtype=dtype, base=base, trust_remote_code=trust_remote_code)
+        if lm.drafter is not None:
+            lm.drafter.detach()
+        return lm.model
+    if base is not None:
+        raise ValueError(f"base={base!r} is for a drafter's or an adapter's folder, and {shape!r} is a shape")
     torch.manual_seed(0)
-    config = Qwen3Config(**(_SHAPES[shape] | {"max_position_embeddings": 4096} | changes))
+    config = Qwen3Config(**(_SHAPES[shape] | {"max_position_embeddings": 4096} | dict(changes or {})))
     with torch.device(device):  # billions of random numbers take long on a CPU
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
@@ -216,8 +224,9 @@ class Step:
     num_masks: int = 1
     changes: dict[str, Any] = field(default_factory=dict)
 
-    def steps(self, shape: str, *, trust_remote_code: bool = False) -> dict[str, Callable[[], None]]:
-        model = make_model(shape, trust_remote_code=trust_remote_code, **self.changes)
+    def steps(self, shape: str, **options: Any) -> dict[str, Callable[[], None]]:
+        """The steps on a model of `make_model`, whose options these are."""
+        model = make_model(shape, changes=self.changes, **options)
         return train_steps(model, self.kind, self.block_size, self.rows, self.length, self.micro, self.num_masks)
 
 
@@ -243,35 +252,35 @@ class TrainCase(Case):
     settings: dict[str, Any]
 
 
-def bench_train(shape: str, rounds: int = 5, *, trust_remote_code: bool = False) -> list[Case]:
-    """Training steps: `ratio` is ours over AR's (lower is better)."""
+def bench_train(shape: str, rounds: int = 5, **options: Any) -> list[Case]:
+    """Training steps: `ratio` is ours over AR's (lower is better). options: of `make_model`."""
     cases: list[Case] = []
     for name, step in TRAIN_CASES.items():
-        steps, n = step.steps(shape, trust_remote_code=trust_remote_code), step.num_masks
+        steps, n = step.steps(shape, **options), step.num_masks
         ours, baseline, ratio, wall_ratio = measure(steps["diffusion"], steps["ar"], rounds)
         unit = "seconds per step" if n == 1 else "seconds per mask, AR's per step"
         speed = step.rows * step.length / (ours / n)
         cases.append(TrainCase(name, ours / n, baseline, ratio / n, unit, wall_ratio / n, speed, asdict(step)))
-    baseline = _peak_growth(shape, "block_step", "ar", trust_remote_code)
+    baseline = _peak_growth(shape, "block_step", "ar", **options)
     for name, measured in MEMORY_CASES.items():
-        ours = _peak_growth(shape, measured, "diffusion", trust_remote_code)
+        ours = _peak_growth(shape, measured, "diffusion", **options)
         cases.append(Case(name, ours, baseline, ours / baseline, "MiB of peak growth"))
     return cases
 
 
-def _peak_growth(shape: str, case: str, which: str, trust_remote_code: bool = False) -> float:
+def _peak_growth(shape: str, case: str, which: str, **options: Any) -> float:
     """Growth of peak memory over three steps, MiB, in a process of its own."""
     code = (
         "import torch; from unmask.lab.bench_train import memory_growth; torch.set_num_threads(1); "
-        f"print(memory_growth({shape!r}, {case!r}, {which!r}, {trust_remote_code!r}))"
+        f"print(memory_growth({shape!r}, {case!r}, {which!r}, **{options!r}))"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(process.stdout.splitlines()[-1])
 
 
-def memory_growth(shape: str, case: str, which: str, trust_remote_code: bool = False) -> float:
+def memory_growth(shape: str, case: str, which: str, **options: Any) -> float:
     """Peak memory of three steps above what stood before them, MiB."""
-    step = TRAIN_CASES[case].steps(shape, trust_remote_code=trust_remote_code)[which]
+    step = TRAIN_CASES[case].steps(shape, **options)[which]
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         for _ in range(3):

@@ -164,12 +164,13 @@ def run_study(
     output: Path,
     *,
     show_progress: bool = True,
+    base: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
     """Train what is not trained yet, measure what is not measured yet, write the report; the lines of rows.jsonl."""
     files = local_files(list(eval_data), "eval data")
     find_files(list(data))
-    parent = load(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    parent = load(model, dtype=torch.float32, base=base, trust_remote_code=trust_remote_code)
     if parent.diffusion is not None:
         raise ValueError(f"model {str(model)!r} is converted already: a study compares conversions of one AR parent")
     folder = RunFolder(output, "study.json", "rows.jsonl", ("study", "arms"), beside=("runs",))
@@ -182,7 +183,7 @@ def run_study(
             for arm, seed in study.runs():
                 run = output / "runs" / f"{arm}-{seed}"
                 if _finished(run) is None:
-                    _train(study, arm, seed, parent, model, data, run, show_progress, trust_remote_code)
+                    _train(study, arm, seed, parent, model, data, run, show_progress, base, trust_remote_code)
                 _measure_run(study, arm, seed, run, results, trust_remote_code)
                 advance(1, f"{arm}-{seed}")
                 write_report(output)
@@ -236,6 +237,7 @@ def _train(
     data: Sequence[str | Path],
     folder: Path,
     show_progress: bool,
+    base: str | None,
     trust_remote_code: bool,
 ) -> None:
     settings = study.run_settings(arm, seed)
@@ -249,7 +251,7 @@ def _train(
         print(f"study {study.name}: train {arm} with seed {seed}", file=sys.stderr)
     adapt(
         model, list(data), settings.recipe, folder, resume=True, show_progress=show_progress,
-        trust_remote_code=trust_remote_code, **of_run,
+        base=base, trust_remote_code=trust_remote_code, **of_run,
     )  # fmt: skip
 
 

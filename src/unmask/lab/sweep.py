@@ -41,8 +41,9 @@ from unmask.lab.frontier import (
 )
 from unmask.lab.oracle import speed_of_light
 from unmask.lab.tasks import problems
-from unmask.loading import load
+from unmask.loading import load, recorded_base
 from unmask.model import DiffusionLM
+from unmask.model_name import locate
 from unmask.progress import Advance, progress
 from unmask.run_folder import RunFolder
 from unmask.sampling import Confidence, EntropyBound, Factor, Random, Selector, Threshold
@@ -151,6 +152,7 @@ def run_frontier(
     model: str,
     sweep: Sweep,
     *,
+    base: str | None = None,
     trust_remote_code: bool = False,
     data: Sequence[str] = (),
     task: str | None = None,
@@ -161,7 +163,7 @@ def run_frontier(
     """Rows and run.json of a model on documents' beginnings, or on the problems of a task."""
     files = local_files(data, "data") if data else []
     of_task = [] if task is None else problems([task], "test", sweep.num_prompts, sweep.seed)
-    lm, ar = load_pair(model, parent, trust_remote_code)
+    lm, ar = load_pair(model, parent, base, trust_remote_code)
     continuations, score = None, None
     if of_task:
         prompts = [torch.tensor(ids_of(ar.tokenizer, problem.prompt)) for problem in of_task]
@@ -195,13 +197,13 @@ def _draw(folder: RunFolder, model: str, parent: str, rows: Sequence[FrontierRow
 
 
 def load_pair(
-    model: str, parent: str | None = None, trust_remote_code: bool = False
+    model: str, parent: str | None = None, base: str | None = None, trust_remote_code: bool = False
 ) -> tuple[DiffusionLM, DiffusionLM]:
-    """The converted checkpoint and the AR model it was made from: `parent`, or what its folder records."""
-    lm = load(model, trust_remote_code=trust_remote_code)
+    """A converted checkpoint and the AR model it was made from: `parent`, or its `base`, or what its folder records."""
+    lm = load(model, base=base, trust_remote_code=trust_remote_code)
     if lm.diffusion is None:
         raise ValueError(f"model {model!r} is an untouched AR model, whose frontier is one point: adapt it first")
-    name = parent or _recorded_parent(model)
+    name = parent or base or _recorded_parent(model)
     try:
         ar = load(name, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
@@ -216,11 +218,10 @@ def load_pair(
 
 
 def _recorded_parent(model: str) -> str:
-    base, run = hf.read_base(model), Path(model) / "run.json"
-    name = base.name if base is not None else None
-    if name is None and run.is_file():
+    name, run = recorded_base(model), Path(locate(model)) / "run.json"
+    if not name and run.is_file():
         name = json.loads(run.read_text()).get("parent", {}).get("name")
-    if name is None or name == IN_MEMORY:
+    if not name or name == IN_MEMORY:
         raise ValueError(f"model {model!r} records no AR parent to compare with: give it with --parent")
     return str(name)
 

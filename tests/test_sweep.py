@@ -182,7 +182,7 @@ def test_rules_are_parsed() -> None:
         (("--oracle", "2", "--temperature", "1"), "oracle 2 follows greedy decoding"),
         (("--task", "copy"), "give documents to begin with, or one task, and not both"),
         (("--prompt-tokens", "500"), "no document has prompt_tokens + max_new_tokens = 564 tokens"),
-        (("--parent", "nowhere/at/all"), "parent 'nowhere/at/all' does not load"),
+        (("--parent", "nowhere/at/all"), "model folder 'nowhere/at/all' does not exist"),
     ],
 )
 def test_bad_values_are_named(run, converted, texts, arguments, message) -> None:  # noqa: F811

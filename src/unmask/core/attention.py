@@ -186,6 +186,16 @@ def window(size: int) -> Pattern:
     return pattern
 
 
+@functools.cache
+def chunk(size: int) -> Pattern:
+    """The chunk [k*C, (k+1)*C) of positions that a token lies in (Llama 4's chunked attention)."""
+
+    def pattern(q: Layout, kv: Layout) -> Tensor:
+        return q.position // size == kv.position // size
+
+    return pattern
+
+
 def intersect(*patterns: Pattern) -> Pattern:
     """True where every pattern is."""
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from unmask.core.attention import Layout, Pattern, block_mask, dense, intersect, same_document, window
+from unmask.core.attention import Layout, Pattern, block_mask, chunk, dense, intersect, same_document, window
 from unmask.core.head_loss import RowLoss, whole_sum
 from unmask.core.network import GrowingCache, Later, Pass, SlotCacheState, not_deferred, run
 from unmask.core.transfer import to_device
@@ -36,6 +36,7 @@ from unmask.hf.long_rope import (
     rotating,
     run_on_long_slots,
 )
+from unmask.hf.temperature import layers_with_temperature, scaling_queries
 
 
 class UnsupportedModelError(ValueError):
@@ -112,6 +113,7 @@ class HFNetwork:
         self.fast_paths, self.no_cache = fast_paths, no_cache
         self.head = model.get_output_embeddings()
         self.config = model.config.get_text_config()
+        self.with_temperature = layers_with_temperature(model)
         self.cache_keyword = cache_keyword(model)
         self.lock = lock_of(model)
         self._recent_masks: deque[tuple[Pattern, Layout, Layout, str, Any]] = deque(maxlen=2)
@@ -148,11 +150,11 @@ class HFNetwork:
             return SlotCache() if self.compiled is None else self.compiled.new_slots(slots, columns)
 
     def compile(self, **options: Any) -> None:
-        """Compile later decoding passes, unless keys may have to be written again (`long_rope`).
+        """Compile later decoding passes, unless hooks change with each (`long_rope`, `temperature`).
 
         options: of torch.compile, see `CompiledPasses`.
         """
-        if self.first_long_position is None:
+        if self.first_long_position is None and not self.with_temperature:
             self.compiled = CompiledPasses(self, **options)
 
     def __call__(
@@ -289,9 +291,11 @@ class HFNetwork:
 
     def _forward(self, input_ids: Tensor, position: Tensor, masks: Any, cache: Any) -> Tensor:
         cached = {} if cache is None else {self.cache_keyword: cache}
-        out: Tensor = self.forward(
-            input_ids=input_ids, attention_mask=masks, position_ids=position, use_cache=cache is not None, **cached
-        ).logits
+        end = input_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
+        with scaling_queries(self.with_temperature, position, end):
+            out: Tensor = self.forward(
+                input_ids=input_ids, attention_mask=masks, position_ids=position, use_cache=cache is not None, **cached
+            ).logits
         return out
 
     def _check_written(self, written: bool) -> None:
@@ -380,13 +384,14 @@ class HFNetwork:
     def layer_patterns(self, pattern: Pattern) -> Pattern | dict[str, Pattern]:
         """The pattern of the model's layers in a pass with `pattern`, one for each layer type if it has types."""
         pattern = intersect(pattern, same_document)
-        size = getattr(self.config, "sliding_window", None)
         kinds = set(getattr(self.config, "layer_types", None) or ())
-        if not size or not self.per_layer_type or (kinds and "sliding_attention" not in kinds):
-            return pattern
         # Measured on positions: in [noisy | clean], and after left padding, indices say nothing about distance.
-        near = intersect(pattern, window(size))
-        return {"full_attention": pattern, "sliding_attention": near} if kinds else near
+        near = {kind: intersect(pattern, limit) for kind, limit in local_attention(self.config).items()}
+        if not self.per_layer_type or (kinds and not kinds & set(near)):
+            return pattern
+        if not kinds:
+            return near.get("sliding_attention", pattern)
+        return {kind: near.get(kind, pattern) for kind in kinds | {"full_attention"}}
 
     def make_masks(self, patterns: Pattern | dict[str, Pattern], q: Layout, kv: Layout) -> Any:
         """The masks of these patterns, in the form that the attention implementation takes."""
@@ -415,6 +420,12 @@ class HFNetwork:
         )
 
 
+def local_attention(config: Any) -> dict[str, Pattern]:
+    """What layers of each local type see at most, by the settings of a text model."""
+    limits = {"sliding_attention": (window, "sliding_window"), "chunked_attention": (chunk, "attention_chunk_size")}
+    return {kind: limit(getattr(config, name)) for kind, (limit, name) in limits.items() if getattr(config, name, None)}
+
+
 def cache_keyword(model: Any) -> str:
     """The keyword of the key-value cache in the model's forward: "cache" from transformers 5.24 on, before that
     "past_key_values", which newer models accept and ignore."""
@@ -434,5 +445,6 @@ def replicate(network: HFNetwork) -> HFNetwork:
     twin = copy.copy(network)
     twin.model = twin.forward = copy.deepcopy(model, memo)
     twin._recent_masks, twin._plan, twin.compiled, twin.lock = deque(maxlen=2), None, None, lock_of(twin.model)
+    twin.with_temperature = layers_with_temperature(twin.model)
     twin.head, twin.config = twin.model.get_output_embeddings(), twin.model.config.get_text_config()
     return twin

@@ -6,6 +6,7 @@ tries each fast path.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Hashable
 from dataclasses import replace
@@ -21,15 +22,17 @@ from unmask.core.attention import (
     causal,
     dense,
     two_stream,
-    window,
 )
 from unmask.core.decoding import begin
 from unmask.core.network import GrowingCache, Pass, run
 from unmask.hf.fast.chunked import CHUNK
 from unmask.hf.folders import first_line
 from unmask.hf.long_rope import changes_unseen
-from unmask.hf.network import FastPaths, HFNetwork, UnsupportedModelError
-from unmask.hf.tiny import WINDOW, kind_of, tiny_model, tiny_settings
+from unmask.hf.network import FastPaths, HFNetwork, UnsupportedModelError, local_attention
+from unmask.hf.tiny import TOP_K, WINDOW, kind_of, tiny_model, tiny_settings
+
+UNTESTED = "no tiny model of its class could be made to test it, which is a fault of this library"
+"""Begins the reason to refuse a class that may be fine."""
 
 
 def probe(model: Any) -> None:
@@ -100,7 +103,8 @@ def _probe_fast_paths(kind: Hashable, config: str) -> FastPaths:
 def _probe_cache(kind: Hashable, config: str, implementation: str, chunked: bool) -> str | None:
     """Why passes on cached ones, in slots or growing, do not give the logits of whole texts, or None."""
     try:
-        network = HFNetwork(tiny_model(kind, config, implementation), fast_paths=FastPaths(chunked=chunked))
+        tiny = _in_float64(tiny_model(kind, config, implementation))
+        network = HFNetwork(tiny, fast_paths=FastPaths(chunked=chunked))
         with torch.inference_mode():
             return _wrong_on_cache(network)
     except Exception as error:
@@ -141,9 +145,9 @@ def _probe_positions(kind: Hashable, config: str) -> bool:
 def _probe_class(kind: Hashable, config: str, implementation: str) -> str | None:
     """Why the class is refused, or None."""
     try:
-        tiny = tiny_model(kind, config, implementation)
+        tiny = _in_float64(tiny_model(kind, config, implementation))
     except Exception as error:
-        return f"no tiny instance of {kind} could be built to test it ({first_line(error)})"
+        return f"{UNTESTED} ({first_line(error)})"
     try:
         with torch.inference_mode():
             return probe_network(HFNetwork(tiny))
@@ -151,19 +155,35 @@ def _probe_class(kind: Hashable, config: str, implementation: str) -> str | None
         return f"it does not take 4-D attention masks with position ids ({first_line(error)})"
 
 
+def _in_float64(model: Any) -> Any:
+    """The model in float64, where deep ones keep small differences small, if its kernels know that; else as it was."""
+    tokens = torch.arange(3, 3 + 3 * WINDOW)[None]
+    with torch.inference_mode():
+        model(input_ids=tokens, use_cache=False)
+        try:
+            twin = copy.deepcopy(model).double()
+            return twin if twin(input_ids=tokens, use_cache=False).logits.dtype == torch.float64 else model
+        except Exception:
+            return model
+
+
 def probe_network(network: HFNetwork) -> str | None:
-    """The checks themselves on a float32 model; a reason to refuse it, or None.
+    """The checks themselves; a reason to refuse the model, or None.
 
     1. identity: the causal pattern gives the stock logits, on more tokens than any window is wide.
     2. influence: with two streams, changing a token changes exactly the rows that can attend to it.
     3. positions: a noisy block beside the clean stream equals the same block after its clean prefix.
     """
     vocabulary, block, length = network.config.vocab_size, 4, 3 * WINDOW + 3
-    tokens = torch.arange(3, 3 + 2 * length)[None] * 7 % (vocabulary - 4) + 2
+    tokens = torch.arange(3, 3 + 2 * length)[None] * 7 % min(11, vocabulary - 4) + 2  # some are equal, as masks are
     clean = Layout.of(torch.arange(length)[None])
 
     stock = network.model(input_ids=tokens[:, :length], use_cache=False).logits
     tolerance = 1e-5 * float(stock.abs().max())
+    longer = network.model(input_ids=tokens, use_cache=False).logits[:, :length]
+    gap = float((longer - stock).abs().max())
+    if not gap <= tolerance:
+        return f"its own logits change by {gap:.1e} with tokens that come later, so it is no causal model"
     gap = float((network(tokens[:, :length], clean, causal) - stock).abs().max())
     if not gap <= tolerance:
         return f"a causal mask changes its logits by {gap:.1e}, so the mask replaces more than it should"
@@ -190,9 +210,9 @@ def probe_network(network: HFNetwork) -> str | None:
 def _wrong_influence(config: Any, effect: Tensor, layout: Layout, pattern: Pattern, tolerance: float) -> str | None:
     """Why `effect` (rows, changed tokens) is not that of the pattern's mask in every layer, or None."""
     sees = dense(pattern, layout, layout)[0]
-    reachable = sees
-    for _ in range(config.num_hidden_layers):
-        reachable = (reachable.float() @ sees.float()) > 0
+    reachable, before = sees, torch.zeros_like(sees)
+    while not torch.equal(reachable, before):  # through any number of layers
+        reachable, before = (reachable.float() @ sees.float()) > 0, reachable
     leak = effect.masked_fill(reachable, 0)
     if float(leak.max()) > tolerance:
         row, token = divmod(int(leak.argmax()), leak.shape[1])
@@ -200,8 +220,9 @@ def _wrong_influence(config: Any, effect: Tensor, layout: Layout, pattern: Patte
             f"row {row} of a two-stream pass changes by {float(leak.max()):.1e} with token {token}, "
             "which the mask hides from it, so some layer moves information past the mask"
         )
-    size = getattr(config, "sliding_window", None) or layout.position.shape[1] // 2
-    near = sees & dense(window(size), layout, layout)[0]
+    near = sees & (sees.sum(-1, keepdim=True) <= TOP_K)  # an indexer chooses among more keys
+    for limit in local_attention(config).values():
+        near = near & dense(limit, layout, layout)[0]
     if not bool((effect[near] > 0).all()):
         return "tokens that the mask shows have no effect, so some layer stays causal against the mask"
     return None
@@ -212,12 +233,17 @@ def _layers(config: Any) -> str:
         "conv": "a convolution, which reads its neighbours whatever the mask says",
         "linear_attention": "linear attention, which carries a state past every mask",
         "mamba": "a recurrent state, which no mask reaches",
-        "chunked_attention": "attention in fixed chunks, which a 4-D mask overrides",
+        "indexed_attention": "attention to the keys that an indexer chooses",
+        "minimax_m3_sparse": "attention to blocks of keys, which are cut by their index in the pass",
+        "compressed_sparse_attention": "attention to keys of several tokens, which no mask can tell apart",
+        "heavily_compressed_attention": "attention to keys of several tokens, which no mask can tell apart",
+        "hybrid": "attention beside a convolution or recurrent state, which no mask reaches",
+        "hybrid_sliding": "attention beside a convolution or recurrent state, which no mask reaches",
         "local": "attention through a causal buffer of its own",
     }
     kinds = dict.fromkeys(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ())
-    odd = [f"layer type {k!r} is {known.get(k, 'not one this library knows')}" for k in kinds
-           if k not in ("full_attention", "sliding_attention", "global")]  # fmt: skip
+    fine = ("full_attention", "sliding_attention", "chunked_attention", "global", "attention", "moe", "mlp")
+    odd = [f"layer type {k!r} is {known.get(k, 'not one this library knows')}" for k in kinds if k not in fine]
     if config.model_type in ("mamba", "mamba2", "falcon_mamba"):
         odd.append(f"layer type 'mamba' is {known['mamba']}")
     if config.model_type in ("bloom", "mpt"):

@@ -115,6 +115,14 @@ class DiffusionLM:
         """
         self.network.compile(**options)
 
+    def pack(self) -> int:
+        """Keep copies of the linear maps' weights, packed for passes on this CPU; returns the bytes that they take.
+
+        For float32 on a CPU, where decoding and scoring then take about half the time on some; the text stays the same
+        up to ties that rounding breaks. 0, and nothing changes, where it does not pay.
+        """
+        return self.network.pack()
+
     # --- decoding
 
     @property

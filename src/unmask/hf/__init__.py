@@ -24,7 +24,8 @@ from unmask.hf.checkpoint import (
 )
 from unmask.hf.gateable import drafter_on
 from unmask.hf.layers import checkpoint_layers
-from unmask.hf.network import FastPaths, HFNetwork, UnsupportedModelError, replicate
+from unmask.hf.masks import UnsupportedModelError
+from unmask.hf.network import FastPaths, HFNetwork, replicate
 from unmask.hf.probes import as_network, probe, probe_fast_paths, probe_network, sees_position_differences
 
 __all__ = [

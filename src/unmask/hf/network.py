@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from unmask.core.attention import Layout, Pattern, block_mask, chunk, dense, intersect, same_document, window
+from unmask.core.attention import Layout, Pattern, causal, intersect, same_document
 from unmask.core.head_loss import RowLoss, whole_sum
 from unmask.core.network import GrowingCache, Later, Pass, SlotCacheState, not_deferred, run
 from unmask.core.transfer import to_device
 from unmask.hf.fast.chunked import CHUNK
 from unmask.hf.fast.graphs import CompiledPasses
 from unmask.hf.fast.head import head_input, head_rows, head_sum
-from unmask.hf.fast.kv_cache import SLOTS, CacheIndex, SlotCache, SlotMemory, using_slots
+from unmask.hf.fast.kv_cache import CacheIndex, SlotCache, SlotMemory, using_slots
 from unmask.hf.fast.last_layer import CHUNKED, last_layer_rows
+from unmask.hf.fast.packed import PackedMaps, packed_maps
 from unmask.hf.fast.recompute import recomputing
 from unmask.hf.layers import layers_of, plain_layers
 from unmask.hf.long_rope import (
@@ -36,12 +37,8 @@ from unmask.hf.long_rope import (
     rotating,
     run_on_long_slots,
 )
+from unmask.hf.masks import UnsupportedModelError, local_attention, make_mask
 from unmask.hf.temperature import layers_with_temperature, scaling_queries
-
-
-class UnsupportedModelError(ValueError):
-    """The model's attention cannot be controlled from outside; the message says which part and why."""
-
 
 _LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 """One lock for each model, beside the models: these are copied and pickled, which a lock cannot be."""
@@ -119,6 +116,7 @@ class HFNetwork:
         self._recent_masks: deque[tuple[Pattern, Layout, Layout, str, Any]] = deque(maxlen=2)
         self._plan: PassPlan | None = None
         self.compiled: CompiledPasses | None = None
+        self.packed: PackedMaps | None = None
         self.first_long_position = first_long_position(model)
 
     @property
@@ -157,6 +155,13 @@ class HFNetwork:
         if self.first_long_position is None and not self.with_temperature:
             self.compiled = CompiledPasses(self, **options)
 
+    def pack(self) -> int:
+        """Pack the linear maps for later passes, see `fast.packed`; returns the bytes of the copies, 0 for none."""
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        self.packed = None
+        self.packed = packed_maps(self.model, lambda: self(ids, Layout.of(torch.arange(2)[None]), causal))
+        return 0 if self.packed is None else self.packed.num_bytes
+
     def __call__(
         self,
         input_ids: Tensor,
@@ -189,7 +194,12 @@ class HFNetwork:
         read: list[Tensor] = []
         with self.lock:
             logits = self._run(*passed, past, lambda kept: head_rows(self.head, kept, read))
-        return self._finished(logits), lambda rows: self._finished(self.head(read[0][to_device(rows, self.device)]))
+
+        def logits_of(rows: Tensor) -> Tensor:
+            with self.lock, nullcontext() if self.packed is None else self.packed.used(len(rows)):
+                return self._finished(self.head(read[0][to_device(rows, self.device)]))
+
+        return self._finished(logits), logits_of
 
     @property
     def plain_head(self) -> bool:
@@ -226,9 +236,10 @@ class HFNetwork:
     ) -> Tensor:
         """The output of the head in a pass; the caller holds the lock."""
         memory = recomputing() if torch.is_grad_enabled() else nullcontext()
+        packed = nullcontext() if self.packed is None else self.packed.used(input_ids.numel())
         device = self.device
         input_ids, rows = to_device(input_ids, device), None if rows is None else to_device(rows, device)
-        with memory:
+        with memory, packed:
             if not isinstance(past, SlotCacheState):
                 return self._run_whole(input_ids, layout, pattern, rows, past, head)
             if self.first_long_position is None:
@@ -395,35 +406,10 @@ class HFNetwork:
 
     def make_masks(self, patterns: Pattern | dict[str, Pattern], q: Layout, kv: Layout) -> Any:
         """The masks of these patterns, in the form that the attention implementation takes."""
+        implementation, dtype = self.config._attn_implementation, self.model.dtype
         if isinstance(patterns, dict):
-            return {kind: self._make_mask(pattern, q, kv) for kind, pattern in patterns.items()}
-        return self._make_mask(patterns, q, kv)
-
-    def _make_mask(self, pattern: Pattern, q: Layout, kv: Layout) -> Any:
-        implementation = self.config._attn_implementation
-        if implementation == "flex_attention":
-            return block_mask(pattern, q, kv)
-        allowed = dense(pattern, q, kv)[:, None]
-        readable = allowed.device.type == "cpu" and not torch.compiler.is_compiling()
-        if implementation == SLOTS and readable and bool(allowed.all()):
-            return allowed.new_ones(1, 1, 1, 1)
-        if implementation in ("sdpa", CHUNKED, SLOTS):
-            return allowed
-        if implementation == "eager":  # eager attention adds its mask: a bool one would be added as 0 and 1
-            dtype = self.model.dtype
-            return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-                ~allowed, torch.finfo(dtype).min
-            )
-        raise UnsupportedModelError(
-            f"attention implementation {implementation!r} takes no 4-D mask: "
-            "load the model with attn_implementation='sdpa', 'eager' or 'flex_attention'"
-        )
-
-
-def local_attention(config: Any) -> dict[str, Pattern]:
-    """What layers of each local type see at most, by the settings of a text model."""
-    limits = {"sliding_attention": (window, "sliding_window"), "chunked_attention": (chunk, "attention_chunk_size")}
-    return {kind: limit(getattr(config, name)) for kind, (limit, name) in limits.items() if getattr(config, name, None)}
+            return {kind: make_mask(implementation, dtype, pattern, q, kv) for kind, pattern in patterns.items()}
+        return make_mask(implementation, dtype, patterns, q, kv)
 
 
 def cache_keyword(model: Any) -> str:
@@ -444,7 +430,7 @@ def replicate(network: HFNetwork) -> HFNetwork:
     memo |= {id(b): b for b in model.buffers() if id(b) not in changing}
     twin = copy.copy(network)
     twin.model = twin.forward = copy.deepcopy(model, memo)
-    twin._recent_masks, twin._plan, twin.compiled, twin.lock = deque(maxlen=2), None, None, lock_of(twin.model)
-    twin.with_temperature = layers_with_temperature(twin.model)
+    twin._recent_masks, twin._plan, twin.compiled, twin.packed = deque(maxlen=2), None, None, None
+    twin.lock, twin.with_temperature = lock_of(twin.model), layers_with_temperature(twin.model)
     twin.head, twin.config = twin.model.get_output_embeddings(), twin.model.config.get_text_config()
     return twin

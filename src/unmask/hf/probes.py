@@ -28,7 +28,8 @@ from unmask.core.network import GrowingCache, Pass, run
 from unmask.hf.fast.chunked import CHUNK
 from unmask.hf.folders import first_line
 from unmask.hf.long_rope import changes_unseen
-from unmask.hf.network import FastPaths, HFNetwork, UnsupportedModelError, local_attention
+from unmask.hf.masks import UnsupportedModelError, local_attention
+from unmask.hf.network import FastPaths, HFNetwork
 from unmask.hf.tiny import TOP_K, WINDOW, kind_of, tiny_model, tiny_settings
 
 UNTESTED = "no tiny model of its class could be made to test it, which is a fault of this library"

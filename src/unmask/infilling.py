@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unmask.core.network import DiffusionConfig, Network
 from unmask.evaluation.likelihood import continuation_nelbo
+from unmask.plain_numbers import plain
 from unmask.sampling import Blocks, Request, SampledTokens, WholeCanvas
 
 
@@ -17,7 +18,8 @@ def span_lengths(
     num_tokens: int | Sequence[int], before: Sequence[Tensor], after: Sequence[Tensor], context_length: int | None
 ) -> list[int]:
     """The candidate lengths of the spans; raises ValueError for none, and where the longest exceeds the context."""
-    lengths = [num_tokens] if isinstance(num_tokens, int) else list(num_tokens)
+    given = plain(num_tokens)
+    lengths = [given] if isinstance(given, int) else list(map(plain, given))
     if not lengths or min(lengths) < 1:
         raise ValueError(f"num_tokens {num_tokens} must be at least 1: there is nothing to fill in")
     longest = max(len(p) + len(s) for p, s in zip(before, after, strict=True)) + max(lengths)

@@ -27,6 +27,7 @@ from unmask.evaluation import likelihood
 from unmask.evaluation.embed import embed, named_pattern
 from unmask.evaluation.likelihood import LikelihoodOutput
 from unmask.infilling import best_length, fill_lengths, span_lengths
+from unmask.plain_numbers import plain
 from unmask.progress import progress
 from unmask.sampling import (
     Blocks,
@@ -243,7 +244,7 @@ class DiffusionLM:
         if len(candidates) > 1:
             sampled = best_length(
                 self.network, config.with_block_size(decoder.block_size), before, after, candidates,
-                num_samples=num_samples or 8, seed=request.seed,
+                num_samples=plain(num_samples) or 8, seed=request.seed,
             )  # fmt: skip
         return self._output(before, sampled, stop, after)
 
@@ -363,9 +364,9 @@ class DiffusionLM:
                 self.network,
                 self.diffusion.with_block_size(block_size),
                 documents,
-                num_samples=num_samples,
+                num_samples=plain(num_samples),
                 exact=exact,
-                seed=secrets.randbits(31) if seed is None else seed,
+                seed=secrets.randbits(31) if seed is None else plain(seed),
                 context_length=self.network.context_length,
                 progress=advance,
             )
@@ -420,7 +421,11 @@ class DiffusionLM:
             )
         with progress("embed", len(ids), show=show_progress) as advance:
             return embed(
-                self.network, [row[:context] for row in ids], pattern, batch_tokens=batch_tokens, progress=advance
+                self.network,
+                [row[:context] for row in ids],
+                pattern,
+                batch_tokens=plain(batch_tokens),
+                progress=advance,
             )
 
     # --- folders

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
+from unmask.plain_numbers import plain
 from unmask.settings import TABLE, Settings, check_value, shown, to_plain, unmet
 
 
@@ -107,6 +108,7 @@ def _typed(name: str, value: Any) -> Any:
     """The value as the setting's type; "none" unsets a setting that may be unset, where a file has no word for it."""
     annotation = str(TABLE[name].type)
     kinds = [kind.strip() for kind in annotation.split("|")]
+    value = plain(value)
     if value in (None, "none") and "None" in kinds:
         return None
     if "float" in kinds and isinstance(value, int) and not isinstance(value, bool):

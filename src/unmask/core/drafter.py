@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from unmask.core.transfer import to_device
+from unmask.plain_numbers import plain_fields
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class DrafterConfig:
     mask_rows: int = 1
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if self.rank < 1:
             raise ValueError(f"drafter_rank {self.rank} must be at least 1")
         if not self.scale > 0:

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from unmask.core.attention import PADDING, Layout, Pattern, bidirectional, block_causal, two_stream
 from unmask.core.head_loss import RowLoss, whole_sum
 from unmask.core.transfer import to_device
+from unmask.plain_numbers import plain_fields
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class DiffusionConfig:
     mask_rows: int = 1
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if self.attention not in ("bidirectional", "block_causal", "two_stream"):
             raise ValueError(f"attention {self.attention!r} is unknown: use bidirectional, block_causal or two_stream")
         if (self.attention == "two_stream") != (self.clean_attention is not None):

@@ -2,39 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from unmask.data.plain_text import ids_of, rendered_ids
 from unmask.data.supervised import apply_template
 
-Prompts = str | Sequence[str] | Sequence[dict[str, str]] | Sequence[Sequence[dict[str, str]]] | Tensor
+Ids = Sequence[int] | Tensor
+"""Token ids of one prompt: a list or (length,)."""
+
+Chat = Sequence[dict[str, str]]
+Prompts = str | Ids | Chat | Sequence[str | Ids | Chat] | Tensor
 
 
 def prompt_rows(tokenizer: Any, prompts: Prompts, attention_mask: Tensor | None, num_tokens: int) -> list[Tensor]:
     """The tokens of each prompt, (length,) int64, length possibly 0.
 
-    prompts: a text, texts, the messages of a chat, several chats, or ids (rows, length) with their attention mask.
-    num_tokens: size of the vocabulary. Raises ValueError for ids outside it, and without prompts.
+    prompts: a text, ids (a list or (length,)) or the messages of a chat; several of them in a list; or ids
+    (rows, length) with their attention mask. num_tokens: size of the vocabulary. Raises ValueError for ids outside it,
+    without prompts, and for what is none.
     """
-    if isinstance(prompts, Tensor):
-        real = torch.ones_like(prompts) if attention_mask is None else attention_mask
-        rows = [row[keep.bool()].to(torch.long) for row, keep in zip(prompts, real, strict=True)]
+    given = torch.as_tensor(prompts) if isinstance(prompts, np.ndarray) and prompts.dtype.kind in "iufb" else prompts
+    if isinstance(given, Tensor):
+        rows = _rows(given, attention_mask)
+    elif attention_mask is not None:
+        raise ValueError("attention_mask is for ids in a tensor (rows, length): leave it out for other prompts")
     else:
-        items: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-        if items and isinstance(items[0], dict):
-            items = [items]
-        rows = [torch.tensor(_encode(tokenizer, item), dtype=torch.long) for item in items]
+        rows = [_row(tokenizer, item) for item in _items(given)]
     if not rows:
         raise ValueError("prompts is empty: give at least one")
     for row in rows:
-        if len(row) and not 0 <= int(row.min()) <= int(row.max()) < num_tokens:
-            odd = next(int(i) for i in row if not 0 <= i < num_tokens)
-            raise ValueError(f"prompt token id {odd} is outside the model's vocabulary of {num_tokens} tokens")
+        odd = row[(row < 0) | (row >= num_tokens)]
+        if len(odd):
+            raise ValueError(f"prompt token id {int(odd[0])} is outside the model's vocabulary of {num_tokens} tokens")
     return rows
+
+
+def _rows(ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """The rows of a tensor of ids, (length,) or (rows, length), without what the mask hides."""
+    if ids.ndim not in (1, 2):
+        raise ValueError(f"prompt ids have shape {tuple(ids.shape)}: give (length,) or (rows, length)")
+    batch = ids[None] if ids.ndim == 1 else ids
+    if attention_mask is None:
+        return [_whole(row) for row in batch]
+    if attention_mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit prompts of {tuple(ids.shape)}"
+        )
+    real = attention_mask.view(batch.shape).to(batch.device).bool()
+    return [_whole(row[keep]) for row, keep in zip(batch, real, strict=True)]
+
+
+def _whole(ids: Any) -> Tensor:
+    """Ids as (length,) int64 on the CPU; ValueError for numbers that are none."""
+    try:
+        row = torch.as_tensor(ids).cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # of mixed types, or beyond 64 bits
+        row = torch.empty(0, 0)
+    if row.ndim != 1 or (len(row) and (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool)):
+        raise ValueError(f"prompt ids {_short(ids)} must be whole numbers in a row, each of a token")
+    return row.to(torch.long)
+
+
+def _is_id(item: Any) -> bool:
+    return isinstance(item, Integral) or (isinstance(item, Tensor) and item.ndim == 0)
+
+
+def _items(prompts: Any) -> list[Any]:
+    """The prompts one by one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts {_short(prompts)} must be {_KINDS}, or a list of them")
+    items = list(prompts)
+    return [items] if items and (isinstance(items[0], Mapping) or _is_id(items[0])) else items
+
+
+_KINDS = "text, token ids (a list or tensor), or a list of messages"
+
+
+def _row(tokenizer: Any, prompt: Any) -> Tensor:
+    if isinstance(prompt, Tensor | np.ndarray) or (isinstance(prompt, list | tuple) and prompt and _is_id(prompt[0])):
+        return _whole(prompt)
+    if not isinstance(prompt, str) and not (
+        isinstance(prompt, list | tuple) and all(isinstance(message, Mapping) for message in prompt)
+    ):
+        raise ValueError(f"prompt {_short(prompt)} must be {_KINDS}")
+    return torch.tensor(_encode(tokenizer, prompt), dtype=torch.long)
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _encode(tokenizer: Any, prompt: Any) -> list[int]:

@@ -44,6 +44,7 @@ from unmask.lab.tasks import problems
 from unmask.loading import load, recorded_base
 from unmask.model import DiffusionLM
 from unmask.model_name import locate
+from unmask.plain_numbers import plain_fields
 from unmask.progress import Advance, progress
 from unmask.run_folder import RunFolder
 from unmask.sampling import Confidence, EntropyBound, Factor, Random, Selector, Threshold
@@ -80,6 +81,7 @@ class Sweep:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         counts = [(name, getattr(self, name)) for name in ("num_prompts", "prompt_tokens", "max_new_tokens", "rounds")]
         counts += [("batch size", size) for size in self.batch_sizes]
         counts += [("block size", size) for size in self.block_sizes if size is not None]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unmask.plain_numbers import plain_fields
+
 _ROUNDING = 1e-9
 """Above the rounding error of N (1 - s / T), below its distance from the next whole number."""
 
@@ -94,6 +96,7 @@ class Confidence:
     n: int = 1
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         _check_count(self.n)
 
     def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
@@ -111,6 +114,7 @@ class Threshold:
     confidence_threshold: float = 0.9
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not 0 <= self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold {self.confidence_threshold} must lie in [0, 1]")
 
@@ -127,6 +131,7 @@ class Factor:
     factor: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not 0 < self.factor < math.inf:
             raise ValueError(f"factor {self.factor} must be positive and finite")
 
@@ -148,6 +153,7 @@ class EntropyBound:
     entropy_bound: float = 0.1
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not 0 <= self.entropy_bound < math.inf:
             raise ValueError(f"entropy_bound {self.entropy_bound} must be finite and not negative")
 
@@ -166,6 +172,7 @@ class Random:
     n: int = 1
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         _check_count(self.n)
 
     def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
@@ -179,6 +186,7 @@ class Entropy:
     n: int = 1
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         _check_count(self.n)
 
     def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
@@ -192,6 +200,7 @@ class Margin:
     n: int = 1
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         _check_count(self.n)
 
     def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unmask.core.decoding import spare_masks
 from unmask.core.network import DiffusionConfig, Network
+from unmask.plain_numbers import plain_fields
 from unmask.sampling.acceptance import Acceptance
 from unmask.sampling.autoregressive import sample_autoregressive
 from unmask.sampling.block import sample_blocks
@@ -60,6 +61,7 @@ class Blocks:
     window: int | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         _check_positive(self, "block_size", "max_denoising_steps", "window")
         check_guidance(self.guidance_scale)
         if isinstance(self.select, ConfidenceAmongAll):
@@ -102,6 +104,7 @@ class WholeCanvas:
     remask: Remask | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         _check_positive(self, "block_size", "max_denoising_steps")
         check_guidance(self.guidance_scale)
         if isinstance(self.select, Ancestral | ConfidenceAmongAll) and self.max_denoising_steps is None:
@@ -155,6 +158,7 @@ class Speculative:
     acceptance: Acceptance | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if isinstance(self.draft_length, str) and self.draft_length != "auto":
             raise ValueError(f"draft_length {self.draft_length!r} must be a number of tokens or 'auto'")
         if isinstance(self.draft_length, int) and self.draft_length < 1:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unmask.plain_numbers import plain_fields
+
 _HELD, _LOOP_BEGINS, _LOOP_ENDS = 0.9, 0.55, 0.05
 """Of the loop variant: the share of clean tokens that it holds, and the times (1 to 0) between which it does."""
 
@@ -34,6 +36,7 @@ class Remask:
     eta: float = 0.008
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if self.variant not in ("cap", "rescale", "confidence", "loop"):
             raise ValueError(f"variant {self.variant!r} is unknown: use cap, rescale, confidence or loop")
         if not 0 <= self.eta <= 1:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from unmask.plain_numbers import plain_fields
 from unmask.sampling.tokens import check_sampling
 
 Stop = Callable[[int, list[int]], int | None]
@@ -39,6 +40,7 @@ class Request:
     context_length: int | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
         if self.batch_size is not None and self.batch_size < 1:

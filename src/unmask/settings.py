@@ -273,6 +273,9 @@ class RunSettings:
     micro_batch_size: int | None = setting(None, "rows that run at once on one device", above=0, of_size=True)
     mixed_precision: str = setting(
         "no", "no (float32), or the type that passes compute in", one_of=("no", "bf16", "fp16"))
+    quantize: str | None = setting(
+        None, "pack the frozen weights of the parent: nf4 (4 bits) or int8, both of bitsandbytes; adapters beside them "
+        "learn", one_of=("nf4", "int8"), either=({"objective": "distill"}, {"lora_rank": SET}))
     gradient_checkpointing: bool = setting(
         False, "compute layers again in the backward pass, for memory", objective=("diffusion", "joint"))
     compile_layers: bool = setting(False, "compile the layers with torch.compile", objective=("diffusion", "joint"))

@@ -142,6 +142,7 @@ def load_parent(job: Job) -> Parent:
     name = str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
     if settings.lora_rank is not None and not settings.lora_merge and name == IN_MEMORY:
         raise ValueError("lora_merge=false: an adapter needs the name of its base, and this model is in memory only")
+    _check_learns(lm, settings, name)
     fingerprint = hf.fingerprint(lm.model)
     if lm.drafter is not None:
         raise ValueError(f"model {name!r} is a drafter on a frozen base: adapt the base itself")
@@ -157,7 +158,7 @@ def load_parent(job: Job) -> Parent:
     if settings.block_size is None and lm.diffusion is not None:
         settings = replace(settings, block_size=lm.diffusion.block_size)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
-    num_parameters = sum(p.numel() for p in lm.model.parameters())
+    num_parameters = lm.model.num_parameters()  # packed weights hold several in one number
     resolved = resolve(settings, num_parameters, lm.network.context_length, vocabulary)
     check_machine(resolved, ranks.num_processes, ranks.device)
     teacher_fingerprint = None
@@ -173,11 +174,34 @@ def _load(job: Job) -> DiffusionLM:
     device = ranks.device if ranks.num_processes > 1 else None
     if isinstance(job.model, DiffusionLM):
         lm = job.model
+        if job.settings.quantize is not None:
+            raise ValueError(
+                f"quantize={job.settings.quantize!r} packs weights while they are read, and this model is in memory: "
+                "give its folder or hub id, or load it with quantization_config"
+            )
     else:
-        lm = load(job.model, dtype=torch.float32, device=device, base=job.base, trust_remote_code=job.trust_remote_code)
-    if device is not None:
+        lm = load(job.model, dtype=torch.float32, device=device, quantization_config=job.settings.quantize,
+                  base=job.base, trust_remote_code=job.trust_remote_code)  # fmt: skip
+    if device is not None and hf.quantisation_of(lm.model) is None:
         lm.model.to(device)
     return lm
+
+
+def _check_learns(lm: DiffusionLM, settings: Settings, name: str) -> None:
+    """Raise ValueError if packed weights would have to change."""
+    quantised = hf.quantisation_of(lm.model)
+    if quantised is None or settings.objective == "distill":
+        return
+    if settings.lora_rank is None:
+        raise ValueError(
+            f"model {name!r} is quantised ({quantised}), and packed weights cannot learn: add lora_rank=N "
+            "lora_merge=false, use the recipe 'drafter', or load it unquantised"
+        )
+    if settings.lora_merge:
+        raise ValueError(
+            f"lora_merge=true: adapters merged into packed weights ({quantised}) would be rounded away: set "
+            "lora_merge=false, and load the folder on the unquantised base to merge them"
+        )
 
 
 def _end_token_id(lm: DiffusionLM, end_token: str | None) -> int | None:

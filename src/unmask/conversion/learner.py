@@ -76,7 +76,7 @@ def convert(job: Job, parent: Parent) -> Learner:
     teacher = None
     if settings.teacher is not None and config is not None:
         teacher = freeze(parent.teacher or lm, lm, config.mask_token_id)
-    base = None if drafter is None else hf.Base(parent.name, parent.fingerprint)
+    base = None if drafter is None else hf.Base.of(parent.name, lm.model)
     adapted = DiffusionLM(lm.model, lm.tokenizer, config, drafter=drafter, base=base)
     learning = lm.model if drafter is None else drafter
     return Learner(adapted, tuner, teacher, _record(learning))
@@ -186,7 +186,7 @@ def finish(job: Job, parent: Parent, learner: Learner, data: Data, state: TrainS
         hf.write_diffusion(lm.model, lm.diffusion)
         lora.save_adapter(folder.path, learner.tuner, parent.name)
         lm.tokenizer.save_pretrained(folder.path)
-    if learner.tuner is not None:
+    if learner.tuner is not None and hf.quantisation_of(lm.model) is None:
         lora.merge(learner.tuner)
     if not is_main:
         return

@@ -106,12 +106,12 @@ class Drafter(nn.Module):
                 table.register_forward_hook(self._embed_places(self.tables[key])),
             ]
         for name, module in target_modules(model, config.targets, maps):
-            weight: Any = module.weight
             out_features, in_features = _shape(module)
             key = name.replace(".", "-")  # a parameter's name holds no dot
             down = torch.randn(config.rank, in_features, generator=generator) / in_features**0.5
-            self.down[key] = nn.Parameter(down.to(weight))
-            self.up[key] = nn.Parameter(torch.zeros(out_features, config.rank).to(weight))
+            # A packed weight has another type than the rows that it is applied to, which is the embedding's.
+            self.down[key] = nn.Parameter(down.to(embedding.weight))
+            self.up[key] = nn.Parameter(torch.zeros(out_features, config.rank).to(embedding.weight))
             self._handles.append(module.register_forward_hook(self._adapt(name, self.down[key], self.up[key])))
 
     @contextmanager
@@ -183,17 +183,15 @@ class Drafter(nn.Module):
 def linear_maps(model: Any) -> list[tuple[str, nn.Module]]:
     """Linear maps of the model; the head is never one."""
     head = model.get_output_embeddings()
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-    ]
+    return [(name, module) for name, module in model.named_modules() if module is not head and is_linear_map(module)]
 
 
 def target_modules(model: Any, targets: str, maps: Collection[str] | None = None) -> list[tuple[str, nn.Module]]:
     """Linear maps of the model whose names end in one of `targets`, of those in `maps` if that is given."""
     every = linear_maps(model)
     usable = [(name, module) for name, module in every if maps is None or name in maps]
+    if not usable:
+        raise ValueError(f"drafter_targets {targets!r}: {type(model).__name__} has no linear maps that can be adapted")
     if targets == "all":
         return usable
     endings = tuple(ending.strip() for ending in targets.split(","))
@@ -216,7 +214,16 @@ def _mean_row(table: nn.Embedding) -> Tensor:
         return (total / len(ids)).to(table.weight.dtype)
 
 
+def is_linear_map(module: Any) -> bool:
+    """Whether a module multiplies by one matrix, which may be stored packed (quantised)."""
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    packed = all(isinstance(size, int) for size in sizes) and not list(module.children())
+    return isinstance(module, nn.Linear) or packed or type(module).__name__ == "Conv1D"
+
+
 def _shape(module: Any) -> tuple[int, int]:
-    """(out, in); GPT-2's Conv1D stores its weight transposed."""
-    rows, columns = module.weight.shape
-    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+    """(out, in); GPT-2's Conv1D says neither, and stores its weight transposed."""
+    if type(module).__name__ == "Conv1D":
+        columns, rows = module.weight.shape
+        return rows, columns
+    return module.out_features, module.in_features

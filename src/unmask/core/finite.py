@@ -61,11 +61,20 @@ class StepWatch:
 def bad_weight(model: Any) -> str | None:
     """Name of the first parameter or buffer of a torch module that holds NaN or infinity, None if there is none."""
     for name, tensor in [*model.named_parameters(), *_saved_buffers(model)]:
-        if tensor.dtype in _CHECKED and tensor.device.type != "meta" and tensor.numel():
-            low, high = torch.aminmax(tensor.detach())  # NaN stays NaN, and no copy of the weights is made
-            if not math.isfinite(float(low)) or not math.isfinite(float(high)):
-                return str(name)
+        for part in plain_parts(tensor.detach()):
+            if part.dtype in _CHECKED and part.device.type != "meta" and part.numel():
+                low, high = torch.aminmax(part)  # NaN stays NaN, and no copy of the weights is made
+                if not math.isfinite(float(low)) or not math.isfinite(float(high)):
+                    return str(name)
     return None
+
+
+def plain_parts(tensor: Tensor) -> list[Tensor]:
+    """The ordinary tensors that a tensor consists of: itself, or those inside a packed one (torchao's weights)."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in plain_parts(getattr(tensor, name))]
 
 
 def _saved_buffers(model: Any) -> list[tuple[str, Tensor]]:
@@ -113,6 +122,7 @@ class FiniteWeights:
 def _versions(model: Any) -> tuple[tuple[int, int], ...] | None:
     """A value that changes whenever a parameter does; None where torch does not count changes."""
     try:
-        return tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
+        parts = [part for parameter in model.parameters() for part in plain_parts(parameter)]
+        return tuple((part.data_ptr(), part._version) for part in parts)
     except RuntimeError:  # made in inference mode
         return None

@@ -27,6 +27,7 @@ from unmask.hf.layers import checkpoint_layers
 from unmask.hf.masks import UnsupportedModelError
 from unmask.hf.network import FastPaths, HFNetwork, replicate
 from unmask.hf.probes import as_network, probe, probe_fast_paths, probe_network, sees_position_differences
+from unmask.hf.quantised import quantisation_of
 
 __all__ = [
     "Base",
@@ -47,6 +48,7 @@ __all__ = [
     "probe",
     "probe_fast_paths",
     "probe_network",
+    "quantisation_of",
     "read_base",
     "read_config",
     "read_diffusion",

@@ -21,13 +21,14 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from unmask.core.drafter import Drafter, DrafterConfig
-from unmask.core.finite import check_weights
+from unmask.core.drafter import Drafter, DrafterConfig, is_linear_map
+from unmask.core.finite import check_weights, plain_parts
 from unmask.core.network import DiffusionConfig
 from unmask.core.noise import Key, uniform
 from unmask.hf.folders import BUILDING, check_folder, first_line, parse, read_object, read_tensors
 from unmask.hf.gateable import drafter_on
 from unmask.hf.gguf import dequantising, source_of
+from unmask.hf.quantised import check_bare, has_adapters, named_quantisation, quantisation_of, settle
 from unmask.model_name import CONFIG, DRAFTER_WEIGHTS, permanent_name
 from unmask.plain_json import to_json
 from unmask.run_folder import ordinary_permissions
@@ -121,6 +122,7 @@ def load_pretrained(
 ) -> tuple[Any, Any]:
     """Model (in eval mode) and tokenizer of a located model, whose weights are all there and fit.
 
+    quantization_config: "nf4", "int8" or one of transformers' configs; weights are packed while they are read.
     trust_remote_code: run Python that the folder brings along; without it, what needs it is refused.
     """
     source, of_file = source_of(place)
@@ -129,13 +131,17 @@ def load_pretrained(
     options: dict[str, Any] = {
         "attn_implementation": attn_implementation,
         "device_map": device_map,
-        "quantization_config": quantization_config,
+        "quantization_config": named_quantisation(quantization_config),
         "dtype": dtype,
     }
     with _loading(place, "config.json"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **of_file)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if of_file:
         options["quantization_config"] = dequantising(place, quantization_config)
+    elif device_map is None and (quantization_config or getattr(config, "quantization_config", None)) is not None:
+        options["device_map"] = {"": device}  # packed weights are not moved later
     with _loading(place, "weights"), BUILDING:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -148,9 +154,9 @@ def load_pretrained(
     _check_weights(place, model, info)
     _check_ids(place, model)
     tokenizer = _tokenizer(place, trust_remote_code)
-    if device_map is None and quantization_config is None:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+    if quantisation_of(model) is not None:
+        settle(model)
+    elif device_map is None:
         model.to(device)
     check_weights(model, f"model {str(place)!r}")
     return model.eval(), tokenizer
@@ -296,6 +302,11 @@ def _tokenizer(place: Path | str, trust_remote_code: bool) -> Any:
 
 def save_pretrained(folder: str | Path, model: Any, tokenizer: Any, diffusion: DiffusionConfig | None) -> None:
     """Write an ordinary HF folder; a converted one has `diffusion` in its config.json."""
+    if has_adapters(model):
+        raise ValueError(
+            "the adapter of this quantised model lies beside packed weights, which no ordinary folder holds: keep the "
+            "adapter's folder, or load that unquantised and save it"
+        )
     write_diffusion(model, diffusion)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -307,19 +318,43 @@ def save_pretrained(folder: str | Path, model: Any, tokenizer: Any, diffusion: D
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen model that a drafter belongs to: hub id or full path, and the hash of its weights."""
+    """The frozen model that a drafter belongs to: hub id or full path, and the hash of its weights.
+
+    unpacked: hash of the weights that no quantisation packs, the same however the model is loaded; None in folders of
+    older versions. quantised: what the base was quantised with when the drafter learnt, None if it was not.
+    """
 
     name: str
     fingerprint: str
+    unpacked: str | None = None
+    quantised: str | None = None
+
+    @classmethod
+    def of(cls, name: str, model: Any) -> Base:
+        return cls(name, fingerprint(model), fingerprint(model, unpacked=True), quantisation_of(model))
+
+    def is_model(self, model: Any) -> bool:
+        """Whether this is the model, as far as can be told where one of both is quantised."""
+        if self.quantised == quantisation_of(model):
+            return self.fingerprint == fingerprint(model)
+        return self.unpacked in (None, fingerprint(model, unpacked=True))
 
 
-def fingerprint(model: Any) -> str:
-    """Hash of a model's parameter names, shapes and at most 127 values of each, whatever its precision."""
+def fingerprint(model: Any, *, unpacked: bool = False) -> str:
+    """Hash of a model's parameter names, shapes and at most 127 values of each, whatever its precision.
+
+    unpacked: of embeddings and norms alone, which are the same whatever the model is quantised with.
+    """
+    packed = {id(p) for module in model.modules() if is_linear_map(module) for p in module.parameters()}
+    packed -= {id(p) for p in model.get_input_embeddings().parameters()}
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        if unpacked and id(parameter) in packed:
+            continue
+        for part in plain_parts(parameter.detach()):
+            flat = part.flatten()
+            sample = flat[:: max(1, flat.numel() // 64)].to(torch.bfloat16).float().cpu()
+            digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -328,6 +363,7 @@ def add_drafter(model: Any, tokenizer: Any, config: DrafterConfig, *, token: str
 
     The ids of the masks must not be those of other tokens, or clean text would be read as masks.
     """
+    check_bare(model)
     token = token or tokenizer.mask_token or MASK_TOKEN
     found = tokenizer.get_vocab()
     first = found.get(token, len(tokenizer))
@@ -372,11 +408,10 @@ def load_drafter(
     described = read_object(folder / CONFIG)["diffusion"]
     shape = parse(DrafterConfig, described.get("lora"), f"diffusion.lora of {str(folder / CONFIG)!r}")
     weights = read_tensors(folder / DRAFTER_WEIGHTS)
-    found = fingerprint(model)
-    if found != base.fingerprint:
+    if not base.is_model(model):
         raise ValueError(
-            f"drafter {str(folder)!r} was trained on another model than {base.name!r}: its base has fingerprint "
-            f"{base.fingerprint}, this one {found}; give the original base with base=FOLDER (--base FOLDER)"
+            f"drafter {str(folder)!r} was trained on another model than {base.name!r}: that has fingerprint "
+            f"{base.fingerprint}, this one {fingerprint(model)}; give the original with base=FOLDER (--base FOLDER)"
         )
     if (folder / "tokenizer_config.json").is_file():  # else it is the base's, with a mask token added
         with _quiet():  # it would warn that the folder's model type is unknown, as intended

@@ -9,6 +9,7 @@ adapter folders: those of `save_adapter`, whose embeddings may have a row for th
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unmask.core.noise import uniform
 from unmask.hf.folders import read_object, read_tensors, reading
+from unmask.hf.quantised import check_bare, quantisation_of
 from unmask.model_name import ADAPTER_CONFIG, CONFIG, permanent_name
 from unmask.run_folder import ordinary_permissions
 from unmask.version import __version__
@@ -50,6 +52,7 @@ def add_lora(model: Any, rank: int, alpha: float, trainable: tuple[str, ...], se
     `merge` and `save_adapter`.
     """
     peft = require_peft()
+    check_bare(model)
     fused = [name for name, parameter in model.named_parameters() if parameter.ndim > 2]
     if fused:
         raise ValueError(
@@ -107,7 +110,9 @@ def save_adapter(folder: str | Path, tuner: Any, base: str) -> None:
     config.base_model_name_or_path = permanent_name(base)
     config.modules_to_save = sorted({n.rpartition(".")[0] for n in whole})
     config.save_pretrained(str(folder))
-    model.config.save_pretrained(folder)
+    written = copy.copy(model.config)
+    written.__dict__.pop("quantization_config", None)  # of how the base was loaded, not of the adapter
+    written.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     ordinary_permissions(folder)
 
@@ -124,8 +129,12 @@ def adapter_base(place: Path | str) -> str | None:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Merge a LoRA adapter into `model`, its base; of a folder of `save_adapter`, config and generation config too."""
+    """Merge a LoRA adapter into `model`, its base; of a folder of `save_adapter`, config and generation config too.
+
+    On a quantised base the adapter stays beside the packed weights, which could not hold it.
+    """
     peft = require_peft()
+    check_bare(model)
     with reading(f"file {str(folder / ADAPTER_CONFIG)!r}"):
         config = peft.PeftConfig.from_pretrained(str(folder))
     if config.peft_type != "LORA":
@@ -145,7 +154,7 @@ def load_adapter(model: Any, folder: Path) -> None:
         raise ValueError(f"adapter {str(folder)!r} does not fit the model it names as its base: {odd[0]}")
     if ours:
         _take_configs(model, folder)
-    model.requires_grad_(True).eval()
+    model.requires_grad_(quantisation_of(model) is None).eval()
 
 
 def _read_weights(folder: Path, embedding: str) -> tuple[dict[str, torch.Tensor], bool]:
@@ -173,16 +182,18 @@ def _merge_own(peft: Any, model: Any, config: Any, state: dict[str, torch.Tensor
         odd += model.load_state_dict(state, strict=False).unexpected_keys
     except RuntimeError as error:  # shapes
         odd.append(str(error).splitlines()[-1].strip())
-    if not odd:
+    if not odd and quantisation_of(model) is None:
         merge(tuner)
     return odd
 
 
 def _merge_stock(peft: Any, model: Any, config: Any, state: dict[str, torch.Tensor]) -> list[str]:
     """Merge an adapter that PEFT wrote, through PEFT; what does not fit, in words."""
+    if quantisation_of(model) is not None and config.modules_to_save:
+        return [f"it replaces {', '.join(config.modules_to_save)}, which is done on an unquantised base alone"]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
-    if tied:  # an adapter of one of them must not be merged into both
+    if tied and quantisation_of(model) is None:  # an adapter of one of them must not be merged into both
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
     tuned = peft.PeftModel(model, config, "default")
     try:
@@ -194,7 +205,7 @@ def _merge_stock(peft: Any, model: Any, config: Any, state: dict[str, torch.Tens
     # Of an embedding that grew, PEFT writes the trained weights once more, and the untrained ones.
     again = (".modules_to_save.", ".original_module.")
     odd += [f"{key} is none of its weights" for key in found.unexpected_keys if not any(part in key for part in again)]
-    if odd:
+    if odd or quantisation_of(model) is not None:
         return odd
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no longer tied")  # they are tied again below, if they are equal

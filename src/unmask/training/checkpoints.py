@@ -11,9 +11,11 @@ import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import accelerate
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from unmask.data.packing import PackState
 from unmask.plain_json import to_json
@@ -70,6 +72,30 @@ def save_checkpoint(accelerator: accelerate.Accelerator, folder: RunFolder, stat
             raise
         put_in_place(partial, final, state.step, keep)
     accelerator.wait_for_everyone()
+
+
+def hold_learnt_alone(accelerator: accelerate.Accelerator) -> None:
+    """Leave frozen weights out of the checkpoints: packed ones have forms that are not written or read back."""
+
+    def save(models: list[Any], weights: list[dict[str, Any]], _folder: str) -> None:
+        for model, state in zip(models, weights, strict=True):
+            for name in set(state) - _learnt(model):
+                del state[name]
+
+    def load(models: list[Any], folder: str) -> None:
+        (model,) = models
+        state = load_file(Path(folder) / "model.safetensors")
+        if set(state) != _learnt(model):
+            raise ValueError("it holds other parameters than those that learn")
+        model.load_state_dict(state, strict=False)
+        models.clear()  # nothing is left for Accelerate to load
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _learnt(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:

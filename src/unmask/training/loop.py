@@ -35,6 +35,7 @@ from unmask.training.batches import TrainingData
 from unmask.training.checkpoints import (
     TrainState,
     drop_later_rows,
+    hold_learnt_alone,
     newest_whole,
     read_state,
     save_checkpoint,
@@ -131,6 +132,8 @@ class _Run:
         self.model, self.settings, self.config = model, settings, config
         self.total_steps, self.folder, self.teacher = total_steps, folder, teacher
         self.wrapped, self.optimizer = _prepare(accelerator, model, _optimizer(model, settings))
+        if hf.quantisation_of(model) is not None:
+            hold_learnt_alone(accelerator)
         self.network = make_network(self.wrapped)
         on_cpu = accelerator.device.type == "cpu" and accelerator.num_processes == 1
         spread = replicate is not None and on_cpu and torch.get_num_threads() > 1

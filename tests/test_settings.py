@@ -113,8 +113,10 @@ def test_senseless_settings_are_refused(name: str, overrides: dict[str, Any], me
 
 
 def test_refused_before_anything_is_loaded_or_claimed(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:
+    (tmp_path / "no-model").mkdir()
+    (tmp_path / "no-model" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"alpha=0.9 needs objective='joint'"):
-        unmask.adapt("no-such-model", stories, "efficient-dlm", tmp_path / "run", alpha=0.9)
+        unmask.adapt(tmp_path / "no-model", stories, "efficient-dlm", tmp_path / "run", alpha=0.9)
     with pytest.raises(ValueError, match=r"split='test' needs a data set with splits.*; the data are .txt"):
         unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", tmp_path / "run", split="test")
     assert not (tmp_path / "run").exists()

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from unmask.evaluation.likelihood import LikelihoodOutput
     from unmask.hf import UnsupportedModelError
     from unmask.loading import load
-    from unmask.model import DiffusionLM, SampleOutput
+    from unmask.model import DiffusionLM
+    from unmask.outputs import SampleOutput
     from unmask.recipe import recipes
 
 __all__ = [
@@ -28,7 +29,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DiffusionLM": "unmask.model",
     "LikelihoodOutput": "unmask.evaluation.likelihood",
+    "SampleOutput": "unmask.outputs",
     "UnsupportedModelError": "unmask.hf",
     "load": "unmask.loading",
     "adapt": "unmask.conversion",
@@ -37,8 +40,12 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module 'unmask' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES.get(name, "unmask.model")), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

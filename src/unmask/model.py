@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from unmask.evaluation import likelihood
 from unmask.evaluation.embed import embed, named_pattern
 from unmask.evaluation.likelihood import LikelihoodOutput
 from unmask.infilling import best_length, fill_lengths, span_lengths
+from unmask.outputs import SampleOutput
 from unmask.plain_numbers import plain
 from unmask.progress import progress
 from unmask.sampling import (
@@ -39,38 +40,6 @@ from unmask.sampling import (
     choose_decoder,
 )
 from unmask.sampling.request import Callback
-
-
-@dataclass(frozen=True)
-class SampleOutput:
-    """What `generate` returns, one entry a row.
-
-    sequences: (batch, length) int64, prompt included, padded on the right. texts: the new text, without end
-    token and stop string. num_new_tokens: (batch,) up to and with the end token or the token that completed a
-    stop string. num_forwards: (batch,) passes after the prefill that the row needed. num_prefill_forwards:
-    (batch,). Speculative mode only: cycle_gains, (batch, n), cycles of the row that gained j tokens each; num_inputs,
-    (batch,), tokens and masks that the forwards were made over, which is 1 a forward in AR decoding.
-    """
-
-    sequences: Tensor
-    texts: list[str]
-    num_new_tokens: Tensor
-    num_forwards: Tensor
-    num_prefill_forwards: Tensor
-    cycle_gains: Tensor | None = None
-    num_inputs: Tensor | None = None
-
-    @property
-    def tokens_per_cycle(self) -> Tensor | None:
-        """(batch,) float: num_new_tokens per cycle of drafts and their verification; None outside speculative mode."""
-        if self.cycle_gains is None:
-            return None
-        return self.num_new_tokens / self.cycle_gains.sum(-1).clamp_min(1)
-
-    @property
-    def tokens_per_forward(self) -> Tensor:
-        """(batch,) float: num_new_tokens / num_forwards."""
-        return self.num_new_tokens / self.num_forwards.clamp_min(1)
 
 
 class DiffusionLM:
@@ -93,6 +62,30 @@ class DiffusionLM:
         self.drafter, self.base = drafter, base
         self.network = self._network(None)
         self._weights = FiniteWeights()
+
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.model.parameters())
+        read = "an untouched AR model" if self.diffusion is None else f"{self.diffusion.recipe}, {self.diffusion.shape}"
+        on = "" if self.base is None else f", a drafter on {self.base.name!r}"
+        return (
+            f"DiffusionLM({getattr(self.model.config, '_name_or_path', '')!r}: {type(self.model).__name__} of {size:,} "
+            f"parameters, {read}{on}, {self.model.dtype} on {self.network.device})"
+        )
+
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> DiffusionLM:
+        """Move the weights to a device, to a type, or both, in place; this object. What was compiled is compiled anew.
+
+        Raises ValueError for a device that is not there.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        for part in (self.model, self.drafter):
+            if part is not None:
+                part.to(device=None if device is None else hf.present_device(device), dtype=dtype)
+        self.network = self._network(None)
+        return self
 
     def _check_weights(self) -> None:
         """Raise ValueError for weights that are not finite."""

@@ -9,7 +9,7 @@ from unmask.core.network import DiffusionConfig
 from unmask.settings import Settings
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Resolved(Settings):
     """Settings of a run on one parent: what its size decides has a value.
 

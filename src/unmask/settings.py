@@ -289,7 +289,7 @@ class RunSettings:
 
 
 # A dataclass takes the fields of its last base first.
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Settings(
     RunSettings,
     EvaluationSettings,
@@ -311,6 +311,11 @@ class Settings(
             check_value(name, getattr(self, name))
         for check in (_check_lora_trainable, _check_clean_half, _check_reach, _check_own_states):
             check(self)
+
+    def __repr__(self) -> str:
+        """The recipe, and what differs from the defaults of the table; all of it: `to_plain`."""
+        own = [f"{n}={getattr(self, n)!r}" for n, entry in TABLE.items() if getattr(self, n) != entry.default]
+        return f"{type(self).__name__}({', '.join([f'recipe={self.recipe!r}', *own])})"
 
     @property
     def trainable(self) -> tuple[str, ...]:

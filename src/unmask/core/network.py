@@ -61,6 +61,13 @@ class DiffusionConfig:
         if self.attention != "bidirectional" and (self.block_size is None or self.block_size < 1):
             raise ValueError(f"block_size {self.block_size} must be at least 1 for {self.attention} attention")
 
+    @property
+    def shape(self) -> str:
+        """What a noisy row sees, in a few words."""
+        blocks = "" if self.block_size is None else f" in blocks of {self.block_size}"
+        clean = "" if self.clean_attention is None else f" with a {self.clean_attention} clean half"
+        return f"{self.attention}{blocks}{clean}"
+
     def with_block_size(self, block_size: int | None) -> DiffusionConfig:
         """The same network read with another block size; None changes nothing."""
         return self if block_size is None else replace(self, block_size=block_size)

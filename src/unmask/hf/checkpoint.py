@@ -157,9 +157,19 @@ def load_pretrained(
     if quantisation_of(model) is not None:
         settle(model)
     elif device_map is None:
-        model.to(device)
+        model.to(present_device(device))
     check_weights(model, f"model {str(place)!r}")
     return model.eval(), tokenizer
+
+
+def present_device(device: str | torch.device) -> torch.device:
+    """The device of a name; ValueError if this machine has none such."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such type, none here, or torch without it
+        raise ValueError(f"device {str(device)!r} is not there: {first_line(error)}") from error
+    return found
 
 
 def check_tokenizer(name: str | Path, model: Any, tokenizer: Any) -> None:

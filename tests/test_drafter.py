@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    _GQA,
     MASK,
     STORIES,
     SUPPORTED,
@@ -20,7 +21,7 @@ from conftest import (
     random_tokens,
     tiny_model,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import unmask
 from unmask import hf
@@ -498,3 +499,48 @@ def test_speculative_equals_ar_greedy_on_real_prompts(name: str, trained: bool, 
     for prompt in prompts[:20]:  # and batch 1
         ar = lm.generate(prompt, mode="ar", max_new_tokens=10)
         assert torch.equal(lm.generate(prompt, mode="speculative", max_new_tokens=10).sequences, ar.sequences)
+
+
+@pytest.fixture(scope="module")
+def roomy(tokenizer_and_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A parent whose vocabulary has 9 rows more than its tokenizer, as Qwen's has; the first of them is its padding."""
+    folder = tmp_path_factory.mktemp("roomy")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_and_model)
+    config = LlamaConfig(**_GQA | {"vocab_size": len(tokenizer) + 9, "bos_token_id": 0, "eos_token_id": 1,
+                                   "pad_token_id": len(tokenizer)})  # fmt: skip
+    tiny_model(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("mask_per_place", [False, True])
+def test_rows_without_a_token_stay_the_bases(roomy: Path, stories: Path, tmp_path: Path, mask_per_place: bool) -> None:
+    """They have logits: masks with their ids would take these from the AR model, or read what it writes as masks."""
+    base = unmask.load(roomy)
+    nats = [o.nats for o in base.nll(STORIES[:3])]
+    written = base.generate(STORIES[:8], max_new_tokens=20).sequences
+    rows = len(base.tokenizer) + 9
+    assert bool((written >= len(base.tokenizer)).any())  # random weights write such ids too
+    unmask.adapt(roomy, stories, "drafter", tmp_path / "run", **RUN, drafter_rank=4, mask_per_place=mask_per_place)
+    for _ in range(2):
+        lm = unmask.load(tmp_path / "run")
+        assert lm.diffusion.mask_token_id == rows
+        assert [o.nats for o in lm.nll(STORIES[:3])] == nats
+        for mode in ("ar", "speculative"):
+            assert torch.equal(lm.generate(STORIES[:8], max_new_tokens=20, mode=mode).sequences, written)
+        lm.generate(STORIES[:1], max_new_tokens=8, mode="diffusion")
+        for path in (tmp_path / "run").glob("token*"):  # a folder without a tokenizer of its own uses its base's
+            path.unlink()
+
+
+def test_a_mask_on_the_row_of_padding_learns(roomy: Path, stories: Path, tmp_path: Path) -> None:
+    lm = unmask.adapt(roomy, stories, "efficient-dlm", tmp_path / "run", **RUN)
+    mask = lm.diffusion.mask_token_id
+    assert mask == len(lm.tokenizer) - 1
+    again = unmask.load(tmp_path / "run")
+    assert again.model.config.pad_token_id is None
+    before = again.model.get_input_embeddings().weight[mask].clone()
+    assert again.model.get_input_embeddings().padding_idx is None
+    mean = unmask.load(roomy).model.get_input_embeddings().weight[: len(lm.tokenizer) - 1].mean(0)
+    assert (before - mean).abs().max() > 1e-4
+    again.generate(STORIES[:1], max_new_tokens=8)

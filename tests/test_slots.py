@@ -15,6 +15,7 @@ from decode import sample_autoregressive, sample_blocks
 from unmask import hf
 from unmask.core.attention import Layout, bidirectional, block_causal, causal, window
 from unmask.core.decoding import begin, denoise
+from unmask.core.scoring import score_distilled
 from unmask.hf.fast import kv_cache as slots
 from unmask.sampling import Confidence
 
@@ -208,3 +209,18 @@ def test_keys_and_values_go_with_their_cache() -> None:
         assert not [x for x in gc.get_objects() if type(x) is slots.SlotCache]
     finally:
         gc.enable()
+
+
+def test_a_cache_that_a_model_cannot_use_is_refused_where_it_is_needed() -> None:
+    """An indexer keeps more than keys and values; a whole pass needs none of it."""
+    config = tf.DeepseekV32Config(
+        **_SIZES, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
+        moe_intermediate_size=16, index_topk=64, index_n_heads=4, index_head_dim=16)  # fmt: skip
+    net = hf.as_network(tiny_model(config), MASK)
+    tokens, layout = random_tokens(1, 8), Layout.of(torch.arange(8)[None])
+    assert net(tokens, layout, causal).shape == (1, 8, MASK + 1)
+    with pytest.raises(hf.UnsupportedModelError, match=r"DeepseekV32ForCausalLM cannot be decoded.*cache"):
+        sample_autoregressive(net, [tokens[0]], max_new_tokens=2)
+    with pytest.raises(hf.UnsupportedModelError, match="cache of its clean text"):
+        score_distilled(net, block_config(4, clean="causal"), tokens, tokens, layout, layout.position > 0)

@@ -68,6 +68,7 @@ def add_mask_token(
     if mask_token_id >= rows:
         with _quiet():
             model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
+    _is_no_padding(model, mask_token_id)
     if not reused or like is not None:
         used = len(vocabulary)
         for number, embedding in enumerate((model.get_input_embeddings(), model.get_output_embeddings())):
@@ -81,6 +82,16 @@ def add_mask_token(
                     bias = embedding.bias
                     bias[mask_token_id] = bias[vocabulary[like]] if like is not None else bias[:used].mean()
     return mask_token_id
+
+
+def _is_no_padding(model: Any, mask_token_id: int) -> None:
+    """A row that the model calls padding, but no token had, becomes an ordinary row: else it would never be trained."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx == mask_token_id:
+            module.padding_idx = None
+    for holder in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
+        if getattr(holder, "pad_token_id", None) == mask_token_id:
+            holder.pad_token_id = None
 
 
 def _normal(size: int, key: Key) -> torch.Tensor:
@@ -277,8 +288,8 @@ def parse_diffusion(raw: Any, model: Any, *, drafter: Drafter | None = None) -> 
         raise ValueError(f"mask_token_id {first} of {where} is outside the vocabulary of {rows} tokens")
     if drafter is not None and (first, number) != (drafter.mask_token_id, drafter.config.mask_rows):
         raise ValueError(
-            f"mask_token_id {first} and mask_rows {number} of {where} are not the tokenizer's "
-            f"{drafter.mask_token_id} and the drafter's {drafter.config.mask_rows}"
+            f"mask_token_id {first} and mask_rows {number} of {where} are not "
+            f"{drafter.mask_token_id} and {drafter.config.mask_rows}, as its tokenizer and drafter have them"
         )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     block = diffusion.block_size
@@ -368,23 +379,33 @@ def fingerprint(model: Any, *, unpacked: bool = False) -> str:
     return digest.hexdigest()[:16]
 
 
-def add_drafter(model: Any, tokenizer: Any, config: DrafterConfig, *, token: str | None = None) -> Drafter:
+def add_drafter(
+    model: Any, tokenizer: Any, config: DrafterConfig, *, token: str | None = None, first: int | None = None
+) -> Drafter:
     """Hook a new drafter on `model`; only the tokenizer gets the mask token, the base's embedding gets no row for it.
 
-    The ids of the masks must not be those of other tokens, or clean text would be read as masks.
+    The ids of the masks must not be those of other tokens, or clean text would be read as masks; nor those of rows that
+    the base has beyond its tokens, since these have logits and the AR model would lose them. So a new token that the
+    tokenizer puts on such a row has its masks after all rows. first: the id that a folder names.
     """
     check_bare(model)
     token = token or tokenizer.mask_token or MASK_TOKEN
     found = tokenizer.get_vocab()
-    first = found.get(token, len(tokenizer))
-    taken = [t for t, i in found.items() if first <= i < first + config.mask_rows and t != token]
+    own = found.get(token, len(tokenizer))
+    taken = [t for t, i in found.items() if own <= i < own + config.mask_rows and t != token]
     if taken or (token in found and token != tokenizer.mask_token):
         raise ValueError(
-            f"mask token {token!r} of the drafter is not its own: its {config.mask_rows} ids from {first} on are "
+            f"mask token {token!r} of the drafter is not its own: its {config.mask_rows} ids from {own} on are "
             f"those of {[token, *taken][-1]!r} too; give a new token with mask_token=TEXT"
         )
     tokenizer.add_special_tokens({"mask_token": token})
-    return drafter_on(model, tokenizer.mask_token_id, config).to(model.device)
+    own, rows = tokenizer.mask_token_id, model.get_input_embeddings().weight.shape[0]
+    after_all = max(rows, 1 + max(tokenizer.get_vocab().values()))
+    if first is None:
+        first = own if token in found or own >= rows else after_all
+    elif first < after_all:
+        first = own  # of an older folder; one that names another id is refused by `parse_diffusion`
+    return drafter_on(model, first, config).to(model.device)
 
 
 def save_drafter(folder: str | Path, drafter: Drafter, tokenizer: Any, diffusion: DiffusionConfig, base: Base) -> None:
@@ -426,7 +447,8 @@ def load_drafter(
     if (folder / "tokenizer_config.json").is_file():  # else it is the base's, with a mask token added
         with _quiet():  # it would warn that the folder's model type is unknown, as intended
             tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    drafter = add_drafter(model, tokenizer, shape)
+    first = described.get("mask_token_id")
+    drafter = add_drafter(model, tokenizer, shape, first=first if type(first) is int else None)
     try:
         drafter.load_state_dict(weights)
     except RuntimeError as error:

@@ -89,7 +89,8 @@ def _is_no_padding(model: Any, mask_token_id: int) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and module.padding_idx == mask_token_id:
             module.padding_idx = None
-    for holder in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
+    holders: list[Any] = [model.config, model.config.get_text_config(), getattr(model, "generation_config", None)]
+    for holder in holders:
         if getattr(holder, "pad_token_id", None) == mask_token_id:
             holder.pad_token_id = None
 

@@ -71,7 +71,7 @@ class Drafter(nn.Module):
     """The trained part; hooks on `model` apply it inside `rows(noisy)` and nowhere else.
 
     maps: names of the linear maps that can be gated, all by default. tables: names of embeddings that ids index beside
-    the input embedding, where masks have rows of their own too. `hf.gateable` measures both.
+    the input embedding, where masks have rows of their own too. `hf.drafters` measures both.
     """
 
     def __init__(

@@ -6,7 +6,6 @@ measured (`probes`). Its folder is read and written in `checkpoint`.
 
 from unmask.hf.checkpoint import (
     Base,
-    add_drafter,
     add_mask_token,
     check_tokenizer,
     end_token_ids,
@@ -23,7 +22,7 @@ from unmask.hf.checkpoint import (
     without_dropout,
     write_diffusion,
 )
-from unmask.hf.gateable import drafter_on
+from unmask.hf.drafters import add_drafter, drafter_on
 from unmask.hf.layers import checkpoint_layers
 from unmask.hf.masks import UnsupportedModelError
 from unmask.hf.network import FastPaths, HFNetwork, replicate

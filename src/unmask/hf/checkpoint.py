@@ -25,15 +25,14 @@ from unmask.core.drafter import Drafter, DrafterConfig, is_linear_map
 from unmask.core.finite import check_weights, plain_parts
 from unmask.core.network import DiffusionConfig
 from unmask.core.noise import Key, uniform
+from unmask.hf.drafters import MASK_TOKEN, add_drafter
 from unmask.hf.folders import BUILDING, check_folder, first_line, parse, read_object, read_tensors
-from unmask.hf.gateable import drafter_on
 from unmask.hf.gguf import dequantising, source_of
-from unmask.hf.quantised import check_bare, has_adapters, named_quantisation, quantisation_of, settle
+from unmask.hf.quantised import has_adapters, named_quantisation, quantisation_of, settle
 from unmask.model_name import CONFIG, DRAFTER_WEIGHTS, permanent_name
 from unmask.plain_json import to_json
 from unmask.run_folder import ordinary_permissions
 
-MASK_TOKEN = "<|mask|>"
 SDAR_MASK_TOKEN = "<|MASK|>"
 """Qwen3 bases get SDAR's mask token, at the id 151669 that SGLang and LMDeploy expect."""
 
@@ -378,35 +377,6 @@ def fingerprint(model: Any, *, unpacked: bool = False) -> str:
             sample = flat[:: max(1, flat.numel() // 64)].to(torch.bfloat16).float().cpu()
             digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def add_drafter(
-    model: Any, tokenizer: Any, config: DrafterConfig, *, token: str | None = None, first: int | None = None
-) -> Drafter:
-    """Hook a new drafter on `model`; only the tokenizer gets the mask token, the base's embedding gets no row for it.
-
-    The ids of the masks must not be those of other tokens, or clean text would be read as masks; nor those of rows that
-    the base has beyond its tokens, since these have logits and the AR model would lose them. So a new token that the
-    tokenizer puts on such a row has its masks after all rows. first: the id that a folder names.
-    """
-    check_bare(model)
-    token = token or tokenizer.mask_token or MASK_TOKEN
-    found = tokenizer.get_vocab()
-    own = found.get(token, len(tokenizer))
-    taken = [t for t, i in found.items() if own <= i < own + config.mask_rows and t != token]
-    if taken or (token in found and token != tokenizer.mask_token):
-        raise ValueError(
-            f"mask token {token!r} of the drafter is not its own: its {config.mask_rows} ids from {own} on are "
-            f"those of {[token, *taken][-1]!r} too; give a new token with mask_token=TEXT"
-        )
-    tokenizer.add_special_tokens({"mask_token": token})
-    own, rows = tokenizer.mask_token_id, model.get_input_embeddings().weight.shape[0]
-    after_all = max(rows, 1 + max(tokenizer.get_vocab().values()))
-    if first is None:
-        first = own if token in found or own >= rows else after_all
-    elif first < after_all:
-        first = own  # of an older folder; one that names another id is refused by `parse_diffusion`
-    return drafter_on(model, first, config).to(model.device)
 
 
 def save_drafter(folder: str | Path, drafter: Drafter, tokenizer: Any, diffusion: DiffusionConfig, base: Base) -> None:

@@ -17,7 +17,7 @@ from unmask.core.decoding import begin, denoise
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.core.network import DiffusionConfig
 from unmask.core.scoring import score
-from unmask.hf.gateable import gateable
+from unmask.hf.drafters import gateable
 
 _LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
            "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,

@@ -1,5 +1,6 @@
-"""What a drafter can gate, measured: linear maps that run once on each token of a pass, and tables that ids look up.
+"""A drafter on a model: the ids of its masks, and what it can gate, measured.
 
+That are linear maps that run once on each token of a pass, and tables that ids look up.
 Experts get only the tokens that are routed to them, some maps read cached tokens again, and some routers give more than
 their product: noisy tokens cannot be picked there. So the base runs once, with and without a cache, and is watched.
 """
@@ -18,6 +19,10 @@ from transformers import DynamicCache
 
 from unmask.core.drafter import Drafter, DrafterConfig, linear_maps
 from unmask.hf.network import cache_keyword
+from unmask.hf.quantised import check_bare
+
+MASK_TOKEN = "<|mask|>"
+"""The text of a mask token, unless its model has one or another is asked for."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,35 @@ class Gateable:
 
     maps: tuple[str, ...]
     tables: tuple[str, ...]
+
+
+def add_drafter(
+    model: Any, tokenizer: Any, config: DrafterConfig, *, token: str | None = None, first: int | None = None
+) -> Drafter:
+    """Hook a new drafter on `model`; only the tokenizer gets the mask token, the base's embedding gets no row for it.
+
+    The ids of the masks must not be those of other tokens, or clean text would be read as masks; nor those of rows that
+    the base has beyond its tokens, since these have logits and the AR model would lose them. So a new token that the
+    tokenizer puts on such a row has its masks after all rows. first: the id that a folder names.
+    """
+    check_bare(model)
+    token = token or tokenizer.mask_token or MASK_TOKEN
+    found = tokenizer.get_vocab()
+    own = found.get(token, len(tokenizer))
+    taken = [t for t, i in found.items() if own <= i < own + config.mask_rows and t != token]
+    if taken or (token in found and token != tokenizer.mask_token):
+        raise ValueError(
+            f"mask token {token!r} of the drafter is not its own: its {config.mask_rows} ids from {own} on are "
+            f"those of {[token, *taken][-1]!r} too; give a new token with mask_token=TEXT"
+        )
+    tokenizer.add_special_tokens({"mask_token": token})
+    own, rows = tokenizer.mask_token_id, model.get_input_embeddings().weight.shape[0]
+    after_all = max(rows, 1 + max(tokenizer.get_vocab().values()))
+    if first is None:
+        first = own if token in found or own >= rows else after_all
+    elif first < after_all:
+        first = own  # of an older folder; one that names another id is refused by `parse_diffusion`
+    return drafter_on(model, first, config).to(model.device)
 
 
 def drafter_on(model: Any, mask_token_id: int, config: DrafterConfig) -> Drafter:

@@ -24,7 +24,9 @@ import checks  # noqa: E402
 from checks import examine  # noqa: E402
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral", "gemma3n_text", "ministral3", "deepseek_v3", "deepseek_v32"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "mixtral", "gemma3n_text", "ministral3", "deepseek_v3", "deepseek_v32", "moshi"]
+)
 def test_accepted_classes_are_read_right(name: str) -> None:
     row = examine(name)
     assert (row.verdict, row.reason) == ("accepted", "")

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 import transformers
 from checks import Row, examine
+from shapes import VARIANTS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 SECONDS = 300
@@ -26,7 +27,8 @@ SECONDS = 300
 
 INTRODUCTION = """# Architectures
 
-Which causal language models of transformers {version} the library takes, one row a model type, as measured by
+Which causal language models of transformers {version} the library takes, one row a model type (and some for settings of
+checkpoints that use other parts of a class), as measured by
 
     python tests/architectures --output docs/architectures.md
 
@@ -47,13 +49,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="model types, all by default")
     parser.add_argument("--output", type=Path, help="the page to write")
     asked = parser.parse_args(arguments)
-    unknown = sorted(set(asked.names) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    known = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]
+    unknown = sorted(set(asked.names) - set(known))
     if unknown:
         parser.error(f"{unknown[0]!r} is no model type of transformers' causal language models")
     if asked.names and asked.output:
         parser.error("--output needs all classes: leave the names out")
     rows = []
-    for name in asked.names or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    for name in asked.names or known:
         rows.append(in_a_process(name))
         print(" | ".join(part for part in vars(rows[-1]).values() if part), flush=True)
     if asked.output:
@@ -95,7 +98,7 @@ def page(rows: list[Row]) -> str:
     for row in sorted(rows, key=lambda row: (row.verdict, row.name)):
         cells = [f"`{row.name}`", row.verdict, row.decoding, row.drafter, row.reason]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
-    introduction = INTRODUCTION.format(version=transformers.__version__, counts=f"{len(rows)} model types: {counts}.")
+    introduction = INTRODUCTION.format(version=transformers.__version__, counts=f"{len(rows)} rows: {counts}.")
     return introduction + "".join(lines)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from shapes import NO_TEXT, SETTINGS, VARIANTS
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -22,6 +23,7 @@ from unmask.core.decoding import begin, denoise
 from unmask.core.drafter import DrafterConfig
 from unmask.core.network import DiffusionConfig, Pass
 from unmask.core.scoring import score
+from unmask.hf.network import FastPaths
 from unmask.hf.probes import UNTESTED, probe_network
 from unmask.hf.tiny import tiny_model, tiny_settings
 from unmask.sampling import Request, sample_autoregressive, sample_blocks, sample_speculative
@@ -40,36 +42,6 @@ _LENGTHS = (
 )
 """Parts of the names of settings that change nothing until a text is longer than they are."""
 
-REAL: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0}
-                                                for kind in ("full_attention", "sliding_attention")}},
-    "deepseek_v2": {"num_experts_per_tok": 6, "q_lora_rank": None},
-    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2},
-    "dbrx": {"attn_config": {"rope_theta": 500000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
-    "hunyuan_v1_dense": {"head_dim": 128},
-    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 64, "moe_topk": 8},
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
-    "minimax_m3_vl_text": {"layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57},
-    "ministral": {"head_dim": 128},
-    "nemotron": {"num_key_value_heads": 8},
-    "qwen4_exp_text": {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 128, "indexer_budget": 2048,
-                       "indexer_compress_ratio": 4,
-                       "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}},
-    "reformer": {"is_decoder": True, "axial_pos_embds": False},
-    "xmod": {"default_language": "en_XX"},
-}  # fmt: skip
-REAL["qwen4_exp"] = {"text_config": REAL["qwen4_exp_text"]}
-"""What checkpoints set of the classes whose default configuration makes no model, or an untypical one."""
-
-NO_TEXT = {
-    "gemma4_assistant": "drafts from the hidden states of another model, not from tokens alone",
-    "gemma4_unified_assistant": "drafts from the hidden states of another model, not from tokens alone",
-    "musicgen": "writes codes of sounds, in several books, not text",
-    "musicgen_melody": "writes codes of sounds, in several books, not text",
-}
-"""Classes that are no model of text alone."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -83,18 +55,22 @@ class Row:
 
 
 def examine(name: str) -> Row:
-    """The row of a model type: "accepted" and right, "refused" for what was measured, or "wrong" with what differs."""
-    if name in NO_TEXT:
-        return Row(name, "refused", NO_TEXT[name])
-    whole = AutoConfig.for_model(name, **REAL.get(name, {}))
+    """The row of a model type, or of one of `VARIANTS`.
+
+    "accepted" if it is and everything agrees, "refused" for what was measured, "wrong" with what differs.
+    """
+    kind, given = VARIANTS.get(name, (name, SETTINGS.get(name, {})))
+    if kind in NO_TEXT:
+        return Row(name, "refused", NO_TEXT[kind])
+    whole = AutoConfig.for_model(kind, **given)
     config = copy.deepcopy(whole.get_text_config())
-    kind = AutoModelForCausalLM._model_mapping[type(whole)]
-    kind = kind if kind.config_class is type(config) else type(config)
+    of_text: Any = AutoModelForCausalLM._model_mapping[type(whole)]
+    of_text = of_text if of_text.config_class is type(config) else type(config)
     settings = tiny_settings(config)
     long = {k: v for k, v in json.loads(settings).items() if type(v) is int and v > LENGTH and _is_length(k)}
     long.pop("keep_window_size", None)  # no text is longer than the default
     try:
-        model = tiny_model(kind, settings, None, seed=1)
+        model = tiny_model(of_text, settings, None, seed=1)
         tokens = _tokens(model, 2, LENGTH)
         with torch.no_grad():
             model(input_ids=tokens, use_cache=False)
@@ -289,7 +265,10 @@ def _compare(what: str, got: Tensor, expected: Tensor, tolerance: float, mask: i
 
 
 def _network(model: Any, mask: int | None = None) -> hf.HFNetwork:
-    return hf.HFNetwork(model, mask)
+    """The network without fast paths."""
+    network = hf.as_network(model, mask)
+    network.fast_paths = FastPaths()
+    return network
 
 
 def _stock(model: Any, tokens: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class HFNetwork:
 
     mask_token_id: its logit is -inf in everything this returns; None for an untouched AR model.
     forward: what runs the model, if not the model itself (a DDP or FSDP wrapper around it).
-    per_layer_type: give each layer type its own mask, which sliding windows need; off in a test of the probe alone.
+    per_layer_type: give each layer type its own mask, which windows need; off where no layer reads their setting.
     gate: entered around every pass with its noisy rows, (batch, length) bool: what adapts those rows alone.
     fast_paths: those that the model takes, by default none. no_cache: why its passes cannot stand on cached ones, None
     if they can. `probes.as_network` finds both out.

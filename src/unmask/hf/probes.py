@@ -70,7 +70,7 @@ def probe(model: Any) -> None:
 @functools.lru_cache(maxsize=64)
 def _probe_fast_paths(kind: Hashable, config: str) -> FastPaths:
     try:
-        network = HFNetwork(tiny_model(kind, config, "sdpa"))
+        network = _as_tiny_network(tiny_model(kind, config, "sdpa"))
     except Exception:  # a model that cannot be tried takes no fast path
         return FastPaths()
     length = 2 * CHUNK
@@ -105,7 +105,7 @@ def _probe_cache(kind: Hashable, config: str, implementation: str, chunked: bool
     """Why passes on cached ones, in slots or growing, do not give the logits of whole texts, or None."""
     try:
         tiny = _in_float64(tiny_model(kind, config, implementation))
-        network = HFNetwork(tiny, fast_paths=FastPaths(chunked=chunked))
+        network = _as_tiny_network(tiny, fast_paths=FastPaths(chunked=chunked))
         with torch.inference_mode():
             return _wrong_on_cache(network)
     except Exception as error:
@@ -134,7 +134,7 @@ def _wrong_on_cache(network: HFNetwork) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def _probe_positions(kind: Hashable, config: str) -> bool:
-    network = HFNetwork(tiny_model(kind, config, "sdpa"))
+    network = _as_tiny_network(tiny_model(kind, config, "sdpa"))
     tokens, position = torch.arange(20)[None] + 3, torch.arange(20)[None]
     with torch.inference_mode():
         logits = network(tokens, Layout.of(position), causal)
@@ -151,7 +151,7 @@ def _probe_class(kind: Hashable, config: str, implementation: str) -> str | None
         return f"{UNTESTED} ({first_line(error)})"
     try:
         with torch.inference_mode():
-            return probe_network(HFNetwork(tiny))
+            return probe_network(_as_tiny_network(tiny))
     except Exception as error:
         return f"it does not take 4-D attention masks with position ids ({first_line(error)})"
 
@@ -166,6 +166,35 @@ def _in_float64(model: Any) -> Any:
             return twin if twin(input_ids=tokens, use_cache=False).logits.dtype == torch.float64 else model
         except Exception:
             return model
+
+
+def _as_tiny_network(model: Any, **options: Any) -> HFNetwork:
+    return HFNetwork(model, per_layer_type=_reads_windows(model), **options)
+
+
+def _reads_windows(tiny: Any) -> bool:
+    """Whether the model has the windows of its settings; some classes have a setting that no layer reads."""
+    if not local_attention(tiny.config.get_text_config()):
+        return True
+    tokens = torch.arange(3, 3 + 3 * WINDOW)[None]
+    layout = Layout.of(torch.arange(tokens.shape[1])[None])
+    try:
+        with torch.inference_mode():
+            stock = tiny(input_ids=tokens, use_cache=False).logits
+            gaps = [
+                (HFNetwork(tiny, per_layer_type=on)(tokens, layout, causal) - stock).abs().max() for on in (True, False)
+            ]
+    except Exception:  # the probe says what is wrong
+        return True
+    return bool(gaps[0] <= gaps[1])
+
+
+@functools.lru_cache(maxsize=64)
+def _probe_windows(kind: Hashable, config: str, implementation: str) -> bool:
+    try:
+        return _reads_windows(tiny_model(kind, config, implementation))
+    except Exception:
+        return True
 
 
 def probe_network(network: HFNetwork) -> str | None:
@@ -269,6 +298,7 @@ def as_network(model: Any, mask_token_id: int | None = None, **options: Any) -> 
     no_cache = _probe_cache(*tried, fast_paths.chunked)
     if no_cache is not None and fast_paths.chunked and _probe_cache(*tried, False) is None:
         fast_paths, no_cache = replace(fast_paths, chunked=False), None
+    options = {"per_layer_type": _probe_windows(*tried)} | options
     return HFNetwork(model, mask_token_id, fast_paths=fast_paths, no_cache=no_cache, **options)
 
 

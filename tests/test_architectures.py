@@ -14,8 +14,10 @@ import torch
 import transformers as tf
 from transformers import AutoModelForCausalLM
 
+import unmask
 from unmask import hf
 from unmask.core.attention import Layout, causal
+from unmask.hf import tiny as tiny_module
 from unmask.hf.tiny import tiny_settings
 
 FOLDER = Path(__file__).parent / "architectures"
@@ -74,6 +76,13 @@ def test_what_a_model_reads_beside_rotary_scaling_stays() -> None:
     assert (rope["rope_type"], rope["llama_4_scaling_beta"]) == ("default", 0.1)
 
 
+def test_a_tiny_model_that_does_not_run_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiny_module._SIZES, "hidden_size", 30)  # no multiple of the number of heads
+    config = tf.GPTNeoXConfig(num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4)
+    with pytest.raises(unmask.UnsupportedModelError, match="no tiny model of its class could be made"):
+        hf.probe(AutoModelForCausalLM.from_config(config))
+
+
 # --- Llama 4: chunks, and queries scaled by their position
 
 
@@ -110,7 +119,16 @@ def test_a_long_pass_through_layers_that_run_again_is_refused() -> None:
     assert all(layer.self_attn.attn_temperature_tuning for layer in model.model.layers)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("mamba", "recurrent state"), ("qwen3_next", "'linear_attention'")])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mamba", "recurrent state"),
+        ("qwen3_next", "'linear_attention'"),
+        ("bert", "no causal model"),
+        ("minimax_m3_vl_text", "'minimax_m3_sparse' is attention to blocks of keys"),
+        ("doge, texts longer than its choice of keys", "repeated position ids"),
+    ],
+)
 def test_refused_classes_are_refused_for_what_was_measured(name: str, reason: str) -> None:
     row = examine(name)
     assert row.verdict == "refused"

@@ -126,7 +126,7 @@ def test_a_long_pass_through_layers_that_run_again_is_refused() -> None:
         ("qwen3_next", "'linear_attention'"),
         ("bert", "no causal model"),
         ("minimax_m3_vl_text", "'minimax_m3_sparse' is attention to blocks of keys"),
-        ("doge, texts longer than its choice of keys", "repeated position ids"),
+        ("doge, texts longer than its choice of keys", "tokens that come later"),
     ],
 )
 def test_refused_classes_are_refused_for_what_was_measured(name: str, reason: str) -> None:

@@ -1,7 +1,7 @@
 """Every class of transformers' causal language models, a process each: `python tests/architectures [NAME ...]`.
 
 Prints a line for each class, writes the table of docs/architectures.md with `--output FILE` (all classes only), and
-exits 1 if one is wrong or crashed. All of them take most of an hour on one core.
+exits 1 if one is wrong or crashed. All of them take a few minutes on one core.
 """
 
 from __future__ import annotations

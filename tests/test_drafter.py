@@ -350,7 +350,7 @@ def test_drafter_of_a_missing_or_other_base_is_refused(
         (folder / "config.json").write_text(json.dumps(config))
         return folder
 
-    with pytest.raises(ValueError, match=r"needs its base '/nowhere/base'.*diffusion.base.name"):
+    with pytest.raises(ValueError, match=r"needs its base '/nowhere/base'.*give base=FOLDER"):
         unmask.load(moved(name="/nowhere/base"))
     other = tmp_path / "other"
     model = AutoModelForCausalLM.from_pretrained(tokenizer_and_model)

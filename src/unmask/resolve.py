@@ -101,8 +101,8 @@ RULE_TEXT = (
 )
 
 
-def diffusion_config(settings: Resolved, mask_token_id: int, version: str) -> DiffusionConfig:
-    """What a checkpoint trained with these settings says of itself."""
+def diffusion_config(settings: Resolved, mask_token_id: int, version: str, vocabulary: int = 0) -> DiffusionConfig:
+    """What a checkpoint trained with these settings says of itself; vocabulary: tokens that noise is drawn from."""
     return DiffusionConfig(
         mask_token_id=mask_token_id,
         attention=settings.attention,
@@ -113,6 +113,7 @@ def diffusion_config(settings: Resolved, mask_token_id: int, version: str) -> Di
         version=version,
         noisy_attention=settings.noisy_attention,
         mask_rows=settings.block_size if settings.mask_per_place else 1,
+        noise_tokens=vocabulary if settings.noise == "uniform" else 0,
     )
 
 

@@ -145,8 +145,11 @@ class DrafterSettings:
     drafter_scale: float = setting(64.0, "the adapters' output is scaled by this / rank", above=0, objective="distill")
     drafter_targets: str = setting(
         "all", "linear maps with an adapter: all, or endings of their names with commas between", objective="distill")
+    noise: str = setting(
+        "mask", "what draft rows read: mask, an embedding that learns; uniform, random tokens of the vocabulary, as "
+        "Uno's do and as engines serve them", one_of=("mask", "uniform"), objective="distill")
     mask_per_place: bool = setting(
-        False, "give each place of a block a mask embedding of its own", objective="distill")
+        False, "give each place of a block a mask embedding of its own", objective="distill", noise="mask")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,10 +55,12 @@ def convert(job: Job, parent: Parent) -> Learner:
     lm, settings = parent.lm, parent.settings
     config, drafter = lm.diffusion, None
     if settings.objective == "distill":
-        mask_rows = settings.block_size if settings.mask_per_place else 1
+        of_mask = settings.block_size if settings.mask_per_place else 1
+        mask_rows = of_mask if settings.noise == "mask" else 0
         shape = DrafterConfig(settings.drafter_rank, settings.drafter_scale, settings.drafter_targets, mask_rows)
         drafter = hf.add_drafter(lm.model, lm.tokenizer, shape, token=settings.mask_token)
-        config = diffusion_config(settings, drafter.mask_token_id, __version__)
+        vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+        config = diffusion_config(settings, drafter.mask_token_id, __version__, vocabulary)
     elif settings.attention != "ar":
         if config is not None:
             mask_token_id = config.mask_token_id

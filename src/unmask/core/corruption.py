@@ -14,14 +14,14 @@ Distributions (both make the expected weighted loss the NELBO, in nats, of the s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from unmask.core.attention import Layout
-from unmask.core.noise import uniform, uniforms
+from unmask.core.noise import integers, uniform, uniforms
 
 
 class Schedule(Protocol):
@@ -44,18 +44,24 @@ class Linear:
 
 @dataclass(frozen=True)
 class Corruption:
-    """masked (batch, length) bool and weight (batch, length) float32, 0 where nothing is masked."""
+    """masked (batch, length) bool and weight (batch, length) float32, 0 where nothing is masked.
+
+    noise: (batch, length) int64, random tokens that stand where masks would; None where there are masks.
+    """
 
     masked: Tensor
     weight: Tensor
+    noise: Tensor | None = None
 
     def apply(self, x0: Tensor, mask_token_id: int) -> Tensor:
-        """xt: x0 with the mask token at the corrupted positions."""
+        """xt: x0 with the mask token, or random tokens, at the corrupted positions."""
+        if self.noise is not None:
+            return torch.where(self.masked, self.noise, x0)
         return x0.masked_fill(self.masked, mask_token_id)
 
     def excluding(self, tokens: Tensor) -> Corruption:
         """The same without the positions where `tokens` (batch, length) is True, which leave the loss."""
-        return Corruption(self.masked & ~tokens, self.weight * ~tokens)
+        return replace(self, masked=self.masked & ~tokens, weight=self.weight * ~tokens)
 
 
 def segments(layout: Layout, block_size: int | None) -> Tensor:
@@ -84,6 +90,11 @@ def noise_levels(seed: int, step: int, rows: Tensor, global_rows: int, length: i
 def position_noise(seed: int, step: int, rows: Tensor, length: int, draw: int = 0) -> Tensor:
     """Uniforms (len(rows), length) float64 that decide which positions are masked."""
     return uniforms([("mask", seed, step, row, draw) for row in rows.tolist()], length)
+
+
+def random_tokens(seed: int, step: int, rows: Tensor, length: int, vocabulary: int, draw: int = 0) -> Tensor:
+    """Tokens (len(rows), length) int64 below `vocabulary`, which stand where masks would."""
+    return integers([("noise token", seed, step, row, draw) for row in rows.tolist()], length, vocabulary)
 
 
 def mask_bernoulli(

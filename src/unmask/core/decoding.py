@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unmask.core.attention import PADDING, Layout, Pattern, causal, drafting
 from unmask.core.network import DiffusionConfig, Network, Pass, SlotCacheState, run_deferred
-from unmask.core.scoring import all_noisy, check_serves_ar, masks_by_place
+from unmask.core.scoring import all_noisy, check_serves_ar, noisy_ids
 from unmask.core.transfer import to_device
 
 
@@ -70,7 +70,7 @@ def denoise(
     """
     slots, width = xt.shape
     if config.attention == "two_stream":
-        xt, layout = masks_by_place(config, xt, layout), all_noisy(layout)
+        xt, layout = noisy_ids(config, xt, layout), all_noisy(layout)
     rows = None
     if finished is not None:
         clean, clean_layout = _finished_rows(past, *finished, width)
@@ -176,8 +176,7 @@ def speculate(
         return Speculation(network(tokens, layout, causal, past=past), lambda _: tokens.new_zeros(batch, 0))
     masks = _masks_behind(config, layout, wanted, end)
     num_masks = masks.position.shape[-1]
-    ids = config.mask_token_id + torch.arange(num_masks, device=tokens.device).clamp_max(config.mask_rows - 1)
-    ids = torch.cat([tokens[..., None], ids.expand(batch, width, -1)], dim=-1).flatten(0, 1)
+    ids = torch.cat([tokens[..., None], _mask_ids(config, masks, tokens.device)], dim=-1).flatten(0, 1)
     passed = Layout(*(torch.cat([x[..., None], y], -1).flatten(0, 1) for x, y in zip(layout, masks, strict=True)))
     first = torch.arange(batch * width).view(batch, width) * (1 + num_masks)
     # Row i - 1 scores position i with the shift; the token itself scores the next position, exactly.
@@ -190,6 +189,16 @@ def speculate(
         return later(drafted[torch.arange(batch), token].flatten()).unflatten(0, (batch, most))
 
     return Speculation(ar_logits.unflatten(0, (batch, width)), drafts)
+
+
+def _mask_ids(config: DiffusionConfig, masks: Layout, device: torch.device) -> Tensor:
+    """What the network reads as masks of this layout (batch, n, masks), each by its place behind its token."""
+    ids = torch.full(masks.position.shape, config.mask_token_id)
+    if config.noise_tokens:
+        ids = noisy_ids(config, ids, masks)
+    else:
+        ids += torch.arange(ids.shape[-1]).clamp_max(config.mask_rows - 1)
+    return to_device(ids, device)
 
 
 def spare_masks(config: DiffusionConfig) -> int:

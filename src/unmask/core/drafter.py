@@ -26,7 +26,8 @@ class DrafterConfig:
     """rank and scale of W x + (scale / rank) B A x on noisy rows, and which linear maps have it.
 
     targets: "all" (every linear map of the layers), or endings of module names, separated by commas.
-    mask_rows: embeddings of the mask, one for each place in a block, or one for all.
+    mask_rows: embeddings of the mask, one for each place in a block, or one for all; none for noisy rows that read
+    random tokens.
     """
 
     rank: int = 32
@@ -38,6 +39,8 @@ class DrafterConfig:
         plain_fields(self)
         if self.rank < 1:
             raise ValueError(f"drafter_rank {self.rank} must be at least 1")
+        if self.mask_rows < 0:
+            raise ValueError(f"mask_rows {self.mask_rows} must be at least 0")
         if not self.scale > 0:
             raise ValueError(f"drafter_scale {self.scale} must be positive")
 
@@ -88,23 +91,11 @@ class Drafter(nn.Module):
         self._noisy: _NoisyRows | None = None
         self._places: Tensor | None = None
         embedding = model.get_input_embeddings()
-        with torch.no_grad():  # the mean of outputs, not of weights: some models scale them
-            ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
-            mean = embedding(ids[None])[0].float().mean(0).to(embedding.weight.dtype)
-            self.masks = nn.Parameter(mean.repeat(config.mask_rows, 1))
-        self._handles = [
-            embedding.register_forward_pre_hook(self._hide_masks),
-            embedding.register_forward_hook(self._embed_masks),
-        ]
-        generator = torch.Generator().manual_seed(0)
+        self._handles: list[Any] = []
         self.tables = nn.ParameterDict()
-        for name in tables:
-            table, key = model.get_submodule(name), name.replace(".", "-")
-            self.tables[key] = nn.Parameter(_mean_row(table).repeat(config.mask_rows, 1))
-            self._handles += [
-                table.register_forward_pre_hook(self._hide_places),
-                table.register_forward_hook(self._embed_places(self.tables[key])),
-            ]
+        if config.mask_rows:
+            self._add_masks(model, tables)
+        generator = torch.Generator().manual_seed(0)
         for name, module in target_modules(model, config.targets, maps):
             out_features, in_features = _shape(module)
             key = name.replace(".", "-")  # a parameter's name holds no dot
@@ -114,11 +105,30 @@ class Drafter(nn.Module):
             self.up[key] = nn.Parameter(torch.zeros(out_features, config.rank).to(embedding.weight))
             self._handles.append(module.register_forward_hook(self._adapt(name, self.down[key], self.up[key])))
 
+    def _add_masks(self, model: Any, tables: Sequence[str]) -> None:
+        """Embeddings of the masks, in the input embedding and in further tables."""
+        embedding, number = model.get_input_embeddings(), self.config.mask_rows
+        with torch.no_grad():  # the mean of outputs, not of weights: some models scale them
+            ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
+            mean = embedding(ids[None])[0].float().mean(0).to(embedding.weight.dtype)
+            self.masks = nn.Parameter(mean.repeat(number, 1))
+        self._handles += [
+            embedding.register_forward_pre_hook(self._hide_masks),
+            embedding.register_forward_hook(self._embed_masks),
+        ]
+        for name in tables:
+            table, key = model.get_submodule(name), name.replace(".", "-")
+            self.tables[key] = nn.Parameter(_mean_row(table).repeat(number, 1))
+            self._handles += [
+                table.register_forward_pre_hook(self._hide_places),
+                table.register_forward_hook(self._embed_places(self.tables[key])),
+            ]
+
     @contextmanager
     def rows(self, noisy: Tensor) -> Iterator[None]:
         """Within the context the adapters act on the rows of a pass where `noisy` (batch, length) is True."""
         before, noisy = self._noisy, noisy.cpu()  # on the host, where reading it does not wait
-        self._noisy = _NoisyRows(noisy, self.masks.device) if bool(noisy.any()) else None
+        self._noisy = _NoisyRows(noisy, next(self.parameters()).device) if bool(noisy.any()) else None
         try:
             yield
         finally:

@@ -29,6 +29,8 @@ class DiffusionConfig:
     noisy_attention: "bidirectional" | "causal" inside a noisy block of two streams.
     mask_rows: embeddings of the mask, ids mask_token_id + 0, 1, ...: one for each place in a block (a drafter may
     have these), or one for all.
+    noise_tokens: 0: masks are embeddings. Else random tokens below this number stand where masks would (a drafter's
+    rows may read these, Uno 2609.04010), and mask_token_id only marks their places.
     """
 
     mask_token_id: int
@@ -40,6 +42,7 @@ class DiffusionConfig:
     version: str
     noisy_attention: str = "bidirectional"
     mask_rows: int = 1
+    noise_tokens: int = 0
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -54,6 +57,11 @@ class DiffusionConfig:
             raise ValueError(f"clean_attention {self.clean_attention!r} is unknown: use causal or block_causal")
         if self.mask_rows < 1:
             raise ValueError(f"mask_rows {self.mask_rows} must be at least 1")
+        if self.noise_tokens < 0 or (self.noise_tokens and (self.mask_rows > 1 or self.attention != "two_stream")):
+            raise ValueError(
+                f"noise_tokens {self.noise_tokens} must be 0, or a number of tokens with two_stream attention and one "
+                f"mask, not {self.attention!r} and mask_rows {self.mask_rows}"
+            )
         if self.noisy_attention not in ("bidirectional", "causal"):
             raise ValueError(f"noisy_attention {self.noisy_attention!r} is unknown: use bidirectional or causal")
         if self.noisy_attention == "causal" and self.attention != "two_stream":

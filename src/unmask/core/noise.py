@@ -102,7 +102,12 @@ def bernoulli(*shape: int, probability: float, key: Key, device: torch.device | 
 
 def integer(bound: int, key: Key) -> int:
     """An integer drawn from 0 .. bound - 1; bound up to 2^31, where the bias is below 1 in 2^32."""
-    return int((bits([key], 1) >> 1 & ((1 << 62) - 1)).item() % bound)
+    return int(integers([key], 1, bound).item())
+
+
+def integers(keys: Sequence[Key], size: int, bound: int, device: torch.device | None = None) -> Tensor:
+    """(keys, size) int64 drawn from 0 .. bound - 1; bound up to 2^31, where the bias is below 1 in 2^32."""
+    return (bits(keys, size, device) >> 1 & ((1 << 62) - 1)) % bound
 
 
 def gumbels(keys: Sequence[Key], size: int, device: torch.device | None = None) -> Tensor:

@@ -10,12 +10,15 @@ for a float64 network), the mask token's is -inf.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from unmask.core.attention import Layout, Pattern, causal
 from unmask.core.network import DiffusionConfig, GrowingCache, Network, Pass, run
+from unmask.core.noise import integers
 from unmask.core.transfer import to_device
 
 
@@ -42,7 +45,7 @@ def scoring_pass(
     annealed.
     """
     if config.attention == "two_stream":
-        input_ids, passed = torch.cat([masks_by_place(config, xt, layout), x0], dim=1), _both_streams(layout)
+        input_ids, passed = torch.cat([noisy_ids(config, xt, layout), x0], dim=1), _both_streams(layout)
     else:
         input_ids, passed = xt, layout
     rows = _scoring_rows(config, layout, input_ids)[wanted]
@@ -66,12 +69,30 @@ def all_noisy(layout: Layout) -> Layout:
     return layout._replace(noisy=_ALL_NOISY[layout.noisy])
 
 
-def masks_by_place(config: DiffusionConfig, xt: Tensor, layout: Layout) -> Tensor:
-    """xt with the mask id of each token's place in its block, where there is one for each place."""
+def noisy_ids(config: DiffusionConfig, xt: Tensor, layout: Layout) -> Tensor:
+    """xt as the network reads it: masks by their place in a block where these differ, or random tokens instead of them.
+
+    The random token of a position is always the same, so that decoding is a function of its text.
+    """
+    if config.noise_tokens:
+        noise = to_device(_fixed_noise(layout.position, config.noise_tokens), xt.device)
+        return torch.where(xt == config.mask_token_id, noise, xt)
     if config.mask_rows == 1 or config.block_size is None:
         return xt
     place = to_device((layout.position % config.block_size).clamp_max(config.mask_rows - 1), xt.device)
     return torch.where(xt == config.mask_token_id, config.mask_token_id + place, xt)
+
+
+def _fixed_noise(position: Tensor, vocabulary: int) -> Tensor:
+    """A token below `vocabulary` for each position, int64 of the same shape."""
+    longest = 1 << int(position.max()).bit_length() if position.numel() else 1
+    return to_device(_noise_of_positions(vocabulary, longest), position.device)[position]
+
+
+@functools.lru_cache(maxsize=8)
+def _noise_of_positions(vocabulary: int, length: int) -> Tensor:
+    with torch.inference_mode(False):  # used again by passes of other modes
+        return integers([("noise token", vocabulary)], length, vocabulary)[0]
 
 
 def _scoring_rows(config: DiffusionConfig, layout: Layout, input_ids: Tensor) -> Tensor:
@@ -142,7 +163,7 @@ def distilled_pass(
 def noisy_pass(config: DiffusionConfig, xt: Tensor, layout: Layout, wanted: Tensor) -> Pass:
     """The pass over xt on top of the cached clean stream that scores the positions `wanted`."""
     row = torch.arange(xt.numel(), device=xt.device).view(xt.shape) - int(config.shift)
-    return Pass(masks_by_place(config, xt, layout), all_noisy(layout), config.pattern, row[wanted])
+    return Pass(noisy_ids(config, xt, layout), all_noisy(layout), config.pattern, row[wanted])
 
 
 def check_serves_ar(config: DiffusionConfig) -> None:

@@ -282,7 +282,7 @@ def parse_diffusion(raw: Any, model: Any, *, drafter: Drafter | None = None) -> 
     """
     where = "the diffusion object of config.json"
     diffusion = parse(DiffusionConfig, raw, where, more=True)
-    first, number = diffusion.mask_token_id, diffusion.mask_rows
+    first, number = diffusion.mask_token_id, 0 if diffusion.noise_tokens else diffusion.mask_rows
     rows = model.get_input_embeddings().weight.shape[0]
     if drafter is None and not 0 <= first <= rows - number:
         raise ValueError(f"mask_token_id {first} of {where} is outside the vocabulary of {rows} tokens")
@@ -291,6 +291,8 @@ def parse_diffusion(raw: Any, model: Any, *, drafter: Drafter | None = None) -> 
             f"mask_token_id {first} and mask_rows {number} of {where} are not "
             f"{drafter.mask_token_id} and {drafter.config.mask_rows}, as its tokenizer and drafter have them"
         )
+    if diffusion.noise_tokens > rows:
+        raise ValueError(f"noise_tokens {diffusion.noise_tokens} of {where} is more than the {rows} tokens there are")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     block = diffusion.block_size
     if block is not None and (block < 1 or (context is not None and block > context)):

@@ -46,7 +46,7 @@ def add_drafter(
     token = token or tokenizer.mask_token or MASK_TOKEN
     found = tokenizer.get_vocab()
     own = found.get(token, len(tokenizer))
-    taken = [t for t, i in found.items() if own <= i < own + config.mask_rows and t != token]
+    taken = [t for t, i in found.items() if own <= i < own + max(1, config.mask_rows) and t != token]
     if taken or (token in found and token != tokenizer.mask_token):
         raise ValueError(
             f"mask token {token!r} of the drafter is not its own: its {config.mask_rows} ids from {own} on are "

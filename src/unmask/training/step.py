@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from unmask.core.corruption import (
     mask_exact,
     noise_levels,
     position_noise,
+    random_tokens,
     segments,
 )
 from unmask.core.network import DiffusionConfig, Network
@@ -63,6 +65,10 @@ def step_loss(
     drawn = corruptions(settings, batch.layout, step, rows, batch.loss_mask, is_mask if settings.predict_mask else None)
     if not settings.predict_mask:
         drawn = [corruption.excluding(is_mask) for corruption in drawn]
+    if config.noise_tokens:
+        size, length = config.noise_tokens, batch.x0.shape[1]
+        noise = [random_tokens(settings.seed, step, rows, length, size, n) for n in range(len(drawn))]
+        drawn = [replace(corruption, noise=tokens) for corruption, tokens in zip(drawn, noise, strict=True)]
     pattern = annealing(settings, step, rows, network.device)
     return objective_of(settings, teacher)(network, config, batch, drawn, pattern)
 

@@ -11,7 +11,27 @@ from torch import Tensor
 from unmask.core.network import DiffusionConfig, Network
 from unmask.evaluation.likelihood import continuation_nelbo
 from unmask.plain_numbers import plain
-from unmask.sampling import Blocks, Request, SampledTokens, WholeCanvas
+from unmask.sampling import Blocks, Decoder, Request, SampledTokens, WholeCanvas
+
+
+def span_config(
+    config: DiffusionConfig | None, mode: str | Decoder | None, attention: str | None, *, is_drafter: bool
+) -> DiffusionConfig:
+    """What a checkpoint is read as when a span is filled; attention: None, its own, or "bidirectional"."""
+    if config is None:
+        raise ValueError("infill needs a converted checkpoint: this is an untouched AR model; adapt it first")
+    if isinstance(mode, str) and mode != "diffusion":
+        raise ValueError(f"mode {mode!r} cannot see a suffix: infill works in mode 'diffusion'")
+    if attention is None:
+        return config
+    if attention != "bidirectional":
+        raise ValueError(f"attention {attention!r} is unknown: leave it out, or use 'bidirectional'")
+    if is_drafter:
+        raise ValueError(
+            "attention 'bidirectional' needs a model that was converted whole: a drafter reads noise beside its "
+            "base's clean context alone"
+        )
+    return replace(config, attention="bidirectional", clean_attention=None, block_size=None)
 
 
 def span_lengths(

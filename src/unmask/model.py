@@ -7,9 +7,8 @@ mode a checkpoint decodes in.
 from __future__ import annotations
 
 import secrets
-import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from unmask.core.network import DiffusionConfig
 from unmask.data.plain_text import encode, ids_of
 from unmask.data.prompts import Prompts, StopStrings, new_text, prompt_rows
 from unmask.evaluation import likelihood
-from unmask.evaluation.embed import embed, named_pattern
+from unmask.evaluation.embed import beginnings, embed, named_pattern
 from unmask.evaluation.likelihood import LikelihoodOutput
-from unmask.infilling import best_length, fill_lengths, span_lengths
+from unmask.infilling import best_length, fill_lengths, span_config, span_lengths
 from unmask.outputs import SampleOutput
 from unmask.plain_numbers import plain
 from unmask.progress import progress
@@ -40,6 +39,7 @@ from unmask.sampling import (
     choose_decoder,
 )
 from unmask.sampling.request import Callback
+from unmask.streaming import FinalText, pieces, together
 
 
 class DiffusionLM:
@@ -180,6 +180,35 @@ class DiffusionLM:
         )  # fmt: skip
         return self._output(rows, decoder(self.network, self.diffusion, rows, request), stop)
 
+    def stream(
+        self, prompt: Prompts, mode: str | Decoder | None = None, *, callback: Callback | None = None, **options: Any
+    ) -> Iterator[str]:
+        """The new text of one prompt, in pieces as they become final; joined they are the text of `generate`.
+
+        options: of `generate`. A piece ends before the first position that is still masked; with `remask`, which
+        changes tokens again, there is one piece. Closing the iterator ends decoding at its next commit. Raises
+        ValueError as `generate` does, for what is wrong with the options when the first piece is asked for.
+        """
+        rows = self.prompt_ids(prompt, options.get("attention_mask"))
+        if len(rows) != 1:
+            raise ValueError(f"stream takes one prompt, not {len(rows)}: use generate")
+        revised = options.get("remask") is not None or getattr(mode, "remask", None) is not None
+
+        def generate(heard: Callback, show: Callable[[str], None]) -> str:
+            live = self.live_text(rows[0], show, options.get("stop_strings"))
+            calls: list[Callback] = [heard, *([] if revised else [live]), *([] if callback is None else [callback])]
+            return live.rest(self.generate(prompt, mode, callback=together(calls), **options).texts[0])
+
+        return pieces(generate)
+
+    def live_text(
+        self, prompt: Tensor, show: Callable[[str], None], stop_strings: str | Sequence[str] | None = None
+    ) -> FinalText:
+        """A `callback` for `generate` on one prompt, (length,) int64, which calls `show` with text that is final."""
+        stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+        ends = hf.end_token_ids(self.model, self.tokenizer)
+        return FinalText(partial(self.new_text, prompt), len(prompt), show, ends, stops)
+
     def infill(
         self,
         prefix: str | Sequence[str],
@@ -212,7 +241,7 @@ class DiffusionLM:
         and see of the suffix what falls into the active block; "bidirectional" shows them all of it in one noisy
         stream, which they were not trained on. The other options are those of `generate` in mode "diffusion".
         """
-        config = self._infill_config(mode, attention)
+        config = span_config(self.diffusion, mode, attention, is_drafter=self.drafter is not None)
         decoder = choose_decoder(
             mode or "diffusion", config,
             {"block_size": block_size, "max_denoising_steps": max_denoising_steps, "select": select,
@@ -240,23 +269,6 @@ class DiffusionLM:
                 num_samples=plain(num_samples) or 8, seed=request.seed,
             )  # fmt: skip
         return self._output(before, sampled, stop, after)
-
-    def _infill_config(self, mode: str | Decoder | None, attention: str | None) -> DiffusionConfig:
-        """What the checkpoint is read as when a span is filled."""
-        if self.diffusion is None:
-            raise ValueError("infill needs a converted checkpoint: this is an untouched AR model; adapt it first")
-        if isinstance(mode, str) and mode != "diffusion":
-            raise ValueError(f"mode {mode!r} cannot see a suffix: infill works in mode 'diffusion'")
-        if attention is None:
-            return self.diffusion
-        if attention != "bidirectional":
-            raise ValueError(f"attention {attention!r} is unknown: leave it out, or use 'bidirectional'")
-        if self.drafter is not None:
-            raise ValueError(
-                "attention 'bidirectional' needs a model that was converted whole: a drafter reads noise beside its "
-                "base's clean context alone"
-            )
-        return replace(self.diffusion, attention="bidirectional", clean_attention=None, block_size=None)
 
     def _around(self, prefix: str | Sequence[str], suffix: str | Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
         """The tokens before and after each span."""
@@ -404,18 +416,11 @@ class DiffusionLM:
             raise ValueError("texts is empty: give at least one")
         rows = encode(self.tokenizer, texts)["input_ids"]
         ids = [torch.tensor(row, dtype=torch.long) if row else self.begin_token() for row in rows]
-        context = self.network.context_length
-        long = [i for i, row in enumerate(ids) if context is not None and len(row) > context]
-        if long:
-            warnings.warn(
-                f"{len(long)} of {len(ids)} texts are longer than the context of {context} tokens (the first is number "
-                f"{long[0] + 1}): only their beginnings are embedded",
-                stacklevel=2,
-            )
+        ids = beginnings(ids, self.network.context_length)
         with progress("embed", len(ids), show=show_progress) as advance:
             return embed(
                 self.network,
-                [row[:context] for row in ids],
+                ids,
                 pattern,
                 batch_tokens=plain(batch_tokens),
                 progress=advance,

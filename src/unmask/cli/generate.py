@@ -48,8 +48,9 @@ def generate(
     chosen: Any = lm.decoder(**decoder)
     given = lm.prompt_ids(text)[0].tolist()
     live = None
-    if sys.stdout.isatty() and not (as_json or watch or "stop_strings" in sampling):
-        live = _Stream(lm, text)
+    if sys.stdout.isatty() and not (as_json or watch):
+        _write(text)
+        live = lm.live_text(lm.prompt_ids(text)[0], _write, sampling.get("stop_strings"))
     trace = None
     with watching(lm.tokenizer, given, text, show=watch and sys.stdout.isatty()) as watcher:
         if watcher is not None or replay is not None:
@@ -73,7 +74,7 @@ def generate(
         print(to_json({"text": out.texts[0], "mode": decoder.get("mode", lm.default_mode), **_counts(out)}))
         return
     if watcher is None:
-        print(out.texts[0][live.shown :] if live is not None else text + out.texts[0])
+        print(live.rest(out.texts[0]) if live is not None else text + out.texts[0])
     print(made, file=sys.stderr)
 
 
@@ -110,12 +111,12 @@ def chat(
             continue
         asked = [*messages, {"role": "user", "content": line}]
         try:
-            live = None if "stop_strings" in sampling else _Stream(lm, asked, echo=False)
+            live = lm.live_text(lm.prompt_ids(asked)[0], _write, sampling.get("stop_strings"))
             out = lm.generate(asked, chosen, max_new_tokens=max_new_tokens, callback=live, **sampling)
         except ValueError as error:  # too long by now, or a template that refuses: the conversation can go on
             print(f"unmask: {' '.join(str(error).split())} (/reset begins anew)", file=sys.stderr)
             continue
-        print(out.texts[0] if live is None else out.texts[0][live.shown :], flush=True)
+        print(live.rest(out.texts[0]), flush=True)
         messages = [*asked, {"role": "assistant", "content": out.texts[0].strip()}]
 
 
@@ -139,25 +140,8 @@ def _counts(out: Any) -> dict[str, Any]:
     return counts if cycles is None else counts | {"tokens_per_cycle": round(float(cycles[0]), 4)}
 
 
-class _Stream:
-    """Writes the text as far as it is final: up to the first position that is still masked."""
-
-    def __init__(self, lm: Any, prompt: Any, echo: bool = True) -> None:
-        self.lm, self.shown = lm, 0
-        self.prompt = lm.prompt_ids(prompt)[0]
-        self.tokens: dict[int, int] = {}
-        if echo:
-            print(prompt, end="", flush=True)
-
-    def __call__(self, _row: int, positions: list[int], tokens: list[int]) -> None:
-        self.tokens.update(zip(positions, tokens, strict=True))
-        new: list[int] = []
-        while len(self.prompt) + len(new) in self.tokens:
-            new.append(self.tokens[len(self.prompt) + len(new)])
-        text = self.lm.new_text(self.prompt, new)
-        if not text.endswith("\ufffd"):  # half a character waits for its other half
-            print(text[self.shown :], end="", flush=True)
-            self.shown = max(self.shown, len(text))
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 @app.command(

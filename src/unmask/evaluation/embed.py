@@ -6,6 +6,7 @@ bidirectional pattern, an AR model under its causal one. Nothing is corrupted: e
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,18 @@ def named_pattern(name: str, block_size: int | None) -> Pattern:
     if name not in patterns:
         raise ValueError(f"pattern {name!r} is unknown: use {', '.join(patterns)}")
     return patterns[name]
+
+
+def beginnings(rows: Sequence[Tensor], context_length: int | None) -> list[Tensor]:
+    """Rows of token ids, (length,), cut to the context, with a warning if one is longer."""
+    long = [i for i, row in enumerate(rows) if context_length is not None and len(row) > context_length]
+    if long:
+        warnings.warn(
+            f"{len(long)} of {len(rows)} texts are longer than the context of {context_length} tokens (the first is "
+            f"number {long[0] + 1}): only their beginnings are embedded",
+            stacklevel=3,
+        )
+    return [row[:context_length] for row in rows]
 
 
 @torch.inference_mode()

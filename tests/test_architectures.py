@@ -83,6 +83,13 @@ def test_a_tiny_model_that_does_not_run_is_no_fault_of_the_model(monkeypatch: py
         hf.probe(AutoModelForCausalLM.from_config(config))
 
 
+def test_a_model_in_a_wrapper_is_probed_by_its_configuration() -> None:
+    peft = pytest.importorskip("peft")
+    config = tf.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                            num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    hf.probe(peft.get_peft_model(AutoModelForCausalLM.from_config(config), peft.LoraConfig(task_type="CAUSAL_LM")))
+
+
 # --- Llama 4: chunks, and queries scaled by their position
 
 

@@ -189,5 +189,6 @@ def tiny_model(kind: Any, settings: str, implementation: str | None, seed: int =
 
 def kind_of(model: Any) -> Any:
     """What a tiny model is made of: the model's own class, or the configuration of its text model if it has others."""
-    config = model.config.get_text_config()
-    return type(model) if type(model).config_class in (type(config), None) else type(config)
+    config, own = model.config.get_text_config(), type(model)
+    remote = own.__module__.startswith("transformers_modules")
+    return own if remote or getattr(own, "config_class", None) is type(config) else type(config)

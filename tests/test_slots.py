@@ -16,6 +16,7 @@ from unmask import hf
 from unmask.core.attention import Layout, bidirectional, block_causal, causal, window
 from unmask.core.decoding import begin, denoise
 from unmask.core.scoring import score_distilled
+from unmask.hf import probes
 from unmask.hf.fast import kv_cache as slots
 from unmask.sampling import Confidence
 
@@ -56,18 +57,34 @@ def test_rows_on_ragged_slots_equal_whole_texts(name: str, implementation: str, 
         assert (got[i] - expected)[:, :MASK].abs().max() < relative * expected[:, :MASK].abs().max()
 
 
+def indexed() -> tf.PreTrainedConfig:
+    """Sparse attention, whose indexer chooses 4 keys and keeps numbers of its own for each token."""
+    return tf.DeepseekV32Config(
+        **_SIZES, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
+        moe_intermediate_size=16, index_topk=4, index_n_heads=32, index_head_dim=16)  # fmt: skip
+
+
+ODD = {
+    "keys in the order of memory": lambda: tf.GPTNeoXJapaneseConfig(**_SIZES, intermediate_multiple_size=2),
+    "numbers beside the keys": indexed,
+}
+
+
+@pytest.mark.parametrize("name", ODD)
 @torch.no_grad()
-def test_models_that_need_keys_in_the_order_of_memory_are_served() -> None:
-    config = tf.GPTNeoXJapaneseConfig(**_SIZES, intermediate_multiple_size=2)
-    net = hf.as_network(tiny_model(config), MASK)
-    text = random_tokens(1, 12)[0]
-    past = begin(net, causal, [text[:7], text[:9]])
-    past.columns = 12
+def test_models_that_want_more_of_a_cache_are_served(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "GRAIN", 3)
+    net = hf.as_network(tiny_model(ODD[name]()), MASK)
+    text = random_tokens(1, 16)[0]
+    whole = alone(net, text)
+    past = begin(net, causal, [text[:7], text[:2], text[:9]])
+    past.keep_slots(torch.tensor([0, 2]))
     for rows, position in ((None, [[7], [9]]), ([1], [[9]]), ([0, 1, 1], [[7], [9], [10]])):
+        past.columns = 16 if rows else 12
         got = net(text[torch.tensor(position)], Layout.of(torch.tensor(position)), causal, past=past.for_rows(rows))
         for row, (p,) in enumerate(position):
-            expected = alone(net, text)[p]
-            assert (got[row, 0] - expected)[:MASK].abs().max() < 1e-5 * expected[:MASK].abs().max()
+            assert (got[row, 0] - whole[p])[:MASK].abs().max() < 1e-5 * whole[p, :MASK].abs().max()
 
 
 @pytest.mark.parametrize("clean", ["block_causal", "causal"])
@@ -211,16 +228,15 @@ def test_keys_and_values_go_with_their_cache() -> None:
         gc.enable()
 
 
-def test_a_cache_that_a_model_cannot_use_is_refused_where_it_is_needed() -> None:
-    """An indexer keeps more than keys and values; a whole pass needs none of it."""
-    config = tf.DeepseekV32Config(
-        **_SIZES, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
-        v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
-        moe_intermediate_size=16, index_topk=64, index_n_heads=4, index_head_dim=16)  # fmt: skip
-    net = hf.as_network(tiny_model(config), MASK)
+def test_a_cache_that_a_model_cannot_use_is_refused_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole pass needs none."""
+    monkeypatch.delattr(slots._SlotLayer, "update_indexer")
+    probes._probe_cache.cache_clear()
+    net = hf.as_network(tiny_model(indexed()), MASK)
+    probes._probe_cache.cache_clear()
     tokens, layout = random_tokens(1, 8), Layout.of(torch.arange(8)[None])
     assert net(tokens, layout, causal).shape == (1, 8, MASK + 1)
-    with pytest.raises(hf.UnsupportedModelError, match=r"DeepseekV32ForCausalLM cannot be decoded.*cache"):
+    with pytest.raises(hf.UnsupportedModelError, match=r"DeepseekV32ForCausalLM cannot be decoded.*update_indexer"):
         sample_autoregressive(net, [tokens[0]], max_new_tokens=2)
     with pytest.raises(hf.UnsupportedModelError, match="cache of its clean text"):
         score_distilled(net, block_config(4, clean="causal"), tokens, tokens, layout, layout.position > 0)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 
 from unmask.core.attention import Layout, Pattern, causal, intersect, same_document
 from unmask.core.head_loss import RowLoss, whole_sum
@@ -138,7 +138,9 @@ class HFNetwork:
     def new_cache(self) -> DynamicCache:
         self._check_cache()
         # Without the config: caches made for sliding windows drop old keys.
-        return DynamicCache()
+        cache, kept = DynamicCache(), "layer_class_to_replicate"
+        setattr(cache, kept, getattr(cache_utils, "DynamicIndexedLayer", getattr(cache, kept)))  # sparse attention's
+        return cache
 
     def new_slots(self, slots: int, columns: int) -> SlotCache:
         self._check_cache()

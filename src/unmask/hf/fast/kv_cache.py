@@ -109,7 +109,8 @@ class SlotCache(Cache):
     def clear(self) -> None:
         """Set all keys and values to 0: masked ones have weight 0, but 0 times NaN or infinity is NaN."""
         for layer in self.layers:
-            layer.keys.zero_(), layer.values.zero_()
+            for buffer in layer.buffers():
+                buffer.zero_()
 
     @property
     def is_compileable(self) -> bool:
@@ -150,17 +151,29 @@ class _SlotLayer(CacheLayerMixin):
     def __init__(self, memory: SlotMemory) -> None:
         super().__init__()
         self.memory = memory
+        self.indexed: Tensor | None = None
+        """What the indexer of sparse attention keeps (DeepSeek V3.2), if the layer has one."""
+
+    def buffers(self) -> list[Tensor]:
+        """Those that have memory, each (slots, columns, heads, dim)."""
+        of_layer = [self.keys, self.values] if self.is_initialized else []
+        return of_layer if self.indexed is None else [*of_layer, self.indexed]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        slots, columns = max(self.memory.room, self.memory.slots), self.memory.capacity + 1
-        with torch.inference_mode(False), torch.no_grad():  # the memory may outlive the mode
-            self.keys, self.values = (
-                self._in_place(x.new_zeros(slots, columns, x.shape[1], x.shape[3])) for x in (key_states, value_states)
-            )
+        self.keys, self.values = self._grown(None, key_states), self._grown(None, value_states)
         self.is_initialized = True
 
-    def _in_place(self, buffer: Tensor) -> Tensor:
-        """The buffer, marked for CUDA graphs to write to where the cache has its memory from the start."""
+    def _grown(self, buffer: Tensor | None, new: Tensor) -> Tensor:
+        """A buffer for what is like `new` (rows, heads, length, dim), or the one there is with columns for all tokens.
+
+        It is marked for CUDA graphs to write to where the cache has its memory from the start.
+        """
+        slots, columns = max(self.memory.room, self.memory.slots), self.memory.capacity + 1
+        with torch.inference_mode(False), torch.no_grad():  # the memory may outlive the mode
+            if buffer is None:
+                buffer = new.new_zeros(slots, columns, new.shape[1], new.shape[3])
+            else:
+                buffer = torch.nn.functional.pad(buffer, (0, 0, 0, 0, 0, columns - buffer.shape[1]))
         if self.memory.room:
             torch._dynamo.mark_static_address(buffer, guard=False)
         return buffer
@@ -171,21 +184,26 @@ class _SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         elif self.keys.shape[1] <= memory.capacity:
-            more = (0, 0, 0, 0, 0, memory.capacity + 1 - self.keys.shape[1])
-            with torch.inference_mode(False), torch.no_grad():
-                self.keys, self.values = (
-                    self._in_place(torch.nn.functional.pad(x, more)) for x in (self.keys, self.values)
-                )
+            self.keys, self.values = self._grown(self.keys, key_states), self._grown(self.values, value_states)
         assert memory.index is not None
         if not torch.compiler.is_compiling():
             memory.index.written = True
-        return self._put(self.keys, key_states, memory.index), self._put(self.values, value_states, memory.index)
+        index, gathers = memory.index, memory.gathers
+        return self._put(self.keys, key_states, index, gathers), self._put(self.values, value_states, index, gathers)
 
-    def _put(self, buffer: Tensor, new: Tensor, index: CacheIndex) -> Tensor:
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Write what the indexer keeps of a pass, (rows, length, dim); return that of each row's slot, whole."""
+        new, memory = indexer_key_states[:, None], self.memory
+        if self.indexed is None or self.indexed.shape[1] <= memory.capacity:
+            self.indexed = self._grown(self.indexed, new)
+        assert memory.index is not None
+        return self._put(self.indexed, new, memory.index, gathers=True)[:, 0]
+
+    def _put(self, buffer: Tensor, new: Tensor, index: CacheIndex, gathers: bool) -> Tensor:
         new = new.detach() if new.requires_grad else new
         buffer.flatten(0, 1).index_copy_(0, index.target, new.transpose(1, 2).flatten(0, 1))
         seen = buffer[: self.memory.slots, : index.columns].transpose(1, 2)
-        if not self.memory.gathers:
+        if not gathers:
             return seen
         # A copy even of all slots in order: some models read keys in the order of memory that their own would have.
         return torch.cat(
@@ -196,9 +214,8 @@ class _SlotLayer(CacheLayerMixin):
         )
 
     def keep_slots(self, keep: Tensor) -> None:
-        if self.is_initialized:
-            for buffer in (self.keys, self.values):  # in place, so that addresses do not change
-                buffer[: len(keep)] = buffer[to_device(keep, buffer.device)]
+        for buffer in self.buffers():  # in place, so that addresses do not change
+            buffer[: len(keep)] = buffer[to_device(keep, buffer.device)]
 
     def get_seq_length(self) -> int:
         index = self.memory.index

@@ -4,8 +4,8 @@
 
 Prompts: records with `domain`, `prompt` and `chat` (through the chat template, or as it is). Stages, each a few rows of
 rows.jsonl: `text` compares 200 greedy texts with stock `generate()`; `rows` times forwards over some rows on a cache;
-`speed` times whole answers at batch 1, all ways taking turns on each prompt; `yield` counts tokens per cycle and forward,
-which needs no idle machine. Ratios of seconds are medians over prompts. Times mean something on an idle machine alone.
+`speed` times whole answers at batch 1, all ways taking turns on each prompt; `yield` counts tokens per cycle and per
+forward. Ratios of seconds are medians over prompts, and mean something on an idle machine alone.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def text(bench: Bench) -> None:
         "two": lambda p: bench.speculative(p, Speculative()),
         "one": lambda p: bench.speculative(p, Speculative(cycle="one", draft_length=3)),
     }
-    equal, gaps = dict.fromkeys(ways, 0), {name: [] for name in ways}
+    equal = dict.fromkeys(ways, 0)
+    gaps: dict[str, list[float]] = {name: [] for name in ways}
     for prompt in prompts:
         expected, _ = bench.stock(prompt)
         for name, way in ways.items():
@@ -151,8 +153,8 @@ def rows(bench: Bench) -> None:
     bench.network.pack()
     cases: dict[str, Callable[[], None]] = {"transformers, 1": stock}
     for number in (1, 5, 9, 17):
-        cases[f"plain, {number}"] = lambda number=number: ours(number, False)
-        cases[f"packed, {number}"] = lambda number=number: ours(number, True)
+        cases[f"plain, {number}"] = partial(ours, number, False)
+        cases[f"packed, {number}"] = partial(ours, number, True)
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     with torch.inference_mode():
         for _ in range(bench.options.rounds):
@@ -191,8 +193,7 @@ def speed(bench: Bench) -> None:
     }  # fmt: skip
     for name in bench.options.forms:
         cycle, length = name.split("-")
-        decoder = Speculative(cycle=cycle, draft_length=int(length))
-        ways[name] = lambda p, decoder=decoder: bench.speculative(p, decoder)
+        ways[name] = partial(bench.speculative, decoder=Speculative(draft_length=int(length), cycle=cycle))
     for domain, prompts in bench.prompts(bench.options.answers).items():
         taken: dict[str, list[float]] = {name: [] for name in ways}
         made, forwards, parted = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
@@ -208,9 +209,12 @@ def speed(bench: Bench) -> None:
                 parted[name] += new != expected
         for name in ways:
             ratios = [a / b for a, b in zip(taken["generate"], taken[name], strict=True)]
-            bench.keep("speed", domain=domain, way=name, prompts=len(prompts), over_generate=round(statistics.median(ratios), 3),
-                       milliseconds_a_token=round(1000 * statistics.median(taken[name]), 2),
-                       tokens_per_forward=round(made[name] / forwards[name], 3), texts_that_parted=parted[name])  # fmt: skip
+            bench.keep(
+                "speed", domain=domain, way=name, prompts=len(prompts),
+                over_generate=round(statistics.median(ratios), 3),
+                milliseconds_a_token=round(1000 * statistics.median(taken[name]), 2),
+                tokens_per_forward=round(made[name] / forwards[name], 3), texts_that_parted=parted[name],
+            )  # fmt: skip
 
 
 def yields(bench: Bench) -> None:
@@ -224,7 +228,8 @@ def yields(bench: Bench) -> None:
             figures: dict[str, Any] = {}
             for domain, those in prompts.items():
                 out = decoder(bench.network, bench.lm.diffusion, those, bench.request(temperature))
-                assert out.cycle_gains is not None and out.num_inputs is not None
+                assert out.cycle_gains is not None
+                assert out.num_inputs is not None
                 tokens, forwards = sum(map(len, out.new_tokens)), int(out.num_forwards.sum())
                 figures[domain] = {
                     "tokens_per_cycle": round(tokens / int(out.cycle_gains.sum()), 3),

@@ -39,4 +39,4 @@ def sample_bidirectional(network: Any, config: Any, canvases: Any, **options: An
 
 def sample_speculative(network: Any, config: Any, prompts: Any, **options: Any) -> SampledTokens:
     request, own = _split(options)
-    return sampling.Speculative(**own)(network, config, prompts, request)
+    return sampling.Speculative(**({"cycle": "two"} | own))(network, config, prompts, request)

@@ -78,6 +78,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 """Every recipe but the published presets, which are `diffullama` with other numbers."""
 
 SAMPLE = {"temperature": 1.0, "seed": 3}
+TWO = {"mode": "speculative", "cycle": "two"}
 DECODINGS: dict[str, dict[str, dict[str, Any]]] = {
     "ar": {"greedy": {}, "sampled": SAMPLE | {"top_k": 9}},
     "efficient-dlm": {
@@ -95,12 +96,12 @@ DECODINGS: dict[str, dict[str, dict[str, Any]]] = {
         "guided": {"guidance_scale": 1.7},
     },
     "tri-mode": {
-        "greedy": {"mode": "speculative"}, "sampled": {"mode": "speculative"} | SAMPLE,
-        "diffusion": {"mode": "diffusion"}, "queue": {"mode": "speculative", "batch_size": 2},
+        "greedy": TWO, "sampled": TWO | SAMPLE,
+        "diffusion": {"mode": "diffusion"}, "queue": TWO | {"batch_size": 2},
     },
-    "tri-mode, teacher": {"greedy": {"mode": "speculative"}, "queue": {"mode": "speculative", "batch_size": 2}},
+    "tri-mode, teacher": {"greedy": TWO, "queue": TWO | {"batch_size": 2}},
     "drafter": {
-        "greedy": {"mode": "speculative"}, "sampled": {"mode": "speculative"} | SAMPLE,
+        "greedy": TWO, "sampled": TWO | SAMPLE,
         "adaptive": {"mode": "speculative", "draft_length": "auto"},
     },
     "drafter, one mask": {"greedy": {"mode": "speculative", "draft_length": 3}},

@@ -206,6 +206,8 @@ def _decode_batch(
         options = options | {"block_size": setting.block_size}
     if setting.mode == "diffusion":
         options = options | {"select": setting.select}
+    if setting.mode == "speculative":  # the same cycles whatever the clock says
+        options = options | {"cycle": "two"}
     out = lm.generate(ids, setting.mode, max_new_tokens, attention_mask=real, **options)
     texts = [
         whole[len(row) : len(row) + n]

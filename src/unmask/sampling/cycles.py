@@ -46,8 +46,8 @@ class Pace:
         """The next cycle of so many rows."""
         return self.cycle
 
-    def learn_cost(self, num_tokens: int, seconds: float) -> None:
-        """A forward over so many tokens took this long."""
+    def learn_cost(self, num_inputs: int, seconds: float) -> None:
+        """A forward over so many tokens and masks took this long."""
 
     def learn_drafts(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
         """Of so many drafts of each row so many were accepted."""
@@ -67,31 +67,34 @@ def adapted_length(length: int, gained: int, longest: int) -> int:
 
 @dataclass
 class Costs:
-    """Seconds of a forward by the number of its tokens, a running mean. One for each model: they outlive a call."""
+    """Seconds of a forward by the number of its inputs, a running mean. One for each model: they outlive a call."""
 
     seconds: dict[int, float] = field(default_factory=dict)
 
-    def learn(self, num_tokens: int, seconds: float) -> None:
+    def learn(self, num_inputs: int, seconds: float) -> None:
         """The first forward of a size may prepare for the later ones, so it counts only until the second."""
-        known = self.seconds.get(num_tokens)
+        known = self.seconds.get(num_inputs)
         if known is None or seconds < known / 2:
-            self.seconds[num_tokens] = seconds
+            self.seconds[num_inputs] = seconds
         else:
-            self.seconds[num_tokens] = known + _SHARE * (min(seconds, 2 * known) - known)
+            self.seconds[num_inputs] = known + _SHARE * (min(seconds, 2 * known) - known)
 
-    def of(self, num_tokens: int) -> float:
+    def of(self, num_inputs: int) -> float:
         """What a forward costs; one never tried costs what the next smaller one does, so that it will be tried."""
-        if num_tokens in self.seconds:
-            return self.seconds[num_tokens]
+        if num_inputs in self.seconds:
+            return self.seconds[num_inputs]
         sizes = sorted(self.seconds)
-        place = bisect_right(sizes, num_tokens)
+        place = bisect_right(sizes, num_inputs)
         return self.seconds[sizes[place - 1]] if place else 0.0
 
 
 _SHARE = 0.1
 """Weight of the newest forward in a running mean."""
-_KEPT = 0.98
-"""Share of what is known of the drafts that a cycle keeps: what was not tried for long may be tried again."""
+_KEPT = 0.95
+"""Share of what is known of the drafts that a cycle with drafts keeps."""
+_PROBES = 0.03
+"""Share of the time that may be lost to drafts where AR decoding is faster."""
+_AR = Cycle(1, 1)
 _costs: weakref.WeakKeyDictionary[nn.Module, Costs] = weakref.WeakKeyDictionary()
 
 
@@ -104,7 +107,8 @@ def costs_of(network: Any) -> Costs:
 class MeasuredPace(Pace):
     """The cycle that promises most tokens a second, from measured costs and the acceptance of the last cycles.
 
-    tried, accepted: of the j-th draft after the AR token, once those before it were accepted; weighted by age.
+    tried, accepted: of the j-th draft after the AR token, once those before it were accepted; weighted by age. Where
+    AR decoding promises most, a draft is tried now and then, at no more than `_PROBES` of the time.
     """
 
     def __init__(self, longest: int, costs: Costs, spare_masks: int = 1) -> None:
@@ -112,28 +116,45 @@ class MeasuredPace(Pace):
         self.costs, self.spare_masks = costs, spare_masks
         self.tried, self.accepted = [0.0] * longest, [0.0] * longest
         lengths = [n for n in range(2, longest + 1) if n <= 4 or n % 2 == 0]
-        self.cycles = [Cycle(1, 1)] + [Cycle(forwards, length) for length in lengths for forwards in (2, 1)]
+        self.cycles = [_AR] + [Cycle(forwards, length) for length in lengths for forwards in (2, 1)]
+        self.seconds_without_drafts = 0.0
 
     def choose(self, num_rows: int) -> Cycle:
-        return max(self.cycles, key=lambda cycle: self._speed(cycle, num_rows))
 
-    def _speed(self, cycle: Cycle, num_rows: int) -> float:
-        """Tokens a second of a row."""
-        cost = sum(self.costs.of(num_rows * inputs) for inputs in cycle.inputs(self.spare_masks))
-        return cycle.gain(self._expected(cycle.length - 1)) / max(cost, 1e-9)
+        def speed(cycle: Cycle) -> float:
+            return cycle.gain(self._expected(cycle)) / max(self._cost(cycle, num_rows), 1e-9)
 
-    def _expected(self, drafts: int) -> float:
-        """Drafts accepted of so many; a place never tried counts as one that accepts, so that it will be tried."""
+        best = max(self.cycles, key=speed)
+        if best != _AR or self.longest == 1:
+            self.seconds_without_drafts = 0.0
+            return best
+        probe = Cycle(2, min(3, self.longest))
+        wasted = self._cost(probe, num_rows) - 2 * self._cost(_AR, num_rows)
+        if _PROBES * self.seconds_without_drafts < wasted:
+            return best
+        self.seconds_without_drafts = 0.0
+        return probe
+
+    def _cost(self, cycle: Cycle, num_rows: int) -> float:
+        """Seconds of a cycle."""
+        return sum(self.costs.of(num_rows * inputs) for inputs in cycle.inputs(self.spare_masks))
+
+    def _expected(self, cycle: Cycle) -> float:
+        """Drafts accepted in a cycle; a place seldom tried counts as the mean of all, and one not tried as certain."""
+        mean = (sum(self.accepted) + 1) / (sum(self.tried) + 1)
         total, chance = 0.0, 1.0
-        for tried, accepted in zip(self.tried[:drafts], self.accepted[:drafts], strict=True):
-            chance *= (accepted + 1) / (tried + 1)
+        for tried, accepted in zip(self.tried[: cycle.length - 1], self.accepted, strict=False):
+            chance *= (accepted + mean) / (tried + 1)
             total += chance
         return total
 
-    def learn_cost(self, num_tokens: int, seconds: float) -> None:
-        self.costs.learn(num_tokens, seconds)
+    def learn_cost(self, num_inputs: int, seconds: float) -> None:
+        self.costs.learn(num_inputs, seconds)
+        self.seconds_without_drafts += seconds
 
     def learn_drafts(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        if not any(drafted):
+            return
         for place in range(self.longest):
             tried = sum(n > place and m >= place for n, m in zip(drafted, accepted, strict=True))
             passed = sum(n > place and m > place for n, m in zip(drafted, accepted, strict=True))

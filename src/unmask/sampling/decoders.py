@@ -146,14 +146,15 @@ class Speculative:
     """mode="speculative" of a causal clean half (tri-mode, drafter): AR's own output in fewer forwards.
 
     cycle: "two" forwards a cycle, a draft and its verification; "one", which verifies and drafts at once; or "auto":
-    the cycle and its length, or none, by what forwards cost on this device and how often drafts are accepted.
+    the cycle and its length, or none, by what forwards cost on this device and how often drafts are accepted. By
+    default "auto", or "two" with a draft_length.
     draft_length: tokens drafted at a time, the AR row's own among them, the block size by default; or "auto": that of
     each row follows its last cycle. block_size: the longest draft of "auto". acceptance: `Coupled()` by default, or
     `Rejection()`.
     """
 
     draft_length: int | str | None = None
-    cycle: str = "two"
+    cycle: str | None = None
     block_size: int | None = None
     acceptance: Acceptance | None = None
 
@@ -163,7 +164,7 @@ class Speculative:
             raise ValueError(f"draft_length {self.draft_length!r} must be a number of tokens or 'auto'")
         if isinstance(self.draft_length, int) and self.draft_length < 1:
             raise ValueError(f"draft_length {self.draft_length} must be at least 1")
-        if self.cycle not in ("one", "two", "auto"):
+        if self.cycle not in (None, "one", "two", "auto"):
             raise ValueError(f"cycle {self.cycle!r} is unknown: use 'one', 'two' or 'auto'")
         if self.cycle == "auto" and self.draft_length is not None:
             raise ValueError(
@@ -189,7 +190,7 @@ class Speculative:
         config = _converted(config, "speculative").with_block_size(self.block_size)
         assert config.block_size is not None
         length = self.draft_length if isinstance(self.draft_length, int) else config.block_size
-        if self.cycle == "auto":
+        if self.cycle == "auto" or (self.cycle is None and self.draft_length is None):
             pace: Pace = MeasuredPace(length, costs_of(network), spare_masks(config))
         else:
             pace = Pace(Cycle(1 if self.cycle == "one" else 2, length), adaptive=self.draft_length == "auto")

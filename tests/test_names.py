@@ -107,6 +107,14 @@ def test_other_names_are_read_both_ways(name: str, place: Path) -> None:
     assert re.search(rf"model '{name}' is no folder \('{place}/{name}' does not exist\)", str(raised.value))
 
 
+@pytest.mark.parametrize("name", [None, 5, b"runs/model", ["runs/model"]])
+def test_what_is_no_text_is_no_name(name: object, place: Path) -> None:
+    assert place == Path.cwd()
+    for act in (lambda: unmask.load(name), lambda: unmask.load("runs/model", base=name or 5), lambda: locate(name)):
+        with pytest.raises(ValueError, match=f"is no text but {type(name or 5).__name__}|is no text but NoneType"):
+            act()
+
+
 # --- every command
 
 

@@ -42,16 +42,17 @@ def test_the_pieces_are_the_text_of_generate(options: dict[str, Any], lm: unmask
 
 
 def test_what_follows_an_end_token_is_not_shown(lm: unmask.DiffusionLM) -> None:
-    """Every token in turn is made the end token."""
+    """Every token in turn is made the end token, in blocks that are committed at once."""
+    options: dict[str, Any] = {"mode": "diffusion", "confidence_threshold": 0.0, "temperature": 2.0, "seed": 1}
     row = lm.prompt_ids(TEXT)[0]
-    new = lm.generate(TEXT, "diffusion", max_new_tokens=16, confidence_threshold=0.0).sequences[0, len(row) :].tolist()
+    new = lm.generate(TEXT, max_new_tokens=16, **options).sequences[0, len(row) :].tolist()
+    assert len(set(new)) > 8
     before = lm.model.generation_config.eos_token_id
     try:
         for end in dict.fromkeys(new):
             lm.model.generation_config.eos_token_id = end
-            options: dict[str, Any] = {"mode": "diffusion", "max_new_tokens": 16, "confidence_threshold": 0.0}
-            text = lm.generate(TEXT, **options).texts[0]
-            assert "".join(lm.stream(TEXT, **options)) == text
+            text = lm.generate(TEXT, max_new_tokens=16, **options).texts[0]
+            assert "".join(lm.stream(TEXT, max_new_tokens=16, **options)) == text
     finally:
         lm.model.generation_config.eos_token_id = before
 

@@ -12,7 +12,7 @@ from unmask import hf
 from unmask.core.finite import check_weights
 from unmask.hf import lora
 from unmask.model import DiffusionLM
-from unmask.model_name import locate, permanent_name
+from unmask.model_name import locate, permanent_name, text_of
 
 
 def load(
@@ -41,7 +41,7 @@ def load(
         "quantization_config": quantization_config,
         "trust_remote_code": trust_remote_code,
     }
-    *above, (model_name, place) = _chain(str(name), None if base is None else str(base))
+    *above, (model_name, place) = _chain(text_of(name), None if base is None else text_of(base))
     model, tokenizer = hf.load_pretrained(place, **options)
     model.config._name_or_path = model_name
     hf.probe(model)
@@ -55,7 +55,7 @@ def load(
 
 def read_config(name: str | Path, base: str | Path | None = None) -> dict[str, Any]:
     """The object in config.json of a model, or of the one that an adapter without it stands on; empty without any."""
-    chain = _chain(str(name), None if base is None else str(base))
+    chain = _chain(text_of(name), None if base is None else text_of(base))
     return next((found for _, place in chain if (found := hf.read_config(place))), {})
 
 

@@ -30,7 +30,7 @@ def locate(name: str | Path) -> Path | str:
     earlier run downloaded is taken. Adapters and drafters of the hub are downloaded. Raises ValueError for a name at
     which there is no model.
     """
-    text = str(name)
+    text = text_of(name)
     if not text.strip():
         raise ValueError(f"model name {text!r} is empty: {_CHOICE}")
     path = _expanded(text)
@@ -46,6 +46,15 @@ def locate(name: str | Path) -> Path | str:
         shown = f" ({path})" if text.startswith("~") else ""
         raise ValueError(f"model {kind} {text!r}{shown} does not exist: {_CHOICE}")
     return _of_hub(text)
+
+
+def text_of(name: str | Path) -> str:
+    """A name as text; ValueError for what is none."""
+    if isinstance(name, str | os.PathLike):
+        text = os.fspath(name)
+        if isinstance(text, str):
+            return text
+    raise ValueError(f"model name {str(name)!r} is no text but {type(name).__name__}: {_CHOICE}")
 
 
 def is_local(name: str) -> bool:

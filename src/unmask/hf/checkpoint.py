@@ -368,11 +368,13 @@ def fingerprint(model: Any, *, unpacked: bool = False) -> str:
 
     unpacked: of embeddings and norms alone, which are the same whatever the model is quantised with.
     """
-    packed = {id(p) for module in model.modules() if is_linear_map(module) for p in module.parameters()}
-    packed -= {id(p) for p in model.get_input_embeddings().parameters()}
+    packed: set[int] = set()
+    if unpacked:
+        packed = {id(p) for module in model.modules() if is_linear_map(module) for p in module.parameters()}
+        packed -= {id(p) for p in model.get_input_embeddings().parameters()}
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if unpacked and id(parameter) in packed:
+        if id(parameter) in packed:
             continue
         for part in plain_parts(parameter.detach()):
             flat = part.flatten()

@@ -133,6 +133,30 @@ def test_adapt_generate_evaluate(run, tokenizer_and_model: Path, stories: Path, 
     assert run(*same, "--resume")[0] == 0
 
 
+def test_evaluate_shows_the_parent_beside_a_model(
+    run, converted: Path, tokenizer_and_model: Path, shared: Path, stories: Path
+) -> None:
+    code, out, err = run("evaluate", converted, "--data", stories, "--max-documents", 3, "--num-samples", 1,
+                         "--parent", tokenizer_and_model, "--json")  # fmt: skip
+    beside = json.loads(out)
+    alone = json.loads(run("evaluate", tokenizer_and_model, "--data", stories, "--max-documents", 3, "--json")[1])
+    assert all(beside["parent"][name] == alone[name] for name in ("nll", "nll_bits_per_byte"))
+    assert beside["parent"]["model"] == str(tokenizer_and_model)
+    assert beside["parent"]["tokens_per_forward"] == 1.0
+    code, out, err = run("generate", tokenizer_and_model, beside["prompt"], "--max-new-tokens", 32, "--json")
+    assert json.loads(out)["text"] == beside["parent"]["text"]
+    assert beside["mode"] == "diffusion"
+    assert beside["tokens_per_forward"] >= 1.0
+    code, out, err = run("evaluate", converted, "--data", stories, "--max-documents", 3, "--num-samples", 1,
+                         "--parent", tokenizer_and_model)  # fmt: skip
+    assert re.search(rf"^parent {alone['nll']:.4f} nats/token", out, re.MULTILINE)
+    assert repr(beside["text"]) in out
+    story = shared / "models" / "stories260k"
+    code, _, err = run("evaluate", converted, "--data", stories, "--parent", story)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"parent '{story}' has another vocabulary" in err
+
+
 def test_an_untouched_model_has_no_bound(run, tokenizer_and_model: Path, stories: Path) -> None:
     code, out, err = run("evaluate", tokenizer_and_model, "--data", stories, "--max-documents", 2, "--json")
     assert code == 0, err
@@ -210,6 +234,7 @@ def test_recipes(run) -> None:
         (["evaluate", "{parent}", "--data", "{broken}"], "broken.jsonl', line 2"),
         (["evaluate", "{parent}", "--data", "{stories}", "--max-documents", "0"], "0"),
         (["evaluate", "{parent}", "--data", "{stories}", "--exact"], "untouched AR model"),
+        (["evaluate", "{parent}", "--tasks", "x", "--parent", "{parent}"], "is for --data: run the tasks on the parent"),
         (["recipes", "magic"], "magic"),
         (["paint"], "paint"),
     ],

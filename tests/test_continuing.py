@@ -229,7 +229,14 @@ def test_a_run_ends_with_its_parent_beside_it(
         assert f"{name}, AR mode | {value:.4f} |" in (tmp_path / "run" / "README.md").read_text()
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert f"{record['evaluation']['nelbo']:.4f} (diffusion mode, bound)" in lines[0]
-    before = record["parent_nll"]
+    card, before = (tmp_path / "run" / "README.md").read_text(), record["parent_nll"]
+    ids = torch.tensor([record["parent_text"]["ids"]])
+    assert ids[0].tolist() == lm.tokenizer(texts[0])["input_ids"][:16]
+    for model, mode, name in ((unmask.load(tokenizer_and_model), "ar", "parent"), (lm, "diffusion", "this")):
+        out = model.generate(ids, mode=mode, max_new_tokens=32)
+        assert f"{name:8}{out.texts[0]!r}\n" in card
+    rate = int(out.num_new_tokens[0]) / int(out.num_forwards[0])
+    assert f"({rate:.2f} tokens per forward, mode diffusion)" in card
     unmask.adapt(tokenizer_and_model, stories, "efficient-dlm", tmp_path / "run", resume=True,
                  **(run | {"max_tokens": 900}))  # fmt: skip
     assert json.loads((tmp_path / "run" / "run.json").read_text())["parent_nll"] == before

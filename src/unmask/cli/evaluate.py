@@ -32,6 +32,9 @@ def evaluate(
         typer.Option("--data", help="A .txt, .jsonl or .parquet file, or a folder of them; can be repeated."),
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(help="Further data files.", show_default=False)] = None,
+    parent: Annotated[
+        str | None, typer.Option(**name_of("The AR model it was made from: shown beside it, in likelihood and text."))
+    ] = None,
     max_documents: Annotated[int | None, typer.Option(help="Only the first documents.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Score with another block size.")] = None,
     num_samples: Annotated[int, typer.Option(help="Masks per block of the NELBO.")] = 8,
@@ -74,6 +77,8 @@ def evaluate(
     if tasks is not None:
         if data or more or max_documents is not None:
             raise ValueError(f"--tasks {tasks} brings its own documents: leave --data, and take fewer with --limit")
+        if parent is not None:
+            raise ValueError(f"--parent {parent} is for --data: run the tasks on the parent itself, and compare")
         results = _run_tasks(model, load_options, tasks, of_tasks, bound | decoder)
         if as_json:
             figures = {name: value for name, value in results.items() if name not in ("samples", "configs")}
@@ -88,7 +93,7 @@ def evaluate(
     if not data:
         raise ValueError("evaluate needs --data FILE, or --tasks NAME of lm-evaluation-harness")
     texts = _documents([*data, *(more or [])], max_documents, text_column, skip_invalid)
-    figures = _likelihoods(model, load_options, texts, bound)
+    figures = _likelihoods(model, load_options, texts, bound, parent)
     print(to_json(figures) if as_json else _as_text(figures))
 
 
@@ -110,8 +115,13 @@ def _documents(files: Sequence[str], limit: int | None, text_column: str, skip_i
     return texts
 
 
-def _likelihoods(model: str, load_options: dict[str, Any], texts: list[str], bound: dict[str, Any]) -> dict[str, Any]:
-    """The figures of --json: nats per predicted token and bits per byte, None where the checkpoint has no such mode."""
+def _likelihoods(
+    model: str, load_options: dict[str, Any], texts: list[str], bound: dict[str, Any], parent: str | None = None
+) -> dict[str, Any]:
+    """The figures of --json: nats per predicted token and bits per byte, None where the checkpoint has no such mode.
+
+    parent: a model whose figures stand beside them, with what both write.
+    """
     import unmask
     from unmask.evaluation.likelihood import summarise
 
@@ -119,9 +129,10 @@ def _likelihoods(model: str, load_options: dict[str, Any], texts: list[str], bou
     exact, block_size = bound["exact"], bound["block_size"]
     if lm.diffusion is None and (exact or block_size is not None):
         raise ValueError(f"model {model!r} is an untouched AR model and has no blocks: leave --block-size and --exact")
+    of_parent = None if parent is None else _load_parent(parent, lm, load_options["trust_remote_code"])
     nll = summarise(lm.nll(texts, show_progress=True))
     nelbo = None if lm.diffusion is None else summarise(lm.nelbo(texts, show_progress=True, **bound))
-    return {
+    figures = {
         "nll": nll.nats_per_token,
         "nelbo": nelbo and nelbo.nats_per_token,
         "nelbo_standard_error": nelbo and (0.0 if exact else nelbo.standard_error),
@@ -132,6 +143,40 @@ def _likelihoods(model: str, load_options: dict[str, Any], texts: list[str], bou
         "num_samples": bound["num_samples"] if nelbo and not exact else None,
         "block_size": (block_size or lm.diffusion.block_size) if lm.diffusion else None,
     }
+    return figures if of_parent is None else figures | _beside(parent, of_parent, lm, texts)
+
+
+def _load_parent(name: str, lm: Any, trust_remote_code: bool) -> Any:
+    """The parent; ValueError for a model that `lm` cannot be compared with."""
+    import unmask
+    from unmask.evaluation.beside import check_same_vocabulary
+
+    parent = unmask.load(name, trust_remote_code=trust_remote_code)
+    check_same_vocabulary(parent.tokenizer, lm.tokenizer, f"parent {name!r}", "the model")
+    return parent
+
+
+def _beside(name: str | None, parent: Any, lm: Any, texts: list[str]) -> dict[str, Any]:
+    """The parent's figures, and what it and `lm` write after the beginnings of the texts."""
+    from unmask.evaluation.beside import beginnings, write
+    from unmask.evaluation.likelihood import summarise
+
+    nll = summarise(parent.nll(texts, show_progress=True))
+    of_parent = {"model": name, "nll": nll.nats_per_token, "nll_bits_per_byte": nll.bits_per_byte}
+    prompts = beginnings(
+        [document.ids for document in lm._documents(texts)], lm.diffusion and lm.diffusion.mask_token_id
+    )
+    if not len(prompts):
+        return {"parent": of_parent}
+    both = {"parent": write(parent, prompts, "ar"), "model": write(lm, prompts)}
+    of_parent |= {"text": both["parent"].text, "tokens_per_forward": both["parent"].tokens_per_forward}
+    return {
+        "parent": of_parent,
+        "prompt": lm.tokenizer.decode(prompts[0]),
+        "text": both["model"].text,
+        "mode": lm.default_mode,
+        "tokens_per_forward": both["model"].tokens_per_forward,
+    }
 
 
 def _as_text(figures: dict[str, Any]) -> str:
@@ -141,14 +186,32 @@ def _as_text(figures: dict[str, Any]) -> str:
         f"nll    {figures['nll']:.4f} nats/token  {figures['nll_bits_per_byte']:.4f} bits/byte  (AR mode, exact)",
     ]
     if figures["nelbo"] is None:
-        return "\n".join([*lines, "nelbo  none: an untouched AR model has no diffusion mode"])
+        lines.append("nelbo  none: an untouched AR model has no diffusion mode")
+        return "\n".join(lines + _parent_as_text(figures))
     spread = f" ± {figures['nelbo_standard_error']:.4f}" if figures["nelbo_standard_error"] else ""
     how = "exact enumeration" if figures["num_samples"] is None else f"{figures['num_samples']} masks per block"
     lines.append(
         f"nelbo  {figures['nelbo']:.4f}{spread} nats/token  {figures['nelbo_bits_per_byte']:.4f} bits/byte  "
         f"(diffusion mode, bound, {how})"
     )
-    return "\n".join(lines)
+    return "\n".join(lines + _parent_as_text(figures))
+
+
+def _parent_as_text(figures: dict[str, Any]) -> list[str]:
+    """The lines of --parent, none without it."""
+    parent = figures.get("parent")
+    if parent is None:
+        return []
+    nll, bits = parent["nll"], parent["nll_bits_per_byte"]
+    lines = [f"parent {nll:.4f} nats/token  {bits:.4f} bits/byte  (AR mode, exact, {parent['model']})"]
+    if "prompt" in figures:
+        rate, mode = figures["tokens_per_forward"], figures["mode"]
+        lines += [
+            f"prompt {figures['prompt']!r}",
+            f"parent {parent['text']!r}  ({parent['tokens_per_forward']:.2f} tokens per forward)",
+            f"model  {figures['text']!r}  ({rate:.2f} tokens per forward, mode {mode})",
+        ]
+    return lines
 
 
 def _run_tasks(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.conversion.job import load_parent, plan
-from unmask.conversion.learner import convert, finish, learn, parent_nll
+from unmask.conversion.learner import convert, finish, learn, parent_nll, parent_text
 from unmask.conversion.run import claim_folder, describe, holds_finished
 from unmask.conversion.run_record import training_folder
 from unmask.conversion.text import hold_out, read_text
@@ -51,6 +51,7 @@ def adapt(
         return load(folder.path, trust_remote_code=trust_remote_code)
     corpus = hold_out(job, parent, text)
     run["parent_nll"] = parent_nll(job, parent, corpus)
+    run["parent_text"] = parent_text(job, parent, corpus)
     learner = convert(job, parent)
     run |= learner.record
     with claim_folder(job, run):

@@ -19,6 +19,7 @@ from unmask.core.drafter import DrafterConfig
 from unmask.core.finite import check_weights
 from unmask.core.network import Network
 from unmask.data.documents import Corpus
+from unmask.evaluation.beside import beginnings, write
 from unmask.evaluation.held_out import evaluator, held_out_nll
 from unmask.goals import too_few
 from unmask.hf import lora
@@ -160,6 +161,27 @@ def parent_nll(job: Job, parent: Parent, data: Data) -> float | None:
     return held_out_nll(network, parent.lm.diffusion, data.held_out, network.context_length)
 
 
+def parent_text(job: Job, parent: Parent, data: Data) -> dict[str, Any] | None:
+    """The beginning of a held-out document, and what the parent writes after it in AR mode; None without one."""
+    if job.earlier is not None and "parent_text" in job.earlier:
+        return job.earlier["parent_text"]
+    prompts = beginnings([document.ids for document in data.held_out], number=1)
+    if not len(prompts) or not join().is_main_process:
+        return None
+    return {"ids": prompts[0].tolist(), "text": write(parent.lm, prompts, "ar").text}
+
+
+def _samples(lm: DiffusionLM, before: dict[str, Any] | None) -> str:
+    """What the parent and this model write, as lines of the model card; empty without a beginning to go on from."""
+    if before is None or (lm.diffusion is not None and lm.diffusion.mask_token_id in before["ids"]):
+        return ""
+    after = write(lm, torch.tensor([before["ids"]]))
+    return (
+        f"prompt  {lm.tokenizer.decode(before['ids'])!r}\nparent  {before['text']!r}\n"
+        f"this    {after.text!r}\n        ({after.tokens_per_forward:.2f} tokens per forward, mode {lm.default_mode})"
+    )
+
+
 def _compared(learner: Learner, data: Data, figures: dict[str, float], before: float | None) -> dict[str, float]:
     """The parent's NLL and this model's on the held-out documents, and the bound where there is one."""
     if before is None:
@@ -204,7 +226,7 @@ def finish(job: Job, parent: Parent, learner: Learner, data: Data, state: TrainS
     with writing(folder.path):
         if not as_adapter:
             lm.save_pretrained(folder.path)
-        card = model_card(parent.name, lm, settings, state.tokens, compared)
+        card = model_card(parent.name, lm, settings, state.tokens, compared, _samples(lm, run["parent_text"]))
         (folder.path / "README.md").write_text(card)
         ordinary_permissions(folder.path)
     folder.write(run | {"finished": True, "tokens": state.tokens, "evaluation": figures})

@@ -10,8 +10,13 @@ from unmask.resolve import Resolved
 _TAGS = "tags:\n- diffusion-language-model\n- block-diffusion\n- unmask\n"
 
 
-def model_card(parent: str, lm: DiffusionLM, settings: Resolved, tokens: int, figures: dict[str, float]) -> str:
-    """The text of the card. parent: its name. tokens: of training. figures: nats per token of held-out text."""
+def model_card(
+    parent: str, lm: DiffusionLM, settings: Resolved, tokens: int, figures: dict[str, float], samples: str = ""
+) -> str:
+    """The text of the card.
+
+    parent: its name. tokens: of training. figures: nats per token of held-out text. samples: text of both models.
+    """
     rows: list[tuple[str, Any]] = [
         ("parent", parent),
         *_conversion(lm),
@@ -22,10 +27,11 @@ def model_card(parent: str, lm: DiffusionLM, settings: Resolved, tokens: int, fi
         *((f"held-out text, nats per token: {name}", f"{value:.4f}") for name, value in figures.items()),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    shown = f"After the beginning of a held-out text, greedily:\n\n```\n{samples}\n```\n\n" if samples else ""
     tags = "" if lm.diffusion is None else _TAGS
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nbase_model: {parent}\n{tags}---\n\n"
-        f"{_summary(lm)}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"{_summary(lm)}\n\n| | |\n|---|---|\n{table}\n\n{shown}"
         '```python\nimport unmask\n\nlm = unmask.load("this folder")\nprint(lm.generate("...").texts[0])\n```\n'
     )
 

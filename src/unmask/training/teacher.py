@@ -6,6 +6,7 @@ import copy
 
 from unmask import hf
 from unmask.core.network import Network
+from unmask.evaluation.beside import check_same_vocabulary
 from unmask.loading import load
 from unmask.model import DiffusionLM
 
@@ -20,9 +21,7 @@ def load_teacher(lm: DiffusionLM, name: str | None, *, trust_remote_code: bool =
     other = load(name, dtype=lm.model.dtype, device=lm.network.device, trust_remote_code=trust_remote_code)
     if other.diffusion is not None and not other.diffusion.serves_ar:
         raise ValueError(f"teacher={name!r} is no AR model any more: give the one it was made from")
-    known, masks = other.tokenizer.get_vocab(), (other.tokenizer.mask_token, lm.tokenizer.mask_token)
-    if any(known.get(token) != i for token, i in lm.tokenizer.get_vocab().items() if token not in masks):
-        raise ValueError(f"teacher={name!r} has another vocabulary: give a model with that of the parent")
+    check_same_vocabulary(other.tokenizer, lm.tokenizer, f"teacher={name!r}", "the parent")
     return other
 
 

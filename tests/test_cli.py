@@ -234,7 +234,7 @@ def test_recipes(run) -> None:
         (["evaluate", "{parent}", "--data", "{broken}"], "broken.jsonl', line 2"),
         (["evaluate", "{parent}", "--data", "{stories}", "--max-documents", "0"], "0"),
         (["evaluate", "{parent}", "--data", "{stories}", "--exact"], "untouched AR model"),
-        (["evaluate", "{parent}", "--tasks", "x", "--parent", "{parent}"], "is for --data: run the tasks on the parent"),
+        (["evaluate", "{parent}", "--tasks", "x", "--parent", "{parent}"], "is for --data: run the tasks on"),
         (["recipes", "magic"], "magic"),
         (["paint"], "paint"),
     ],

@@ -109,10 +109,8 @@ STORIES = [
 ]
 
 
-@pytest.fixture(scope="session")
-def tokenizer_and_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_parent(folder: Path) -> Path:
     """An ordinary HF folder: a byte-level BPE tokenizer with <s>, </s> and a tiny llama without a spare row."""
-    folder = tmp_path_factory.mktemp("parent")
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(STORIES, 300, special_tokens=["<s>", "</s>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
@@ -121,6 +119,12 @@ def tokenizer_and_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_and_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `write_parent` writes."""
+    return write_parent(tmp_path_factory.mktemp("parent"))
 
 
 @pytest.fixture(scope="session")

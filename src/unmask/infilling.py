@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unmask.core.network import DiffusionConfig, Network
 from unmask.evaluation.likelihood import continuation_nelbo
+from unmask.limits import LARGEST, MOST_SAMPLES, check_whole
 from unmask.plain_numbers import plain
 from unmask.sampling import Blocks, Decoder, Request, SampledTokens, WholeCanvas
 
@@ -39,7 +40,9 @@ def span_lengths(
 ) -> list[int]:
     """The candidate lengths of the spans; raises ValueError for none, and where the longest exceeds the context."""
     given = plain(num_tokens)
-    lengths = [given] if isinstance(given, int) else list(map(plain, given))
+    lengths = list(map(plain, given)) if isinstance(given, Iterable) else [given]
+    for length in lengths:
+        check_whole("num_tokens", length, least=-LARGEST)
     if not lengths or min(lengths) < 1:
         raise ValueError(f"num_tokens {num_tokens} must be at least 1: there is nothing to fill in")
     longest = max(len(p) + len(s) for p, s in zip(before, after, strict=True)) + max(lengths)
@@ -49,6 +52,13 @@ def span_lengths(
             f"{context_length}: shorten them"
         )
     return lengths
+
+
+def check_samples(num_samples: int | None, lengths: Sequence[int]) -> None:
+    """Raise ValueError for a number of samples out of range, and for one where no lengths are compared."""
+    check_whole("num_samples", num_samples, most=MOST_SAMPLES)
+    if num_samples is not None and len(lengths) == 1:
+        raise ValueError(f"num_samples={num_samples} compares candidate lengths: give several num_tokens")
 
 
 def fill_lengths(

@@ -25,7 +25,8 @@ from unmask.data.prompts import Prompts, StopStrings, new_text, prompt_rows
 from unmask.evaluation import likelihood
 from unmask.evaluation.embed import beginnings, embed, named_pattern
 from unmask.evaluation.likelihood import LikelihoodOutput
-from unmask.infilling import best_length, fill_lengths, span_config, span_lengths
+from unmask.infilling import best_length, check_samples, fill_lengths, span_config, span_lengths
+from unmask.limits import check_seed, check_whole
 from unmask.outputs import SampleOutput
 from unmask.plain_numbers import plain
 from unmask.progress import progress
@@ -131,7 +132,7 @@ class DiffusionLM:
 
         Raises ValueError for a mode that the checkpoint lacks, and for an option that the decoder does not read.
         """
-        return choose_decoder(mode or self.default_mode, self.diffusion, options)
+        return choose_decoder(mode or self.default_mode, self.diffusion, options, self.network.context_length)
 
     def generate(
         self,
@@ -245,7 +246,7 @@ class DiffusionLM:
         decoder = choose_decoder(
             mode or "diffusion", config,
             {"block_size": block_size, "max_denoising_steps": max_denoising_steps, "select": select,
-             "confidence_threshold": confidence_threshold, **options},
+             "confidence_threshold": confidence_threshold, **options}, self.network.context_length,
         )  # fmt: skip
         if not isinstance(decoder, Blocks | WholeCanvas):
             raise ValueError(f"mode {mode!r} cannot see a suffix: infill works in mode 'diffusion'")
@@ -253,8 +254,7 @@ class DiffusionLM:
         self._check_guidance(decoder)
         before, after = self._around(prefix, suffix)
         lengths = span_lengths(num_tokens, before, after, self.network.context_length)
-        if num_samples is not None and len(lengths) == 1:
-            raise ValueError(f"num_samples={num_samples} compares candidate lengths: give several num_tokens")
+        check_samples(num_samples, lengths)
         stop = StopStrings(self.tokenizer, before, stop_strings)
         request = Request(
             max_new_tokens=max(lengths), temperature=temperature, top_p=top_p, top_k=top_k, seed=_seed(seed),
@@ -371,7 +371,7 @@ class DiffusionLM:
                 documents,
                 num_samples=plain(num_samples),
                 exact=exact,
-                seed=secrets.randbits(31) if seed is None else plain(seed),
+                seed=_seed(seed),
                 context_length=self.network.context_length,
                 progress=advance,
             )
@@ -410,6 +410,7 @@ class DiffusionLM:
             pattern = named_pattern(
                 pattern or self.embedding_pattern, None if self.diffusion is None else self.diffusion.block_size
             )
+        check_whole("batch_tokens", batch_tokens)
         self._check_weights()
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
@@ -443,4 +444,5 @@ class DiffusionLM:
 
 def _seed(seed: int | None) -> int:
     """The seed, or one that nobody chose."""
-    return secrets.randbits(31) if seed is None else seed
+    check_seed(seed)
+    return secrets.randbits(31) if seed is None else int(seed)

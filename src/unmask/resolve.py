@@ -39,6 +39,9 @@ _RULE: dict[str, tuple[float, float]] = {
 }
 
 
+LARGEST_BATCH = 2**25
+"""Tokens of a batch, at most: sixteen times the largest of the rule; all of them lie in memory at once."""
+
 FULL_VOCABULARY, TEACHER_TOP_K = 65_536, 64
 """Vocabulary size up to which a teacher's whole distribution is compared; beyond it, its likeliest tokens alone."""
 
@@ -62,6 +65,11 @@ def resolve(
     if first is not None and block not in (first << n for n in range(block.bit_length())):
         raise ValueError(f"first_block_size={first} does not double to block_size={block}")
     batch = settings.batch_size or max(1, round(ruled["batch_tokens"] / length))
+    if batch * length > LARGEST_BATCH:
+        raise ValueError(
+            f"batch_size={batch} rows of max_length={length} make a batch of {batch * length:,} tokens: use at most "
+            f"{LARGEST_BATCH // length} rows"
+        )
     rate = "learning_rate"
     if settings.objective == "joint":
         rate = "joint_learning_rate" if settings.teacher is None else "taught_learning_rate"

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
+from unmask.limits import LARGEST, MOST_SAMPLES
+
 # --- how a setting is described
 
 
@@ -172,7 +174,7 @@ class CorruptionSettings:
         False, "draw masks in pairs, a mask and its complement", attention=DIFFUSION, masking="exact")
     num_masks: int = setting(
         1, "masks (or pairs) of the same rows in a step; two streams without shift run over the clean tokens once for "
-        "all of them", above=0, attention=DIFFUSION, masking=("exact", "bernoulli"))
+        "all of them", above=0, most=64, attention=DIFFUSION, masking=("exact", "bernoulli"))
     first_block_size: int | None = setting(
         None, "blocks double from this size to block_size over the run", above=0,
         either=({"attention": ("two_stream", "block_causal")}, {"attention": "bidirectional", "noise_level": "block"}))
@@ -197,7 +199,7 @@ class CorruptionSettings:
 class DataSettings:
     """Text to rows of tokens."""
 
-    max_length: int | None = setting(None, "tokens of a row", above=0, of_size=True)
+    max_length: int | None = setting(None, "tokens of a row", above=0, most=2**20, of_size=True)
     text_column: str = setting("text", "column of the text in records")
     split: str = setting("train", "split of a data set of the hub or of `datasets`")
     skip_invalid: bool = setting(False, "leave out records that cannot be used, instead of stopping")
@@ -241,8 +243,10 @@ class LoraSettings:
 class OptimiserSettings:
     """AdamW, its learning rate and its batches."""
 
-    max_tokens: int | None = setting(None, "clean, unpadded tokens to train on; unset: one pass over the data", above=0)
-    batch_size: int | None = setting(None, "rows of max_length tokens in an optimiser step", above=0, of_size=True)
+    max_tokens: int | None = setting(
+        None, "clean, unpadded tokens to train on; unset: one pass over the data", above=0, most=10**15)
+    batch_size: int | None = setting(
+        None, "rows of max_length tokens in an optimiser step", above=0, most=2**16, of_size=True)
     learning_rate: float | None = setting(None, "highest learning rate, after the warm-up", above=0, of_size=True)
     min_learning_rate_ratio: float | None = setting(
         None, "a cosine falls to this part of the learning rate", least=0, most=1, of_size=True)
@@ -263,7 +267,7 @@ class EvaluationSettings:
         None, "file or folder to evaluate on; unset: the last 1% of the documents, held out of training")
     eval_documents: int = setting(32, "documents to evaluate on, at most; 0 evaluates nothing", least=0)
     eval_samples: int = setting(
-        2, "masks of each document", above=0, attention=DIFFUSION, eval_documents=above(0))
+        2, "masks of each document", above=0, most=MOST_SAMPLES, attention=DIFFUSION, eval_documents=above(0))
     eval_every: int | None = setting(
         None, "steps between evaluations; unset: a tenth of the run", above=0, eval_documents=above(0))
 
@@ -347,7 +351,10 @@ def shown(value: Any) -> str:
 
 def limits_of(name: str) -> str:
     """A setting's limits in words, such as "at least 0 and below 1"."""
-    return " and ".join(f"{LIMITS[limit][0]} {bound:g}" for limit, bound in TABLE[name].metadata["limits"].items())
+    bounds = TABLE[name].metadata["limits"].items()
+    return " and ".join(
+        f"{LIMITS[limit][0]} {bound:{',' if isinstance(bound, int) else 'g'}}" for limit, bound in bounds
+    )
 
 
 def check_value(name: str, value: Any) -> None:
@@ -361,6 +368,8 @@ def check_value(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value} must be finite")
     if not all(LIMITS[limit][1](value, bound) for limit, bound in metadata["limits"].items()):
         raise ValueError(f"{name}={value} must be {limits_of(name)}")
+    if name != "seed" and "most" not in metadata["limits"] and isinstance(value, int) and value > LARGEST:
+        raise ValueError(f"{name}={value} must be at most {LARGEST:,}")
 
 
 def _check_lora_trainable(settings: Settings) -> None:

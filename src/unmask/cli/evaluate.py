@@ -10,6 +10,7 @@ import typer
 
 from unmask.cli.app import Base, Json, TrustRemoteCode, app, name_of
 from unmask.cli.options import DECODER, takes_decoding
+from unmask.limits import MOST_SAMPLES, check_whole
 from unmask.plain_json import to_json
 from unmask.progress import note
 
@@ -90,6 +91,8 @@ def evaluate(
         return
     for name, value in (of_tasks | decoder).items():
         raise ValueError(f"--{name.replace('_', '-')} {value} is for --tasks: leave it out, or name tasks")
+    check_whole("--num-samples", num_samples, most=MOST_SAMPLES)
+    check_whole("--block-size", block_size)
     if not data:
         raise ValueError("evaluate needs --data FILE, or --tasks NAME of lm-evaluation-harness")
     texts = _documents([*data, *(more or [])], max_documents, text_column, skip_invalid)
@@ -101,9 +104,8 @@ def _documents(files: Sequence[str], limit: int | None, text_column: str, skip_i
     """The first `limit` documents of the files."""
     from unmask.data.readers import local_files, read_documents
 
+    check_whole("--max-documents", limit)
     paths = local_files(files, "data")
-    if limit is not None and limit < 1:
-        raise ValueError(f"--max-documents {limit} must be at least 1")
     texts: list[str] = []
     for path in paths:
         for text in read_documents(path, text_column=text_column, skip_invalid=skip_invalid, note=note):

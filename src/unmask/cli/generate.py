@@ -38,11 +38,16 @@ def generate(
         raise ValueError("--watch draws where --json prints: leave one of them out")
     if replay is not None and (replay.is_dir() or not replay.parent.is_dir()):
         raise ValueError(f"--replay {str(replay)!r} is no file in a folder that exists: name one such as replay.html")
+    if watch and not sys.stdout.isatty():
+        raise ValueError("--watch draws on a terminal, and standard output is none: leave it out, or use --replay FILE")
     text = sys.stdin.read().removeprefix("\ufeff") if prompt == "-" else prompt
 
     import unmask
-    from unmask.cli.replay import watching, write_replay
+    from unmask.cli.replay import check_page, watching, write_replay
     from unmask.sampling import Trace
+
+    if replay is not None:
+        check_page(replay)
 
     lm = unmask.load(model, base=base, trust_remote_code=trust_remote_code)
     chosen: Any = lm.decoder(**decoder)
@@ -52,7 +57,7 @@ def generate(
         _write(text)
         live = lm.live_text(lm.prompt_ids(text)[0], _write, sampling.get("stop_strings"))
     trace = None
-    with watching(lm.tokenizer, given, text, show=watch and sys.stdout.isatty()) as watcher:
+    with watching(lm.tokenizer, given, text, show=watch) as watcher:
         if watcher is not None or replay is not None:
             trace = Trace(getattr(chosen, "select", None), on_step=watcher, callback=live)
             if hasattr(chosen, "select"):

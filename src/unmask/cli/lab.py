@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from unmask.cli.app import Base, Json, Temperature, TrustRemoteCode, app, name_of
+from unmask.limits import MOST_ROUNDS, check_whole
 from unmask.plain_json import to_json
 from unmask.version import __version__
 
@@ -86,7 +87,9 @@ def frontier(
 def bench(
     what: Annotated[str, typer.Argument(help="train or decode.")],
     model: Annotated[str | None, typer.Argument(**name_of("Folder or hub id instead of random weights."))] = None,
-    shape: Annotated[str, typer.Option(help="Random Qwen3 weights of this shape: tiny, 0.6b, 4b or 8b.")] = "tiny",
+    shape: Annotated[
+        str | None, typer.Option(help="Random Qwen3 weights of this shape: tiny, the default, 0.6b, 4b or 8b.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 5,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile our decoding passes (a GPU replays them as CUDA graphs).")
@@ -98,12 +101,14 @@ def bench(
     """Speed and memory beside the plain AR baseline of the same model, as ratios from one run."""
     if what not in ("train", "decode"):
         raise ValueError(f"bench {what!r} is unknown: use train or decode")
-    if rounds < 1:
-        raise ValueError(f"--rounds {rounds} must be at least 1")
+    check_whole("--rounds", rounds, most=MOST_ROUNDS)
     if base is not None and model is None:
         raise ValueError(f"--base {base} is for a drafter or an adapter: give its folder, or leave it out")
     if compiled and what == "train":
         raise ValueError("--compile is for decoding: leave it out of bench train")
+    if model is not None and shape is not None:
+        raise ValueError(f"--shape {shape} is for random weights, and model {model!r} has its own: give one of them")
+    measured = model or shape or "tiny"
 
     import torch
     import transformers
@@ -113,12 +118,12 @@ def bench(
 
     torch.set_num_threads(1)
     cases: Any = (
-        bench_train(model or shape, rounds, base=base, trust_remote_code=trust_remote_code)
+        bench_train(measured, rounds, base=base, trust_remote_code=trust_remote_code)
         if what == "train"
-        else bench_decode(model or shape, rounds, compiled=compiled, base=base, trust_remote_code=trust_remote_code)
+        else bench_decode(measured, rounds, compiled=compiled, base=base, trust_remote_code=trust_remote_code)
     )
     settings = {
-        "shape": model or shape,
+        "shape": measured,
         "rounds": rounds,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": 1,

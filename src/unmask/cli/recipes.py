@@ -26,6 +26,12 @@ def recipes(
     from unmask.recipe import load_recipe, recipe_names, recipe_summary
     from unmask.settings import to_plain
 
+    if markdown and (name is not None or everything or as_json):
+        raise ValueError("--markdown prints the page of all settings: leave out NAME, --all and --json")
+    if everything and (name is None or as_json):
+        raise ValueError(
+            "--all is for the listing of one recipe: give its NAME, without --json, which has all settings"
+        )
     if markdown:
         print(settings_page(), end="")
         return

@@ -88,6 +88,14 @@ _OPEN, _CLOSE = '<script type="application/json" id="data">', "</script>"
 _PLACE = f"{_OPEN}{{}}{_CLOSE}"
 
 
+def check_page(path: Path) -> None:
+    """Raise ValueError for a name that no browser opens as a page, and for a file that is none of ours."""
+    if path.suffix not in (".html", ".htm"):
+        raise ValueError(f"--replay {str(path)!r} names no page: let it end in .html")
+    if path.is_file() and path.stat().st_size and _OPEN not in path.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"--replay {str(path)!r} is a file that is no replay, and would be lost: name another")
+
+
 def _safe_json(data: Any) -> str:
     """JSON in which no string can end the script element that holds it."""
     text = to_json(data, ensure_ascii=False, separators=(",", ":"))

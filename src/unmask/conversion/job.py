@@ -22,7 +22,7 @@ from unmask.recipe import check_data_settings
 from unmask.resolve import Resolved, resolve
 from unmask.run_folder import RunFolder
 from unmask.settings import Settings
-from unmask.training.loop import check_machine
+from unmask.training.loop import check_machine, check_tracker
 from unmask.training.ranks import join
 from unmask.training.teacher import load_teacher
 
@@ -69,6 +69,7 @@ def plan(
     if settings.teacher not in (None, "parent"):
         locate(str(settings.teacher))
     sources, given = _sources(data, settings.split)
+    check_tracker(settings.report_to)
     if settings.lora_rank is not None:
         lora.require_peft()
     own = sources == ("self",)
@@ -160,12 +161,22 @@ def load_parent(job: Job) -> Parent:
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     num_parameters = lm.model.num_parameters()  # packed weights hold several in one number
     resolved = resolve(settings, num_parameters, lm.network.context_length, vocabulary)
+    _check_rank(lm, settings)
     check_machine(resolved, ranks.num_processes, ranks.device)
     teacher_fingerprint = None
     if settings.teacher is not None:
         teacher_fingerprint = fingerprint if teacher is None else hf.fingerprint(teacher.model)
     end_token_id = _end_token_id(lm, settings.end_token)
     return Parent(lm, name, fingerprint, resolved, end_token_id, teacher, teacher_fingerprint)
+
+
+def _check_rank(lm: DiffusionLM, settings: Settings) -> None:
+    """Raise ValueError for adapters of a rank above the sides of every weight matrix: more rank adds nothing."""
+    widest = max(max(p.shape[-2:]) for n, p in lm.model.named_parameters() if p.ndim >= 2)
+    name = "drafter_rank" if settings.objective == "distill" else "lora_rank"
+    rank = getattr(settings, name)
+    if rank is not None and rank > widest:
+        raise ValueError(f"{name}={rank} exceeds the widest weight of this model, {widest}: use less")
 
 
 def _load(job: Job) -> DiffusionLM:

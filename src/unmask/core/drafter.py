@@ -7,6 +7,7 @@ cache and no file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from unmask.core.transfer import to_device
+from unmask.limits import check_number, check_whole
 from unmask.plain_numbers import plain_fields
 
 
@@ -37,11 +39,11 @@ class DrafterConfig:
 
     def __post_init__(self) -> None:
         plain_fields(self)
-        if self.rank < 1:
-            raise ValueError(f"drafter_rank {self.rank} must be at least 1")
+        check_whole("drafter_rank", self.rank)
+        check_number("drafter_scale", self.scale)
         if self.mask_rows < 0:
             raise ValueError(f"mask_rows {self.mask_rows} must be at least 0")
-        if not self.scale > 0:
+        if not 0 < self.scale < math.inf:
             raise ValueError(f"drafter_scale {self.scale} must be positive")
 
 

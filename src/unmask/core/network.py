@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from unmask.core.attention import PADDING, Layout, Pattern, bidirectional, block_causal, two_stream
 from unmask.core.head_loss import RowLoss, whole_sum
 from unmask.core.transfer import to_device
+from unmask.limits import check_whole
 from unmask.plain_numbers import plain_fields
 
 
@@ -66,7 +67,8 @@ class DiffusionConfig:
             raise ValueError(f"noisy_attention {self.noisy_attention!r} is unknown: use bidirectional or causal")
         if self.noisy_attention == "causal" and self.attention != "two_stream":
             raise ValueError(f"noisy_attention 'causal' needs two_stream attention, not {self.attention!r}")
-        if self.attention != "bidirectional" and (self.block_size is None or self.block_size < 1):
+        check_whole("block_size", self.block_size)
+        if self.attention != "bidirectional" and self.block_size is None:
             raise ValueError(f"block_size {self.block_size} must be at least 1 for {self.attention} attention")
 
     @property

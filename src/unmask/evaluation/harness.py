@@ -16,7 +16,11 @@ from lm_eval import evaluator, utils
 from lm_eval.tasks import TaskManager
 
 from unmask.evaluation.lm_eval import HarnessLM
+from unmask.limits import LARGEST, check_number, check_whole
 from unmask.plain_json import to_json
+
+_MOST_EXAMPLES = 1000
+"""Solved examples in a prompt, at most."""
 
 
 def load_tasks(names: Sequence[str], folder: str | None = None) -> dict[str, Any]:
@@ -59,10 +63,10 @@ def run_tasks(
     has no formula. limit: documents of each task, or their share if below 1. gen_kwargs: in place of a task's
     own settings of generation, as a dict or "name=value,...".
     """
-    if limit is not None and limit <= 0:
+    check_number("limit", limit)
+    if limit is not None and not (0 < limit < 1 or (1 <= limit <= LARGEST and limit == int(limit))):
         raise ValueError(f"limit {limit} must be above 0: a number of documents, or a share below 1")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise ValueError(f"num_fewshot {num_fewshot} must be at least 0")
+    check_whole("num_fewshot", num_fewshot, least=0, most=_MOST_EXAMPLES)
     if apply_chat_template and not getattr(model.tokenizer, "chat_template", None):
         raise ValueError("apply_chat_template needs a chat template, and this tokenizer has none: leave it out")
     if isinstance(gen_kwargs, str):

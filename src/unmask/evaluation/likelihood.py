@@ -27,6 +27,7 @@ from unmask.core.objectives import predictable, token_nll
 from unmask.core.scoring import score_ar
 from unmask.data.plain_text import encode
 from unmask.evaluation.clean import read_clean, score_noisy
+from unmask.limits import MOST_SAMPLES, check_whole
 
 Progress = Callable[[int], None]
 """Called with the number of windows that were just scored."""
@@ -150,6 +151,8 @@ def nelbo(
     with weight 1 / (k C(n, k)): no variance.
     """
     check_estimator(config, num_samples, exact)
+    if config.block_size is not None and context_length is not None and config.block_size > context_length:
+        raise ValueError(f"block_size {config.block_size} exceeds the model's context of {context_length}: use less")
     draws = 2 ** (config.segment_size or 0) - 1 if exact else num_samples
     totals = torch.zeros(len(documents), draws, dtype=torch.float64)
     for windows, x0, layout, loss_mask in batches(documents, context_length, batch_tokens, network.device):
@@ -193,14 +196,12 @@ def check_finite(totals: Sequence[float]) -> None:
 
 def check_estimator(config: DiffusionConfig, num_samples: int, exact: bool) -> None:
     """Raise on what `nelbo` cannot do."""
-    if exact:
-        if config.segment_size is None or config.segment_size > 4:
-            raise ValueError(
-                f"exact NELBO enumerates all masks of a block and needs clean context and block_size <= 4, "
-                f"got {config.attention} attention with block_size {config.block_size}"
-            )
-    elif num_samples < 1:
-        raise ValueError(f"num_samples {num_samples} must be at least 1")
+    if exact and (config.segment_size is None or config.segment_size > 4):
+        raise ValueError(
+            f"exact NELBO enumerates all masks of a block and needs clean context and block_size <= 4, "
+            f"got {config.attention} attention with block_size {config.block_size}"
+        )
+    check_whole("num_samples", num_samples, most=MOST_SAMPLES, why=": each is a forward")
 
 
 def continuation_nelbo(

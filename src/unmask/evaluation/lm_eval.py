@@ -29,6 +29,7 @@ from unmask.core.objectives import predictable
 from unmask.data.plain_text import ids_of, rendered_ids
 from unmask.data.supervised import apply_template
 from unmask.evaluation.likelihood import Document, Progress, batches, check_estimator, nelbo, row_sums
+from unmask.limits import check_seed, check_whole
 from unmask.progress import progress
 
 SCORED_ROW = 512
@@ -88,9 +89,10 @@ class HarnessLM(TemplateLM):
             raise ValueError(f"mode {self.mode!r} scores exactly, without a bound's block_size and exact: leave them")
         if self.bound is not None:
             check_estimator(self.bound, num_samples, exact)
-        if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} must be at least 1")
+        check_whole("batch_size", batch_size)
+        check_seed(seed)
         context = lm.network.context_length or UNSTATED_CONTEXT
+        check_whole("max_length", max_length, least=2)
         if max_length is not None and not 2 <= max_length <= context:
             raise ValueError(f"max_length {max_length} must be from 2 up to the model's context of {context}")
         self.lm, self.tokenizer = lm, lm.tokenizer

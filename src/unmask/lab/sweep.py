@@ -41,6 +41,7 @@ from unmask.lab.frontier import (
 )
 from unmask.lab.oracle import speed_of_light
 from unmask.lab.tasks import problems
+from unmask.limits import LARGEST, MOST_ROUNDS, check_seed, check_whole
 from unmask.loading import load, recorded_base
 from unmask.model import DiffusionLM
 from unmask.model_name import locate
@@ -48,6 +49,7 @@ from unmask.plain_numbers import plain_fields
 from unmask.progress import Advance, progress
 from unmask.run_folder import RunFolder
 from unmask.sampling import Confidence, EntropyBound, Factor, Random, Selector, Threshold
+from unmask.sampling.tokens import check_sampling
 from unmask.version import __version__
 
 _RULES: dict[str, Callable[[float], Selector]] = {
@@ -59,6 +61,9 @@ _RULES: dict[str, Callable[[float], Selector]] = {
 }
 _MIN_TIMED_TEXTS = 4
 """The smallest number of texts of a timed run, whatever the batch size."""
+
+
+_MOST = {"rounds": MOST_ROUNDS, "num_prompts": 100_000}
 
 
 @dataclass(frozen=True)
@@ -86,10 +91,12 @@ class Sweep:
         counts += [("batch size", size) for size in self.batch_sizes]
         counts += [("block size", size) for size in self.block_sizes if size is not None]
         for name, value in counts:
-            if value < 1:
-                raise ValueError(f"{name} {value} must be at least 1")
+            check_whole(name, value, most=_MOST.get(name, LARGEST))
         if self.oracle < 0:
             raise ValueError(f"oracle {self.oracle} must be 0 (leave it out) or a number of prompts")
+        check_whole("oracle", self.oracle, least=0)
+        check_seed(self.seed)
+        check_sampling(self.temperature, 1.0)
         if self.oracle and self.temperature > 0:
             raise ValueError(
                 f"oracle {self.oracle} follows greedy decoding and temperature is {self.temperature}: use 0"

@@ -17,7 +17,14 @@ from unmask.sampling.commit import (
     Selector,
     Threshold,
 )
-from unmask.sampling.decoders import Autoregressive, Blocks, Decoder, Speculative, WholeCanvas, choose_decoder
+from unmask.sampling.decoders import (
+    Autoregressive,
+    Blocks,
+    Decoder,
+    Speculative,
+    WholeCanvas,
+    choose_decoder,
+)
 from unmask.sampling.remask import Remask
 from unmask.sampling.request import Request, SampledTokens
 from unmask.sampling.speculative import sample_speculative

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unmask.limits import check_number, check_whole
 from unmask.plain_numbers import plain_fields
 
 _ROUNDING = 1e-9
@@ -85,8 +86,7 @@ def _rank(score: Tensor) -> Tensor:
 
 
 def _check_count(n: int) -> None:
-    if n < 1:
-        raise ValueError(f"n {n} must be at least 1: nothing would ever be committed")
+    check_whole("n", n, why=": nothing would ever be committed")
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class Threshold:
 
     def __post_init__(self) -> None:
         plain_fields(self)
+        check_number("confidence_threshold", self.confidence_threshold)
         if not 0 <= self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold {self.confidence_threshold} must lie in [0, 1]")
 
@@ -132,6 +133,7 @@ class Factor:
 
     def __post_init__(self) -> None:
         plain_fields(self)
+        check_number("factor", self.factor)
         if not 0 < self.factor < math.inf:
             raise ValueError(f"factor {self.factor} must be positive and finite")
 
@@ -154,6 +156,7 @@ class EntropyBound:
 
     def __post_init__(self) -> None:
         plain_fields(self)
+        check_number("entropy_bound", self.entropy_bound)
         if not 0 <= self.entropy_bound < math.inf:
             raise ValueError(f"entropy_bound {self.entropy_bound} must be finite and not negative")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unmask.core.decoding import spare_masks
 from unmask.core.network import DiffusionConfig, Network
+from unmask.limits import check_whole
 from unmask.plain_numbers import plain_fields
 from unmask.sampling.acceptance import Acceptance
 from unmask.sampling.autoregressive import sample_autoregressive
@@ -162,8 +163,8 @@ class Speculative:
         plain_fields(self)
         if isinstance(self.draft_length, str) and self.draft_length != "auto":
             raise ValueError(f"draft_length {self.draft_length!r} must be a number of tokens or 'auto'")
-        if isinstance(self.draft_length, int) and self.draft_length < 1:
-            raise ValueError(f"draft_length {self.draft_length} must be at least 1")
+        if not isinstance(self.draft_length, str):
+            check_whole("draft_length", self.draft_length)
         if self.cycle not in (None, "one", "two", "auto"):
             raise ValueError(f"cycle {self.cycle!r} is unknown: use 'one', 'two' or 'auto'")
         if self.cycle == "auto" and self.draft_length is not None:
@@ -212,11 +213,13 @@ def decoder_type(mode: str, config: DiffusionConfig | None) -> type[Decoder]:
     return WholeCanvas if config is not None and config.attention == "bidirectional" else Blocks
 
 
-def choose_decoder(mode: str | Decoder, config: DiffusionConfig | None, options: dict[str, Any]) -> Decoder:
+def choose_decoder(
+    mode: str | Decoder, config: DiffusionConfig | None, options: dict[str, Any], context_length: int | None = None
+) -> Decoder:
     """The decoder of a mode with these options, of which None are not set; or `mode`, which is one already.
 
     confidence_threshold=p is short for select=Threshold(p). Raises ValueError for a mode that the checkpoint does not
-    have, and for an option that the decoder does not read.
+    have, for an option that the decoder does not read, and for one beyond the model's context.
     """
     options = {name: value for name, value in options.items() if value is not None}
     kind = decoder_type(mode, config) if isinstance(mode, str) else type(mode)
@@ -230,6 +233,7 @@ def choose_decoder(mode: str | Decoder, config: DiffusionConfig | None, options:
         if not isinstance(mode, str):
             raise ValueError(f"{name}={value!r} stands beside a decoder: give it inside, {kind.__name__}({name}=...)")
     if not isinstance(mode, str):
+        _check_sizes(mode, context_length)
         return mode
     if "confidence_threshold" in options:
         if "select" in options:
@@ -238,7 +242,25 @@ def choose_decoder(mode: str | Decoder, config: DiffusionConfig | None, options:
                 f"select={options['select']!r} is set as well: leave one of them out"
             )
         options["select"] = Threshold(options.pop("confidence_threshold"))
-    return kind(**options)
+    decoder = kind(**options)
+    _check_sizes(decoder, context_length)
+    return decoder
+
+
+def _check_sizes(decoder: Decoder, context_length: int | None) -> None:
+    """Raise ValueError for a block or draft longer than the model's context, and for steps far beyond its tokens."""
+    if context_length is None:
+        return
+    most = {"block_size": 1, "draft_length": 1, "window": 1, "max_denoising_steps": _STEPS_PER_TOKEN}
+    for name, times in most.items():
+        value = getattr(decoder, name, None)
+        if value is not None and value != "auto" and value > times * context_length:
+            bound = "" if times == 1 else f"{times} times "
+            raise ValueError(f"{name} {value} exceeds {bound}the model's context of {context_length}: use less")
+
+
+_STEPS_PER_TOKEN = 8
+"""Denoising steps for each token of the context, at most: a chance rule and remasking take every step asked for."""
 
 
 def _names() -> str:
@@ -281,6 +303,4 @@ def _converted(config: DiffusionConfig | None, mode: str) -> DiffusionConfig:
 
 def _check_positive(decoder: Any, *names: str) -> None:
     for name in names:
-        value = getattr(decoder, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} {value} must be at least 1")
+        check_whole(name, getattr(decoder, name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +11,17 @@ from torch import Tensor
 from unmask.core.attention import Layout, Pattern
 from unmask.core.network import GrowingCache, Network, SlotCacheState
 from unmask.core.transfer import to_device
+from unmask.limits import check_number
+
+_LARGEST_SCALE = 1000.0
+"""Logits of half precision still hold their difference times so much."""
 
 
 def check_guidance(scale: float) -> None:
-    """Raise ValueError for a guidance scale that is not a number, infinite or negative."""
-    if not 0 <= scale < math.inf:
-        raise ValueError(f"guidance_scale {scale} must be finite and not negative: 1 is none")
+    """Raise ValueError for a guidance scale that is infinite, negative or too large, TypeError for no number."""
+    check_number("guidance_scale", scale)
+    if not 0 <= scale <= _LARGEST_SCALE:
+        raise ValueError(f"guidance_scale {scale} must be finite and not negative, up to {_LARGEST_SCALE:g}: 1 is none")
 
 
 def guide(logits: Tensor, unconditional: Tensor, scale: float) -> Tensor:

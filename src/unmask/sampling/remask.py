@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unmask.limits import check_number
 from unmask.plain_numbers import plain_fields
 
 _HELD, _LOOP_BEGINS, _LOOP_ENDS = 0.9, 0.55, 0.05
@@ -39,6 +40,7 @@ class Remask:
         plain_fields(self)
         if self.variant not in ("cap", "rescale", "confidence", "loop"):
             raise ValueError(f"variant {self.variant!r} is unknown: use cap, rescale, confidence or loop")
+        check_number("eta", self.eta)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta {self.eta} must lie in [0, 1]")
 

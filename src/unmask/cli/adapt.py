@@ -84,19 +84,31 @@ def split_settings(items: list[str]) -> tuple[list[str], dict[str, Any]]:
 @app.command(epilog="Example: unmask demo; unmask demo Qwen/Qwen3-0.6B-Base --data corpus.txt --output runs/q")
 def demo(
     model: Annotated[
-        str | None, typer.Argument(**name_of("Folder or hub id; by default a tiny base made here."))
+        str | None, typer.Argument(**name_of("Folder or hub id; without it, the models of a checkout are shown."))
     ] = None,
-    data: Annotated[
-        list[str] | None, typer.Option("--data", help="Text to adapt on; by default Python's own sources.")
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Where base and converted model go.")] = Path("runs/demo"),
-    max_tokens: Annotated[int, typer.Option(help="Training tokens of the conversion.")] = 400_000,
+    data: Annotated[list[str] | None, typer.Option("--data", help="Text to adapt MODEL on.")] = None,
+    output: Annotated[Path, typer.Option(help="Where pages and the converted model go.")] = Path("runs/demo"),
+    max_tokens: Annotated[int | None, typer.Option(help="Training tokens of MODEL's conversion: 400,000.")] = None,
     base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """The whole job on a default: make a tiny AR base, convert it, generate with it and measure it."""
-    if base is not None and model is None:
-        raise ValueError(f"--base {base} is for a drafter or an adapter: give its folder, or leave it out")
+    """Show what a conversion does, on the models of a checkout; or convert MODEL on --data and show both."""
+    given = {
+        "--data": data,
+        "--max-tokens": max_tokens,
+        "--base": base,
+        "--trust-remote-code": trust_remote_code or None,
+    }
+    unread = [f"{name} {value}" for name, value in given.items() if value is not None]
+    if model is None:
+        if unread:
+            raise ValueError(f"{unread[0]} is for a model of your own: name it (unmask demo MODEL), or leave it out")
+        from unmask.cli.showcase import run_showcase
+
+        run_showcase(output)
+        return
+    if not data:
+        raise ValueError(f"unmask demo {model} needs text to convert it on: give --data FILE")
     from unmask.cli.demo import run_demo
 
-    run_demo(model, data, output, max_tokens, base, trust_remote_code)
+    run_demo(model, data, output, max_tokens or 400_000, base, trust_remote_code)

@@ -1,38 +1,21 @@
-"""The main job on a default that every Python installation has the text for: its own standard library.
-
-Makes a tokenizer and a tiny LLaMA of 1M parameters, trains it as an AR model, converts it, and shows both.
-"""
+"""`unmask demo MODEL --data FILE`: convert a model of one's own, and show text and likelihood of both."""
 
 from __future__ import annotations
 
-import random
 import sys
-import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from unmask.plain_json import to_json
 
 if TYPE_CHECKING:
     from unmask.model import DiffusionLM
 
-BASE_TOKENS = 1_500_000
-VOCABULARY = 1024
 
-
-def run_demo(model: str | None, data: list[str] | None, output: Path, max_tokens: int, base: str | None = None,
+def run_demo(model: str, data: list[str], output: Path, max_tokens: int, base: str | None = None,
              trust: bool = False) -> None:  # fmt: skip
-    """Convert a base, a tiny one made of `data` unless `model` names one, and show text and likelihood of both.
-
-    data: without it, the standard library. base, trust: of `load`: run code that the model's folder brings.
-    """
+    """Convert a model and show text and likelihood of both. base, trust: of `load`, which may run a folder's code."""
     import unmask
     from unmask.data.readers import find_files, read_documents
 
-    if data is None:
-        data = [str(_write_sources(output / "sources.jsonl"))]
-    if model is None:
-        model = str(make_base(output / "base", data[0]))
     converted = output / "converted"
     _note(f"convert {model}")
     lm = unmask.adapt(
@@ -48,7 +31,7 @@ def run_demo(model: str | None, data: list[str] | None, output: Path, max_tokens
     files = find_files(data)
     held_out = [text for file in files[-1:] for text in read_documents(file)][-8:] if files else []
     _show(unmask.load(model, base=base, trust_remote_code=trust), lm, held_out)
-    print(f'model          {converted}: try `unmask generate {converted} "import "`', flush=True)
+    print(f'model          {converted}: try `unmask generate {converted} "..."`', flush=True)
 
 
 def _show(base: DiffusionLM, lm: DiffusionLM, held_out: list[str]) -> None:
@@ -73,51 +56,6 @@ def _show(base: DiffusionLM, lm: DiffusionLM, held_out: list[str]) -> None:
         nll, bound = summarise(base.nll(held_out)), summarise(lm.nelbo(held_out, seed=0))
         lines.append(f"bits per byte  {nll.bits_per_byte:.3f} (AR parent, exact) and {bound.bits_per_byte:.3f} (bound)")
     print("\n".join(lines), flush=True)
-
-
-def _write_sources(path: Path) -> Path:
-    """The standard library's modules as documents, in a fixed random order."""
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    texts = [text for module in modules if len(text := module.read_text(encoding="utf-8", errors="ignore")) > 500]
-    random.Random(0).shuffle(texts)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(to_json({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    partial.replace(path)
-    return path
-
-
-def make_base(folder: Path, data: str) -> Path:
-    """A tiny AR base trained on `data`, saved as an ordinary HF folder."""
-    if (folder / "config.json").exists():
-        return folder
-    import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    import unmask
-    from unmask.data.readers import local_files, read_documents
-
-    _note(f"make a tiny AR base from {data}")
-    bpe = ByteLevelBPETokenizer()
-    texts = [text for file in local_files([data], "data") for text in read_documents(file)]
-    bpe.train_from_iterator(texts, VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, bos_token_id=0,
-            eos_token_id=1, tie_word_embeddings=True,
-        )
-    ).eval()  # fmt: skip
-    unmask.adapt(
-        unmask.DiffusionLM(model, tokenizer), data, "ar", folder, resume=True, max_tokens=BASE_TOKENS,
-        max_length=256, batch_size=16, learning_rate=4e-3, eval_every=100,
-    )  # fmt: skip
-    return folder
 
 
 def _note(text: str) -> None:

@@ -50,7 +50,7 @@ def write_page(path: Path, shown: Shown) -> Path:
     parts.append("<h2>A small model with known answers</h2>")
     parts.append(_score_table(shown.scores) + _figure(shown.scores))
     parts.append(
-        f"<p>A gap, both sides in view: <code>reverse c n h b d k &gt; k d <b>{escape(shown.gap)}</b> h n c</code></p>"
+        f"<p>A gap, both sides in view: <code>reverse c n h b d k &gt; k d <b>{escape(shown.gap)}</b> n c</code></p>"
     )
     parts.append(f'<h2>An answer, denoised</h2><iframe src="{escape(shown.replay.name)}" title="replay"></iframe>')
     parts.append(

@@ -24,7 +24,9 @@ def progress(description: str, total: float | None, *, start: float = 0, show: b
         yield _silent
         return
     if not sys.stderr.isatty():
-        yield _lines(description, total, start)
+        lines = _Lines(description, total, start)
+        yield lines.advance
+        lines.finish()
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -33,7 +35,13 @@ def progress(description: str, total: float | None, *, start: float = 0, show: b
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(description, total=total, completed=int(start), note="")
-        yield lambda amount, note="", /: bar.update(task, advance=amount, note=note)
+
+        def advance(amount: float, note: str = "", /) -> None:
+            done = bar.tasks[0].completed + amount
+            bar.update(task, completed=done if total is None else min(done, total), note=note)
+
+        yield advance
+        bar.update(task, completed=total)
 
 
 def note(line: str) -> None:
@@ -45,22 +53,30 @@ def _silent(_amount: float, _note: str = "") -> None:
     pass
 
 
-def _lines(description: str, total: float | None, start: float) -> Advance:
-    began, done, shown = time.monotonic(), start, -LINE_SECONDS
+class _Lines:
+    """A line now and then; 100% comes once, at the end, though totals may be estimates."""
 
-    def advance(amount: float, note: str = "", /) -> None:
-        nonlocal done, shown
-        done += amount
-        elapsed = time.monotonic() - began
-        finished = total is not None and done >= total
-        if not finished and elapsed - shown < LINE_SECONDS:
+    def __init__(self, description: str, total: float | None, start: float) -> None:
+        self.description, self.total, self.start = description, total, start
+        self.began, self.done, self.shown, self.note = time.monotonic(), start, -LINE_SECONDS, ""
+
+    def advance(self, amount: float, note: str = "", /) -> None:
+        self.done, self.note = self.done + amount, note
+        elapsed = time.monotonic() - self.began
+        if elapsed - self.shown < LINE_SECONDS or (self.total and self.done >= self.total):
             return
-        shown = elapsed
-        left = ""
-        if total and done > start and not finished:
-            seconds = int(elapsed * (total - done) / (done - start))
+        self.shown = elapsed
+        left, share = "", ""
+        if self.total:
+            share = f" {int(100 * self.done / self.total):3}%"
+        if self.total and self.done > self.start:
+            seconds = int(elapsed * (self.total - self.done) / (self.done - self.start))
             left = f"  ETA {seconds // 60}:{seconds % 60:02d}"
-        share = f" {100 * done / total:3.0f}%" if total else ""
-        print(f"{description}{share}  {note}{left}".rstrip(), file=sys.stderr, flush=True)
+        self._print(f"{share}  {self.note}{left}")
 
-    return advance
+    def finish(self) -> None:
+        if self.done > self.start:
+            self._print(f"{' 100%' if self.total else ''}  {self.note}")
+
+    def _print(self, rest: str) -> None:
+        print(f"{self.description}{rest}".rstrip(), file=sys.stderr, flush=True)

@@ -121,6 +121,7 @@ def diffusion_config(settings: Resolved, mask_token_id: int, version: str, vocab
         version=version,
         noisy_attention=settings.noisy_attention,
         mask_rows=settings.block_size if settings.mask_per_place else 1,
+        adapt_anchor=settings.adapt_anchor,
         noise_tokens=vocabulary if settings.noise == "uniform" else 0,
     )
 

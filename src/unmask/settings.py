@@ -152,6 +152,8 @@ class DrafterSettings:
         "Uno's do and as engines serve them", one_of=("mask", "uniform"), objective="distill")
     mask_per_place: bool = setting(
         False, "give each place of a block a mask embedding of its own", objective="distill", noise="mask")
+    adapt_anchor: bool = setting(
+        False, "adapt the row before the drafts too, as engines without a gate for rows need it", objective="distill")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +318,7 @@ class Settings(
     def __post_init__(self) -> None:
         for name in TABLE:
             check_value(name, getattr(self, name))
-        for check in (_check_lora_trainable, _check_clean_half, _check_reach, _check_own_states):
+        for check in (_check_lora_trainable, _check_clean_half, _check_reach, _check_own_states, _check_anchor):
             check(self)
 
     def __repr__(self) -> str:
@@ -411,6 +413,13 @@ def _check_own_states(settings: Settings) -> None:
             "self_mode='diffusion' teaches another model's distribution, not the student's own words: with objective="
             f"{settings.objective!r} it needs objective='joint' and teacher=FOLDER, the AR model"
         )
+
+
+def _check_anchor(settings: Settings) -> None:
+    """A block of one token is an anchor without drafts."""
+    for name in ("block_size", "first_block_size"):
+        if settings.adapt_anchor and getattr(settings, name) == 1:
+            raise ValueError(f"adapt_anchor=true with {name}=1 leaves nothing to draft: use blocks of at least 2")
 
 
 # --- conditions

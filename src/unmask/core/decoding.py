@@ -191,13 +191,39 @@ def speculate(
     return Speculation(ar_logits.unflatten(0, (batch, width)), drafts)
 
 
-def _mask_ids(config: DiffusionConfig, masks: Layout, device: torch.device) -> Tensor:
-    """What the network reads as masks of this layout (batch, n, masks), each by its place behind its token."""
+def draft_adapted(
+    network: Network,
+    config: DiffusionConfig,
+    past: SlotCacheState,
+    last: Tensor,
+    layout: Layout,
+    num_drafts: Tensor,
+    *,
+    end: int | None = None,
+) -> Tensor:
+    """Logits (batch, num_drafts, vocab) of the positions after `last` (batch, 1), from one forward of noisy rows alone.
+
+    For a config with `adapt_anchor`: the row of `last` is adapted too, so that nothing of the pass is the AR model's
+    and nothing is kept. num_drafts: of each slot, (batch,), at least 1 for one of them; end: as for `speculate`.
+    """
+    check_serves_ar(config)
+    batch, most = len(last), int(num_drafts.max())
+    masks = _masks_behind(config, layout, num_drafts - 1, end)
+    ids = torch.cat([last[..., None], _mask_ids(config, masks, last.device, first=1)], dim=-1)[:, 0]
+    block = Layout(*(torch.cat([x[..., None], y], -1)[:, 0] for x, y in zip(all_noisy(layout), masks, strict=True)))
+    read = torch.arange(most) + int(not config.shift)
+    rows = torch.arange(batch)[:, None] * ids.shape[1] + read
+    logits = network(ids, block, drafting(config.noisy_attention), rows=rows.flatten(), past=past)
+    return logits.unflatten(0, (batch, most))
+
+
+def _mask_ids(config: DiffusionConfig, masks: Layout, device: torch.device, first: int = 0) -> Tensor:
+    """What the network reads as masks of this layout (batch, n, masks), by their places from `first` on."""
     ids = torch.full(masks.position.shape, config.mask_token_id)
     if config.noise_tokens:
         ids = noisy_ids(config, ids, masks)
     else:
-        ids += torch.arange(ids.shape[-1]).clamp_max(config.mask_rows - 1)
+        ids += (first + torch.arange(ids.shape[-1])).clamp_max(config.mask_rows - 1)
     return to_device(ids, device)
 
 

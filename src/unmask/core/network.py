@@ -32,6 +32,8 @@ class DiffusionConfig:
     have these), or one for all.
     noise_tokens: 0: masks are embeddings. Else random tokens below this number stand where masks would (a drafter's
     rows may read these, Uno 2609.04010), and mask_token_id only marks their places.
+    adapt_anchor: a drafter's block begins with the last verified token, read by an adapted row, so that a draft forward
+    has adapted rows alone. Else that token's row is the AR model's.
     """
 
     mask_token_id: int
@@ -44,6 +46,7 @@ class DiffusionConfig:
     noisy_attention: str = "bidirectional"
     mask_rows: int = 1
     noise_tokens: int = 0
+    adapt_anchor: bool = False
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -63,6 +66,8 @@ class DiffusionConfig:
                 f"noise_tokens {self.noise_tokens} must be 0, or a number of tokens with two_stream attention and one "
                 f"mask, not {self.attention!r} and mask_rows {self.mask_rows}"
             )
+        if self.adapt_anchor and not self.serves_ar:
+            raise ValueError(f"adapt_anchor is for drafters, whose clean half is causal, not {self.clean_attention!r}")
         if self.noisy_attention not in ("bidirectional", "causal"):
             raise ValueError(f"noisy_attention {self.noisy_attention!r} is unknown: use bidirectional or causal")
         if self.noisy_attention == "causal" and self.attention != "two_stream":

@@ -108,32 +108,38 @@ class MeasuredPace(Pace):
     """The cycle that promises most tokens a second, from measured costs and the acceptance of the last cycles.
 
     tried, accepted: of the j-th draft after the AR token, once those before it were accepted; weighted by age. Where
-    AR decoding promises most, a draft is tried now and then, at no more than `_PROBES` of the time.
+    AR decoding promises most, a draft is tried now and then, at no more than `_PROBES` of the time. apart: a draft
+    forward verifies nothing (`adapt_anchor`), so cycles that draft have two forwards, of which one gives a token more.
     """
 
-    def __init__(self, longest: int, costs: Costs, spare_masks: int = 1) -> None:
-        super().__init__(Cycle(1, longest))
-        self.costs, self.spare_masks = costs, spare_masks
+    def __init__(self, longest: int, costs: Costs, spare_masks: int = 1, *, apart: bool = False) -> None:
+        super().__init__(Cycle(2 if apart else 1, longest))
+        self.costs, self.spare_masks, self.apart = costs, spare_masks, apart
         self.tried, self.accepted = [0.0] * longest, [0.0] * longest
         lengths = [n for n in range(2, longest + 1) if n <= 4 or n % 2 == 0]
-        self.cycles = [_AR] + [Cycle(forwards, length) for length in lengths for forwards in (2, 1)]
+        kinds = (2,) if apart else (2, 1)
+        self.cycles = [_AR] + [Cycle(forwards, length) for length in lengths for forwards in kinds]
         self.seconds_without_drafts = 0.0
 
     def choose(self, num_rows: int) -> Cycle:
 
         def speed(cycle: Cycle) -> float:
-            return cycle.gain(self._expected(cycle)) / max(self._cost(cycle, num_rows), 1e-9)
+            return self._gain(cycle, self._expected(cycle)) / max(self._cost(cycle, num_rows), 1e-9)
 
         best = max(self.cycles, key=speed)
         if best != _AR or self.longest == 1:
             self.seconds_without_drafts = 0.0
             return best
         probe = Cycle(2, min(3, self.longest))
-        wasted = self._cost(probe, num_rows) - 2 * self._cost(_AR, num_rows)
+        wasted = self._cost(probe, num_rows) - self._gain(probe, 0) * self._cost(_AR, num_rows)
         if _PROBES * self.seconds_without_drafts < wasted:
             return best
         self.seconds_without_drafts = 0.0
         return probe
+
+    def _gain(self, cycle: Cycle, accepted: float) -> float:
+        """Tokens that a cycle gains where so many drafts are accepted."""
+        return cycle.gain(accepted) - int(self.apart and cycle != _AR)
 
     def _cost(self, cycle: Cycle, num_rows: int) -> float:
         """Seconds of a cycle."""

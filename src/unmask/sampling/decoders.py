@@ -184,6 +184,11 @@ class Speculative:
                 "checkpoint is not 'causal', so its cache is not the AR model's; use 'diffusion', or adapt with "
                 "recipe 'tri-mode' or 'drafter'"
             )
+        if config.adapt_anchor and self.cycle == "one":
+            raise ValueError(
+                "cycle 'one' needs the AR model's row beside the drafts, and this drafter (adapt_anchor) has none: use "
+                "'two' or 'auto'"
+            )
 
     def __call__(
         self, network: Network, config: DiffusionConfig | None, prompts: Sequence[Tensor], request: Request
@@ -192,7 +197,7 @@ class Speculative:
         assert config.block_size is not None
         length = self.draft_length if isinstance(self.draft_length, int) else config.block_size
         if self.cycle == "auto" or (self.cycle is None and self.draft_length is None):
-            pace: Pace = MeasuredPace(length, costs_of(network), spare_masks(config))
+            pace: Pace = MeasuredPace(length, costs_of(network), spare_masks(config), apart=config.adapt_anchor)
         else:
             pace = Pace(Cycle(1 if self.cycle == "one" else 2, length), adaptive=self.draft_length == "auto")
         return sample_speculative(network, config, prompts, request, pace=pace, acceptance=self.acceptance)
@@ -243,6 +248,7 @@ def choose_decoder(
             )
         options["select"] = Threshold(options.pop("confidence_threshold"))
     decoder = kind(**options)
+    decoder.check(config)  # of these options
     _check_sizes(decoder, context_length)
     return decoder
 

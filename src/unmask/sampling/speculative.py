@@ -3,7 +3,8 @@
 A pass of a row, with `last` the newest verified token, not cached yet, and drafts for the positions after it:
   [last, drafts]  causally -> the AR distribution after each: how many drafts are accepted, and the token after them
   [masks]         behind some of these tokens -> drafts of what comes after the next token
-A cycle of two forwards alternates: masks behind `last` alone, then nothing but verification. A cycle of one forward has
+A cycle of two forwards alternates: masks behind `last` alone, then nothing but verification. (With `adapt_anchor` the
+first of them is a pass of noisy rows alone, `last` among them, which verifies nothing.) A cycle of one forward has
 masks behind `last` and behind every draft, so that the next drafts are there whichever is the last one accepted. The
 output has the distribution of AR decoding for any drafter, which decides only how many tokens a cycle gains: an
 untrained drafter is slow, never wrong.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from unmask.core.attention import PADDING, Layout
-from unmask.core.decoding import Speculation, spare_masks, speculate
+from unmask.core.decoding import Speculation, draft_adapted, spare_masks, speculate
 from unmask.core.network import DiffusionConfig, Network
 from unmask.core.transfer import to_device
 from unmask.sampling.acceptance import Acceptance, Coupled, Noise
@@ -50,8 +51,11 @@ def sample_speculative(
     state = _Speculation(network, config, prompts, request, pace, acceptance or Coupled())
     while state.admit():
         cycle = pace.choose(len(state.scheduler.rows))
-        state.advance(cycle.length)
-        if cycle.forwards == 2:
+        if config.adapt_anchor:
+            state.draft(cycle.length)
+        else:
+            state.advance(cycle.length)
+        if cycle.forwards == 2 or config.adapt_anchor:
             state.advance(1)
         state.retire()
     return state.sampled()
@@ -121,6 +125,22 @@ class _Speculation(AutoregressiveRows):
         self.gained = [0] * len(self.scheduler.rows)
         return bool(self.scheduler.rows)
 
+    def draft(self, length: int) -> None:
+        """One forward of adapted rows alone, at the beginning of a cycle: drafts up to this length, `last` included."""
+        slots = range(len(self.scheduler.rows))
+        wanted = torch.tensor(self.lengths).clamp_max(length) - 1
+        if not int(wanted.max()):
+            return
+        rows, past, began = self._rows(list(slots)), self.scheduler.past, time.perf_counter()
+        start = past.lengths + 1
+        past.set_columns(int((start + wanted).max()) + 1)
+        q = draft_adapted(self.network, self.config, past, self.last, Layout.of(start[:, None] - 1), wanted,
+                          end=self.request.context_length)  # fmt: skip
+        self.drafts, self.counts = self._draw(q, rows, start), wanted.tolist()
+        self.num_forwards[rows] += 1
+        self.num_inputs[rows] += wanted + spare_masks(self.config)
+        self.pace.learn_cost(len(rows) * int(wanted.max() + spare_masks(self.config)), time.perf_counter() - began)
+
     def advance(self, length: int) -> None:
         """One forward of the rows that go on: verify their drafts, and draft up to this length, the AR token first.
 
@@ -169,13 +189,14 @@ class _Speculation(AutoregressiveRows):
         self, passed: Speculation, rows: Tensor, start: Tensor, wanted: Tensor, accepted: Tensor
     ) -> _Drafts | None:
         """Drafts behind the last accepted token, for the positions from `start` on; None if none are wanted."""
-        count = int(wanted.max())
-        if not count:
-            return None
-        q, noise = passed.drafts(accepted), None
+        return self._draw(passed.drafts(accepted), rows, start) if int(wanted.max()) else None
+
+    def _draw(self, q: Tensor, rows: Tensor, start: Tensor) -> _Drafts:
+        """Drafts from their logits (slots, k, vocabulary), for the positions from `start` on."""
+        noise = None
         if self.request.temperature > 0:
             q = self._truncate(q)
-            position = start[:, None] + torch.arange(count)
+            position = start[:, None] + torch.arange(q.shape[1])
             noise = Noise(self.request.seed, rows, position).tokens(q.shape[-1], q.device)
         return _Drafts((q if noise is None else q + noise).argmax(-1), q, noise)
 

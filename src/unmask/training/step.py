@@ -65,6 +65,9 @@ def step_loss(
     drawn = corruptions(settings, batch.layout, step, rows, batch.loss_mask, is_mask if settings.predict_mask else None)
     if not settings.predict_mask:
         drawn = [corruption.excluding(is_mask) for corruption in drawn]
+    if config.adapt_anchor:  # the first token of a block is the one that is verified already
+        anchor = batch.layout.position % settings.block_size == 0
+        drawn = [corruption.excluding(anchor) for corruption in drawn]
     if config.noise_tokens:
         size, length = config.noise_tokens, batch.x0.shape[1]
         noise = [random_tokens(settings.seed, step, rows, length, size, n) for n in range(len(drawn))]

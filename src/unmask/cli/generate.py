@@ -50,6 +50,7 @@ def generate(
         check_page(replay)
 
     lm = unmask.load(model, base=base, trust_remote_code=trust_remote_code)
+    _pack(lm)
     chosen: Any = lm.decoder(**decoder)
     given = lm.prompt_ids(text)[0].tolist()
     live = None
@@ -103,6 +104,7 @@ def chat(
 
     lm = unmask.load(model, base=base, trust_remote_code=trust_remote_code)
     check_template(lm.tokenizer)
+    _pack(lm)
     chosen = lm.decoder(**decoder)
     if compiled:
         lm.compile()
@@ -123,6 +125,15 @@ def chat(
             continue
         print(live.rest(out.texts[0]), flush=True)
         messages = [*asked, {"role": "assistant", "content": out.texts[0].strip()}]
+
+
+def _pack(lm: Any) -> None:
+    """Pack the weights on a CPU, where the copy is small beside the memory that is free."""
+    import psutil
+
+    num_bytes = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    if 4 * num_bytes < psutil.virtual_memory().available:
+        lm.pack()
 
 
 def _ask(sign: str) -> str | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 
 from unmask import hf
 from unmask.core.finite import check_weights
@@ -50,7 +53,36 @@ def load(
     for at, (layer_name, layer) in reversed(list(enumerate(above))):
         under = (*above, (model_name, place))[at + 1][0]
         lm = _with(lm, layer_name, Path(layer), under, trust_remote_code)
+    _warn_of_slow_precision(model)
     return lm.known_finite()
+
+
+def _warn_of_slow_precision(model: torch.nn.Module) -> None:
+    """On a CPU half precision can be many times slower than float32 where it has no instructions for it."""
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    if model.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return
+    ratio = seconds_of_product(dtype) / seconds_of_product(torch.float32)
+    if ratio > 1.5:
+        warnings.warn(
+            f"{str(dtype).removeprefix('torch.')} is slow on this CPU: a product over {_ROWS} rows takes {ratio:.1f} "
+            "times as long as in float32; load with dtype='float32'",
+            stacklevel=3,
+        )
+
+
+_ROWS = 9
+
+
+def seconds_of_product(dtype: torch.dtype) -> float:
+    """The shortest of a few products of 9 rows with a matrix of 512 x 512, as passes of few rows have them."""
+    x, weight, best = torch.ones(_ROWS, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), float("inf")
+    with torch.inference_mode():
+        for _ in range(5):
+            began = time.perf_counter()
+            linear(x, weight)
+            best = min(best, time.perf_counter() - began)
+    return best
 
 
 def read_config(name: str | Path, base: str | Path | None = None) -> dict[str, Any]:

@@ -139,8 +139,10 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "select": st.sampled_from(["Confidence", "Random", "Entropy", "Margin"]).flatmap(
         lambda kind: st.builds(Made, st.just(kind), st.fixed_dictionaries({"n": small}))),
     "remask": st.builds(Made, st.just("Remask"), st.fixed_dictionaries({"eta": st.floats(0, 1)})),
+    "cycle": st.sampled_from(["one", "two", "auto"]), "base": st.just("{parent}"),
     "acceptance": st.builds(Made, st.sampled_from(["Coupled", "Rejection"]), st.just({})),
-    "prompts": some_text | st.lists(some_text, min_size=1, max_size=3) | st.just(Made("tensor", {"ids": [[3, 4, 5]]})),
+    "prompts": some_text | st.lists(some_text, min_size=1, max_size=3) | st.just(Made("tensor", {"ids": [[3, 4, 5]]}))
+    | st.lists(st.sampled_from([0, 1, 5, 299, 300, 301, -1, 10**20]), min_size=1, max_size=4),
     "attention_mask": st.just(Made("tensor", {"ids": [[1, 1, 1]]})), "callback": st.just(Made("ignore", {})),
     "prefix": some_text, "suffix": some_text, "num_tokens": small | st.lists(small, min_size=1, max_size=2),
     "stop_tokens": st.just([5]), "attention": st.just("bidirectional"), "num_samples": st.integers(1, 4),
@@ -167,11 +169,12 @@ NUMBERS = (int, float)
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("temperature", "top_p", "guidance_scale", "confidence_threshold", "eta", "factor"), NUMBERS),
     **dict.fromkeys(("mode", "attention", "pattern", "prefix", "suffix", "stop_strings", "texts"), (str,)),
+    "prompt": (str,), "cycle": (str,),
     "prompts": (str,), "variant": (str,), "entropy_bound": NUMBERS, "exact": (bool,), "show_progress": (bool,),
     "draft_length": (int, str), "num_tokens": (int, list),
 }  # fmt: skip
 """Name -> the types that an option takes; whole numbers otherwise."""
-NEVER_NONE = {"prompts", "texts", "prefix", "suffix", "num_tokens", "temperature", "top_p", "max_new_tokens",
+NEVER_NONE = {"prompts", "prompt", "texts", "prefix", "suffix", "num_tokens", "temperature", "top_p", "max_new_tokens",
               "num_samples", "stop_tokens", "batch_tokens"}  # fmt: skip
 
 WRONG: dict[str, list[dict[str, str]]] = {
@@ -196,7 +199,7 @@ WRONG: dict[str, list[dict[str, str]]] = {
 }
 """Values of which one is wrong, whatever the others are, for commands that take minutes if none is."""
 
-METHODS = ("generate", "infill", "nll", "nelbo", "embed")
+METHODS = ("generate", "stream", "infill", "nll", "nelbo", "embed")
 MODELS = ("parent", "blocks", "tri-mode", "canvas", "drafter")
 COMMANDS = ("generate", "chat", "infill", "evaluate", "embed", "recipes", "frontier", "bench", "study", "demo")
 
@@ -227,13 +230,13 @@ def method_calls(draw: Any) -> Call:
     name, model = draw(st.sampled_from(METHODS)), draw(st.sampled_from(MODELS))
     parameters = inspect.signature(getattr(unmask.DiffusionLM, name)).parameters.values()
     required = tuple(p.name for p in parameters if p.default is p.empty and p.name not in ("self", "options"))
-    names = [p.name for p in parameters if p.name not in ("self", "options", *required)]
-    if name in ("generate", "infill"):
-        names += ["guidance_scale", "window", "remask", "draft_length", "acceptance"]
+    if name == "stream":  # which takes those of generate
+        parameters = inspect.signature(unmask.DiffusionLM.generate).parameters.values()
+    names = [p.name for p in parameters if p.name not in ("self", "options", "prompts", *required)]
+    if name in ("generate", "stream", "infill"):
+        names += ["guidance_scale", "window", "remask", "draft_length", "acceptance", "cycle"]
         mode = (
-            draw(st.sampled_from(["diffusion", "diffusion", "ar", "speculative"]))
-            if name == "generate"
-            else "diffusion"
+            draw(st.sampled_from(["diffusion", "diffusion", "ar", "speculative"])) if name != "infill" else "diffusion"
         )
         if draw(st.integers(0, 4)):  # what the mode reads
             bidirectional = model == "canvas" and mode == "diffusion"
@@ -244,9 +247,9 @@ def method_calls(draw: Any) -> Call:
             names = [n for n in names if n not in of_others | {"mode", "attention_mask", "confidence_threshold"}]
             names += ["confidence_threshold"] if "select" in names else []
     options = _options(draw, names, anything, required)
-    if name == "generate" and "mode" not in options and model != "parent":
+    if name in ("generate", "stream") and "mode" not in options and model != "parent":
         options["mode"] = mode
-    if name in ("generate", "infill") and draw(st.integers(0, 3)) == 0:
+    if name in ("generate", "stream", "infill") and draw(st.integers(0, 3)) == 0:
         kind = draw(st.sampled_from(sampling.decoders.DECODERS))
         options["mode"] = Made(kind.__name__, _options(draw, [f.name for f in fields(kind)], anything))
     if "select" in options and draw(st.booleans()):
@@ -387,7 +390,8 @@ def performed(place: Place, call: Call) -> Any:
     """The result of a call in Python; None of a run."""
     options = {name: place.filled(value) for name, value in call.options.items()}
     if call.surface != "adapt":
-        return getattr(place.load(call.model), call.surface)(**options)
+        result = getattr(place.load(call.model), call.surface)(**options)
+        return "".join(result) if call.surface == "stream" else result
     data = options.pop("data")
     unmask.adapt(place.names[call.model], data, output_dir=place.out, show_progress=False, **options)
     return None
@@ -523,6 +527,8 @@ def _wrong_result(result: Any) -> str | None:
     """A result with a number that is not finite, or a token that does not exist."""
     if isinstance(result, torch.Tensor):
         return None if bool(result.isfinite().all()) else "vectors that are not finite"
+    if isinstance(result, str):
+        return None
     if isinstance(result, list):
         return None if all(math.isfinite(one.nats) for one in result) else f"likelihoods {result}"
     if result is not None and (int(result.sequences.min()) < 0 or int(result.num_forwards.min()) < 0):

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz import LONG, MODELS, Call, Made, Place, adapt_calls, command_calls, every, fault, method_calls, performed
+from fuzz import (
+    COMMANDS,
+    FLAGS,
+    GOOD,
+    LONG,
+    METHODS,
+    MODELS,
+    Call,
+    Made,
+    Place,
+    adapt_calls,
+    command,
+    command_calls,
+    every,
+    fault,
+    method_calls,
+    performed,
+)
 from hypothesis import strategies as st
+
+from unmask import DiffusionLM
+from unmask.sampling.decoders import DECODERS
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +102,14 @@ def test_a_value_of_another_type_is_a_type_error(place: Place, value: Any) -> No
     for name in ("max_new_tokens", "batch_size", "block_size", "top_k", "seed"):
         with pytest.raises(TypeError, match=f"{name} .* must be a whole number"):
             place.load("blocks").generate("Once", **{name: value})
+
+
+def test_every_option_has_sensible_values() -> None:
+    """A new option needs them in `GOOD`, so that calls get past it to the others."""
+    options = {p.name for name in COMMANDS for p in command(name).params} - {"model", "help"}
+    options |= {name for method in METHODS for name in inspect.signature(getattr(DiffusionLM, method)).parameters}
+    options |= {field.name for decoder in DECODERS for field in fields(decoder)}
+    assert options - GOOD.keys() - FLAGS == {"self", "options"}
 
 
 def test_the_fuzz_finds_what_it_looks_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,41 @@ def test_a_value_of_another_type_is_a_type_error(place: Place, value: Any) -> No
             place.load("blocks").generate("Once", **{name: value})
 
 
+def test_an_option_that_is_no_object_of_its_kind_is_a_type_error(place: Place) -> None:
+    for model, name in (("blocks", "select"), ("canvas", "select"), ("canvas", "remask"), ("blocks", "callback")):
+        with pytest.raises(TypeError, match=f"{name} -1 must be a "):
+            place.load(model).generate("Once", mode="diffusion", **{name: -1})
+    with pytest.raises(TypeError, match="acceptance -1 must be a "):
+        place.load("tri-mode").generate("Once", acceptance=-1)
+
+
+@pytest.mark.parametrize("value", [-1, None, "ab", [1.5], [None], {"a": 1}])
+def test_stop_tokens_are_a_list_of_whole_numbers(place: Place, value: Any) -> None:
+    with pytest.raises(TypeError, match=r"stop_tokens .* must be a "):
+        place.load("blocks").infill("Once", ".", 2, stop_tokens=value)
+
+
+@pytest.mark.parametrize("name", ["mask_token", "mask_init", "end_token", "report_to", "eval_data", "text_column"])
+def test_an_empty_text_is_no_setting(place: Place, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}='' is empty"):
+        performed(place, Call("adapt", "parent", {"data": "{stories}", "recipe": "efficient-dlm", name: ""}))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("generate", {"mode": ""}), ("infill", {"mode": ""}), ("embed", {"pattern": ""}), ("adapt", {"recipe": ""})],
+)
+def test_an_empty_word_or_0_is_not_an_option_that_was_left_out(place: Place, method: str, options: dict) -> None:
+    model = "parent" if method == "adapt" else "blocks"
+    with pytest.raises(ValueError, match=r"'' (is|cannot) "):
+        performed(
+            place, Call(method, model, TEXTS[method] | ({"num_tokens": 2} if method == "infill" else {}) | options)
+        )
+    for wrong in ({"max_tokens": "0"}, {"max_tokens": "-1"}):
+        assert fault(place, Call("unmask demo", "parent", {"data": "{stories}", "output": "{out}", **wrong})) is None
+        assert not place.out.exists() or not list(place.out.rglob("*.safetensors"))
+
+
 def test_every_option_has_sensible_values() -> None:
     """A new option needs them in `GOOD`, so that calls get past it to the others."""
     options = {p.name for name in COMMANDS for p in command(name).params} - {"model", "help"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 LARGEST = 2**31 - 1
@@ -34,6 +35,24 @@ def check_whole(name: str, value: Any, least: float = 1, most: float = LARGEST, 
         raise ValueError(f"{name} {number} must be at least {least}{why}")
     if number > most:
         raise ValueError(f"{name} {number} must be at most {most:,}{why}")
+
+
+def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+    """The numbers of a list; TypeError for what is no list of whole numbers."""
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes | dict):
+        raise TypeError(f"{name} {values!r} must be a list of whole numbers")
+    found = tuple(values)
+    for value in found:
+        if value is None:
+            raise TypeError(f"{name} {values!r} must be a list of whole numbers")
+        check_whole(name, value, least=-math.inf, most=math.inf)
+    return tuple(map(int, found))
+
+
+def check_function(name: str, value: Any, such_as: str) -> None:
+    """Raise TypeError for what cannot be called; None passes."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} {value!r} must be a function such as {such_as}")
 
 
 def check_seed(seed: Any) -> None:

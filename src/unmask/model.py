@@ -26,7 +26,7 @@ from unmask.evaluation import likelihood
 from unmask.evaluation.embed import beginnings, embed, named_pattern
 from unmask.evaluation.likelihood import LikelihoodOutput
 from unmask.infilling import best_length, check_samples, fill_lengths, span_config, span_lengths
-from unmask.limits import check_seed, check_whole
+from unmask.limits import check_seed, check_whole, whole_numbers
 from unmask.outputs import SampleOutput
 from unmask.plain_numbers import plain
 from unmask.progress import progress
@@ -132,7 +132,8 @@ class DiffusionLM:
 
         Raises ValueError for a mode that the checkpoint lacks, and for an option that the decoder does not read.
         """
-        return choose_decoder(mode or self.default_mode, self.diffusion, options, self.network.context_length)
+        chosen = self.default_mode if mode is None else mode
+        return choose_decoder(chosen, self.diffusion, options, self.network.context_length)
 
     def generate(
         self,
@@ -244,7 +245,7 @@ class DiffusionLM:
         """
         config = span_config(self.diffusion, mode, attention, is_drafter=self.drafter is not None)
         decoder = choose_decoder(
-            mode or "diffusion", config,
+            "diffusion" if mode is None else mode, config,
             {"block_size": block_size, "max_denoising_steps": max_denoising_steps, "select": select,
              "confidence_threshold": confidence_threshold, **options}, self.network.context_length,
         )  # fmt: skip
@@ -258,8 +259,8 @@ class DiffusionLM:
         stop = StopStrings(self.tokenizer, before, stop_strings)
         request = Request(
             max_new_tokens=max(lengths), temperature=temperature, top_p=top_p, top_k=top_k, seed=_seed(seed),
-            end_token_ids=stop_tokens, callback=callback, context_length=self.network.context_length,
-            stop=stop if stop.strings else None,
+            end_token_ids=whole_numbers("stop_tokens", stop_tokens), callback=callback,
+            stop=stop if stop.strings else None, context_length=self.network.context_length,
         )  # fmt: skip
         candidates = fill_lengths(decoder, self.network, config, before, after, request, lengths)
         sampled = candidates[0]
@@ -407,9 +408,8 @@ class DiffusionLM:
         A text longer than the context loses its end, with a warning.
         """
         if isinstance(pattern, str) or pattern is None:
-            pattern = named_pattern(
-                pattern or self.embedding_pattern, None if self.diffusion is None else self.diffusion.block_size
-            )
+            name = self.embedding_pattern if pattern is None else pattern
+            pattern = named_pattern(name, None if self.diffusion is None else self.diffusion.block_size)
         check_whole("batch_tokens", batch_tokens)
         self._check_weights()
         texts = [texts] if isinstance(texts, str) else list(texts)

@@ -247,8 +247,7 @@ class OptimiserSettings:
 
     max_tokens: int | None = setting(
         None, "clean, unpadded tokens to train on; unset: one pass over the data", above=0, most=10**15)
-    batch_size: int | None = setting(
-        None, "rows of max_length tokens in an optimiser step", above=0, most=2**16, of_size=True)
+    batch_size: int | None = setting(None, "rows of max_length tokens in an optimiser step", above=0, of_size=True)
     learning_rate: float | None = setting(None, "highest learning rate, after the warm-up", above=0, of_size=True)
     min_learning_rate_ratio: float | None = setting(
         None, "a cosine falls to this part of the learning rate", least=0, most=1, of_size=True)
@@ -353,10 +352,7 @@ def shown(value: Any) -> str:
 
 def limits_of(name: str) -> str:
     """A setting's limits in words, such as "at least 0 and below 1"."""
-    bounds = TABLE[name].metadata["limits"].items()
-    return " and ".join(
-        f"{LIMITS[limit][0]} {bound:{',' if isinstance(bound, int) else 'g'}}" for limit, bound in bounds
-    )
+    return " and ".join(f"{LIMITS[limit][0]} {bound:,}" for limit, bound in TABLE[name].metadata["limits"].items())
 
 
 def check_value(name: str, value: Any) -> None:
@@ -366,6 +362,8 @@ def check_value(name: str, value: Any) -> None:
     metadata = TABLE[name].metadata
     if metadata["one_of"] and value not in metadata["one_of"]:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(metadata['one_of'])}")
+    if isinstance(value, str) and not value.strip() and name not in ("lora_trainable", "self_prompts"):
+        raise ValueError(f"{name}={value!r} is empty: give a text, or leave it out")
     if isinstance(value, float) and not math.isfinite(value) and not (metadata["infinite"] and value == math.inf):
         raise ValueError(f"{name}={value} must be finite")
     if not all(LIMITS[limit][1](value, bound) for limit, bound in metadata["limits"].items()):

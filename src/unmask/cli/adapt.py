@@ -45,12 +45,19 @@ def adapt(
         chosen["max_tokens"] = max_tokens
 
     import unmask
+    from unmask.training.checkpoints import latest_checkpoint
     from unmask.training.ranks import join, leave
 
     sources = [Path(name) if name else name for name in (*data, *more)]  # names, never texts
-    unmask.adapt(
-        model, sources, recipe, output, resume=resume, base=base, trust_remote_code=trust_remote_code, **chosen
-    )
+    try:
+        unmask.adapt(
+            model, sources, recipe, output, resume=resume, base=base, trust_remote_code=trust_remote_code, **chosen
+        )
+    except KeyboardInterrupt:
+        newest = latest_checkpoint(output) if output.is_dir() else None
+        what = "no checkpoint was saved yet" if newest is None else f"continue from {newest.name} with --resume"
+        print(f"interrupted: {what}", file=sys.stderr)
+        raise
     is_main = join().is_main_process
     leave()
     if not is_main:
@@ -111,4 +118,4 @@ def demo(
         raise ValueError(f"unmask demo {model} needs text to convert it on: give --data FILE")
     from unmask.cli.demo import run_demo
 
-    run_demo(model, data, output, max_tokens or 400_000, base, trust_remote_code)
+    run_demo(model, data, output, 400_000 if max_tokens is None else max_tokens, base, trust_remote_code)

@@ -6,8 +6,12 @@ object on stdout; progress and logs go to stderr.
 
 from __future__ import annotations
 
+import difflib
 import io
+import logging
+import os
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +20,6 @@ from unmask.version import __version__
 
 app = typer.Typer(
     help="Turn any pretrained autoregressive language model into a diffusion language model.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -39,6 +42,7 @@ def _located(name: str | None) -> str | None:
 
     if name is not None:
         locate(name)
+        _quiet_libraries()
     return name
 
 
@@ -68,7 +72,7 @@ def main() -> None:
     """Entry point of the `unmask` command."""
     _set_encodings()
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -77,7 +81,7 @@ def main() -> None:
         # Usage errors of the parser (typer brings its own copy of click) know their exit code and message.
         if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
             raise
-        _fail(error.format_message() + _given(getattr(error, "param", None)))
+        _fail(error.format_message() + _given(getattr(error, "param", None)) + _as_setting(error))
     sys.exit(code or 0)
 
 
@@ -96,6 +100,36 @@ def _given(param: Any) -> str:
         if option in sys.argv[:-1]:
             return f" (got {sys.argv[sys.argv.index(option) + 1]!r})"
     return ""
+
+
+def _as_setting(error: Any) -> str:
+    """How to write an option that `adapt` does not have as one but as a setting."""
+    from unmask.settings import TABLE
+
+    option = getattr(error, "option_name", None)
+    if option is None or sys.argv[1:2] != ["adapt"]:
+        return ""
+    name = option.strip("-").replace("-", "_")
+    near = difflib.get_close_matches(name, TABLE, n=1, cutoff=0.75)
+    if not near:
+        return ""
+    at = next(i for i, item in enumerate(sys.argv) if item.partition("=")[0] == option)
+    _, separator, value = sys.argv[at].partition("=")
+    following = sys.argv[at + 1 : at + 2]
+    given = value if separator else following[0] if following and not following[0].startswith("--") else "VALUE"
+    return f", which is a setting: write {name}={given}" if near == [name] else f" (did you mean {near[0]}={given}?)"
+
+
+def _quiet_libraries() -> None:
+    """Leave out what other libraries say of their own work, but for the bars of downloads."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    disable_progress_bars()  # transformers looks at this when it is imported
+    enable_progress_bars("huggingface_hub")
 
 
 def _fail(message: str) -> None:

@@ -25,7 +25,7 @@ def recipe_settings(model: DiffusionLM | Mapping[str, Any], recipe: str | None, 
     model: loaded, or the object in its config.json.
     """
     kept = {} if recipe is not None else _kept_settings(model)
-    return load_recipe(recipe or kept.pop("recipe", _DEFAULT), kept, **overrides)
+    return load_recipe(kept.pop("recipe", _DEFAULT) if recipe is None else recipe, kept, **overrides)
 
 
 def _kept_settings(model: DiffusionLM | Mapping[str, Any]) -> dict[str, Any]:

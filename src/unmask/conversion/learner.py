@@ -112,6 +112,8 @@ def learn(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainState:
             print(f"note: {note}", file=sys.stderr)
     newest = latest_checkpoint(job.folder.path) if job.resume else None
     start = 0 if newest is None else read_state(newest).step
+    if start and job.show_progress:
+        print(f"resuming from step {start}", file=sys.stderr)
     with (
         progress("train", num_steps, start=start, show=job.show_progress) as advance,
         in_training(lm.model, settings, lm.drafter),

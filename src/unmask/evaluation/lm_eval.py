@@ -82,7 +82,7 @@ class HarnessLM(TemplateLM):
         **decoding: Any,
     ) -> None:
         super().__init__()
-        self.mode = mode or lm.default_mode
+        self.mode = lm.default_mode if mode is None else mode
         lm.decoder(self.mode, **decoding)
         self.bound = None if self.mode != "diffusion" else lm.diffusion.with_block_size(block_size)
         if self.bound is None and (exact or (block_size is not None and self.mode == "ar")):

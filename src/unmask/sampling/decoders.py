@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unmask.core.decoding import spare_masks
 from unmask.core.network import DiffusionConfig, Network
-from unmask.limits import check_whole
+from unmask.limits import check_function, check_whole
 from unmask.plain_numbers import plain_fields
 from unmask.sampling.acceptance import Acceptance
 from unmask.sampling.autoregressive import sample_autoregressive
@@ -64,6 +64,7 @@ class Blocks:
     def __post_init__(self) -> None:
         plain_fields(self)
         _check_positive(self, "block_size", "max_denoising_steps", "window")
+        check_function("select", self.select, "Threshold(0.9)")
         check_guidance(self.guidance_scale)
         if isinstance(self.select, ConfidenceAmongAll):
             raise ValueError(f"select={self.select} ranks committed tokens too, which Blocks does not score again: "
@@ -107,6 +108,9 @@ class WholeCanvas:
     def __post_init__(self) -> None:
         plain_fields(self)
         _check_positive(self, "block_size", "max_denoising_steps")
+        if self.remask is not None and not isinstance(self.remask, Remask):
+            raise TypeError(f"remask {self.remask!r} must be a Remask(), or None")
+        check_function("select", self.select, "Threshold(0.9)")
         check_guidance(self.guidance_scale)
         if isinstance(self.select, Ancestral | ConfidenceAmongAll) and self.max_denoising_steps is None:
             raise ValueError(
@@ -173,6 +177,7 @@ class Speculative:
                 "or set block_size, the longest"
             )
         _check_positive(self, "block_size")
+        check_function("acceptance", self.acceptance, "Coupled()")
 
     def check(self, config: DiffusionConfig | None) -> None:
         """Raise ValueError for a checkpoint whose cache is not the AR model's."""

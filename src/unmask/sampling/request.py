@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unmask.limits import check_whole
+from unmask.limits import check_function, check_whole
 from unmask.plain_numbers import plain_fields
 from unmask.sampling.tokens import check_sampling
 
@@ -42,6 +42,7 @@ class Request:
 
     def __post_init__(self) -> None:
         plain_fields(self)
+        check_function("callback", self.callback, "print")
         check_whole("max_new_tokens", self.max_new_tokens)
         check_whole("batch_size", self.batch_size, why=": it is how many rows decode at a time")
         check_sampling(self.temperature, self.top_p, self.top_k)

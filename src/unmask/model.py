@@ -21,7 +21,7 @@ from unmask.core.drafter import Drafter
 from unmask.core.finite import FiniteWeights
 from unmask.core.network import DiffusionConfig
 from unmask.data.plain_text import encode, ids_of
-from unmask.data.prompts import Prompts, StopStrings, new_text, prompt_rows
+from unmask.data.prompts import Prompts, StopStrings, new_text, prompt_rows, warn_of_cuts
 from unmask.evaluation import likelihood
 from unmask.evaluation.embed import beginnings, embed, named_pattern
 from unmask.evaluation.likelihood import LikelihoodOutput
@@ -180,7 +180,9 @@ class DiffusionLM:
             end_token_ids=hf.end_token_ids(self.model, self.tokenizer), callback=callback, batch_size=batch_size,
             stop=stop if stop.strings else None, context_length=self.network.context_length,
         )  # fmt: skip
-        return self._output(rows, decoder(self.network, self.diffusion, rows, request), stop)
+        output = self._output(rows, decoder(self.network, self.diffusion, rows, request), stop)
+        warn_of_cuts(rows, output.sequences, output.num_new_tokens.tolist(), request)
+        return output
 
     def stream(
         self, prompt: Prompts, mode: str | Decoder | None = None, *, callback: Callback | None = None, **options: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -42,6 +43,15 @@ def progress(description: str, total: float | None, *, start: float = 0, show: b
 
         yield advance
         bar.update(task, completed=total)
+
+
+class Note(UserWarning):
+    """Something that is not as one may expect, and no error; the command shows it as a line."""
+
+
+def warn(line: str) -> None:
+    """Warn of what the library does otherwise than one may expect."""
+    warnings.warn(line, Note, stacklevel=3)
 
 
 def note(line: str) -> None:

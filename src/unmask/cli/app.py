@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from unmask.progress import Note, note
 from unmask.version import __version__
 
 app = typer.Typer(
@@ -71,6 +72,7 @@ def _root(
 def main() -> None:
     """Entry point of the `unmask` command."""
     _set_encodings()
+    _show_notes()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (ValueError, OSError) as error:
@@ -83,6 +85,20 @@ def main() -> None:
             raise
         _fail(error.format_message() + _given(getattr(error, "param", None)) + _as_setting(error))
     sys.exit(code or 0)
+
+
+def _show_notes() -> None:
+    """The library's own warnings are lines without the place in its code; those of others stay what they are."""
+    others: Any = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, Note):
+            note(str(message))
+        else:
+            others(message, category, *place, **more)
+
+    warnings.simplefilter("always", Note)
+    warnings.showwarning = show
 
 
 def _set_encodings() -> None:

@@ -16,7 +16,7 @@ from unmask.data.streams import RecordStream, open_hub
 from unmask.evaluation.held_out import held_out_documents
 from unmask.evaluation.likelihood import Document
 from unmask.model import DiffusionLM
-from unmask.progress import note, progress
+from unmask.progress import note, progress, warn
 from unmask.resolve import Resolved
 from unmask.settings import Settings
 from unmask.training.batches import TrainingData, packed_documents
@@ -115,7 +115,20 @@ def hold_out(job: Job, parent: Parent, text: Corpus | RecordStream) -> Data:
         held_out = held_out_documents(last, parent.end_token_id)
     if settings.predict_padding:
         text = _filled_up(text, settings, parent.end_token_id)
-    return Data(text, packed_documents(settings, text), held_out)
+    to_write = (settings.self_tokens or settings.max_tokens) if writes_while_learning(settings) else None
+    if to_write is None and isinstance(text, Corpus):
+        _check_length(text, settings)
+    return Data(text, packed_documents(settings, text, to_write=to_write), held_out)
+
+
+def _check_length(text: Corpus, settings: Resolved) -> None:
+    """Warn of a text that does not fill a row."""
+    if text.num_tokens < settings.max_length and join().is_main_process:
+        effect = "the rest of the row is padding" if settings.max_tokens is None else "each row repeats it"
+        warn(
+            f"the training text has {text.num_tokens} tokens, less than a row of max_length={settings.max_length}: "
+            f"{effect}; give more text or a smaller max_length"
+        )
 
 
 def num_held_out(job: Job, text: Corpus | RecordStream) -> int:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unmask.core.noise import seed_for
+from unmask.data.pieces import LONG, long_ids
 from unmask.data.plain_text import SpecialTextError, encode
 from unmask.data.readers import Faults, Place, Read, Records, file_name, read
 from unmask.data.supervised import Conversation, Example, InvalidRecordError, encode_example
@@ -20,11 +21,11 @@ from unmask.data.supervised import Conversation, Example, InvalidRecordError, en
 
 def tokenize(tokenizer: Any, texts: Sequence[str], end_token_id: int | None = None) -> list[np.ndarray]:
     """Token ids of each text, exactly `tokenizer(text)`, followed by the end token unless it is None."""
-    if not texts:
-        return []
-    encoded = encode(tokenizer, list(texts))["input_ids"]
-    tail = [] if end_token_id is None else [end_token_id]
-    return [np.asarray(ids + tail, dtype=np.int32) for ids in encoded]
+    short = [text for text in texts if len(text) <= LONG]
+    encoded = iter(encode(tokenizer, short)["input_ids"] if short else [])
+    tail = np.asarray([] if end_token_id is None else [end_token_id], dtype=np.int32)
+    rows = (next(encoded) if len(text) <= LONG else long_ids(tokenizer, text) for text in texts)
+    return [np.concatenate([np.asarray(ids, dtype=np.int32), tail]) for ids in rows]
 
 
 class Document(NamedTuple):

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from unmask.data.plain_text import ids_of, rendered_ids
 from unmask.data.supervised import apply_template
+from unmask.progress import warn
+from unmask.sampling.request import Request
 
 Ids = Sequence[int] | Tensor
 """Token ids of one prompt: a list or (length,)."""
@@ -139,3 +141,20 @@ class StopStrings:
     def cut(self, text: str) -> str:
         """The text before its first stop string."""
         return text[: min((at for at in map(text.find, self.strings) if at >= 0), default=len(text))]
+
+
+def warn_of_cuts(prompts: Sequence[Tensor], sequences: Tensor, num_new: Sequence[int], request: Request) -> None:
+    """Warn of a row that ended where the model's context does, before what was asked for.
+
+    sequences: (rows, length), prompts included. num_new: new tokens of each row.
+    """
+    for row, (ids, number) in enumerate(zip(prompts, num_new, strict=True)):
+        room = request.limit(len(ids))
+        if number < room or room == request.max_new_tokens:
+            continue
+        if request.kept(row, sequences[row, len(ids) : len(ids) + number].tolist()) is None:
+            warn(
+                f"max_new_tokens={request.max_new_tokens} does not fit: the model's context of "
+                f"{request.context_length} has room for {room} behind a prompt of {len(ids)}, and the text is cut there"
+            )
+            return

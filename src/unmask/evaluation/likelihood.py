@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -25,6 +26,7 @@ from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import uniforms
 from unmask.core.objectives import predictable, token_nll
 from unmask.core.scoring import score_ar
+from unmask.data.pieces import LONG, bytes_of, bytes_of_tokens, long_ids_and_bytes
 from unmask.data.plain_text import encode
 from unmask.evaluation.clean import read_clean, score_noisy
 from unmask.limits import MOST_SAMPLES, check_whole
@@ -64,24 +66,32 @@ def documents_of(tokenizer: Any, texts: Sequence[str], mask_token_id: int | None
     """
     if not texts:
         raise ValueError("texts is empty: give at least one document")
-    offsets = bool(tokenizer.is_fast)
-    encoded = encode(tokenizer, list(texts), return_offsets_mapping=offsets)
     documents = []
-    for i, text in enumerate(texts):
-        ids = encoded["input_ids"][i]
-        if offsets:
-            num_bytes = [len(text[a:b].encode()) for a, b in encoded["offset_mapping"][i]]
-        else:
-            num_bytes = [len(tokenizer.decode([token], skip_special_tokens=True).encode()) for token in ids]
-        if num_bytes:  # white space that the tokenizer drops belongs to the text all the same
-            num_bytes[-1] += len(text.encode()) - sum(num_bytes)
+    for i, (text, (ids, num_bytes)) in enumerate(zip(texts, _ids_and_bytes(tokenizer, texts), strict=True)):
+        if len(num_bytes):  # white space that the tokenizer drops belongs to the text all the same
+            num_bytes[-1] += len(text.encode()) - int(num_bytes.sum())
         if mask_token_id in ids:
             raise ValueError(
                 f"document {i + 1} holds the mask token {tokenizer.mask_token!r} as a word of its own, "
                 "which has probability 0: take it out, or convert with a mask token of its own"
             )
-        documents.append(Document(torch.tensor(ids, dtype=torch.long), torch.tensor(num_bytes, dtype=torch.long)))
+        documents.append(Document(torch.from_numpy(ids.astype("int64")), torch.from_numpy(num_bytes.astype("int64"))))
     return documents
+
+
+def _ids_and_bytes(tokenizer: Any, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Token ids of each text, and the bytes that each token spells."""
+    has_offsets = bool(tokenizer.is_fast)
+    short = [text for text in texts if len(text) <= LONG]
+    encoded = encode(tokenizer, short, return_offsets_mapping=has_offsets) if short else {"input_ids": []}
+    rows, offsets = iter(encoded["input_ids"]), iter(encoded.get("offset_mapping", []))
+    for text in texts:
+        if len(text) > LONG:
+            yield long_ids_and_bytes(tokenizer, text)
+            continue
+        ids = next(rows)
+        num_bytes = bytes_of(text, next(offsets)) if has_offsets else bytes_of_tokens(tokenizer, ids)
+        yield np.asarray(ids, dtype=np.int32), num_bytes
 
 
 @dataclass(frozen=True)

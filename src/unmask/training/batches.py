@@ -27,18 +27,23 @@ class TrainingData:
     num_steps: int
 
 
-def packed_documents(settings: Resolved, source: Corpus | RecordStream) -> TrainingData:
-    """Rows packed from the documents of `source`, until max_tokens are seen, or one pass without max_tokens."""
+def packed_documents(settings: Resolved, source: Corpus | RecordStream, *, to_write: int | None = None) -> TrainingData:
+    """Rows packed from the documents of `source`, until max_tokens are seen, or one pass without max_tokens.
+
+    to_write: tokens of that pass where the rows will be of text that the model has yet to write, see `rewritten_text`.
+    """
 
     def batches(_step: int, place: PackState) -> Iterator[tuple[Batch, PackState]]:
         epochs = None if settings.max_tokens is not None else 1
         packer = Packer(source, settings.max_length, seed=settings.seed, epochs=epochs, state=place)
         return packer.batches(settings.batch_size)
 
-    num_tokens = settings.max_tokens
+    num_tokens = to_write if settings.max_tokens is None else settings.max_tokens
     if num_tokens is None:
         if not isinstance(source, Corpus):
             raise ValueError("a streamed data set has no known end: give --max-tokens")
         num_tokens = source.num_tokens
-    per_row = source.tokens_per_row(settings.max_length) if isinstance(source, Corpus) else settings.max_length
+    per_row: float = settings.max_length
+    if isinstance(source, Corpus) and to_write is None:
+        per_row = source.tokens_per_row(settings.max_length)
     return TrainingData(batches, num_tokens, math.ceil(num_tokens / (per_row * settings.batch_size)))

@@ -23,7 +23,23 @@ from unmask.evaluation.likelihood import documents_of
 from unmask.progress import Note
 
 NAMES = ("gpt2", "llama2", "qwen2", "stories260k", "babyllama-1m")
-WORDS = ["the", " cat", "don't", "I'll ", "A", "ÀÉö", "дом ", "水の", "한글", "１２", "12345", " 7", "...", "!\n", "x = [1];"]
+WORDS = [
+    "the",
+    " cat",
+    "don't",
+    "I'll ",
+    "A",
+    "ÀÉö",
+    "дом ",
+    "水の",
+    "한글",
+    "１２",
+    "12345",
+    " 7",
+    "...",
+    "!\n",
+    "x = [1];",
+]
 BLANKS = [" ", "  ", "\n", "\r\n", "\n\n  ", "\t", "\u00a0", "\u2028", "\u3000", " \n", "a \n b"]
 ODD = ["<|endoftext|>", "</s>", "<s>", "<unk>", "<|im_end|>", "▁", "▁the ", "<0x0A>", "Ġ", "e\u0301 ", "e ̈", "☂", "🙂 "]
 PARTS = st.one_of(st.sampled_from(WORDS), st.sampled_from(BLANKS), st.sampled_from(ODD), st.text(max_size=5))

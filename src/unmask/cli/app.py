@@ -72,9 +72,10 @@ def _root(
 def main() -> None:
     """Entry point of the `unmask` command."""
     _set_encodings()
-    _show_notes()
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        with warnings.catch_warnings():
+            _show_notes()
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:

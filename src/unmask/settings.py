@@ -215,8 +215,7 @@ class RolloutSettings:
     """Text that the model writes itself (--data self)."""
 
     self_prompts: str | None = setting(None, "file whose documents' beginnings the model continues; needs --data self")
-    self_tokens: int | None = setting(
-        None, "tokens to write, and without max_tokens to learn; unset: max_tokens", above=0, self_prompts=SET)
+    self_tokens: int | None = setting(None, "tokens to write (and learn); unset: max_tokens", above=0, self_prompts=SET)
     self_temperature: float = setting(0.0, "temperature of the writing", least=0, self_prompts=SET)
     self_mode: str = setting(
         "ar", "ar, or diffusion: masks are then what was still masked at a random step of the writing",

@@ -124,7 +124,9 @@ def _shrunk_value(name: str, value: Any) -> Any:
     if name.endswith("token_id"):
         return 0
     most = _SIZES.get(name, next((size for ending, size in _ENDINGS if re.search(ending, name)), None))
-    return value if most is None else most if "mamba_" in name else min(value, most)
+    if most is None or value == 0:
+        return value
+    return most if "mamba_" in name or "vocab_size" in name else min(value, most)  # probe texts need all the rows
 
 
 def _few_layers(given: dict[str, Any]) -> dict[str, Any]:

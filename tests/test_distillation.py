@@ -330,6 +330,7 @@ def test_adapt_on_trajectories_rolls_out_anew_and_resumes_exactly(
     [
         (lambda: load_recipe("drafter", teacher="parent"), "teacher='parent' needs objective='joint'; recipe"),
         (lambda: load_recipe("tri-mode-published", distance="reach"), "distance='reach' needs objective='distill'"),
+        (lambda: load_recipe("tri-mode-published", distance="first-error"), "distance='first-error' needs"),
         (lambda: load_recipe("tri-mode-published", teacher_top_k=0), "teacher_top_k=0 must be above 0"),
         (lambda: load_recipe("efficient-dlm", random_offset=True), "random_offset=true needs clean_attention='causal'"),
         (

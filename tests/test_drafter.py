@@ -29,7 +29,7 @@ from unmask.core.attention import Layout
 from unmask.core.batch import Batch
 from unmask.core.corruption import Corruption
 from unmask.core.decoding import begin, denoise, speculate
-from unmask.core.distances import DISTANCES, draft_distance
+from unmask.core.distances import DISTANCES, OF_BLOCKS, draft_distance
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.core.objectives import ar_loss, diffusion_loss, distill_loss, draft_failure, joint_loss, predictable
 from unmask.core.scoring import score, score_ar, score_distilled, score_joint
@@ -209,7 +209,7 @@ def test_long_distilled_pass_in_chunks_equals_the_dense_one() -> None:
         assert (a - b)[..., :MASK].abs().max() < 1e-5 * b[..., :MASK].abs().max()
 
 
-@pytest.mark.parametrize("distance", DISTANCES[:-1])
+@pytest.mark.parametrize("distance", DISTANCES)
 def test_distances_are_least_where_the_draft_is_the_teacher(distance: str) -> None:
     torch.manual_seed(0)
     p = torch.randn(5, 7, dtype=torch.float64)
@@ -244,16 +244,38 @@ def test_draft_failure_equals_a_loop_over_blocks() -> None:
                 assert float(got[row, column]) == pytest.approx(expected)
 
 
-def test_reach_counts_no_first_place_and_learns_the_rest() -> None:
+@pytest.mark.parametrize("distance", OF_BLOCKS)
+def test_distances_of_blocks_count_no_first_place_and_learn_the_rest(distance: str) -> None:
     net, drafter = gated(tiny_model(SUPPORTED["llama"](), torch.float64))
     net.model.requires_grad_(False)
     batch = packed()
     everything = Corruption(predictable(batch.layout), predictable(batch.layout).double())
-    loss = distill_loss(net, causal_config(), batch.x0, batch.layout, everything, "reach")
+    loss = distill_loss(net, causal_config(), batch.x0, batch.layout, everything, distance)
     loss.sum.backward()
     assert drafter.masks.grad.abs().max() > 0
     assert loss.sum.detach() > 0
-    assert float(distill_loss(net, causal_config(1), batch.x0, batch.layout, everything, "reach").sum.detach()) == 0
+    assert float(distill_loss(net, causal_config(1), batch.x0, batch.layout, everything, distance).sum.detach()) == 0
+
+
+def test_first_errors_equal_a_loop_over_blocks() -> None:
+    net, _ = gated(tiny_model(SUPPORTED["llama"](), torch.float64))
+    batch, config = packed(), causal_config()
+    corruption = masks_of(batch.layout)
+    wanted = corruption.masked & (batch.layout.position % 4 > 0)
+    xt = corruption.apply(batch.x0, MASK)
+    q, p = (logits.detach() for logits in score_distilled(net, config, xt, batch.x0, batch.layout, wanted))
+    target, expected, reached, at = batch.x0[wanted], 0.0, 1.0, (-1, -1)
+    values, tv = (draft_distance(p, q, target, name) for name in ("kl+tv", "tv"))
+    for i, (row, column) in enumerate(wanted.nonzero().tolist()):
+        block = (row, int(column - batch.layout.position[row, column] % 4))
+        reached, at = (reached if block == at else 1.0), block
+        weight = (1 + 3 * reached * float(tv[i])) / 2
+        expected += float(corruption.weight[row, column]) * weight * float(values[i])
+        reached *= 1 - float(tv[i])
+    loss = distill_loss(net, config, batch.x0, batch.layout, corruption, "first-error")
+    assert loss.sum.item() == pytest.approx(expected)
+    top = distill_loss(net, config, batch.x0, batch.layout, corruption, "first-error", top_k=VOCABULARY)
+    assert top.sum.item() == pytest.approx(expected)
 
 
 def test_distance_to_oneself_is_nothing() -> None:

@@ -32,7 +32,7 @@ def test_names_are_unique_and_all_settings_are_described() -> None:
     for name, entry in TABLE.items():
         assert entry.metadata["says"], name
         assert not entry.metadata["one_of"] or entry.default in (*entry.metadata["one_of"], None), name
-    assert DISTANCES == distances.DISTANCES
+    assert DISTANCES == distances.DISTANCES + distances.OF_BLOCKS
 
 
 def test_conditions_speak_of_earlier_settings() -> None:
@@ -357,7 +357,8 @@ def test_a_listing_of_all_has_the_conditions_of_what_is_not_read() -> None:
     lines = {line.split()[0]: line for line in text.splitlines() if " = " in line}
     assert lines["alpha"].endswith("weight of the diffusion term [not read: needs objective='joint']")
     assert "not read" not in lines["masking"]
-    needed = "objective='joint' or 'distill', and either teacher, or distance='kl', 'tv', 'kl+tv', 'lk' or 'reach'"
+    some = "'kl', 'tv', 'kl+tv', 'lk', 'reach' or 'first-error'"
+    needed = f"objective='joint' or 'distill', and either teacher, or distance={some}"
     assert lines["teacher_top_k"].endswith(f"[not read: needs {needed}]")
 
 

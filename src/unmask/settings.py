@@ -85,7 +85,7 @@ def _value_in(values: str | tuple[str, ...]) -> Need:
 
 
 DIFFUSION = Need(" other than 'ar'", lambda attention: attention != "ar")
-DISTANCES = ("ce", "kl", "tv", "kl+tv", "lk", "reach")
+DISTANCES = ("ce", "kl", "tv", "kl+tv", "lk", "reach", "first-error")
 LORA_TRAINABLE = ("embeddings", "norms", "head")
 
 # --- the table
@@ -126,7 +126,7 @@ class ObjectiveSettings:
     alpha: float = setting(0.3, "weight of the diffusion term", least=0, objective="joint")
     distance: str = setting(
         "ce", "what noisy rows minimise: ce, the text's cross-entropy, or a distance from the teacher's distribution; "
-        "reach is for drafters alone", one_of=DISTANCES, objective=("joint", "distill"))
+        "reach and first-error are for drafters", one_of=DISTANCES, objective=("joint", "distill"))
     teacher: str | None = setting(
         None, 'frozen AR model whose distribution the clean rows keep to: "parent" or a folder', objective="joint")
     teacher_top_k: int | None = setting(
@@ -393,8 +393,8 @@ def _check_clean_half(settings: Settings) -> None:
 
 def _check_reach(settings: Settings) -> None:
     """How far a draft reaches is the drafter's measure alone."""
-    if settings.objective == "joint" and settings.distance == "reach":
-        raise ValueError("distance='reach' needs objective='distill', not 'joint'")
+    if settings.objective == "joint" and settings.distance in DISTANCES[-2:]:
+        raise ValueError(f"distance={settings.distance!r} needs objective='distill', not 'joint'")
 
 
 def _check_own_states(settings: Settings) -> None:

@@ -11,7 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from unmask.core.transfer import to_device
 
-DISTANCES = ("ce", "kl", "tv", "kl+tv", "lk", "reach")
+DISTANCES = ("ce", "kl", "tv", "kl+tv", "lk")
+OF_BLOCKS = ("reach", "first-error")
+"""Distances that weigh the tokens of a block together, see `objectives.distill_loss`."""
 
 
 def draft_distance(
@@ -22,12 +24,12 @@ def draft_distance(
     "ce": -log q(target), target the token of the text. "kl": KL(p || q). "tv": 1/2 sum |p - q| = 1 - the acceptance
     rate of rejection sampling. "kl+tv": 0.01 KL + TV (Uno 2609.04010). "lk": lam KL + (1 - lam) TV - log q(argmax p),
     lam = exp(-acceptance / 2) detached (Nemotron-Labs 2607.05722, section 2.7, over the whole vocabulary at
-    temperature 1). "reach" is no distance of single tokens, see `objectives.distill_loss`.
+    temperature 1). Those of `OF_BLOCKS` are no distances of single tokens.
     top_k: compare the distributions on p's k likeliest tokens and one bucket for all others: a lower bound on KL and
     TV, 0 if q = p, and the distance itself if k is the size of the vocabulary.
     """
-    if distance not in DISTANCES[:-1]:
-        raise ValueError(f"distance {distance!r} is unknown: use one of {', '.join(DISTANCES[:-1])}")
+    if distance not in DISTANCES:
+        raise ValueError(f"distance {distance!r} is unknown: use one of {', '.join(DISTANCES)}")
     if distance == "ce":
         return cross_entropy(q_logits, to_device(target, q_logits.device), reduction="none")
     distances: Tensor = _Distance.apply(q_logits, p_logits.detach(), distance, top_k)

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from unmask.core.attention import Layout, Pattern
 from unmask.core.batch import Batch
 from unmask.core.corruption import Corruption, segments
-from unmask.core.distances import draft_distance
+from unmask.core.distances import OF_BLOCKS, draft_distance
 from unmask.core.head_loss import RowLoss
 from unmask.core.network import DiffusionConfig, GrowingCache, Network, run, run_sum
 from unmask.core.scoring import ar_pass, distilled_pass, joint_pass, noisy_pass, score, score_ar, scoring_pass
@@ -187,17 +187,20 @@ def distill_loss(
     """sum_i w_i * distance(p_i, q_i): p_i the AR distribution of token i on the clean stream, q_i the draft's.
 
     With the shift the first position of a block is scored by the AR row itself: it counts, with distance 0. The
-    distance "reach" is `draft_failure` + 0.1 KL (ours); it leaves out the first position of a block as well, which the
-    anchor row of a draft forward decides.
+    distances of `OF_BLOCKS` leave it out as well, since the anchor row of a draft forward decides it. "reach" is
+    `draft_failure` + 0.1 KL (ours). "first-error" is Uno's KL and TV times (1 + n e_i) / 2: e_i is the probability,
+    without gradient, that draft i is the first of the n in its block to be refused, where a cycle ends (ours, after
+    2606.11552).
     """
     wanted = corruption.masked
-    if config.shift or distance == "reach":
+    if config.shift or distance in OF_BLOCKS:
         wanted = wanted & (layout.position % (config.block_size or 1) > 0)
     xt = corruption.apply(x0, config.mask_token_id)
     target, weight = x0[wanted], corruption.weight[wanted]
     p, passed, past = distilled_pass(network, config, xt, x0, layout, wanted)
-    if distance == "reach":
-        values = _reach(p, run(network, passed, past), target, wanted, layout, config.block_size or 1, top_k)
+    if distance in OF_BLOCKS:
+        q, of_block = run(network, passed, past), _reach if distance == "reach" else _first_error
+        values = of_block(p, q, target, wanted, layout, config.block_size or 1, top_k)
         total = (to_device(weight, values.device) * values).sum()
     else:
 
@@ -214,9 +217,29 @@ def _reach(
     """The distance "reach" of the wanted tokens, (n,) from logits p and q (n, vocab)."""
     values = 0.1 * draft_distance(p, q, target, "kl", top_k)
     acceptance = 1 - draft_distance(p, q, target, "tv", top_k)
-    index = to_device(wanted.flatten().nonzero()[:, 0], q.device)
-    grid = q.new_ones(wanted.numel()).index_copy(0, index, acceptance).view(wanted.shape)
-    return values + draft_failure(grid, layout, block_size).flatten()[index]
+    return values + _failure_of(acceptance, wanted, layout, block_size)
+
+
+def _first_error(
+    p: Tensor, q: Tensor, target: Tensor, wanted: Tensor, layout: Layout, block_size: int, top_k: int | None
+) -> Tensor:
+    """The distance "first-error" of the wanted tokens, (n,) from logits p and q (n, vocab)."""
+    with torch.no_grad():
+        accepted = (1 - draft_distance(p, q, target, "tv", top_k)).clamp_min(_NEVER)
+        failed = _failure_of(accepted, wanted, layout, block_size)
+        first = (1 - failed) / accepted * (1 - accepted)
+    return (1 + (block_size - 1) * first) / 2 * draft_distance(p, q, target, "kl+tv", top_k)
+
+
+def _failure_of(acceptance: Tensor, wanted: Tensor, layout: Layout, block_size: int) -> Tensor:
+    """`draft_failure` of the wanted tokens, (n,) from their acceptance (n,); the others are accepted."""
+    index = to_device(wanted.flatten().nonzero()[:, 0], acceptance.device)
+    grid = acceptance.new_ones(wanted.numel()).index_copy(0, index, acceptance).view(wanted.shape)
+    return draft_failure(grid, layout, block_size).flatten()[index]
+
+
+_NEVER = 1e-6
+"""Least acceptance, whose logarithm is finite."""
 
 
 def draft_failure(acceptance: Tensor, layout: Layout, block_size: int) -> Tensor:
@@ -225,7 +248,7 @@ def draft_failure(acceptance: Tensor, layout: Layout, block_size: int) -> Tensor
     acceptance: a (batch, length) in [0, 1]. The sum over a block is its length less the expected number of accepted
     drafts, so the gradient weighs each position by how often a cycle reaches it and by the drafts after it.
     """
-    total = torch.nn.functional.pad(acceptance.clamp_min(1e-6).log().cumsum(-1), (1, 0))
+    total = torch.nn.functional.pad(acceptance.clamp_min(_NEVER).log().cumsum(-1), (1, 0))
     segment = segments(layout, block_size)
     column = torch.arange(segment.shape[-1], device=segment.device).expand_as(segment)
     start = torch.full_like(segment, segment.shape[-1]).scatter_reduce(-1, segment, column, "amin")

@@ -10,6 +10,7 @@ sensible values, a few have any. It must end well, or with one line that says wh
 
     python tests/fuzz.py 6000              # a campaign, with a process of its own that is ended when a call hangs
     python tests/fuzz.py 6000 --seed 3     # another one
+    python tests/fuzz.py --each            # every option by itself with every value of the lists: 21,000 calls
 
 `tests/test_fuzz.py` runs some hundred calls, always the same.
 """
@@ -217,11 +218,15 @@ def _options(
 
 def _wild(draw: Any, name: str, wild: st.SearchStrategy[Any]) -> Any:
     value = draw(wild)
+    return draw(st.sampled_from([-1, 0, 10**20])) if _is_long(name, value) else value
+
+
+def _is_long(name: str, value: Any) -> bool:
+    """Whether the value asks for hours of work, which is no fault."""
     try:
-        is_long = name in LONG and 100 <= float(value) <= 10**15
+        return name in LONG and 100 <= float(value) <= 10**15
     except (TypeError, ValueError, OverflowError):
-        is_long = False
-    return draw(st.sampled_from([-1, 0, 10**20])) if is_long else value
+        return False
 
 
 @st.composite
@@ -323,6 +328,32 @@ def command_calls(draw: Any) -> Call:
         chosen = _options(draw, names, any_word, required)
     options = {key: draw(st.booleans()) if key in FLAGS else value for key, value in chosen.items()}
     return Call(f"unmask {name}", draw(st.sampled_from(MODELS)), options)
+
+
+def each() -> Iterator[Call]:
+    """Every option by itself with every value of the lists, on calls that are right without it."""
+    right: dict[str, dict[str, Any]] = {
+        "generate": {"prompts": "Once", "max_new_tokens": 5}, "stream": {"prompt": "Once", "max_new_tokens": 5},
+        "infill": {"prefix": "A", "suffix": "b", "num_tokens": 3}, "nelbo": {"texts": "Once there"},
+        "nll": {"texts": "Once there"}, "embed": {"texts": "Once there"},
+    }  # fmt: skip
+    of_decoders = {f.name for kind in sampling.decoders.DECODERS for f in fields(kind)}
+    for method, options in right.items():
+        names = set(inspect.signature(getattr(unmask.DiffusionLM, method)).parameters)
+        if method in ("generate", "stream", "infill"):
+            names |= of_decoders | {"top_k", "stop_strings", "callback"}
+        for model in ("blocks", "tri-mode", "canvas"):
+            for name in sorted(names - {"self", "options"}):
+                yield from (Call(method, model, options | {name: value}) for value in (*WHOLE, *REAL, *TEXT, *ODD))
+    for name in TABLE.keys() - {"compile_layers"}:
+        readers = [recipe for recipe in recipe_names() if unmet(name, vars(load_recipe(recipe))) is None]
+        options = {"data": "{stories}", "recipe": (*readers, "efficient-dlm")[0], "max_tokens": 64, "max_length": 32,
+                   "block_size": 4, "batch_size": 2, "eval_documents": 1, "mixed_precision": "no"}  # fmt: skip
+        options |= {"lora_rank": 2} if name.startswith("lora_") else {}
+        options |= {"data": "self", "self_prompts": "{stories}"} if name.startswith("self_") else {}
+        for value in (*WHOLE, *REAL, *TEXT, *ODD):
+            if not _is_long(name, value):
+                yield Call("adapt", "parent", options | {name: value})
 
 
 calls = st.one_of(method_calls(), method_calls(), command_calls(), adapt_calls())
@@ -549,6 +580,8 @@ def _wrong_type(call: Call) -> bool:
             return any(odd(key, inner) for key, inner in value.options.items()) or name not in GOOD
         if name in TABLE and call.surface == "adapt":
             return False  # the table says it itself, in a ValueError
+        if isinstance(value, list) and any(odd(name, inner) for inner in value):
+            return True
         takes = TYPES.get(name, (int,))
         return not isinstance(value, takes) or (isinstance(value, bool) and bool not in takes)
 
@@ -621,8 +654,8 @@ def made_place() -> Iterator[Place]:
         yield Place(Path(folder)).make()
 
 
-def campaign(number: int, seed: int, faults_file: Path | None) -> int:
-    """Run so many calls, print each fault, and return how many there were."""
+def campaign(number: int | None, seed: int, faults_file: Path | None) -> int:
+    """Run so many calls, or those of `each`; print each fault, and return how many there were."""
     faults: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     with made_place() as place:
@@ -639,7 +672,11 @@ def campaign(number: int, seed: int, faults_file: Path | None) -> int:
                     with faults_file.open("a") as file:
                         file.write(line.encode("utf-8", "replace").decode() + "\n")
 
-        every(number, seed, tried)
+        if number is None:
+            for call in each():
+                tried(call)
+        else:
+            every(number, seed, tried)
     print(f"{counts.total()} calls, {faults.total()} faults, {len(faults)} different; " + ", ".join(
         f"{name} {n}" for name, n in sorted(counts.items())))  # fmt: skip
     return faults.total()
@@ -649,6 +686,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("number", type=int, nargs="?", default=6000, help="calls")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--each", action="store_true", help="instead every option by itself with every value")
     parser.add_argument("--faults", type=Path, help="a file to which faults are added")
     given_options = parser.parse_args()
-    sys.exit(campaign(given_options.number, given_options.seed, given_options.faults) > 0)
+    sys.exit(
+        campaign(None if given_options.each else given_options.number, given_options.seed, given_options.faults) > 0
+    )

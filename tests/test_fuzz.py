@@ -60,6 +60,7 @@ BEYOND: list[tuple[str, str, dict[str, Any]]] = [
     ("generate", "blocks", {"select": Made("Factor", {"factor": math.nan})}),
     ("generate", "blocks", {"temperature": math.inf}),
     ("generate", "blocks", {"temperature": 1e-320}),
+    ("generate", "blocks", {"temperature": 10**400}),
     ("generate", "blocks", {"top_k": HUGE}),
     ("generate", "blocks", {"guidance_scale": -1.0}),
     ("generate", "blocks", {"guidance_scale": 1e300}),
@@ -97,6 +98,15 @@ def test_values_beyond_their_limits_are_named(place: Place, method: str, model: 
     assert not place.out.exists()
 
 
+def test_whole_numbers_beyond_64_bits_are_numbers_where_one_takes_fractions(place: Place) -> None:
+    for options in (
+        {"temperature": HUGE},
+        {"select": Made("Factor", {"factor": HUGE})},
+        {"select": Made("EntropyBound", {"entropy_bound": HUGE})},
+    ):
+        performed(place, Call("generate", "blocks", {"prompts": "Once", "mode": "diffusion", "seed": 0, **options}))
+
+
 @pytest.mark.parametrize("value", [1.5, "3", True, [1]])
 def test_a_value_of_another_type_is_a_type_error(place: Place, value: Any) -> None:
     for name in ("max_new_tokens", "batch_size", "block_size", "top_k", "seed"):
@@ -110,6 +120,13 @@ def test_an_option_that_is_no_object_of_its_kind_is_a_type_error(place: Place) -
             place.load(model).generate("Once", mode="diffusion", **{name: -1})
     with pytest.raises(TypeError, match="acceptance -1 must be a "):
         place.load("tri-mode").generate("Once", acceptance=-1)
+
+
+@pytest.mark.parametrize("value", [-1, None, "ab", [1.5], [None], {"a": 1}])
+def test_candidate_lengths_are_whole_numbers(place: Place, value: Any) -> None:
+    if value != -1:
+        with pytest.raises(TypeError, match=r"num_tokens .* must be a "):
+            place.load("blocks").infill("Once", ".", value)
 
 
 @pytest.mark.parametrize("value", [-1, None, "ab", [1.5], [None], {"a": 1}])

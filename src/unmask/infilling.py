@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unmask.core.network import DiffusionConfig, Network
 from unmask.evaluation.likelihood import continuation_nelbo
-from unmask.limits import LARGEST, MOST_SAMPLES, check_whole
+from unmask.limits import MOST_SAMPLES, check_whole, whole_numbers
 from unmask.plain_numbers import plain
 from unmask.sampling import Blocks, Decoder, Request, SampledTokens, WholeCanvas
 
@@ -40,11 +40,10 @@ def span_lengths(
 ) -> list[int]:
     """The candidate lengths of the spans; raises ValueError for none, and where the longest exceeds the context."""
     given = plain(num_tokens)
-    lengths = list(map(plain, given)) if isinstance(given, Iterable) else [given]
-    for length in lengths:
-        check_whole("num_tokens", length, least=-LARGEST)
+    lengths = list(whole_numbers("num_tokens", given if isinstance(given, Iterable) else [given]))
     if not lengths or min(lengths) < 1:
         raise ValueError(f"num_tokens {num_tokens} must be at least 1: there is nothing to fill in")
+    check_whole("num_tokens", max(lengths))
     longest = max(len(p) + len(s) for p, s in zip(before, after, strict=True)) + max(lengths)
     if context_length is not None and longest > context_length:
         raise ValueError(

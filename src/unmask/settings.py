@@ -247,7 +247,8 @@ class OptimiserSettings:
 
     max_tokens: int | None = setting(
         None, "clean, unpadded tokens to train on; unset: one pass over the data", above=0, most=10**15)
-    batch_size: int | None = setting(None, "rows of max_length tokens in an optimiser step", above=0, of_size=True)
+    batch_size: int | None = setting(
+        None, "rows of max_length tokens in an optimiser step", above=0, most=2**16, of_size=True)
     learning_rate: float | None = setting(None, "highest learning rate, after the warm-up", above=0, of_size=True)
     min_learning_rate_ratio: float | None = setting(
         None, "a cosine falls to this part of the learning rate", least=0, most=1, of_size=True)

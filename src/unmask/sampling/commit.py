@@ -140,7 +140,7 @@ class Factor:
     def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
         ranked = candidates.confidence.masked_fill(~candidates.masked, 0.0).sort(-1, descending=True).values
         n = torch.arange(1, ranked.shape[-1] + 1, device=ranked.device)
-        count = ((n * ((n + 1) * (1 - ranked) < self.factor)).amax(-1)).clamp_min(1)
+        count = ((n * ((n + 1) * (1 - ranked) < float(self.factor))).amax(-1)).clamp_min(1)
         return commit_best(candidates.confidence, candidates.masked, count, at_least)
 
 
@@ -164,7 +164,7 @@ class EntropyBound:
         entropy = candidates.entropy
         ranked = entropy.masked_fill(~candidates.masked, torch.inf).sort(-1).values
         joint = ranked.cumsum(-1) - ranked  # sorted, so the last of the first k is their maximum
-        count = (joint <= self.entropy_bound).sum(-1).clamp_min(1)
+        count = (joint <= float(self.entropy_bound)).sum(-1).clamp_min(1)
         return commit_best(-entropy, candidates.masked, count, at_least)
 
 

@@ -46,6 +46,7 @@ class Request:
         check_whole("max_new_tokens", self.max_new_tokens)
         check_whole("batch_size", self.batch_size, why=": it is how many rows decode at a time")
         check_sampling(self.temperature, self.top_p, self.top_k)
+        object.__setattr__(self, "temperature", float(self.temperature))  # tensors take no integers beyond 64 bits
 
     def limit(self, prompt_length: int) -> int:
         """New tokens that a row may have: max_new_tokens, less where the context ends before."""

@@ -20,13 +20,14 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from unmask.data.plain_text import encode
+from unmask.data.token_bytes import bytes_of_tokens
 from unmask.progress import warn
 
 LONG, PIECE, _GROUP = 1 << 17, 1 << 16, 16
@@ -117,24 +118,12 @@ def _stretches(
     tokenizer: Any, texts: list[str], spelled: bool, *, add_special_tokens: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids, bytes) of each text."""
-    offsets = spelled and tokenizer.is_fast
-    encoded = encode(tokenizer, texts, add_special_tokens=add_special_tokens, return_offsets_mapping=offsets)
-    for i, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
-        num_bytes = np.zeros(0, dtype=np.int32)
-        if spelled:
-            num_bytes = bytes_of(text, encoded["offset_mapping"][i]) if offsets else bytes_of_tokens(tokenizer, ids)
-        yield np.asarray(ids, dtype=np.int32), num_bytes
-
-
-def bytes_of(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """UTF-8 bytes of the characters from a to b for each offset (a, b), int32."""
-    return np.asarray([len(text[a:b].encode()) for a, b in offsets], dtype=np.int32)
-
-
-def bytes_of_tokens(tokenizer: Any, ids: Sequence[int]) -> np.ndarray:
-    """UTF-8 bytes of each token by itself, for tokenizers that know no offsets, int32."""
-    texts = (tokenizer.decode([token], skip_special_tokens=True) for token in ids)
-    return np.asarray([len(text.encode()) for text in texts], dtype=np.int32)
+    has_offsets = spelled and tokenizer.is_fast
+    encoded = encode(tokenizer, texts, add_special_tokens=add_special_tokens, return_offsets_mapping=has_offsets)
+    rows = encoded["input_ids"]
+    sizes: Any = bytes_of_tokens(tokenizer, texts, rows, encoded.get("offset_mapping")) if spelled else [[]] * len(rows)
+    for ids, num_bytes in zip(rows, sizes, strict=True):
+        yield np.asarray(ids, dtype=np.int32), np.asarray(num_bytes, dtype=np.int32)
 
 
 def _warn(characters: int, reason: str) -> None:

@@ -26,8 +26,9 @@ from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import uniforms
 from unmask.core.objectives import predictable, token_nll
 from unmask.core.scoring import score_ar
-from unmask.data.pieces import LONG, bytes_of, bytes_of_tokens, long_ids_and_bytes
+from unmask.data.pieces import LONG, long_ids_and_bytes
 from unmask.data.plain_text import encode
+from unmask.data.token_bytes import bytes_of_tokens
 from unmask.evaluation.clean import read_clean, score_noisy
 from unmask.limits import MOST_SAMPLES, check_whole
 
@@ -67,9 +68,7 @@ def documents_of(tokenizer: Any, texts: Sequence[str], mask_token_id: int | None
     if not texts:
         raise ValueError("texts is empty: give at least one document")
     documents = []
-    for i, (text, (ids, num_bytes)) in enumerate(zip(texts, _ids_and_bytes(tokenizer, texts), strict=True)):
-        if len(num_bytes):  # white space that the tokenizer drops belongs to the text all the same
-            num_bytes[-1] += len(text.encode()) - int(num_bytes.sum())
+    for i, (ids, num_bytes) in enumerate(_ids_and_bytes(tokenizer, texts)):
         if mask_token_id in ids:
             raise ValueError(
                 f"document {i + 1} holds the mask token {tokenizer.mask_token!r} as a word of its own, "
@@ -84,14 +83,14 @@ def _ids_and_bytes(tokenizer: Any, texts: Sequence[str]) -> Iterator[tuple[np.nd
     has_offsets = bool(tokenizer.is_fast)
     short = [text for text in texts if len(text) <= LONG]
     encoded = encode(tokenizer, short, return_offsets_mapping=has_offsets) if short else {"input_ids": []}
-    rows, offsets = iter(encoded["input_ids"]), iter(encoded.get("offset_mapping", []))
+    rows, offsets = encoded["input_ids"], encoded.get("offset_mapping")
+    found = zip(rows, bytes_of_tokens(tokenizer, short, rows, offsets), strict=True)
     for text in texts:
         if len(text) > LONG:
             yield long_ids_and_bytes(tokenizer, text)
-            continue
-        ids = next(rows)
-        num_bytes = bytes_of(text, next(offsets)) if has_offsets else bytes_of_tokens(tokenizer, ids)
-        yield np.asarray(ids, dtype=np.int32), num_bytes
+        else:
+            ids, num_bytes = next(found)
+            yield np.asarray(ids, dtype=np.int32), np.asarray(num_bytes, dtype=np.int32)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from unmask.core.corruption import mask_bernoulli, segments
 from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import uniforms
 from unmask.core.objectives import predictable, token_nll
-from unmask.data.plain_text import ids_of
+from unmask.data.plain_text import open_ids
 from unmask.data.supervised import continue_ids
 from unmask.evaluation.likelihood import Document, batches, check_finite, row_sums
 
@@ -28,7 +28,7 @@ def choice_document(tokenizer: Any, context: str, choice: str, context_length: i
     """
     if not choice.strip():
         raise ValueError(f"choice {choice!r} is empty: there is nothing to score")
-    prompt = ids_of(tokenizer, context)
+    prompt = open_ids(tokenizer, context)
     scored = continue_ids(tokenizer, prompt, context, choice)
     if not prompt:
         raise ValueError(f"context {context!r} makes no tokens, so the first token of the choice could not be scored")

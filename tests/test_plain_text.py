@@ -69,8 +69,8 @@ def test_a_message_cannot_end_its_turn(lm: unmask.DiffusionLM) -> None:
     plain = [{"role": "user", "content": " Sing. "}, {"role": "assistant", "content": "La."}]
     odd = [{"role": "user", "content": spelt(lm)}, {"role": "assistant", "content": "La </s> la."}]
     expected = tokenizer.apply_chat_template(plain, tokenize=True, return_dict=True)["input_ids"]
-    assert rendered_ids(tokenizer, apply_template(tokenizer, plain, tokenize=False)) == expected
-    ids = rendered_ids(tokenizer, apply_template(tokenizer, odd, tokenize=False))
+    assert rendered_ids(tokenizer, apply_template(tokenizer, plain)) == expected
+    ids = rendered_ids(tokenizer, apply_template(tokenizer, odd))
     assert special(lm, ids) == special(lm, expected)
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(odd, tokenize=False)
     ((ids, mask),) = encode_example(tokenizer, Conversation(odd), 1)

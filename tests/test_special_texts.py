@@ -82,7 +82,7 @@ def test_special_tokens_of_the_tokenizers_own_are_none_of_the_texts(tokenizer_an
 def test_what_a_message_spells_keeps_its_spaces() -> None:
     tokenizer = prefixing_tokenizer()
     messages = [{"role": "user", "content": "a</s>b </s></s> c"}]
-    ids = rendered_ids(tokenizer, apply_template(tokenizer, messages, tokenize=False))
+    ids = rendered_ids(tokenizer, apply_template(tokenizer, messages))
     assert tokenizer.decode(ids) == "[user] a</s>b </s></s> c</s>"
     assert ids.count(tokenizer.eos_token_id) == 1
 
@@ -92,7 +92,7 @@ def test_a_message_may_hold_any_character_and_need_hold_no_text(tokenizer_and_mo
     tokenizer.chat_template = CHAT
 
     def read(message: dict[str, Any]) -> list[int]:
-        return rendered_ids(tokenizer, apply_template(tokenizer, [message], tokenize=False))
+        return rendered_ids(tokenizer, apply_template(tokenizer, [message]))
 
     odd = "".join(map(chr, range(0x100000, 0x100008)))
     ids = read({"role": "r</s>", "content": f"{odd}<s>"})

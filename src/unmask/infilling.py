@@ -12,6 +12,7 @@ from unmask.core.network import DiffusionConfig, Network
 from unmask.evaluation.likelihood import continuation_nelbo
 from unmask.limits import MOST_SAMPLES, check_whole, whole_numbers
 from unmask.plain_numbers import plain
+from unmask.progress import warn
 from unmask.sampling import Blocks, Decoder, Request, SampledTokens, WholeCanvas
 
 
@@ -58,6 +59,23 @@ def check_samples(num_samples: int | None, lengths: Sequence[int]) -> None:
     check_whole("num_samples", num_samples, most=MOST_SAMPLES)
     if num_samples is not None and len(lengths) == 1:
         raise ValueError(f"num_samples={num_samples} compares candidate lengths: give several num_tokens")
+
+
+def warn_of_unseen(before: Sequence[Tensor], after: Sequence[Tensor], length: int, block_size: int) -> None:
+    """Warn where a block-wise model fills `length` tokens without seeing all of the suffix.
+
+    Blocks lie on absolute positions, and the network sees nothing after the active one.
+    """
+    ends = [len(prefix) + length for prefix in before]
+    unseen = [max(0, len(suffix) - -end % block_size) for end, suffix in zip(ends, after, strict=True)]
+    rows = [row for row, number in enumerate(unseen) if number]
+    if rows:
+        where = "" if len(before) == 1 else f" of row {rows[0] + 1} ({len(rows)} of {len(before)} rows are concerned)"
+        warn(
+            f"{unseen[rows[0]]} of the {len(after[rows[0]])} tokens of the suffix{where} are not seen: this checkpoint "
+            f"decodes in blocks of {block_size}, and a block sees nothing after its end; attention='bidirectional' "
+            "shows the whole suffix, which the checkpoint was not trained on",
+        )
 
 
 def fill_lengths(

@@ -6,7 +6,6 @@ mode a checkpoint decodes in.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,14 +19,14 @@ from unmask.core.attention import Pattern
 from unmask.core.drafter import Drafter
 from unmask.core.finite import FiniteWeights
 from unmask.core.network import DiffusionConfig
-from unmask.data.plain_text import encode, ids_of
+from unmask.data.plain_text import encode, following_ids
 from unmask.data.prompts import Prompts, StopStrings, new_text, prompt_rows, warn_of_cuts
 from unmask.evaluation import likelihood
 from unmask.evaluation.embed import beginnings, embed, named_pattern
 from unmask.evaluation.likelihood import LikelihoodOutput
-from unmask.infilling import best_length, check_samples, fill_lengths, span_config, span_lengths
-from unmask.limits import check_seed, check_whole, whole_numbers
-from unmask.outputs import SampleOutput
+from unmask.infilling import best_length, check_samples, fill_lengths, span_config, span_lengths, warn_of_unseen
+from unmask.limits import check_whole, whole_numbers
+from unmask.outputs import SampleOutput, sample_output
 from unmask.plain_numbers import plain
 from unmask.progress import progress
 from unmask.sampling import (
@@ -39,7 +38,7 @@ from unmask.sampling import (
     WholeCanvas,
     choose_decoder,
 )
-from unmask.sampling.request import Callback
+from unmask.sampling.request import Callback, given_or_new
 from unmask.streaming import FinalText, pieces, together
 
 
@@ -146,7 +145,7 @@ class DiffusionLM:
         temperature: float = 0.0,
         top_p: float = 1.0,
         stop_strings: str | Sequence[str] | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         callback: Callback | None = None,
         *,
         attention_mask: Tensor | None = None,
@@ -163,26 +162,41 @@ class DiffusionLM:
         max_denoising_steps, select, confidence_threshold (short for select=Threshold(p)) and `options` are those of
         the mode's decoder: guidance_scale, window, remask, draft_length, acceptance; an unread one is an error.
         temperature 0 is greedy. batch_size: prompts that decode at a time, all unless given; one that ends makes room
-        for the next. callback(row, positions, tokens) is called at each commit. The same seed gives the same output.
+        for the next. callback(row, positions, tokens) is called at each commit. The same seed gives the same output;
+        a list has a seed for each prompt, which is then sampled as it would be alone.
         A row ends at the end token, at a stop string, after max_new_tokens, or where the model's context does.
         """
         decoder = self.decoder(
             mode, block_size=block_size, max_denoising_steps=max_denoising_steps, select=select,
             confidence_threshold=confidence_threshold, **options,
         )  # fmt: skip
-        self._check_weights()
-        self._check_guidance(decoder)
         rows = self.prompt_ids(prompts, attention_mask)
-        self._check_room(rows)
-        stop = StopStrings(self.tokenizer, rows, stop_strings)
+        stop = self._stop(rows, stop_strings)
         request = Request(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=_seed(seed),
-            end_token_ids=hf.end_token_ids(self.model, self.tokenizer), callback=callback, batch_size=batch_size,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+            seed=[given_or_new(n) for n in seed] if isinstance(seed, Sequence) else given_or_new(seed),
+            end_token_ids=self.end_token_ids, callback=callback, batch_size=batch_size,
             stop=stop if stop.strings else None, context_length=self.network.context_length,
         )  # fmt: skip
-        output = self._output(rows, decoder(self.network, self.diffusion, rows, request), stop)
+        output = self._output(rows, self.sample(rows, decoder, request), stop)
         warn_of_cuts(rows, output.sequences, output.num_new_tokens.tolist(), request)
         return output
+
+    def sample(self, prompts: Sequence[Tensor], decoder: Decoder, request: Request) -> SampledTokens:
+        """Continue rows of token ids, each (length,) int64 of at least one: `generate` without its text.
+
+        Raises ValueError for a prompt that fills the context, and for weights that are not finite.
+        """
+        self._check_weights()
+        self._check_guidance(decoder)
+        self._check_room(prompts)
+        if isinstance(request.seed, Sequence) and len(request.seed) != len(prompts):
+            raise ValueError(f"seed has {len(request.seed)} numbers for {len(prompts)} prompts: give one for each")
+        return decoder(self.network, self.diffusion, prompts, request)
+
+    def _stop(self, prompts: Sequence[Tensor], strings: str | Sequence[str] | None) -> StopStrings:
+        """Stop strings, looked for in the text that new tokens add to each prompt."""
+        return StopStrings(lambda row, new: self.new_text(prompts[row], new), strings)
 
     def stream(
         self, prompt: Prompts, mode: str | Decoder | None = None, *, callback: Callback | None = None, **options: Any
@@ -210,8 +224,7 @@ class DiffusionLM:
     ) -> FinalText:
         """A `callback` for `generate` on one prompt, (length,) int64, which calls `show` with text that is final."""
         stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
-        ends = hf.end_token_ids(self.model, self.tokenizer)
-        return FinalText(partial(self.new_text, prompt), len(prompt), show, ends, stops)
+        return FinalText(partial(self.new_text, prompt), len(prompt), show, self.end_token_ids, stops)
 
     def infill(
         self,
@@ -258,9 +271,14 @@ class DiffusionLM:
         before, after = self._around(prefix, suffix)
         lengths = span_lengths(num_tokens, before, after, self.network.context_length)
         check_samples(num_samples, lengths)
-        stop = StopStrings(self.tokenizer, before, stop_strings)
+        if isinstance(decoder, Blocks):
+            block = config.with_block_size(decoder.block_size).block_size
+            assert block is not None
+            warn_of_unseen(before, after, max(lengths), block)
+        stop = self._stop(before, stop_strings)
+        drawn = given_or_new(seed)
         request = Request(
-            max_new_tokens=max(lengths), temperature=temperature, top_p=top_p, top_k=top_k, seed=_seed(seed),
+            max_new_tokens=max(lengths), temperature=temperature, top_p=top_p, top_k=top_k, seed=drawn,
             end_token_ids=whole_numbers("stop_tokens", stop_tokens), callback=callback,
             stop=stop if stop.strings else None, context_length=self.network.context_length,
         )  # fmt: skip
@@ -269,7 +287,7 @@ class DiffusionLM:
         if len(candidates) > 1:
             sampled = best_length(
                 self.network, config.with_block_size(decoder.block_size), before, after, candidates,
-                num_samples=plain(num_samples) or 8, seed=request.seed,
+                num_samples=plain(num_samples) or 8, seed=drawn,
             )  # fmt: skip
         return self._output(before, sampled, stop, after)
 
@@ -278,7 +296,7 @@ class DiffusionLM:
         prefixes, suffixes = ([text] if isinstance(text, str) else list(text) for text in (prefix, suffix))
         if len(prefixes) != len(suffixes):
             raise ValueError(f"{len(prefixes)} prefixes do not go with {len(suffixes)} suffixes: give as many of each")
-        after = [ids_of(self.tokenizer, text, add_special_tokens=False) for text in suffixes]
+        after = [following_ids(self.tokenizer, text) for text in suffixes]
         return self.prompt_ids(prefixes), [torch.tensor(ids, dtype=torch.long) for ids in after]
 
     def _check_room(self, prompts: Sequence[Tensor]) -> None:
@@ -308,11 +326,15 @@ class DiffusionLM:
         rows = prompt_rows(self.tokenizer, prompts, attention_mask, num_tokens)
         return [row if len(row) else self.begin_token() for row in rows]
 
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text: those of generation_config.json, and the tokenizer's end token."""
+        return hf.end_token_ids(self.model, self.tokenizer)
+
     def begin_token(self) -> Tensor:
         """(1,) int64, where an unconditional text starts: the begin token, else the end token."""
-        begin = self.tokenizer.bos_token_id
-        if begin is None:
-            begin = next(iter(hf.end_token_ids(self.model, self.tokenizer)), None)
+        ends = (self.tokenizer.eos_token_id, *self.end_token_ids)
+        begin = next((token for token in (self.tokenizer.bos_token_id, *ends) if token is not None), None)
         if begin is None:
             raise ValueError("an empty prompt needs a begin or end token, and this tokenizer has neither")
         return torch.tensor([begin], dtype=torch.long)
@@ -326,20 +348,8 @@ class DiffusionLM:
     ) -> SampleOutput:
         texts = [stop.cut(self.new_text(p, new)) for p, new in zip(prompts, sampled.new_tokens, strict=True)]
         pad = self.tokenizer.pad_token_id
-        if pad is None:
-            pad = next(iter(hf.end_token_ids(self.model, self.tokenizer)), 0)
-        rows = [[*p.tolist(), *new] for p, new in zip(prompts, sampled.new_tokens, strict=True)]
-        if suffixes is not None:
-            rows = [[*row, *suffix.tolist()] for row, suffix in zip(rows, suffixes, strict=True)]
-        width = max(len(row) for row in rows)
-        return SampleOutput(
-            sequences=torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
-            texts=texts,
-            num_new_tokens=torch.tensor([len(new) for new in sampled.new_tokens]),
-            num_forwards=sampled.num_forwards,
-            num_prefill_forwards=sampled.num_prefill_forwards,
-            cycle_gains=sampled.cycle_gains,
-            num_inputs=sampled.num_inputs,
+        return sample_output(
+            prompts, sampled, texts, next(iter(self.end_token_ids), 0) if pad is None else pad, suffixes
         )
 
     # --- likelihood
@@ -374,7 +384,7 @@ class DiffusionLM:
                 documents,
                 num_samples=plain(num_samples),
                 exact=exact,
-                seed=_seed(seed),
+                seed=given_or_new(seed),
                 context_length=self.network.context_length,
                 progress=advance,
             )
@@ -421,13 +431,7 @@ class DiffusionLM:
         ids = [torch.tensor(row, dtype=torch.long) if row else self.begin_token() for row in rows]
         ids = beginnings(ids, self.network.context_length)
         with progress("embed", len(ids), show=show_progress) as advance:
-            return embed(
-                self.network,
-                ids,
-                pattern,
-                batch_tokens=plain(batch_tokens),
-                progress=advance,
-            )
+            return embed(self.network, ids, pattern, batch_tokens=plain(batch_tokens), progress=advance)
 
     # --- folders
 
@@ -442,9 +446,3 @@ class DiffusionLM:
             hf.save_drafter(folder, self.drafter, self.tokenizer, self.diffusion, self.base)
             return
         hf.save_pretrained(folder, self.model, self.tokenizer, self.diffusion)
-
-
-def _seed(seed: int | None) -> int:
-    """The seed, or one that nobody chose."""
-    check_seed(seed)
-    return secrets.randbits(31) if seed is None else int(seed)

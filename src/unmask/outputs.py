@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from unmask.sampling import SampledTokens
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,3 +50,22 @@ class SampleOutput:
             )
         ]
         return f"SampleOutput({', '.join(rows)})"
+
+
+def sample_output(
+    prompts: Sequence[Tensor], sampled: SampledTokens, texts: list[str], pad: int, suffixes: Sequence[Tensor] | None
+) -> SampleOutput:
+    """Rows of prompt, new tokens and suffix, filled up with `pad`, and what sampling counted."""
+    rows = [[*p.tolist(), *new] for p, new in zip(prompts, sampled.new_tokens, strict=True)]
+    if suffixes is not None:
+        rows = [[*row, *suffix.tolist()] for row, suffix in zip(rows, suffixes, strict=True)]
+    width = max(len(row) for row in rows)
+    return SampleOutput(
+        sequences=torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+        texts=texts,
+        num_new_tokens=torch.tensor([len(new) for new in sampled.new_tokens]),
+        num_forwards=sampled.num_forwards,
+        num_prefill_forwards=sampled.num_prefill_forwards,
+        cycle_gains=sampled.cycle_gains,
+        num_inputs=sampled.num_inputs,
+    )

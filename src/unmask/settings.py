@@ -205,7 +205,7 @@ class DataSettings:
     text_column: str = setting("text", "column of the text in records")
     split: str = setting("train", "split of a data set of the hub or of `datasets`")
     skip_invalid: bool = setting(False, "leave out records that cannot be used, instead of stopping")
-    end_token: str | None = setting(None, "token that ends a document; unset: the tokenizer's own")
+    end_token: str | None = setting(None, "token that ends a document and any text; unset: the model's first end token")
     predict_padding: bool = setting(
         False, "one document a row, filled up with end tokens that are masked and predicted; needs files")
 

@@ -148,6 +148,8 @@ def load_parent(job: Job) -> Parent:
     if lm.drafter is not None:
         raise ValueError(f"model {name!r} is a drafter on a frozen base: adapt the base itself")
     check_mask_stays(lm, settings, name)
+    if settings.mask_token is not None and lm.diffusion is None:
+        hf.check_mask_token(lm.model, lm.tokenizer, settings.mask_token)
     if settings.objective == "distill" and lm.diffusion is not None:
         raise ValueError(f"model {name!r} is converted already: a drafter needs an untouched AR model as its base")
     if settings.random_offset and not hf.sees_position_differences(lm.model):
@@ -216,10 +218,7 @@ def _check_learns(lm: DiffusionLM, settings: Settings, name: str) -> None:
 
 
 def _end_token_id(lm: DiffusionLM, end_token: str | None) -> int | None:
-    if end_token is None:
-        return next(iter(hf.end_token_ids(lm.model, lm.tokenizer)), None)
-    token_id = lm.tokenizer.get_vocab().get(end_token)
-    if token_id is None:
-        raise ValueError(f"end_token {end_token!r} is no token of this vocabulary")
-    lm.model.generation_config.eos_token_id = token_id
-    return int(token_id)
+    """The token that ends a document: the one named, which becomes an end token of the model, or the model's own."""
+    if end_token is not None:
+        return hf.add_end_token(lm.model, lm.tokenizer, end_token)
+    return next(iter(lm.end_token_ids), None)

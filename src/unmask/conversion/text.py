@@ -77,7 +77,7 @@ def write_own_text(
 
     folder: of the cache. author: identifies the weights in the cache. step: the training step at which it is written.
     """
-    settings, end = parent.settings, parent.end_token_id
+    settings = parent.settings
     num_tokens = settings.self_tokens or settings.max_tokens
     assert num_tokens is not None  # checked by `plan`
     if settings.self_every is not None:
@@ -87,7 +87,7 @@ def write_own_text(
         return roll_out(
             lm.network, prompts, folder, author=author, num_tokens=num_tokens,
             max_length=settings.max_length, temperature=settings.self_temperature,
-            end_token_ids=() if end is None else (end,), seed=settings.seed, first=step * settings.batch_size,
+            end_token_ids=lm.end_token_ids, seed=settings.seed, first=step * settings.batch_size,
             student=lm.diffusion if settings.self_mode == "diffusion" else None, num_steps=settings.self_steps,
             learn_end=settings.self_end, progress=advance,
         )  # fmt: skip

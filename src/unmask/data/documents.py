@@ -12,7 +12,7 @@ import numpy as np
 
 from unmask.core.noise import seed_for
 from unmask.data.pieces import LONG, long_ids
-from unmask.data.plain_text import SpecialTextError, encode
+from unmask.data.plain_text import SpecialTextError, encode, num_added_after
 from unmask.data.readers import Faults, Place, Read, Records, file_name, read
 from unmask.data.supervised import Conversation, Example, InvalidRecordError, encode_example
 
@@ -20,12 +20,17 @@ from unmask.data.supervised import Conversation, Example, InvalidRecordError, en
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], end_token_id: int | None = None) -> list[np.ndarray]:
-    """Token ids of each text, exactly `tokenizer(text)`, followed by the end token unless it is None."""
+    """Token ids of each text, exactly `tokenizer(text)`, followed by the end token unless it is None.
+
+    The end token takes the place of one that the tokenizer itself puts after every text.
+    """
     short = [text for text in texts if len(text) <= LONG]
     encoded = iter(encode(tokenizer, short)["input_ids"] if short else [])
-    tail = np.asarray([] if end_token_id is None else [end_token_id], dtype=np.int32)
-    rows = (next(encoded) if len(text) <= LONG else long_ids(tokenizer, text) for text in texts)
-    return [np.concatenate([np.asarray(ids, dtype=np.int32), tail]) for ids in rows]
+    rows = (np.asarray(next(encoded) if len(t) <= LONG else long_ids(tokenizer, t), dtype=np.int32) for t in texts)
+    if end_token_id is None:
+        return list(rows)
+    added, tail = num_added_after(tokenizer), np.asarray([end_token_id], dtype=np.int32)
+    return [np.concatenate([ids[: len(ids) - added], tail]) for ids in rows]
 
 
 class Document(NamedTuple):

@@ -89,6 +89,19 @@ def ids_of(tokenizer: Any, text: str, **options: Any) -> list[int]:
     return list(encode(tokenizer, text, **options)["input_ids"])
 
 
+def open_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """Token ids of a text that goes on: without the end token that some tokenizers put after every text."""
+    ids = ids_of(tokenizer, text, **options)
+    return ids[: len(ids) - num_added_after(tokenizer)] if options.get("add_special_tokens", True) else ids
+
+
+def num_added_after(tokenizer: Any) -> int:
+    """How many tokens the tokenizer puts after every text, usually 0 and at times an end token."""
+    with _LOCK:
+        encoded = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    return next((i for i, added in enumerate(reversed(encoded["special_tokens_mask"])) if not added), 0)
+
+
 def special_texts(tokenizer: Any) -> list[str]:
     """Texts of the tokenizer's special tokens, longest first."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -115,25 +128,29 @@ def _private(count: int) -> str:
     return f"[{_ESCAPE}-{chr(_FIRST + count - 1)}]"
 
 
-def rendered_ids(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> list[int]:
-    """Token ids of a rendered chat template: its special tokens are special, those that `hide_special` hid are text."""
+def rendered_ids(tokenizer: Any, text: str, *, add_special_tokens: bool = False, follows: bool = False) -> list[int]:
+    """Token ids of a rendered chat template: its special tokens are special, those that `hide_special` hid are text.
+
+    follows: other text comes before it, so that no space is put in front.
+    """
     check_characters([text])
     specials = special_texts(tokenizer)
     ids: list[int] = []
     for i, piece in enumerate(re.split(f"({_ESCAPE}?{_private(len(specials))})", text)):
         if i % 2:  # a hidden special text, or a private character that the message contained
             shown = piece[1:] if len(piece) > 1 else specials[ord(piece) - _FIRST]
-            ids += _within(tokenizer, shown, split_special_tokens=True)
-        elif i == 0:
+            ids += following_ids(tokenizer, shown)
+        elif i > 0 or follows:
+            ids += following_ids(tokenizer, piece, split_special_tokens=False)
+        else:
             options = {"add_special_tokens": add_special_tokens, "split_special_tokens": False, "verbose": False}
             with _LOCK:
-                ids += tokenizer(piece, **options)["input_ids"]
-        elif piece:
-            ids += _within(tokenizer, piece, split_special_tokens=False)
+                first = list(tokenizer(piece, **options)["input_ids"])
+            ids += first[: len(first) - num_added_after(tokenizer)] if add_special_tokens else first
     return ids
 
 
-def _within(tokenizer: Any, text: str, *, split_special_tokens: bool) -> list[int]:
+def following_ids(tokenizer: Any, text: str, *, split_special_tokens: bool = True) -> list[int]:
     """Token ids of a text that follows another one: without the space that some tokenizers put before a first word."""
 
     def read(text: str) -> list[int]:
@@ -144,5 +161,10 @@ def _within(tokenizer: Any, text: str, *, split_special_tokens: bool) -> list[in
             _check_split(tokenizer, [text], [ids], False)
         return ids
 
-    line, whole = read("\n"), read("\n" + text)
-    return whole[len(line) :] if whole[: len(line)] == line else read(text)
+    if not text:
+        return []
+    for before in ("\n", "a", "."):  # one that does not join the text's first token
+        line, whole = read(before), read(before + text)
+        if line and whole[: len(line)] == line:
+            return whole[len(line) :]
+    return read(text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unmask.data.plain_text import ids_of, rendered_ids
-from unmask.data.supervised import apply_template
+from unmask.data.plain_text import open_ids, rendered_ids
+from unmask.data.supervised import InvalidRecordError, apply_template
 from unmask.progress import warn
 from unmask.sampling.request import Request
 
@@ -105,9 +105,19 @@ def _short(value: Any) -> str:
 
 def _encode(tokenizer: Any, prompt: Any) -> list[int]:
     if isinstance(prompt, str):
-        return ids_of(tokenizer, prompt)
-    text = apply_template(tokenizer, prompt, tokenize=False, add_generation_prompt=True)
-    return rendered_ids(tokenizer, text)
+        return open_ids(tokenizer, prompt)
+    return rendered_ids(tokenizer, chat_text(tokenizer, prompt))
+
+
+def chat_text(tokenizer: Any, messages: Any, *, add_generation_prompt: bool = True) -> str:
+    """`apply_template` on a prompt of messages; without a generation prompt the last message goes on."""
+    try:
+        return apply_template(
+            tokenizer, messages, add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )  # fmt: skip
+    except InvalidRecordError as error:
+        raise ValueError(f"the prompt {error}: change the messages, or the tokenizer's chat template") from error
 
 
 def new_text(tokenizer: Any, prompt: Tensor, new: Sequence[int]) -> str:
@@ -117,21 +127,24 @@ def new_text(tokenizer: Any, prompt: Tensor, new: Sequence[int]) -> str:
     """
     before = tokenizer.decode(prompt.tolist(), skip_special_tokens=True)
     whole = tokenizer.decode([*prompt.tolist(), *new], skip_special_tokens=True)
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new)
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
 
 
 class StopStrings:
-    """The `stop` of a `Request` that ends a row at the first token whose text completes one of `strings`."""
+    """The `stop` of a `Request` that ends a row at the first token whose text completes one of `strings`.
 
-    def __init__(self, tokenizer: Any, prompts: Sequence[Tensor], strings: str | Sequence[str] | None) -> None:
-        self.tokenizer, self.prompts = tokenizer, prompts
+    text_of: (row, its new tokens) -> their text.
+    """
+
+    def __init__(self, text_of: Callable[[int, list[int]], str], strings: str | Sequence[str] | None) -> None:
+        self.text_of = text_of
         self.strings = [strings] if isinstance(strings, str) else list(strings or ())
         if any(not string for string in self.strings):
             raise ValueError("stop string '' is empty: it would end every row before it begins")
 
     def __call__(self, row: int, new: list[int]) -> int | None:
         def stopped(n: int) -> bool:
-            text = new_text(self.tokenizer, self.prompts[row], new[:n])
+            text = self.text_of(row, new[:n])
             return any(string in text for string in self.strings)
 
         if not self.strings or not stopped(len(new)):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from unmask.data.plain_text import hide_special, ids_of, rendered_ids, special_texts
+from unmask.data.plain_text import following_ids, hide_special, open_ids, rendered_ids, special_texts
 
 
 class InvalidRecordError(ValueError):
@@ -77,7 +77,7 @@ def encode_example(
     if isinstance(example, Instruction):
         example = example.completion() if tokenizer.chat_template is None else Conversation(example.messages())
     if isinstance(example, Completion):
-        prompt = ids_of(tokenizer, example.prompt)
+        prompt = open_ids(tokenizer, example.prompt)
         spans = [(prompt, continue_ids(tokenizer, prompt, example.prompt, example.completion))]
         return [_joined(tokenizer, spans, end_token_id)]
     documents = []
@@ -97,12 +97,13 @@ def continue_ids(tokenizer: Any, ids: Sequence[int], before: str, text: str, *, 
     """Tokens of `text` after `before`, whose tokens are `ids`.
 
     If the tokens of both texts together begin with `ids`, their rest, so that a space before a word joins the word as
-    in running text; otherwise the tokens of `text` alone. rendered: a chat template wrote the texts.
+    in running text; otherwise those of `text` alone, without the space that some tokenizers put in front. rendered: a
+    chat template wrote the texts.
     """
-    whole = rendered_ids(tokenizer, before + text) if rendered else ids_of(tokenizer, before + text)
+    whole = rendered_ids(tokenizer, before + text) if rendered else open_ids(tokenizer, before + text)
     if whole[: len(ids)] == list(ids):
         return whole[len(ids) :]
-    return rendered_ids(tokenizer, text) if rendered else ids_of(tokenizer, text, add_special_tokens=False)
+    return rendered_ids(tokenizer, text, follows=bool(ids)) if rendered else following_ids(tokenizer, text)
 
 
 def _joined(
@@ -132,8 +133,7 @@ def _turns(tokenizer: Any, messages: list[dict[str, str]], given: int) -> list[l
     """For each document, (text before an answer, text up to the end of the answer) of its answers that are learnt."""
 
     def render(upto: int, ask: bool) -> str:
-        text: str = apply_template(tokenizer, messages[:upto], tokenize=False, add_generation_prompt=ask)
-        return text
+        return apply_template(tokenizer, messages[:upto], add_generation_prompt=ask)
 
     answers = [i for i, message in enumerate(messages) if i >= given and message["role"] == "assistant"]
     turns = [(render(i, True), render(i + 1, False)) for i in answers]
@@ -147,18 +147,53 @@ def _turns(tokenizer: Any, messages: list[dict[str, str]], given: int) -> list[l
     return [turns] if nested else [[turn] for turn in turns]
 
 
-def apply_template(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> Any:
-    """The tokenizer's chat template on messages; InvalidRecordError if the template raises an error.
+def apply_template(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> str:
+    """The text that the tokenizer's chat template makes of messages; InvalidRecordError if it raises an error.
 
-    Special tokens that a message spells are hidden from the template, and `rendered_ids` reads them as text.
+    A template without a system role, which raises an error or leaves the message out, gets the system's text at the
+    head of the next message of the user. Special tokens that a message spells are hidden from the template, and
+    `rendered_ids` reads them as text.
     """
     check_template(tokenizer)
-    hidden = hide_special(tokenizer, list(messages))
+    hidden: list[dict[str, Any]] = hide_special(tokenizer, list(messages))
+    system = [message["content"] for message in hidden if _is_system(message)]
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        try:
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:  # a template is a program and may raise anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InvalidRecordError(f"holds messages that the chat template refuses ({reason})") from error
+        return text
+
     try:
-        return tokenizer.apply_chat_template(hidden, **options)
-    except Exception as error:  # a template is a program and may raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InvalidRecordError(f"holds messages that the chat template refuses ({reason})") from error
+        text = render(hidden)
+        if all(part.strip() in text for part in system):
+            return text
+    except InvalidRecordError:
+        if not system:
+            raise
+    return render(_system_with_user(hidden))
+
+
+def _is_system(message: dict[str, Any]) -> bool:
+    return message.get("role") == "system" and isinstance(message.get("content"), str)
+
+
+def _system_with_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with each text of the system at the head of the next message, or as a message of the user."""
+    changed: list[dict[str, Any]] = []
+    waiting: list[str] = []
+    for message in messages:
+        if _is_system(message):
+            waiting.append(message["content"])
+        elif waiting and message.get("role") == "user" and isinstance(message.get("content"), str):
+            changed.append(message | {"content": "\n\n".join([*waiting, message["content"]])})
+            waiting = []
+        else:
+            changed += [{"role": "user", "content": "\n\n".join(waiting)}, message] if waiting else [message]
+            waiting = []
+    return changed + ([{"role": "user", "content": "\n\n".join(waiting)}] if waiting else [])
 
 
 def check_template(tokenizer: Any) -> None:

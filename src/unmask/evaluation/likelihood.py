@@ -149,6 +149,7 @@ def nelbo(
     num_samples: int = 8,
     exact: bool = False,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     context_length: int | None = None,
     batch_tokens: int = 8192,
     progress: Progress | None = None,
@@ -156,7 +157,8 @@ def nelbo(
     """sum_b E_k E_{|M|=k} [n/k sum_{i in M} -log p(x_i | x_b without M, x_<b)], k uniform on 1..n.
 
     Monte Carlo: `num_samples` masks per block, k stratified over them; the standard error treats samples as
-    independent, so it is an upper estimate. exact=True sums over all masks of blocks of up to 4 tokens
+    independent, so it is an upper estimate. numbers: of each document, in the keys of its masks; its place in the list
+    unless given. exact=True sums over all masks of blocks of up to 4 tokens
     with weight 1 / (k C(n, k)): no variance.
     """
     check_estimator(config, num_samples, exact)
@@ -164,12 +166,13 @@ def nelbo(
         raise ValueError(f"block_size {config.block_size} exceeds the model's context of {context_length}: use less")
     draws = 2 ** (config.segment_size or 0) - 1 if exact else num_samples
     totals = torch.zeros(len(documents), draws, dtype=torch.float64)
+    number_of = range(len(documents)) if numbers is None else numbers
     for windows, x0, layout, loss_mask in batches(documents, context_length, batch_tokens, network.device):
         segment, maskable = segments(layout, config.segment_size), predictable(layout, loss_mask)
         masks = (
             _all_masks(segment, maskable, draws)
             if exact
-            else _drawn_masks(segment, maskable, windows, num_samples, seed)
+            else _drawn_masks(segment, maskable, [(number_of[i], start) for i, start in windows], num_samples, seed)
         )
         clean = read_clean(network, config, x0, layout, maskable) if config.attention == "two_stream" else None
         for draw, corruption in enumerate(masks):

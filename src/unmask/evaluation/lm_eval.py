@@ -8,10 +8,9 @@ Where a text is longer than the context it loses its beginning; blocks count fro
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -19,18 +18,27 @@ import torch
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch.nn.functional import cross_entropy
 
 from unmask.core.attention import causal
 from unmask.core.network import Network
 from unmask.core.noise import seed_for
 from unmask.core.objectives import predictable
-from unmask.data.plain_text import ids_of, rendered_ids
-from unmask.data.supervised import apply_template
-from unmask.evaluation.likelihood import Document, Progress, batches, check_estimator, nelbo, row_sums
+from unmask.data.plain_text import ids_of, open_ids, rendered_ids
+from unmask.data.prompts import StopStrings, chat_text
+from unmask.evaluation.likelihood import (
+    Document,
+    Progress,
+    batches,
+    check_estimator,
+    check_finite,
+    nelbo,
+    row_sums,
+)
 from unmask.limits import check_seed, check_whole
 from unmask.progress import progress
+from unmask.sampling import Request
 
 SCORED_ROW = 512
 """Tokens of a scored row: `batch_size` rows of so many tokens make a batch."""
@@ -123,22 +131,19 @@ class HarnessLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        begin = self.tokenizer.bos_token or self.tokenizer.eos_token
+        begun = add_special_tokens is None and begin is not None and string.startswith(begin)
+        if begun and not self._templated:  # the one special token that a task's text may spell
+            return [self.prefix_token_id, *ids_of(self.tokenizer, string[len(begin) :], add_special_tokens=False)]
         if add_special_tokens is None:  # as the tokenizer does by default, but never a second begin token
-            begun = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
             add_special_tokens = not begun
         if self._templated:  # special tokens that a chat template wrote are special tokens
             return rendered_ids(self.tokenizer, string, add_special_tokens=add_special_tokens)
-        return ids_of(self.tokenizer, string, add_special_tokens=add_special_tokens)
+        return open_ids(self.tokenizer, string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         self._templated = True
-        return apply_template(
-            self.tokenizer,
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        return chat_text(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
 
     def get_model_info(self) -> dict[str, Any]:
         """What the numbers depend on besides the task; the harness puts it into its results too."""
@@ -240,6 +245,9 @@ class HarnessLM(TemplateLM):
                 num_samples=self.num_samples,
                 exact=self.exact,
                 seed=self.seed,
+                numbers=[
+                    seed_for((*context, "|", *scored)) for context, scored in pairs
+                ],  # the masks of a text are its own
                 progress=advance,
                 **size,
             )
@@ -254,8 +262,8 @@ class HarnessLM(TemplateLM):
         with progress(f"{task} greedy", len(pairs), show=self.show_progress) as advance:
             for length, members in sorted(lengths.items(), reverse=True):
                 prompts = [pairs[i][0][-(self.max_length - length) :] for i in members]
-                for order, new in self._decode(prompts, length, {}, None, advance):
-                    equal[members[order]] = new == pairs[members[order]][1]
+                for n, new in self._decode(prompts, Request(length), [], advance):
+                    equal[members[n]] = new == pairs[members[n]][1]
         return equal
 
     # --- text
@@ -265,6 +273,7 @@ class HarnessLM(TemplateLM):
         answers: list[str] = []
         for task, group in _by_task(requests):
             texts = [""] * len(group)
+            seeds = self._seeds(task, group)
             cost = self.costs.setdefault(task, Cost())
             cost.num_requests += len(group)
             by_settings: dict[str, list[int]] = {}
@@ -272,19 +281,42 @@ class HarnessLM(TemplateLM):
                 by_settings.setdefault(repr(request.args[1]), []).append(i)
             with progress(f"{task} texts", len(group), show=self.show_progress) as advance:
                 for members in by_settings.values():
-                    sampling, until, length = self._settings(task, group[members[0]].args[1])
+                    wanted, until = self._settings(task, group[members[0]].args[1])
+                    room = self.max_length - wanted.max_new_tokens
                     prompts = [self.tok_encode(group[i].args[0]) for i in members]
-                    cost.num_truncated += sum(len(prompt) > self.max_length - length for prompt in prompts)
-                    prompts = [prompt[-(self.max_length - length) :] for prompt in prompts]
-                    for order, new in self._decode(prompts, length, sampling, until, advance, cost):
-                        texts[members[order]] = self._cut(prompts[order], new, until)
+                    cost.num_truncated += sum(len(prompt) > room for prompt in prompts)
+                    prompts = [prompt[-room:] or [self.prefix_token_id] for prompt in prompts]
+                    wanted = replace(wanted, seed=[seeds[i] for i in members])
+                    for n, new in self._decode(prompts, wanted, until, advance, cost):
+                        texts[members[n]] = StopStrings(self._text, until).cut(self._text(n, new))
             for request, text in zip(group, texts, strict=True):
                 self.cache_hook.add_partial("generate_until", request.args, text)
             answers += texts
         return answers
 
-    def _settings(self, task: str, settings: dict[str, Any]) -> tuple[dict[str, Any], list[str], int]:
-        """(temperature, top_p and top_k; stop strings; length) of a request; what no mode can do is refused."""
+    def _seeds(self, task: str, group: Sequence[Instance]) -> list[int]:
+        """A seed for each request: of its document, whatever its place is, and of how often it was asked before."""
+        asked: Counter[tuple[int | None, int]] = Counter()
+        seeds = []
+        for request in group:
+            of_document = (request.doc_id, request.idx)
+            seeds.append(seed_for(("harness", self.seed, task, *map(str, of_document), asked[of_document])))
+            asked[of_document] += 1
+        return seeds
+
+    def _text(self, _row: int, new: list[int]) -> str:
+        """The text of new tokens, decoded alone, as the harness's `hf` model does: a first space may be missing."""
+        text: str = self.tokenizer.decode(new, skip_special_tokens=True)
+        return text
+
+    def _settings(self, task: str, settings: dict[str, Any]) -> tuple[Request, list[str]]:
+        """What a request asks for, and its stop strings; what no mode can do is refused.
+
+        A stop string that is a special token ends the text by its id. Sampling without a temperature is at 1.
+        """
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if settings.get("do_sample"):
+            settings = {"temperature": 1.0} | settings
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(settings, 256))
         unknown = {k: v for k, v in wanted.items() if k not in GENERATION_SETTINGS and (k, v) != ("num_beams", 1)}
         if unknown:
@@ -298,57 +330,39 @@ class HarnessLM(TemplateLM):
                 f"task {task!r} asks for max_gen_toks {length}, and a context of {self.max_length} has room for 1 to "
                 f"{self.max_length - 1}: set another with --gen-kwargs max_gen_toks=N"
             )
-        sampling = {k: v for k, v in wanted.items() if k in ("temperature", "top_p", "top_k")}
-        return sampling, [s for s in wanted["until"] if s], length
+        sampling = {
+            k: v for k, v in wanted.items() if k in ("temperature", "top_p", "top_k") and (k, v) != ("top_k", 0)
+        }
+        until = [*wanted["until"], self.tokenizer.eos_token]
+        ids = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        ends = dict.fromkeys([*self.lm.end_token_ids, *(ids[text] for text in until if text in ids)])
+        return Request(length, end_token_ids=tuple(ends), **sampling), [text for text in until if text]
 
     def _decode(
         self,
         prompts: Sequence[list[int]],
-        length: int,
-        options: dict[str, Any],
-        until: list[str] | None,
+        wanted: Request,
+        until: list[str],
         advance: Callable[[int], None],
         cost: Cost | None = None,
     ) -> Iterator[tuple[int, list[int]]]:
         """(number of the prompt, its new tokens), prompts of like length together, longest first."""
+        decoder = self.lm.decoder(self.mode, **self.decoding)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            width = max(1, len(prompts[rows[0]]))
-            ids = torch.zeros(len(rows), width, dtype=torch.long)
-            real = torch.zeros(len(rows), width, dtype=torch.bool)
-            for row, i in enumerate(rows):
-                if prompts[i]:
-                    ids[row, -len(prompts[i]) :] = torch.tensor(prompts[i])
-                    real[row, -len(prompts[i]) :] = True
-            out = self.lm.generate(
-                ids,
-                self.mode,
-                length,
-                stop_strings=until,
-                seed=seed_for(("batch", self.seed, start)),
-                attention_mask=real,
-                **self.decoding,
-                **options,
+            request = replace(
+                wanted,
+                seed=[wanted.seed[i] for i in rows] if isinstance(wanted.seed, Sequence) else wanted.seed,
+                stop=StopStrings(self._text, until) if until else None,
+                context_length=self.lm.network.context_length,
             )
+            sampled = self.lm.sample([torch.tensor(prompts[i]) for i in rows], decoder, request)
             if cost is not None:
-                cost.num_forwards += int(out.num_forwards.sum())
-                cost.num_new_tokens += int(out.num_new_tokens.sum())
-            for row, i in enumerate(rows):
-                begin = max(1, len(prompts[i]))  # an empty prompt is the begin token
-                yield i, out.sequences[row, begin : begin + int(out.num_new_tokens[row])].tolist()
+                cost.num_forwards += int(sampled.num_forwards.sum())
+                cost.num_new_tokens += sum(map(len, sampled.new_tokens))
+            yield from zip(rows, sampled.new_tokens, strict=True)
             advance(len(rows))
-
-    @functools.cached_property
-    def _special(self) -> dict[str, int]:
-        return {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-
-    def _cut(self, prompt: list[int], new: list[int], until: list[str]) -> str:
-        """The new text before the first stop string; a stop string that is a special token is found by its id."""
-        ends = {self._special[s] for s in until if s in self._special}
-        new = new[: next((n for n, token in enumerate(new) if token in ends), len(new))]
-        text: str = self.lm.new_text(torch.tensor(prompt or [self.prefix_token_id]), new)
-        return text[: min((place for place in map(text.find, until) if place >= 0), default=len(text))]
 
 
 @torch.inference_mode()
@@ -375,6 +389,7 @@ def continuation_log_p(
             answers[owner] = (-total, missed == 0)
         if progress is not None:
             progress(len(windows))
+    check_finite([total for total, _ in answers])
     return answers
 
 

@@ -8,7 +8,6 @@ from unmask.hf.checkpoint import (
     Base,
     add_mask_token,
     check_tokenizer,
-    end_token_ids,
     fingerprint,
     load_drafter,
     load_pretrained,
@@ -28,6 +27,7 @@ from unmask.hf.masks import UnsupportedModelError
 from unmask.hf.network import FastPaths, HFNetwork, replicate
 from unmask.hf.probes import as_network, probe, probe_fast_paths, probe_network, sees_position_differences
 from unmask.hf.quantised import quantisation_of
+from unmask.hf.special_tokens import add_end_token, check_mask_token, end_token_ids
 
 __all__ = [
     "Base",
@@ -35,8 +35,10 @@ __all__ = [
     "HFNetwork",
     "UnsupportedModelError",
     "add_drafter",
+    "add_end_token",
     "add_mask_token",
     "as_network",
+    "check_mask_token",
     "check_tokenizer",
     "checkpoint_layers",
     "drafter_on",

@@ -16,7 +16,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
 )
 from transformers.utils import logging as hf_logging
@@ -29,6 +28,7 @@ from unmask.hf.drafters import MASK_TOKEN, add_drafter
 from unmask.hf.folders import BUILDING, check_folder, first_line, parse, read_object, read_tensors
 from unmask.hf.gguf import dequantising, source_of
 from unmask.hf.quantised import has_adapters, named_quantisation, quantisation_of, settle
+from unmask.hf.special_tokens import check_mask_token
 from unmask.model_name import CONFIG, DRAFTER_WEIGHTS, permanent_name
 from unmask.plain_json import to_json
 from unmask.run_folder import ordinary_permissions
@@ -55,6 +55,7 @@ def add_mask_token(
     if token is None:
         sdar = model.config.get_text_config().model_type in ("qwen3", "qwen3_moe")
         token = tokenizer.mask_token or (SDAR_MASK_TOKEN if sdar else MASK_TOKEN)
+    check_mask_token(model, tokenizer, token)
     reused = token in vocabulary
     if reused and like is None and noise is not None:
         raise ValueError(
@@ -256,17 +257,6 @@ def without_dropout(model: Any) -> None:
         for name in ("attention_dropout", "dropout", "activation_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """`generation_config.eos_token_id`, else the tokenizer's end token, else none."""
-    generation: GenerationConfig | None = getattr(model, "generation_config", None)
-    ids = generation.eos_token_id if generation is not None else None
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
 
 
 def read_diffusion(model: Any) -> DiffusionConfig | None:

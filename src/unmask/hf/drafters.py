@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from unmask.core.drafter import Drafter, DrafterConfig, linear_maps
 from unmask.hf.network import cache_keyword
 from unmask.hf.quantised import check_bare
+from unmask.hf.special_tokens import check_mask_token
 
 MASK_TOKEN = "<|mask|>"
 """The text of a mask token, unless its model has one or another is asked for."""
@@ -44,6 +45,7 @@ def add_drafter(
     """
     check_bare(model)
     token = token or tokenizer.mask_token or MASK_TOKEN
+    check_mask_token(model, tokenizer, token)
     found = tokenizer.get_vocab()
     own = found.get(token, len(tokenizer))
     taken = [t for t, i in found.items() if own <= i < own + max(1, config.mask_rows) and t != token]

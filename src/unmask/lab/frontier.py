@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unmask import hf
 from unmask.core.noise import seed_for
-from unmask.data.plain_text import ids_of
+from unmask.data.plain_text import open_ids
 from unmask.evaluation.likelihood import Document, nll, summarise
 from unmask.sampling import Selector, Threshold
 
@@ -365,7 +365,7 @@ def _ids(lm: TextModel, prompt: str | Tensor) -> Tensor:
     if isinstance(prompt, Tensor):
         ids = prompt.cpu().long()
     else:
-        ids = torch.tensor(ids_of(lm.tokenizer, prompt), dtype=torch.long)
+        ids = torch.tensor(open_ids(lm.tokenizer, prompt), dtype=torch.long)
     if not len(ids):
         raise ValueError(f"prompt {prompt!r} has no tokens: a text is judged given at least one")
     return ids

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from unmask import hf
 from unmask.conversion.run_record import IN_MEMORY
-from unmask.data.plain_text import ids_of
+from unmask.data.plain_text import open_ids
 from unmask.data.readers import local_files, read_documents
 from unmask.lab import plots
 from unmask.lab.frontier import (
@@ -146,7 +146,7 @@ def beginnings(tokenizer: Any, texts: Iterable[str], sweep: Sweep) -> tuple[list
     prompts, continuations = [], []
     length = sweep.prompt_tokens + sweep.max_new_tokens
     for text in texts:
-        ids = ids_of(tokenizer, text)
+        ids = open_ids(tokenizer, text)
         if len(ids) >= length:
             prompts.append(torch.tensor(ids[: sweep.prompt_tokens]))
             continuations.append(ids[sweep.prompt_tokens : length])
@@ -175,7 +175,7 @@ def run_frontier(
     lm, ar = load_pair(model, parent, base, trust_remote_code)
     continuations, score = None, None
     if of_task:
-        prompts = [torch.tensor(ids_of(ar.tokenizer, problem.prompt)) for problem in of_task]
+        prompts = [torch.tensor(open_ids(ar.tokenizer, problem.prompt)) for problem in of_task]
 
         def score(texts: list[str]) -> list[bool]:
             return [problem.check(text) for problem, text in zip(of_task, texts, strict=False)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unmask.core.noise import uniforms
 from unmask.core.transfer import to_device
-from unmask.sampling.tokens import token_noise
+from unmask.sampling.tokens import Seed, row_key, token_noise
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Noise:
     Gumbel noise that the first k of them were drafted with; what is not kept is drawn again.
     """
 
-    seed: int
+    seed: Seed
     rows: Tensor
     position: Tensor
     drafts: Tensor | None = None
@@ -44,8 +44,8 @@ class Noise:
     def accept(self, count: int, device: torch.device) -> Tensor:
         """float64 uniforms (batch, count) of the first tokens."""
         position = self.position[:, :count].tolist()
-        keys = [("accept", self.seed, row, p) for row, of_row in zip(self.rows.tolist(), position, strict=True)
-                for p in of_row]  # fmt: skip
+        rows = [row_key(self.seed, row) for row in self.rows.tolist()]
+        keys = [("accept", *row, p) for row, of_row in zip(rows, position, strict=True) for p in of_row]
         return to_device(uniforms(keys, 1).view(len(position), -1), device)
 
 

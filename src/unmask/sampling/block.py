@@ -21,7 +21,7 @@ from unmask.sampling.commit import Candidates, Selector, Threshold, token_confid
 from unmask.sampling.guidance import GuidedNetwork
 from unmask.sampling.request import Request, SampledTokens, first_end
 from unmask.sampling.scheduler import Scheduler
-from unmask.sampling.tokens import choose_tokens, token_noise
+from unmask.sampling.tokens import choose_tokens, row_key, token_noise
 
 
 @torch.inference_mode()
@@ -230,7 +230,7 @@ class _Batch:
         self.starts[slot], self.steps[slot] = start, 0
         self.text[slot] = self.canvas[row, start : start + self.width]
         self.masked[slot] = (position >= self.lengths[row]) & (position < self.ends[row])
-        self.drawn[slot] = uniform(self.width, key=("order", self.request.seed, row, start))
+        self.drawn[slot] = uniform(self.width, key=("order", *row_key(self.request.seed, row), start))
         self.entered.append(slot)
         self.stale.append(slot)
 

@@ -30,7 +30,7 @@ from unmask.sampling.commit import (
 from unmask.sampling.guidance import guide
 from unmask.sampling.remask import Remask
 from unmask.sampling.request import Request, SampledTokens, Stop
-from unmask.sampling.tokens import choose_tokens
+from unmask.sampling.tokens import choose_tokens, row_key
 
 _UNCHANGED, _REMASKED = -1, -2
 """Instead of a token: the position stays as it is, or is masked again."""
@@ -145,7 +145,7 @@ class _Batch:
         for i, (canvas, n) in enumerate(zip(canvases, self.sizes, strict=True)):
             self.masked[i, :n] = ~canvas.fixed.cpu()
             self.xt[i, :n] = torch.where(self.masked[i, :n], config.mask_token_id, canvas.tokens.cpu())
-            self.all_priority[i, :n] = uniform(n, key=("order", request.seed, self.numbers[i], 0))
+            self.all_priority[i, :n] = uniform(n, key=("order", *self._key(i), 0))
         index = torch.arange(self.xt.shape[1])
         inside = index < torch.tensor(self.sizes)[:, None]
         self.all_layout = Layout.of(torch.where(inside, index, 0), torch.where(inside, 0, PADDING))
@@ -208,7 +208,7 @@ class _Batch:
         reveal_rate, remask_rate = remask.rates(progress, after, generated, self.confidence)
         drawn = torch.ones(generated.shape, dtype=torch.float64)
         for k, i in enumerate(self.rows.tolist()):
-            key = ("remask", self.request.seed, self.numbers[i], self.step)
+            key = ("remask", *self._key(i), self.step)
             drawn[k, : self.sizes[i]] = uniform(self.sizes[i], key=key)
         chance = to_device(drawn, self.device)
         changes = self._unchanged(generated)
@@ -276,9 +276,13 @@ class _Batch:
     def _noise(self, masked: Tensor, vocabulary: int) -> Tensor:
         """Gumbel noise (masked.sum(), vocabulary) of the masked positions of the rows; drawn once for all positions."""
         if self.noise is None:
-            keys = [("token", self.request.seed, self.numbers[i], p, 0) for i, p in self.open.nonzero().tolist()]
+            keys = [("token", *self._key(i), p, 0) for i, p in self.open.nonzero().tolist()]
             self.noise = gumbels(keys, vocabulary, self.device)
         return self.noise[to_device(self.noise_row[self.rows][masked], self.device)]
+
+    def _key(self, i: int) -> tuple[int, int]:
+        """(seed, row) of the random numbers of row i."""
+        return row_key(self.request.seed, self.numbers[i])
 
     def _redraw(self, remasked: Tensor) -> None:
         """Draw new noise for the positions of the rows that were masked again."""
@@ -287,7 +291,7 @@ class _Batch:
             return
         for k, j in remasked.nonzero().tolist():
             i = int(self.rows[k])
-            key = ("token", self.request.seed, self.numbers[i], j, int(self.num_redraws[i, j]))
+            key = ("token", *self._key(i), j, int(self.num_redraws[i, j]))
             self.noise[int(self.noise_row[i, j])] = gumbels([key], self.noise.shape[-1], self.device)[0]
 
 

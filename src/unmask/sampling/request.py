@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from unmask.limits import check_function, check_whole
+from unmask.limits import check_function, check_seed, check_whole
 from unmask.plain_numbers import plain_fields
-from unmask.sampling.tokens import check_sampling
+from unmask.sampling.tokens import Seed, check_sampling
 
 Stop = Callable[[int, list[int]], int | None]
 """(row, its new tokens so far, from the first) -> how many of them to keep if the row ends there, else None."""
@@ -23,17 +24,17 @@ class Request:
     """How much to write, how to draw tokens, and where a row ends; the same for every decoder.
 
     max_new_tokens: of a row. temperature: 0 is greedy. top_p, top_k: sample from the smallest set of tokens with that
-    mass, from that many tokens. seed: the noise of a token is a function of (seed, row, position). end_token_ids: a row
-    ends with any of them. stop: ends a row by its tokens. callback: called at each commit. batch_size: rows that decode
-    at a time, all unless given; the next prompt takes the place of a row that ends. context_length: positions of the
-    model, None without a limit. Raises ValueError for a value out of range.
+    mass, from that many tokens. seed: the noise of a token is a function of (seed, row, position); a list has one
+    for each row. end_token_ids: a row ends with any of them. stop: ends a row by its tokens. callback: called at
+    each commit. batch_size: rows that decode at a time, all unless given; the next prompt takes the place of one that
+    ends. context_length: positions of the model, None without a limit. Raises ValueError for a value out of range.
     """
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int | None = None
-    seed: int = 0
+    seed: Seed = 0
     end_token_ids: Sequence[int] = ()
     stop: Stop | None = None
     callback: Callback | None = None
@@ -86,3 +87,9 @@ class SampledTokens:
 def first_end(tokens: Sequence[int], end_token_ids: Sequence[int]) -> int | None:
     """Length up to and with the first end token, or None."""
     return next((i + 1 for i, token in enumerate(tokens) if token in end_token_ids), None)
+
+
+def given_or_new(seed: int | None) -> int:
+    """The seed as a plain number, or one that nobody chose; TypeError for what is no whole number."""
+    check_seed(seed)
+    return secrets.randbits(31) if seed is None else int(seed)

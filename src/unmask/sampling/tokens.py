@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,10 +14,18 @@ from unmask.limits import check_number, check_whole
 SMALLEST_TEMPERATURE = 1e-100
 """Logits divided by less may overflow float64."""
 
+Seed = int | Sequence[int]
+"""Of a batch, or of each row of one: a row with a seed of its own draws what it would draw alone."""
+
+
+def row_key(seed: Seed, row: int) -> tuple[int, int]:
+    """(seed, row) as the keys of a row's random numbers have them."""
+    return (seed[row], 0) if isinstance(seed, Sequence) else (seed, row)
+
 
 def token_noise(
     vocabulary: int,
-    seed: int,
+    seed: Seed,
     rows: Tensor,
     positions: Tensor,
     purpose: str = "token",
@@ -27,7 +36,7 @@ def token_noise(
     That of a token is a function of (purpose, seed, row, position) alone: AR and diffusion sampling draw a token with
     the same noise, in any batch.
     """
-    keys = [(purpose, seed, row, p, 0) for row, of_row in zip(rows.tolist(), positions.tolist(), strict=True)
+    keys = [(purpose, *row_key(seed, row), p, 0) for row, of_row in zip(rows.tolist(), positions.tolist(), strict=True)
             for p in of_row]  # fmt: skip
     return gumbels(keys, vocabulary, device).view(*positions.shape, vocabulary)
 

@@ -61,11 +61,16 @@ def check_samples(num_samples: int | None, lengths: Sequence[int]) -> None:
         raise ValueError(f"num_samples={num_samples} compares candidate lengths: give several num_tokens")
 
 
-def warn_of_unseen(before: Sequence[Tensor], after: Sequence[Tensor], length: int, block_size: int) -> None:
+def warn_of_unseen(
+    decoder: Decoder, config: DiffusionConfig, before: Sequence[Tensor], after: Sequence[Tensor], length: int
+) -> None:
     """Warn where a block-wise model fills `length` tokens without seeing all of the suffix.
 
     Blocks lie on absolute positions, and the network sees nothing after the active one.
     """
+    block_size = config.with_block_size(decoder.block_size).block_size if isinstance(decoder, Blocks) else None
+    if block_size is None:
+        return
     ends = [len(prefix) + length for prefix in before]
     unseen = [max(0, len(suffix) - -end % block_size) for end, suffix in zip(ends, after, strict=True)]
     rows = [row for row, number in enumerate(unseen) if number]

@@ -271,10 +271,7 @@ class DiffusionLM:
         before, after = self._around(prefix, suffix)
         lengths = span_lengths(num_tokens, before, after, self.network.context_length)
         check_samples(num_samples, lengths)
-        if isinstance(decoder, Blocks):
-            block = config.with_block_size(decoder.block_size).block_size
-            assert block is not None
-            warn_of_unseen(before, after, max(lengths), block)
+        warn_of_unseen(decoder, config, before, after, max(lengths))
         stop = self._stop(before, stop_strings)
         drawn = given_or_new(seed)
         request = Request(

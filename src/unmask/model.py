@@ -272,8 +272,7 @@ class DiffusionLM:
         lengths = span_lengths(num_tokens, before, after, self.network.context_length)
         check_samples(num_samples, lengths)
         warn_of_unseen(decoder, config, before, after, max(lengths))
-        stop = self._stop(before, stop_strings)
-        drawn = given_or_new(seed)
+        stop, drawn = self._stop(before, stop_strings), given_or_new(seed)
         request = Request(
             max_new_tokens=max(lengths), temperature=temperature, top_p=top_p, top_k=top_k, seed=drawn,
             end_token_ids=whole_numbers("stop_tokens", stop_tokens), callback=callback,

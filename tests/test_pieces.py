@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from unmask.data import pieces
 from unmask.data.documents import tokenize
 from unmask.data.pieces import Cuts, cuts_of, long_ids, long_ids_and_bytes
+from unmask.data.token_bytes import bytes_of_tokens
 from unmask.evaluation.likelihood import documents_of
 from unmask.progress import Note
 
@@ -53,7 +54,8 @@ def load(shared: Path, name: str) -> Any:
 
 def whole(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     encoded = tokenizer(text, split_special_tokens=True, return_offsets_mapping=True, verbose=False)
-    return encoded["input_ids"], [len(text[a:b].encode()) for a, b in encoded["offset_mapping"]]
+    rows, offsets = [encoded["input_ids"]], [encoded["offset_mapping"]]
+    return rows[0], bytes_of_tokens(tokenizer, [text], rows, offsets)[0]
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +77,9 @@ def test_ids_of_pieces_are_those_of_the_text(shared: Path, name: str) -> None:
         ids, num_bytes = long_ids_and_bytes(tokenizer, text)
         expected = whole(tokenizer, text)
         assert ids.tolist() == expected[0] == long_ids(tokenizer, text).tolist()
-        assert num_bytes.tolist() == expected[1]
+        assert num_bytes.sum() == sum(expected[1]) == len(text.encode())
+        if "▁" not in text:  # where a text has the letter that stands for a space, tokens may share it in two ways
+            assert num_bytes.tolist() == expected[1]
 
     check()
 

@@ -106,9 +106,8 @@ def _read(tokenizer: Any, text: str, *, spelled: bool) -> Iterator[tuple[np.ndar
         if longest > 64 * PIECE:
             _warn(longest, "it has no end of a word at which it may be cut")
         for ids, num_bytes in _stretches(tokenizer, group, spelled, add_special_tokens=False):
-            if spelled and cuts.drops_space and after_cut:  # the first token spells the space too, or nothing else
-                alone = tokenizer.convert_ids_to_tokens(int(ids[0])) == "▁"
-                num_bytes[0] = 1 if alone else num_bytes[0] + 1
+            if spelled and cuts.drops_space and after_cut:  # the first token spells the space too
+                num_bytes[0] += 1
             yield ids, num_bytes
             after_cut = True
     yield after, np.zeros_like(after)

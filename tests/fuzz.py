@@ -10,9 +10,11 @@ sensible values, a few have any. It must end well, or with one line that says wh
 
     python tests/fuzz.py 6000              # a campaign, with a process of its own that is ended when a call hangs
     python tests/fuzz.py 6000 --seed 3     # another one
-    python tests/fuzz.py --each            # every option by itself with every value of the lists: 21,000 calls
+    python tests/fuzz.py --each            # every option by itself with every value of the lists: 19,000 calls
 
-`tests/test_fuzz.py` runs some hundred calls, always the same.
+The last campaigns, of 6,500 calls (seed 21) and the 18,528 of `--each`, found nothing more; those before them found
+an empty mask token, whole numbers beyond 64 bits as temperatures, options that were no functions, and a demo that
+trained before it refused. `tests/test_fuzz.py` runs some hundred calls, always the same.
 """
 
 from __future__ import annotations
@@ -580,7 +582,7 @@ def _wrong_type(call: Call) -> bool:
             return any(odd(key, inner) for key, inner in value.options.items()) or name not in GOOD
         if name in TABLE and call.surface == "adapt":
             return False  # the table says it itself, in a ValueError
-        if isinstance(value, list) and any(odd(name, inner) for inner in value):
+        if isinstance(value, list) and any(isinstance(inner, list) or odd(name, inner) for inner in value):
             return True
         takes = TYPES.get(name, (int,))
         return not isinstance(value, takes) or (isinstance(value, bool) and bool not in takes)

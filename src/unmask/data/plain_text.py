@@ -161,6 +161,7 @@ def following_ids(tokenizer: Any, text: str, *, split_special_tokens: bool = Tru
             _check_split(tokenizer, [text], [ids], False)
         return ids
 
+    check_characters([text])
     if not text:
         return []
     for before in ("\n", "a", "."):  # one that does not join the text's first token

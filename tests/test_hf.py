@@ -1,5 +1,6 @@
 """Every supported architecture does exactly what the patterns say; every other one is refused."""
 
+import re
 from pathlib import Path
 
 import pytest

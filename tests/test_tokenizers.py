@@ -15,6 +15,7 @@ import transformers as tf
 from conftest import _GQA, STORIES, block_config, tiny_model
 from test_special_texts import prefixing_tokenizer
 from tokenizers.processors import ByteLevel, TemplateProcessing
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import unmask
 from unmask.data.documents import tokenize
@@ -205,7 +206,7 @@ def spelled(tokenizer: Any, token: int) -> bytes:
         return b""
     piece = tokenizer.convert_ids_to_tokens(token)
     if "ByteLevel" in type(tokenizer._tokenizer.decoder).__name__:
-        table = tf.convert_slow_tokenizer.bytes_to_unicode()
+        table = bytes_to_unicode()
         back = {character: byte for byte, character in table.items()}
         return bytes(back[character] for character in piece)
     if piece.startswith("<0x"):

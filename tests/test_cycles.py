@@ -90,3 +90,9 @@ def test_costs_are_kept_for_the_next_call_and_a_slow_first_forward_is_forgotten(
     assert costs.of(4) == 1.0
     assert costs.of(5) == 1.0
     assert costs.of(3) == 0.0
+
+
+def test_costs_of_sizes_not_tried_lie_on_lines_through_those_that_were() -> None:
+    costs = Costs({1: 1.0, 9: 2.0})
+    assert costs.of(5) == 1.5
+    assert costs.of(17) == 2.5  # half the slope: it looks cheap

@@ -80,12 +80,19 @@ class Costs:
             self.seconds[num_inputs] = known + _SHARE * (min(seconds, 2 * known) - known)
 
     def of(self, num_inputs: int) -> float:
-        """What a forward costs; one never tried costs what the next smaller one does, so that it will be tried."""
-        if num_inputs in self.seconds:
-            return self.seconds[num_inputs]
+        """What a forward costs: as measured, between two sizes on the line between them, past the largest on half the
+        slope from the smallest: sizes not tried yet look cheap, but not free."""
+        if num_inputs in self.seconds or not self.seconds:
+            return self.seconds.get(num_inputs, 0.0)
         sizes = sorted(self.seconds)
         place = bisect_right(sizes, num_inputs)
-        return self.seconds[sizes[place - 1]] if place else 0.0
+        if not place:
+            return 0.0
+        low, high = (sizes[place - 1], sizes[place]) if place < len(sizes) else (sizes[0], sizes[-1])
+        slope = 0.0 if low == high else (self.seconds[high] - self.seconds[low]) / (high - low)
+        if place < len(sizes):
+            return self.seconds[low] + slope * (num_inputs - low)
+        return self.seconds[high] + max(0.0, slope) / 2 * (num_inputs - high)
 
 
 _SHARE = 0.1

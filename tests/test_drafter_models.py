@@ -76,7 +76,9 @@ def test_noisy_rows_alone_are_adapted_whole_and_on_a_cache(name: str) -> None:
         on = net(torch.cat([xt, x0], 1), both, config.pattern)
         drafter.detach()
         off = hf.HFNetwork(net.model)(torch.cat([xt % VOCABULARY, x0], 1), both, config.pattern)
-        assert torch.equal(on[:, 16:], off[:, 16:])
+        # Experts get noisy tokens beside clean ones, in products of other sizes: equal up to rounding.
+        most = 1e-5 * off.abs().max() if any(part in name for part in ("moe", "deepseek", "llama4")) else 0.0
+        assert (on[:, 16:] - off[:, 16:]).abs().max() <= most
         assert (on[:, :16] - off[:, :16]).abs().max() > 1e-2
 
 

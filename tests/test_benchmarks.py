@@ -19,7 +19,9 @@ def script(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)  # scripts import what they share from beside them
+        spec.loader.exec_module(module)
     return module
 
 
@@ -52,7 +54,7 @@ def test_lambada_counts_each_exact_word_once(tokenizer_and_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_and_model)
     before, word = "Once there was a cat who liked to", "play"
     whole = tokenizer(f"{before} {word}")["input_ids"]
-    assert lambada.word_tokens(tokenizer, before, word) == len(whole) - len(tokenizer(before)["input_ids"])
+    assert lambada.answer_tokens(tokenizer, before, word) == len(whole) - len(tokenizer(before)["input_ids"])
     kept = lambada.shortened(tokenizer, before, 5)
     assert before.endswith(kept)
     assert len(tokenizer(kept)["input_ids"]) <= 5

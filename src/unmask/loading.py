@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,10 @@ from torch.nn.functional import linear
 from unmask import hf
 from unmask.core.finite import check_weights
 from unmask.hf import lora
+from unmask.hf.fast.packed import seconds_of
 from unmask.model import DiffusionLM
 from unmask.model_name import locate, permanent_name, text_of
+from unmask.progress import warn
 
 
 def load(
@@ -64,10 +64,9 @@ def _warn_of_slow_precision(model: torch.nn.Module) -> None:
         return
     ratio = seconds_of_product(dtype) / seconds_of_product(torch.float32)
     if ratio > 1.5:
-        warnings.warn(
+        warn(
             f"{str(dtype).removeprefix('torch.')} is slow on this CPU: a product over {_ROWS} rows takes {ratio:.1f} "
-            "times as long as in float32; load with dtype='float32'",
-            stacklevel=3,
+            "times as long as in float32; load with dtype='float32'"
         )
 
 
@@ -76,13 +75,9 @@ _ROWS = 9
 
 def seconds_of_product(dtype: torch.dtype) -> float:
     """The shortest of a few products of 9 rows with a matrix of 512 x 512, as passes of few rows have them."""
-    x, weight, best = torch.ones(_ROWS, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), float("inf")
+    weight = torch.ones(512, 512, dtype=dtype)
     with torch.inference_mode():
-        for _ in range(5):
-            began = time.perf_counter()
-            linear(x, weight)
-            best = min(best, time.perf_counter() - began)
-    return best
+        return seconds_of(lambda x: linear(x, weight), torch.ones(_ROWS, 512, dtype=dtype))
 
 
 def read_config(name: str | Path, base: str | Path | None = None) -> dict[str, Any]:

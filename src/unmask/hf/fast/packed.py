@@ -158,14 +158,14 @@ def _largest_that_pays(group: _Group) -> int:
     with torch.inference_mode():
         for rows in SIZES:
             x = torch.ones(rows, group.maps[0].in_features)
-            plain = _seconds(lambda x: [linear(x, m.weight, m.bias) for m in group.maps], x)
-            if _seconds(group.product, x) >= plain:
+            plain = seconds_of(lambda x: [linear(x, m.weight, m.bias) for m in group.maps], x)
+            if seconds_of(group.product, x) >= plain:
                 break
             largest = rows
     return largest if largest < SIZES[-1] else 1 << 30
 
 
-def _seconds(run: Callable[[Tensor], Any], x: Tensor) -> float:
+def seconds_of(run: Callable[[Tensor], Any], x: Tensor) -> float:
     """The shortest of a few runs."""
     best = float("inf")
     for _ in range(5):

@@ -10,11 +10,15 @@ from unmask import progress as module
 from unmask.progress import progress
 
 
-@pytest.mark.parametrize(("total", "steps"), [(100, [50, 50]), (100, [80, 40, 30]), (100, [40, 20]), (None, [3, 4])])
+@pytest.mark.parametrize("seconds", [0.0, module.LINE_SECONDS])
+@pytest.mark.parametrize(("total", "steps"), [
+    (100, [50, 50]), (100, [80, 40, 30]), (100, [40, 20]), (None, [3, 4]), (10, [4, 4, 4, 4]), (10, [4]), (10, [5, 5]),
+])  # fmt: skip
 def test_shares_end_at_100_whatever_the_total_was_thought_to_be(
-    total: int | None, steps: list[int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "LINE_SECONDS", 0.0)
+    total: int | None, steps: list[int], seconds: float, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, "LINE_SECONDS", seconds)
     with progress("work", total) as advance:
         for step in steps:
             advance(step, f"loss {step}")
@@ -24,6 +28,8 @@ def test_shares_end_at_100_whatever_the_total_was_thought_to_be(
     assert lines[-1].endswith(f"loss {steps[-1]}")
     if total is not None:
         assert shares[-1] == 100
+        assert shares.count(100) == 1
+        assert max(shares) == 100
         assert all(share < 100 for share in shares[:-1])
 
 

@@ -11,7 +11,6 @@ import pytest
 from test_cli import run  # noqa: F401
 
 import unmask
-from unmask.progress import progress
 
 
 def test_the_command_alone_and_the_package_as_a_module_print_help() -> None:
@@ -44,29 +43,6 @@ def test_env_names_versions_and_devices(run) -> None:  # noqa: F811
     assert found["unmask"] == unmask.__version__
     assert found["devices"][-1] == "cpu"
     assert f"torch            {found['torch']}" in run("env")[1]
-
-
-@pytest.mark.parametrize(("total", "amounts"), [(10, [4, 4, 4, 4]), (10, [4]), (10, [5, 5])])
-def test_progress_ends_at_all_of_it_and_never_passes_it(total, amounts, capsys) -> None:
-    """Also where the total was an estimate, and too high or too low."""
-    with progress("work", total) as advance:
-        for amount in amounts:
-            advance(amount)
-    shares = [int(line.split()[1].rstrip("%")) for line in capsys.readouterr().err.splitlines()]
-    assert shares[-1] == 100
-    assert shares.count(100) == 1
-    assert max(shares) == 100
-
-
-def test_work_that_fails_does_not_end_at_all_of_it(capsys) -> None:
-    def fail() -> None:
-        with progress("work", 10) as advance:
-            advance(4)
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert "100%" not in capsys.readouterr().err
 
 
 def test_a_run_says_how_to_go_on_and_where_it_goes_on(run, tokenizer_and_model, stories, tmp_path, monkeypatch) -> None:  # noqa: F811

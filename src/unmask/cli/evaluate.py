@@ -9,23 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from unmask.cli.app import Base, Json, TrustRemoteCode, app, name_of
-from unmask.cli.options import DECODER, takes_decoding
+from unmask.cli.options import DECODER, TASKS, takes_decoding
 from unmask.limits import MOST_SAMPLES, check_whole
 from unmask.plain_json import to_json
 from unmask.progress import note
-
-_OF_TASKS = (
-    "tasks_folder", "limit", "num_fewshot", "batch_size", "max_length", "gen_kwargs", "apply_chat_template",
-    "confirm_run_unsafe_code", "output",
-)  # fmt: skip
-"""Options of --tasks alone, besides those of decoding."""
 
 
 @app.command(
     epilog="Example: unmask evaluate runs/q --data test.jsonl --num-samples 16 --json; "
     "unmask evaluate runs/q --tasks arc_easy,hellaswag --limit 200 --output results/q"
 )
-@takes_decoding(*(name for name in DECODER if name != "block_size"))
+@takes_decoding(*TASKS, *(name for name in DECODER if name != "block_size"))
 def evaluate(
     model: Annotated[str, typer.Argument(**name_of("Folder or hub id."))],
     data: Annotated[
@@ -47,32 +41,18 @@ def evaluate(
         str | None,
         typer.Option(help="Instead of --data: tasks of lm-evaluation-harness, or task files, with commas between."),
     ] = None,
-    tasks_folder: Annotated[str | None, typer.Option(help="Tasks: folder with task files of your own.")] = None,
-    limit: Annotated[float | None, typer.Option(help="Tasks: documents of each, or a share below 1.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Tasks: solved examples in the prompt.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Tasks: rows at a time, by default 16.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tasks: a shorter context than the model's.")] = None,
-    gen_kwargs: Annotated[
-        str | None, typer.Option(help="Tasks: NAME=VALUE,... in place of a task's own, as max_gen_toks=64.")
-    ] = None,
-    apply_chat_template: Annotated[bool, typer.Option(help="Tasks: as messages in the chat template.")] = False,
-    confirm_run_unsafe_code: Annotated[bool, typer.Option(help="Tasks: run code that the model wrote.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Tasks: folder for results.json and every sample.")] = None,
     base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     *,
     decoder: dict[str, Any],
-    sampling: dict[str, Any],
+    of_tasks: dict[str, Any],
 ) -> None:
     """Likelihood of text (exact NLL in AR mode, NELBO in diffusion mode), or tasks of lm-evaluation-harness.
 
     Options of decoding are those of tasks.
     """
-    del sampling  # a task says itself how it samples
-    arguments = locals()
-    of_tasks = {name: arguments[name] for name in _OF_TASKS}
-    of_tasks = {name: value for name, value in of_tasks.items() if value is not None and value is not False}
+    of_tasks = {name: value for name, value in of_tasks.items() if value is not False}
     bound: dict[str, Any] = {"num_samples": num_samples, "exact": exact, "block_size": block_size, "seed": seed}
     load_options: dict[str, Any] = {"base": base, "trust_remote_code": trust_remote_code}
     if tasks is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -45,22 +46,43 @@ SAMPLING: dict[str, Any] = {
 """Options of every decoder."""
 
 
-def takes_decoding(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add these options of the tables to a command, which gets those that were given as two dictionaries.
+TASKS: dict[str, Any] = {
+    "tasks_folder": Annotated[str | None, typer.Option(help="Tasks: folder with task files of your own.")],
+    "limit": Annotated[float | None, typer.Option(help="Tasks: documents of each, or a share below 1.")],
+    "num_fewshot": Annotated[int | None, typer.Option(help="Tasks: solved examples in the prompt.")],
+    "batch_size": Annotated[int | None, typer.Option(help="Tasks: rows at a time, by default 16.")],
+    "max_length": Annotated[int | None, typer.Option(help="Tasks: a shorter context than the model's.")],
+    "gen_kwargs": Annotated[
+        str | None, typer.Option(help="Tasks: NAME=VALUE,... in place of a task's own, as max_gen_toks=64.")
+    ],
+    "apply_chat_template": Annotated[bool | None, typer.Option(help="Tasks: as messages in the chat template.")],
+    "confirm_run_unsafe_code": Annotated[bool | None, typer.Option(help="Tasks: run code that the model wrote.")],
+    "output": Annotated[Path | None, typer.Option(help="Tasks: folder for results.json and every sample.")],
+}
+"""Options of `evaluate --tasks` besides those of decoding; a task says itself how it samples."""
 
-    `decoder` holds keywords of `DiffusionLM.decoder`, `sampling` keywords of `DiffusionLM.generate`.
+_TABLES = {"decoder": DECODER, "sampling": SAMPLING, "of_tasks": TASKS}
+"""The parameter of a command that gets the options of a table, by name."""
+
+
+def takes_decoding(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add these options of the tables to a command, which gets those that were given, a dictionary for each table.
+
+    `decoder` holds keywords of `DiffusionLM.decoder`, `sampling` of `DiffusionLM.generate`, `of_tasks` of the harness.
     """
-    added = {name: (DECODER | SAMPLING)[name] for name in names}
+    added = {name: (DECODER | SAMPLING | TASKS)[name] for name in names}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def call(**arguments: Any) -> None:
             given = {name: value for name in names if (value := arguments.pop(name)) is not None}
-            decoder = {name: value for name, value in given.items() if name in DECODER}
-            sampling = {_KEYWORDS.get(name, name): value for name, value in given.items() if name in SAMPLING}
-            command(**arguments, decoder=_with_length(decoder), sampling=sampling)
+            for table in tables:
+                of_table = {_KEYWORDS.get(name, name): value for name, value in given.items() if name in _TABLES[table]}
+                arguments[table] = _with_length(of_table) if table == "decoder" else of_table
+            command(**arguments)
 
         own = inspect.signature(command, eval_str=True)
-        kept = [entry for name, entry in own.parameters.items() if name not in ("decoder", "sampling")]
+        tables = [name for name in own.parameters if name in _TABLES]
+        kept = [entry for name, entry in own.parameters.items() if name not in _TABLES]
         kind = inspect.Parameter.KEYWORD_ONLY
         new = [inspect.Parameter(name, kind, default=None, annotation=what) for name, what in added.items()]
         call.__name__, call.__doc__, call.__module__ = command.__name__, command.__doc__, command.__module__

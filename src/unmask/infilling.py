@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unmask.core.network import DiffusionConfig, Network
+from unmask.data.plain_text import following_ids
 from unmask.evaluation.likelihood import continuation_nelbo
 from unmask.limits import MOST_SAMPLES, check_whole, whole_numbers
 from unmask.plain_numbers import plain
@@ -34,6 +36,49 @@ def span_config(
             "base's clean context alone"
         )
     return replace(config, attention="bidirectional", clean_attention=None, block_size=None)
+
+
+def texts_around(
+    tokenizer: Any,
+    prompt_ids: Callable[[list[str]], list[Tensor]],
+    prefix: str | Sequence[str],
+    suffix: str | Sequence[str],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The tokens before and after each span, tokenised apart. prompt_ids: those of texts that begin a row."""
+    prefixes, suffixes = ([text] if isinstance(text, str) else list(text) for text in (prefix, suffix))
+    if len(prefixes) != len(suffixes):
+        raise ValueError(f"{len(prefixes)} prefixes do not go with {len(suffixes)} suffixes: give as many of each")
+    after = [following_ids(tokenizer, text) for text in suffixes]
+    return prompt_ids(prefixes), [torch.tensor(ids, dtype=torch.long) for ids in after]
+
+
+def fill_spans(
+    decoder: Blocks | WholeCanvas,
+    network: Network,
+    config: DiffusionConfig,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    num_tokens: int | Sequence[int],
+    *,
+    stop_tokens: Sequence[int],
+    num_samples: int | None,
+    seed: int,
+    context_length: int | None,
+    **sampling: Any,
+) -> SampledTokens:
+    """The spans filled, with the best of the candidate lengths; sampling: more fields of the `Request`."""
+    lengths = span_lengths(num_tokens, before, after, context_length)
+    check_samples(num_samples, lengths)
+    warn_of_unseen(decoder, config, before, after, max(lengths))
+    request = Request(
+        max_new_tokens=max(lengths), seed=seed, end_token_ids=whole_numbers("stop_tokens", stop_tokens),
+        context_length=context_length, **sampling,
+    )  # fmt: skip
+    candidates = fill_lengths(decoder, network, config, before, after, request, lengths)
+    if len(candidates) == 1:
+        return candidates[0]
+    config = config.with_block_size(decoder.block_size)
+    return best_length(network, config, before, after, candidates, num_samples=plain(num_samples) or 8, seed=seed)
 
 
 def span_lengths(

@@ -19,13 +19,12 @@ from unmask.core.attention import Pattern
 from unmask.core.drafter import Drafter
 from unmask.core.finite import FiniteWeights
 from unmask.core.network import DiffusionConfig
-from unmask.data.plain_text import encode, following_ids
-from unmask.data.prompts import Prompts, StopStrings, new_text, prompt_rows, warn_of_cuts
+from unmask.data.prompts import Prompts, StopStrings, check_room, new_text, prompt_rows, warn_of_cuts
 from unmask.evaluation import likelihood
-from unmask.evaluation.embed import beginnings, embed, named_pattern
+from unmask.evaluation.embed import document_ids, embed, named_pattern
 from unmask.evaluation.likelihood import LikelihoodOutput
-from unmask.infilling import best_length, check_samples, fill_lengths, span_config, span_lengths, warn_of_unseen
-from unmask.limits import check_whole, whole_numbers
+from unmask.infilling import fill_spans, span_config, texts_around
+from unmask.limits import check_whole
 from unmask.outputs import SampleOutput, sample_output
 from unmask.plain_numbers import plain
 from unmask.progress import progress
@@ -189,7 +188,7 @@ class DiffusionLM:
         """
         self._check_weights()
         self._check_guidance(decoder)
-        self._check_room(prompts)
+        check_room(prompts, self.network.context_length)
         if isinstance(request.seed, Sequence) and len(request.seed) != len(prompts):
             raise ValueError(f"seed has {len(request.seed)} numbers for {len(prompts)} prompts: give one for each")
         return decoder(self.network, self.diffusion, prompts, request)
@@ -268,41 +267,15 @@ class DiffusionLM:
             raise ValueError(f"mode {mode!r} cannot see a suffix: infill works in mode 'diffusion'")
         self._check_weights()
         self._check_guidance(decoder)
-        before, after = self._around(prefix, suffix)
-        lengths = span_lengths(num_tokens, before, after, self.network.context_length)
-        check_samples(num_samples, lengths)
-        warn_of_unseen(decoder, config, before, after, max(lengths))
-        stop, drawn = self._stop(before, stop_strings), given_or_new(seed)
-        request = Request(
-            max_new_tokens=max(lengths), temperature=temperature, top_p=top_p, top_k=top_k, seed=drawn,
-            end_token_ids=whole_numbers("stop_tokens", stop_tokens), callback=callback,
-            stop=stop if stop.strings else None, context_length=self.network.context_length,
+        before, after = texts_around(self.tokenizer, self.prompt_ids, prefix, suffix)
+        stop = self._stop(before, stop_strings)
+        sampled = fill_spans(
+            decoder, self.network, config, before, after, num_tokens,
+            stop_tokens=stop_tokens, stop=stop if stop.strings else None, num_samples=num_samples,
+            seed=given_or_new(seed), temperature=temperature, top_p=top_p, top_k=top_k, callback=callback,
+            context_length=self.network.context_length,
         )  # fmt: skip
-        candidates = fill_lengths(decoder, self.network, config, before, after, request, lengths)
-        sampled = candidates[0]
-        if len(candidates) > 1:
-            sampled = best_length(
-                self.network, config.with_block_size(decoder.block_size), before, after, candidates,
-                num_samples=plain(num_samples) or 8, seed=drawn,
-            )  # fmt: skip
         return self._output(before, sampled, stop, after)
-
-    def _around(self, prefix: str | Sequence[str], suffix: str | Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
-        """The tokens before and after each span."""
-        prefixes, suffixes = ([text] if isinstance(text, str) else list(text) for text in (prefix, suffix))
-        if len(prefixes) != len(suffixes):
-            raise ValueError(f"{len(prefixes)} prefixes do not go with {len(suffixes)} suffixes: give as many of each")
-        after = [following_ids(self.tokenizer, text) for text in suffixes]
-        return self.prompt_ids(prefixes), [torch.tensor(ids, dtype=torch.long) for ids in after]
-
-    def _check_room(self, prompts: Sequence[Tensor]) -> None:
-        """Raise ValueError for a prompt that fills the model's context."""
-        context = self.network.context_length
-        for ids in prompts:
-            if context is not None and len(ids) >= context:
-                raise ValueError(
-                    f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}: shorten it"
-                )
 
     def _check_guidance(self, decoder: Decoder) -> None:
         """Raise ValueError for guidance of a drafter, whose base has no mask embedding."""
@@ -329,11 +302,7 @@ class DiffusionLM:
 
     def begin_token(self) -> Tensor:
         """(1,) int64, where an unconditional text starts: the begin token, else the end token."""
-        ends = (self.tokenizer.eos_token_id, *self.end_token_ids)
-        begin = next((token for token in (self.tokenizer.bos_token_id, *ends) if token is not None), None)
-        if begin is None:
-            raise ValueError("an empty prompt needs a begin or end token, and this tokenizer has neither")
-        return torch.tensor([begin], dtype=torch.long)
+        return torch.tensor([hf.begin_token_id(self.model, self.tokenizer)], dtype=torch.long)
 
     def new_text(self, prompt: Tensor, new: Sequence[int]) -> str:
         """The text that `new` tokens add to the prompt's."""
@@ -423,9 +392,7 @@ class DiffusionLM:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("texts is empty: give at least one")
-        rows = encode(self.tokenizer, texts)["input_ids"]
-        ids = [torch.tensor(row, dtype=torch.long) if row else self.begin_token() for row in rows]
-        ids = beginnings(ids, self.network.context_length)
+        ids = document_ids(self.tokenizer, texts, self.begin_token, self.network.context_length)
         with progress("embed", len(ids), show=show_progress) as advance:
             return embed(self.network, ids, pattern, batch_tokens=plain(batch_tokens), progress=advance)
 

@@ -156,6 +156,15 @@ class StopStrings:
         return text[: min((at for at in map(text.find, self.strings) if at >= 0), default=len(text))]
 
 
+def check_room(prompts: Sequence[Tensor], context_length: int | None) -> None:
+    """Raise ValueError for a prompt that fills the model's context."""
+    for ids in prompts:
+        if context_length is not None and len(ids) >= context_length:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context_length}: shorten it"
+            )
+
+
 def warn_of_cuts(prompts: Sequence[Tensor], sequences: Tensor, num_new: Sequence[int], request: Request) -> None:
     """Warn of a row that ended where the model's context does, before what was asked for.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unmask.core.attention import PADDING, Layout, Pattern, bidirectional, block_causal, causal
 from unmask.core.transfer import to_device
+from unmask.data.plain_text import encode
 from unmask.plain_json import to_json
 
 
@@ -39,6 +40,14 @@ def named_pattern(name: str, block_size: int | None) -> Pattern:
     return patterns[name]
 
 
+def document_ids(
+    tokenizer: Any, texts: Sequence[str], begin_token: Callable[[], Tensor], context_length: int | None
+) -> list[Tensor]:
+    """The token ids (length,) of each text, cut to the context; an empty text is its begin token."""
+    rows = encode(tokenizer, texts)["input_ids"]
+    return beginnings([torch.tensor(row) if row else begin_token() for row in rows], context_length)
+
+
 def beginnings(rows: Sequence[Tensor], context_length: int | None) -> list[Tensor]:
     """Rows of token ids, (length,), cut to the context, with a warning if one is longer."""
     long = [i for i, row in enumerate(rows) if context_length is not None and len(row) > context_length]
@@ -46,7 +55,7 @@ def beginnings(rows: Sequence[Tensor], context_length: int | None) -> list[Tenso
         warnings.warn(
             f"{len(long)} of {len(rows)} texts are longer than the context of {context_length} tokens (the first is "
             f"number {long[0] + 1}): only their beginnings are embedded",
-            stacklevel=3,
+            stacklevel=4,
         )
     return [row[:context_length] for row in rows]
 

@@ -27,7 +27,7 @@ from unmask.hf.masks import UnsupportedModelError
 from unmask.hf.network import FastPaths, HFNetwork, replicate
 from unmask.hf.probes import as_network, probe, probe_fast_paths, probe_network, sees_position_differences
 from unmask.hf.quantised import quantisation_of
-from unmask.hf.special_tokens import add_end_token, check_mask_token, end_token_ids
+from unmask.hf.special_tokens import add_end_token, begin_token_id, check_mask_token, end_token_ids
 
 __all__ = [
     "Base",
@@ -38,6 +38,7 @@ __all__ = [
     "add_end_token",
     "add_mask_token",
     "as_network",
+    "begin_token_id",
     "check_mask_token",
     "check_tokenizer",
     "checkpoint_layers",

@@ -16,6 +16,15 @@ def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, of_model + of_tokenizer)))
 
 
+def begin_token_id(model: Any, tokenizer: Any) -> int:
+    """The token from which an unconditional text starts: the begin token, else the end token; ValueError without."""
+    ends = (tokenizer.eos_token_id, *end_token_ids(model, tokenizer))
+    begin = next((token for token in (tokenizer.bos_token_id, *ends) if token is not None), None)
+    if begin is None:
+        raise ValueError("an empty prompt needs a begin or end token, and this tokenizer has neither")
+    return int(begin)
+
+
 def add_end_token(model: Any, tokenizer: Any, token: str) -> int:
     """Make a token of the vocabulary the first of the model's end tokens, beside those it has; return its id."""
     token_id = tokenizer.get_vocab().get(token)

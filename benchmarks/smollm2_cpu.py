@@ -150,7 +150,7 @@ def rows(bench: Bench) -> None:
         bench.network(prefix[None, :number], layout, causal, past=state)
         bench.network.packed = kept
 
-    bench.network.pack()
+    bench.lm.pack()
     cases: dict[str, Callable[[], None]] = {"transformers, 1": stock}
     for number in (1, 5, 9, 17):
         cases[f"plain, {number}"] = partial(ours, number, False)
@@ -170,7 +170,7 @@ def rows(bench: Bench) -> None:
 
 def speed(bench: Bench) -> None:
     """Whole answers at batch 1, greedy: seconds a token over those of stock `generate()`, by domain."""
-    bench.network.pack()
+    bench.lm.pack()
     packed = bench.network.packed
 
     def plain(way: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,7 +219,7 @@ def speed(bench: Bench) -> None:
 
 def yields(bench: Bench) -> None:
     """Tokens per cycle and per forward by domain, and inputs a forward."""
-    bench.network.pack()
+    bench.lm.pack()
     prompts = bench.prompts(bench.options.answers)
     for temperature in bench.options.temperatures:
         for name in bench.options.forms:

@@ -181,9 +181,13 @@ def speculate(
     first = torch.arange(batch * width).view(batch, width) * (1 + num_masks)
     # Row i - 1 scores position i with the shift; the token itself scores the next position, exactly.
     drafted = first[..., None] + torch.arange(most) + (1 if config.shift else 2)
-    state = past if width == 1 else past.for_branches(*_branches(past, passed, batch, width))
-    whole = Pass(ids, passed, drafting(config.noisy_attention), first.flatten())
-    ar_logits, later = run_deferred(network, whole, drafted.flatten(), state)
+    pattern = drafting(config.noisy_attention)
+    if width == 1:  # which drafts are wanted is known: the head reads its weights once
+        rows = torch.cat([first, drafted[:, 0]], dim=1)
+        logits = network(ids, passed, pattern, rows=rows.flatten(), past=past).unflatten(0, (batch, 1 + most))
+        return Speculation(logits[:, :1], lambda _: logits[:, 1:])
+    state = past.for_branches(*_branches(past, passed, batch, width))
+    ar_logits, later = run_deferred(network, Pass(ids, passed, pattern, first.flatten()), drafted.flatten(), state)
 
     def drafts(token: Tensor) -> Tensor:
         return later(drafted[torch.arange(batch), token].flatten()).unflatten(0, (batch, most))

@@ -24,7 +24,7 @@ from unmask.core.scoring import noisy_ids, score
 from unmask.recipe import load_recipe
 from unmask.resolve import resolve
 from unmask.sampling import Coupled, Rejection, Request, Speculative, sample_autoregressive
-from unmask.sampling.cycles import Costs, Cycle, MeasuredPace
+from unmask.sampling.cycles import Costs, Cycle, Experience, MeasuredPace
 from unmask.training.step import step_loss
 
 SHAPES = [(False, "bidirectional"), (False, "causal"), (True, "bidirectional"), (True, "causal")]
@@ -161,7 +161,7 @@ def test_a_measured_pace_weighs_a_draft_forward_that_gives_no_token() -> None:
     """Drafts that are never accepted: two forwards gain one token, or two where the draft forward is AR's too."""
     chosen = {}
     for apart in (True, False):
-        pace = MeasuredPace(4, Costs({1: 1.0, 2: 0.9}), 0, apart=apart)
+        pace = MeasuredPace(4, Experience(Costs({1: 1.0, 2: 0.9})), 0, apart=apart)
         assert all(cycle.forwards == 2 for cycle in pace.cycles[1:]) == apart
         for _ in range(200):
             pace.learn_drafts([3], [0])

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 
 @dataclass(frozen=True)
 class Cycle:
@@ -25,10 +23,14 @@ class Cycle:
     forwards: int
     length: int
 
-    def inputs(self, spare_masks: int) -> list[int]:
-        """Tokens and masks of each forward, of one row; spare_masks: how many masks more than drafts a block has."""
-        block = self.length + spare_masks if self.length > 1 else 1
-        return [self.length * block] if self.forwards == 1 else [block, self.length]
+    def inputs(self, spare_masks: int) -> list[tuple[int, bool]]:
+        """Of each forward, tokens and masks of one row, and whether masks are among them.
+
+        spare_masks: how many masks more than drafts a block has.
+        """
+        masks = self.length > 1
+        block = self.length + spare_masks if masks else 1
+        return [(self.length * block, masks)] if self.forwards == 1 else [(block, masks), (self.length, False)]
 
     def gain(self, accepted: float) -> float:
         """Tokens gained where so many drafts are accepted: one more a forward."""
@@ -46,8 +48,8 @@ class Pace:
         """The next cycle of so many rows."""
         return self.cycle
 
-    def learn_cost(self, num_inputs: int, seconds: float) -> None:
-        """A forward over so many tokens and masks took this long."""
+    def learn_cost(self, num_inputs: int, masks: bool, seconds: float) -> None:
+        """A forward over so many tokens, and masks if there were any, took this long."""
 
     def learn_drafts(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
         """Of so many drafts of each row so many were accepted."""
@@ -67,7 +69,7 @@ def adapted_length(length: int, gained: int, longest: int) -> int:
 
 @dataclass
 class Costs:
-    """Seconds of a forward by the number of its inputs, a running mean. One for each model: they outlive a call."""
+    """Seconds of a forward by the number of its inputs, a running mean."""
 
     seconds: dict[int, float] = field(default_factory=dict)
 
@@ -99,16 +101,37 @@ _SHARE = 0.1
 """Weight of the newest forward in a running mean."""
 _KEPT = 0.95
 """Share of what is known of the drafts that a cycle with drafts keeps."""
+_OLD = 0.25
+"""Share of what is known of the drafts that the next call takes over."""
 _PROBES = 0.03
 """Share of the time that may be lost to drafts where AR decoding is faster."""
 _AR = Cycle(1, 1)
-_costs: weakref.WeakKeyDictionary[nn.Module, Costs] = weakref.WeakKeyDictionary()
 
 
-def costs_of(network: Any) -> Costs:
-    """The costs seen so far of the network's model."""
-    model = getattr(network, "model", None)
-    return Costs() if model is None else _costs.setdefault(model, Costs())
+@dataclass
+class Experience:
+    """What calls with one model have seen, for the next one: costs of forwards of tokens alone and of those with masks,
+    which adapters make slower; and drafts, see `MeasuredPace`."""
+
+    tokens: Costs = field(default_factory=Costs)
+    masks: Costs = field(default_factory=Costs)
+    tried: list[float] = field(default_factory=list)
+    accepted: list[float] = field(default_factory=list)
+
+    def cost(self, num_inputs: int, masks: bool) -> float:
+        """Seconds of a forward; one with masks takes at least as long as one without."""
+        cost = self.tokens.of(num_inputs)
+        return max(cost, self.masks.of(num_inputs)) if masks else cost
+
+
+_experience: weakref.WeakKeyDictionary[Any, Experience] = weakref.WeakKeyDictionary()
+
+
+def experience_of(network: Any) -> Experience:
+    """What was seen of the network's model as it runs now: packed and compiled passes have costs of their own."""
+    ways = (getattr(network, way, None) for way in ("packed", "compiled", "model"))
+    way = next((way for way in ways if way is not None), None)
+    return Experience() if way is None else _experience.setdefault(way, Experience())
 
 
 class MeasuredPace(Pace):
@@ -117,12 +140,15 @@ class MeasuredPace(Pace):
     tried, accepted: of the j-th draft after the AR token, once those before it were accepted; weighted by age. Where
     AR decoding promises most, a draft is tried now and then, at no more than `_PROBES` of the time. apart: a draft
     forward verifies nothing (`adapt_anchor`), so cycles that draft have two forwards, of which one gives a token more.
+    Drafts of earlier calls count for `_OLD` of what they did: the next text may be another one.
     """
 
-    def __init__(self, longest: int, costs: Costs, spare_masks: int = 1, *, apart: bool = False) -> None:
+    def __init__(self, longest: int, seen: Experience, spare_masks: int = 1, *, apart: bool = False) -> None:
         super().__init__(Cycle(2 if apart else 1, longest))
-        self.costs, self.spare_masks, self.apart = costs, spare_masks, apart
-        self.tried, self.accepted = [0.0] * longest, [0.0] * longest
+        self.seen, self.spare_masks, self.apart = seen, spare_masks, apart
+        for drafts in (seen.tried, seen.accepted):
+            drafts[:] = [_OLD * count for count in drafts] + [0.0] * (longest - len(drafts))
+        self.tried, self.accepted = seen.tried, seen.accepted
         lengths = [n for n in range(2, longest + 1) if n <= 4 or n % 2 == 0]
         kinds = (2,) if apart else (2, 1)
         self.cycles = [_AR] + [Cycle(forwards, length) for length in lengths for forwards in kinds]
@@ -150,7 +176,7 @@ class MeasuredPace(Pace):
 
     def _cost(self, cycle: Cycle, num_rows: int) -> float:
         """Seconds of a cycle."""
-        return sum(self.costs.of(num_rows * inputs) for inputs in cycle.inputs(self.spare_masks))
+        return sum(self.seen.cost(num_rows * inputs, masks) for inputs, masks in cycle.inputs(self.spare_masks))
 
     def _expected(self, cycle: Cycle) -> float:
         """Drafts accepted in a cycle; a place seldom tried counts as the mean of all, and one not tried as certain."""
@@ -161,14 +187,14 @@ class MeasuredPace(Pace):
             total += chance
         return total
 
-    def learn_cost(self, num_inputs: int, seconds: float) -> None:
-        self.costs.learn(num_inputs, seconds)
+    def learn_cost(self, num_inputs: int, masks: bool, seconds: float) -> None:
+        (self.seen.masks if masks else self.seen.tokens).learn(num_inputs, seconds)
         self.seconds_without_drafts += seconds
 
     def learn_drafts(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
         if not any(drafted):
             return
-        for place in range(self.longest):
+        for place in range(len(self.tried)):
             tried = sum(n > place and m >= place for n, m in zip(drafted, accepted, strict=True))
             passed = sum(n > place and m > place for n, m in zip(drafted, accepted, strict=True))
             self.tried[place] = _KEPT * self.tried[place] + tried

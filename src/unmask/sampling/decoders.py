@@ -25,7 +25,7 @@ from unmask.sampling.autoregressive import sample_autoregressive
 from unmask.sampling.block import sample_blocks
 from unmask.sampling.canvas import Canvas, sample_bidirectional, sample_canvases
 from unmask.sampling.commit import Ancestral, ConfidenceAmongAll, Selector, Threshold
-from unmask.sampling.cycles import Cycle, MeasuredPace, Pace, costs_of
+from unmask.sampling.cycles import Cycle, MeasuredPace, Pace, experience_of
 from unmask.sampling.guidance import check_guidance
 from unmask.sampling.remask import Remask
 from unmask.sampling.request import Request, SampledTokens
@@ -202,7 +202,7 @@ class Speculative:
         assert config.block_size is not None
         length = self.draft_length if isinstance(self.draft_length, int) else config.block_size
         if self.cycle == "auto" or (self.cycle is None and self.draft_length is None):
-            pace: Pace = MeasuredPace(length, costs_of(network), spare_masks(config), apart=config.adapt_anchor)
+            pace: Pace = MeasuredPace(length, experience_of(network), spare_masks(config), apart=config.adapt_anchor)
         else:
             pace = Pace(Cycle(1 if self.cycle == "one" else 2, length), adaptive=self.draft_length == "auto")
         return sample_speculative(network, config, prompts, request, pace=pace, acceptance=self.acceptance)

@@ -139,7 +139,8 @@ class _Speculation(AutoregressiveRows):
         self.drafts, self.counts = self._draw(q, rows, start), wanted.tolist()
         self.num_forwards[rows] += 1
         self.num_inputs[rows] += wanted + spare_masks(self.config)
-        self.pace.learn_cost(len(rows) * int(wanted.max() + spare_masks(self.config)), time.perf_counter() - began)
+        inputs = len(rows) * int(wanted.max() + spare_masks(self.config))
+        self.pace.learn_cost(inputs, True, time.perf_counter() - began)
 
     def advance(self, length: int) -> None:
         """One forward of the rows that go on: verify their drafts, and draft up to this length, the AR token first.
@@ -205,7 +206,7 @@ class _Speculation(AutoregressiveRows):
         inputs = (counts + 1) * (1 + (wanted + spare_masks(self.config)) * (wanted > 0))
         self.num_inputs[self._rows(slots)] += inputs
         self.num_forwards[self._rows(slots)] += 1
-        self.pace.learn_cost(len(slots) * int(inputs.max()), seconds)
+        self.pace.learn_cost(len(slots) * int(inputs.max()), bool(wanted.any()), seconds)
         self.pace.learn_drafts(counts.tolist(), decided[:, 0].tolist())
         for slot, drafted, (n, token, *drafts) in zip(slots, wanted.tolist(), decided.tolist(), strict=True):
             row = self.scheduler.rows[slot]

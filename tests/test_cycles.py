@@ -89,7 +89,9 @@ def test_a_drafter_that_becomes_good_is_tried_again() -> None:
 def test_the_next_call_knows_what_the_last_one_saw() -> None:
     seen = Experience()
     first, _ = write(MeasuredPace(LONGEST, seen), steep, 0.1, 64)
-    second, cycles = write(MeasuredPace(LONGEST, seen), steep, 0.1, 64)
+    pace = MeasuredPace(LONGEST, seen)
+    assert pace.tried[0] > 0
+    second, cycles = write(pace, steep, 0.1, 64)
     assert second < first
     assert second < 1.05 * 64 * steep(1)
     assert cycles[Cycle(1, 1)] > 0.9 * sum(cycles.values())

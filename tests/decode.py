@@ -24,7 +24,10 @@ def sample_autoregressive(network: Any, prompts: Any, **options: Any) -> Sampled
 def sample_blocks(network: Any, config: Any, prompts: Any, **options: Any) -> SampledTokens:
     suffixes = options.pop("suffixes", None)
     request, own = _split(options)
-    return sampling.Blocks(**own)(network, config, prompts, request, suffixes)
+    if suffixes is None:
+        return sampling.Blocks(**own)(network, config, prompts, request)
+    around = [sampling.Canvas.around(p, request.max_new_tokens, s) for p, s in zip(prompts, suffixes, strict=True)]
+    return sampling.Blocks(**own).fill(network, config, around, request)
 
 
 def sample_canvases(network: Any, config: Any, prompts: Any, **options: Any) -> SampledTokens:

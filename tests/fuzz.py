@@ -130,6 +130,7 @@ anything = st.one_of(
 any_word = st.sampled_from(WORDS) | st.integers(-300, 300).map(str) | st.floats(width=32).map(str)
 
 some_text = st.sampled_from(["Once there was", "A cat", "", "The little bird sang."])
+some_gaps = st.sampled_from(["Once<gap:3>", "<gap:1,2> there<gap:9> was", "A <gap:2><gap:2>cat"])
 small = st.integers(1, 9)
 GOOD: dict[str, st.SearchStrategy[Any]] = {
     # of decoders, and of what they are asked
@@ -147,7 +148,8 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "prompts": some_text | st.lists(some_text, min_size=1, max_size=3) | st.just(Made("tensor", {"ids": [[3, 4, 5]]}))
     | st.lists(st.sampled_from([0, 1, 5, 299, 300, 301, -1, 10**20]), min_size=1, max_size=4),
     "attention_mask": st.just(Made("tensor", {"ids": [[1, 1, 1]]})), "callback": st.just(Made("ignore", {})),
-    "prefix": some_text, "suffix": some_text, "num_tokens": small | st.lists(small, min_size=1, max_size=2),
+    "prefix": some_text | some_gaps | st.just(["A", 2, [1, 3], " cat"]), "text": some_gaps,
+    "suffix": some_text, "num_tokens": small | st.lists(small, min_size=1, max_size=2),
     "stop_tokens": st.just([5]), "attention": st.just("bidirectional"), "num_samples": st.integers(1, 4),
     "texts": some_text | st.lists(some_text, min_size=1, max_size=3), "exact": st.booleans(),
     "pattern": st.sampled_from(["causal", "bidirectional", "block_causal"]), "batch_tokens": st.integers(1, 999),
@@ -171,7 +173,8 @@ FLAGS = {"as_json", "exact", "everything", "markdown", "skip_invalid", "watch", 
 NUMBERS = (int, float)
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("temperature", "top_p", "guidance_scale", "confidence_threshold", "eta", "factor"), NUMBERS),
-    **dict.fromkeys(("mode", "attention", "pattern", "prefix", "suffix", "stop_strings", "texts"), (str,)),
+    **dict.fromkeys(("mode", "attention", "pattern", "suffix", "stop_strings", "texts"), (str,)),
+    "prefix": (str, list),
     "prompt": (str,), "cycle": (str,), "select": (), "remask": (), "acceptance": (), "callback": (),
     "prompts": (str,), "variant": (str,), "entropy_bound": NUMBERS, "exact": (bool,), "show_progress": (bool,),
     "attention_mask": (), "stop_tokens": (list,), "draft_length": (int, str), "num_tokens": (int, list),
@@ -237,6 +240,8 @@ def method_calls(draw: Any) -> Call:
     name, model = draw(st.sampled_from(METHODS)), draw(st.sampled_from(MODELS))
     parameters = inspect.signature(getattr(unmask.DiffusionLM, name)).parameters.values()
     required = tuple(p.name for p in parameters if p.default is p.empty and p.name not in ("self", "options"))
+    if name == "infill" and draw(st.booleans()):  # between two texts, not in one
+        required = ("prefix", "suffix", "num_tokens")
     if name == "stream":  # which takes those of generate
         parameters = inspect.signature(unmask.DiffusionLM.generate).parameters.values()
     names = [p.name for p in parameters if p.name not in ("self", "options", "prompts", *required)]
@@ -321,6 +326,9 @@ def command_calls(draw: Any) -> Call:
     name = draw(st.sampled_from(COMMANDS))
     names = [p.name for p in command(name).params if p.name not in ("help", "model", "trust_remote_code")]
     required = tuple(p.name for p in command(name).params if p.required and p.name != "model")
+    if name == "infill":
+        required = draw(st.sampled_from([("text",), ("prefix", "suffix", "num_tokens")]))
+        names = [n for n in names if n not in ("text", "prefix", "suffix", "num_tokens")]
     if name in ("evaluate", "frontier", "demo") and draw(st.integers(0, 9)):
         required = (*required, "data")
     if name in ("frontier", "bench", "demo", "study"):  # long where they are right: a value that is not

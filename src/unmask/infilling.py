@@ -1,9 +1,11 @@
-"""Spans between a prefix and a suffix: their candidate lengths, and which of them to keep."""
+"""Texts with gaps: how they are written, how they are filled, and which of the candidate lengths are kept."""
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +13,144 @@ from torch import Tensor
 
 from unmask.core.network import DiffusionConfig, Network
 from unmask.data.plain_text import following_ids
+from unmask.data.prompts import StopStrings
 from unmask.evaluation.likelihood import continuation_nelbo
 from unmask.limits import MOST_SAMPLES, check_whole, whole_numbers
 from unmask.plain_numbers import plain
 from unmask.progress import warn
-from unmask.sampling import Blocks, Decoder, Request, SampledTokens, WholeCanvas
+from unmask.sampling import Blocks, Canvas, Decoder, Request, SampledTokens, WholeCanvas
+
+MOST_COMBINATIONS = 64
+"""Of candidate lengths of a text's gaps, at most: each combination is filled and scored."""
+
+Pieces = Sequence[str | int | Sequence[int]]
+"""Texts, and between them gaps: the number of tokens of each, or its candidate numbers."""
+
+NewText = Callable[[Tensor, Sequence[int]], str]
+"""(tokens before, new tokens) -> the text that the new ones add."""
+
+
+@dataclass(frozen=True)
+class Gapped:
+    """A text with gaps: texts[i] stands before gap i, the last one behind all. pieces: their tokens, (length,) int64.
+
+    The first piece has at least one token. lengths: the candidates of each gap.
+    """
+
+    texts: tuple[str, ...]
+    lengths: tuple[tuple[int, ...], ...]
+    pieces: tuple[Tensor, ...] = ()
+
+    def joined(self, gaps: Sequence[Sequence[int]]) -> list[int]:
+        """The tokens up to the gap after these: all of them, if these are all gaps."""
+        parts = [piece.tolist() for piece in self.pieces[: len(gaps) + 1]]
+        return [token for part, gap in zip(parts, [*gaps, []], strict=True) for token in [*part, *gap]]
+
+    def split(self, tokens: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        """The tokens of each gap, of those of all gaps in order; a single gap may have ended early."""
+        ends = itertools.accumulate(lengths)
+        return [list(tokens[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Rows with filled gaps: what sampling counted, all tokens, the texts of the gaps, and whole texts."""
+
+    sampled: SampledTokens
+    sequences: list[list[int]]
+    fills: list[list[str]]
+    texts: list[str]
+
+
+# --- how gaps are written
+
+
+def texts_with_gaps(
+    text: Any, suffix: str | Sequence[str] | None, num_tokens: int | Sequence[int] | None
+) -> list[Gapped]:
+    """The rows that `infill` is asked for, not tokenised yet: prefixes and suffixes, or texts with gaps in them.
+
+    Raises ValueError for a row without a gap, and for one without tokens; TypeError for what is none of these.
+    """
+    if suffix is None:
+        if num_tokens is not None:
+            raise ValueError(f"num_tokens {num_tokens} needs a suffix: give one, or mark gaps in the text as <gap:8>")
+        rows: list[Any] = [text] if isinstance(text, str) or _is_pieces(text) else list(text)
+        if not rows:
+            raise ValueError("the list of texts is empty: give at least one with a gap, such as 'Once <gap:8> end'")
+        return [_of_pieces(_marked(row) if isinstance(row, str) else row) for row in rows]
+    if num_tokens is None:
+        raise TypeError("num_tokens None must be a number of tokens between prefix and suffix, or a list of candidates")
+    prefixes, suffixes = ([one] if isinstance(one, str) else list(one) for one in (text, suffix))
+    if len(prefixes) != len(suffixes):
+        raise ValueError(f"{len(prefixes)} prefixes do not go with {len(suffixes)} suffixes: give as many of each")
+    lengths = (_lengths("num_tokens", num_tokens),)
+    return [Gapped(pair, lengths) for pair in zip(prefixes, suffixes, strict=True)]
+
+
+def _is_pieces(items: Any) -> bool:
+    """Whether a list holds the pieces of one text, and not several texts: it has a gap, a number or numbers alone."""
+    if not _is_list(items):
+        raise TypeError(f"text {items!r} must be a text with gaps, or a list of texts and numbers of tokens")
+    return any(not isinstance(item, str) and not (_is_list(item) and any(isinstance(part, str) for part in item))
+               for item in items)  # fmt: skip
+
+
+def _is_list(item: Any) -> bool:
+    return isinstance(item, Iterable) and not isinstance(item, str | bytes | dict)
+
+
+def _marked(text: str) -> list[str | list[int]]:
+    """The pieces of a text in which <gap:8> is a gap of 8 tokens, and <gap:4,8> one of 4 or 8."""
+    pieces: list[str | list[int]] = []
+    end = 0
+    for mark in re.finditer(r"<gap(?::([^<>]*))?>", text):
+        numbers = (mark[1] or "").split(",")
+        if not all(re.fullmatch(" *[0-9]{1,12} *", number) for number in numbers):
+            raise ValueError(
+                f"the mark {mark[0]!r} gives no number of tokens: write <gap:8>, or give a list of pieces, "
+                "['Once ', 8, ' end'], in which it is ordinary text"
+            )
+        pieces += [text[end : mark.start()], [int(number) for number in numbers]]
+        end = mark.end()
+    return [*pieces, text[end:]]
+
+
+def _of_pieces(pieces: Iterable[Any]) -> Gapped:
+    """Texts, and gaps as numbers of tokens; texts side by side are one, and an empty one stands between two gaps."""
+    texts, lengths = [""], []
+    for piece in pieces:
+        if isinstance(piece, str):
+            texts[-1] += piece
+        else:
+            lengths.append(_lengths("gap", piece))
+            texts.append("")
+    if not lengths:
+        shown = repr(texts[0] if len(texts[0]) <= 70 else texts[0][:67] + "...")
+        raise ValueError(
+            f"the text {shown} has no gap: write <gap:8> where tokens are wanted, or give a suffix as well"
+        )
+    return Gapped(tuple(texts), tuple(lengths))
+
+
+def _lengths(name: str, given: Any) -> tuple[int, ...]:
+    """The candidate lengths of a gap; ValueError for none, and for one below 1."""
+    value = plain(given)
+    lengths = whole_numbers(name, value if _is_list(value) else [value])
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"{name} {given} must be at least 1: there is nothing to fill in")
+    check_whole(name, max(lengths))
+    return lengths
+
+
+def tokenised(tokenizer: Any, prompt_ids: Callable[[list[str]], list[Tensor]], rows: Sequence[Gapped]) -> list[Gapped]:
+    """The rows with their tokens, each text tokenised apart. prompt_ids: tokens of texts that begin a row."""
+    first = prompt_ids([row.texts[0] for row in rows])
+    later = [[torch.tensor(following_ids(tokenizer, text), dtype=torch.long) for text in row.texts[1:]] for row in rows]
+    return [replace(row, pieces=(begin, *others)) for row, begin, others in zip(rows, first, later, strict=True)]
+
+
+# --- how they are filled
 
 
 def span_config(
@@ -38,141 +173,176 @@ def span_config(
     return replace(config, attention="bidirectional", clean_attention=None, block_size=None)
 
 
-def texts_around(
-    tokenizer: Any,
-    prompt_ids: Callable[[list[str]], list[Tensor]],
-    prefix: str | Sequence[str],
-    suffix: str | Sequence[str],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The tokens before and after each span, tokenised apart. prompt_ids: those of texts that begin a row."""
-    prefixes, suffixes = ([text] if isinstance(text, str) else list(text) for text in (prefix, suffix))
-    if len(prefixes) != len(suffixes):
-        raise ValueError(f"{len(prefixes)} prefixes do not go with {len(suffixes)} suffixes: give as many of each")
-    after = [following_ids(tokenizer, text) for text in suffixes]
-    return prompt_ids(prefixes), [torch.tensor(ids, dtype=torch.long) for ids in after]
-
-
-def fill_spans(
-    decoder: Blocks | WholeCanvas,
-    network: Network,
-    config: DiffusionConfig,
-    before: Sequence[Tensor],
-    after: Sequence[Tensor],
-    num_tokens: int | Sequence[int],
-    *,
-    stop_tokens: Sequence[int],
+def check_rows(
+    rows: Sequence[Gapped],
+    choices: Sequence[Sequence[Sequence[int]]],
     num_samples: int | None,
-    seed: int,
     context_length: int | None,
-    **sampling: Any,
-) -> SampledTokens:
-    """The spans filled, with the best of the candidate lengths; sampling: more fields of the `Request`."""
-    lengths = span_lengths(num_tokens, before, after, context_length)
-    check_samples(num_samples, lengths)
-    warn_of_unseen(decoder, config, before, after, max(lengths))
-    request = Request(
-        max_new_tokens=max(lengths), seed=seed, end_token_ids=whole_numbers("stop_tokens", stop_tokens),
-        context_length=context_length, **sampling,
-    )  # fmt: skip
-    candidates = fill_lengths(decoder, network, config, before, after, request, lengths)
-    if len(candidates) == 1:
-        return candidates[0]
-    config = config.with_block_size(decoder.block_size)
-    return best_length(network, config, before, after, candidates, num_samples=plain(num_samples) or 8, seed=seed)
-
-
-def span_lengths(
-    num_tokens: int | Sequence[int], before: Sequence[Tensor], after: Sequence[Tensor], context_length: int | None
-) -> list[int]:
-    """The candidate lengths of the spans; raises ValueError for none, and where the longest exceeds the context."""
-    given = plain(num_tokens)
-    lengths = list(whole_numbers("num_tokens", given if isinstance(given, Iterable) else [given]))
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"num_tokens {num_tokens} must be at least 1: there is nothing to fill in")
-    check_whole("num_tokens", max(lengths))
-    longest = max(len(p) + len(s) for p, s in zip(before, after, strict=True)) + max(lengths)
-    if context_length is not None and longest > context_length:
-        raise ValueError(
-            f"prefix, {max(lengths)} tokens and suffix make {longest}, more than the model's context of "
-            f"{context_length}: shorten them"
-        )
-    return lengths
-
-
-def check_samples(num_samples: int | None, lengths: Sequence[int]) -> None:
-    """Raise ValueError for a number of samples out of range, and for one where no lengths are compared."""
-    check_whole("num_samples", num_samples, most=MOST_SAMPLES)
-    if num_samples is not None and len(lengths) == 1:
-        raise ValueError(f"num_samples={num_samples} compares candidate lengths: give several num_tokens")
-
-
-def warn_of_unseen(
-    decoder: Decoder, config: DiffusionConfig, before: Sequence[Tensor], after: Sequence[Tensor], length: int
 ) -> None:
-    """Warn where a block-wise model fills `length` tokens without seeing all of the suffix.
+    """Raise ValueError for a row beyond the context, too many choices of lengths, and a num_samples without any."""
+    check_whole("num_samples", num_samples, most=MOST_SAMPLES)
+    if num_samples is not None and max(map(len, choices)) == 1:
+        raise ValueError(f"num_samples={num_samples} compares candidate lengths: give several of a gap")
+    for row, combinations in zip(rows, choices, strict=True):
+        if len(combinations) > MOST_COMBINATIONS:
+            raise ValueError(
+                f"{len(combinations)} combinations of candidate lengths exceed {MOST_COMBINATIONS}, and each is filled "
+                "and scored: give fewer"
+            )
+        longest = max(map(sum, combinations))
+        whole = sum(map(len, row.pieces)) + longest
+        if context_length is not None and whole > context_length:
+            what = f"prefix, {longest} tokens and suffix" if len(row.lengths) == 1 else f"texts and {longest} tokens"
+            raise ValueError(f"{what} make {whole}, more than the model's context of {context_length}: shorten them")
+
+
+def warn_of_unseen(decoder: Decoder, config: DiffusionConfig, rows: Sequence[Gapped]) -> None:
+    """Warn where a block-wise model fills a gap without seeing all of the text behind it.
 
     Blocks lie on absolute positions, and the network sees nothing after the active one.
     """
     block_size = config.with_block_size(decoder.block_size).block_size if isinstance(decoder, Blocks) else None
     if block_size is None:
         return
-    ends = [len(prefix) + length for prefix in before]
-    unseen = [max(0, len(suffix) - -end % block_size) for end, suffix in zip(ends, after, strict=True)]
-    rows = [row for row, number in enumerate(unseen) if number]
-    if rows:
-        where = "" if len(before) == 1 else f" of row {rows[0] + 1} ({len(rows)} of {len(before)} rows are concerned)"
-        warn(
-            f"{unseen[rows[0]]} of the {len(after[rows[0]])} tokens of the suffix{where} are not seen: this checkpoint "
-            f"decodes in blocks of {block_size}, and a block sees nothing after its end; attention='bidirectional' "
-            "shows the whole suffix, which the checkpoint was not trained on",
-        )
+    unseen = [_unseen(row, block_size) for row in rows]
+    concerned = [number for number, of_row in enumerate(unseen) if any(of_row)]
+    if not concerned:
+        return
+    row = rows[concerned[0]]
+    gap, number = next((gap, number) for gap, number in enumerate(unseen[concerned[0]]) if number)
+    behind = sum(map(len, row.pieces[gap + 1 :]))
+    text = "the suffix" if len(row.lengths) == 1 else f"the text after gap {gap + 1}"
+    where = "" if len(rows) == 1 else f" of row {concerned[0] + 1} ({len(concerned)} of {len(rows)} rows are concerned)"
+    warn(
+        f"{number} of the {behind} tokens of {text}{where} are not seen: this checkpoint decodes in blocks of "
+        f"{block_size}, and a block sees nothing after its end; attention='bidirectional' shows the whole text, which "
+        "the checkpoint was not trained on",
+    )
 
 
-def fill_lengths(
+def _unseen(row: Gapped, block_size: int) -> list[int]:
+    """For each gap, at its greatest length, the given tokens past the end of the block that it ends in."""
+    position, stretches, ends = 0, [], []
+    for piece, lengths in zip(row.pieces, [*row.lengths, (0,)], strict=True):
+        stretches.append((position, position + len(piece)))
+        position += len(piece) + max(lengths)
+        ends.append(-(-position // block_size) * block_size)
+    return [
+        sum(max(0, end - max(begin, seen)) for begin, end in stretches[gap + 1 :]) for gap, seen in enumerate(ends[:-1])
+    ]
+
+
+def fill_gaps(
     decoder: Blocks | WholeCanvas,
     network: Network,
     config: DiffusionConfig,
-    before: Sequence[Tensor],
-    after: Sequence[Tensor],
-    request: Request,
-    lengths: Sequence[int],
-) -> list[SampledTokens]:
-    """The spans filled with each of the lengths; a step budget that fits the longest is cut to a shorter one."""
-    filled, steps = [], decoder.max_denoising_steps
-    for length in lengths:
-        if steps is not None and steps <= max(lengths):
-            decoder = replace(decoder, max_denoising_steps=min(steps, length))
-        filled.append(decoder(network, config, before, replace(request, max_new_tokens=length), suffixes=after))
-    return filled
+    rows: Sequence[Gapped],
+    new_text: NewText,
+    *,
+    stop_strings: str | Sequence[str] | None = None,
+    stop_tokens: Sequence[int] = (),
+    num_samples: int | None = None,
+    seed: int = 0,
+    context_length: int | None = None,
+    **sampling: Any,
+) -> Filled:
+    """The rows with their gaps filled, of the best candidate lengths; sampling: more fields of the `Request`.
+
+    A stop ends its gap. A row of one gap then ends early; one of several is filled whole before it is cut, so that
+    what stands between the gaps is text.
+    """
+    choices = [list(itertools.product(*row.lengths)) for row in rows]
+    check_rows(rows, choices, num_samples, context_length)
+    warn_of_unseen(decoder, config, rows)
+    stop = StopStrings(lambda row, new: new_text(rows[row].pieces[0], new), stop_strings)
+    request = Request(
+        max_new_tokens=max(sum(lengths) for combinations in choices for lengths in combinations), seed=seed,
+        end_token_ids=whole_numbers("stop_tokens", stop_tokens), stop=stop if stop.strings else None,
+        context_length=context_length, **sampling,
+    )  # fmt: skip
+    candidates: list[tuple[SampledTokens, list[list[list[int]]]]] = []
+    for number in range(max(map(len, choices))):
+        lengths = [combinations[min(number, len(combinations) - 1)] for combinations in choices]  # the last one again
+        filled = _fill(decoder, network, config, rows, lengths, request)
+        gaps = [
+            _cut(row, row.split(new, chosen), request, stop.strings, new_text)
+            for row, new, chosen in zip(rows, filled.new_tokens, lengths, strict=True)
+        ]
+        candidates.append((filled, gaps))
+    sampled, gaps = candidates[0]
+    if len(candidates) > 1:
+        sampled, gaps = _best(
+            network, config.with_block_size(decoder.block_size), rows, [len(c) for c in choices], candidates,
+            num_samples=plain(num_samples) or 8, seed=seed,
+        )  # fmt: skip
+    sampled = replace(sampled, new_tokens=[[token for gap in of_row for token in gap] for of_row in gaps])
+    fills = [
+        [stop.cut(new_text(torch.tensor(row.joined(of_row[:i])), gap)) for i, gap in enumerate(of_row)]
+        for row, of_row in zip(rows, gaps, strict=True)
+    ]
+    sequences = [row.joined(of_row) for row, of_row in zip(rows, gaps, strict=True)]
+    texts = ["".join(itertools.chain(*zip(row.texts, [*of_row, ""], strict=True)))
+             for row, of_row in zip(rows, fills, strict=True)]  # fmt: skip
+    return Filled(sampled, sequences, fills, texts)
 
 
-def best_length(
+def _fill(
+    decoder: Blocks | WholeCanvas,
     network: Network,
     config: DiffusionConfig,
-    before: Sequence[Tensor],
-    after: Sequence[Tensor],
-    candidates: Sequence[SampledTokens],
+    rows: Sequence[Gapped],
+    lengths: Sequence[Sequence[int]],
+    request: Request,
+) -> SampledTokens:
+    """The gaps filled with so many tokens; a step budget that fits the longest row is cut to shorter ones."""
+    steps, most = decoder.max_denoising_steps, max(map(sum, lengths))
+    if steps is not None and steps <= request.max_new_tokens:
+        decoder = replace(decoder, max_denoising_steps=min(steps, most))
+    canvases = [Canvas.of_pieces(row.pieces, of_row) for row, of_row in zip(rows, lengths, strict=True)]
+    return decoder.fill(network, config, canvases, request)
+
+
+def _cut(
+    row: Gapped, gaps: list[list[int]], request: Request, stop_strings: Sequence[str], new_text: NewText
+) -> list[list[int]]:
+    """The gaps of a row that was filled whole, each up to and with the token that ends it."""
+    if len(gaps) == 1:
+        return gaps
+    cut: list[list[int]] = []
+    for gap in gaps:
+        before = torch.tensor(row.joined(cut))
+        stop = StopStrings(lambda _, new, before=before: new_text(before, new), stop_strings)  # type: ignore[misc]
+        cut.append(gap[: replace(request, stop=stop).kept(0, gap)])
+    return cut
+
+
+def _best(
+    network: Network,
+    config: DiffusionConfig,
+    rows: Sequence[Gapped],
+    num_choices: Sequence[int],
+    candidates: Sequence[tuple[SampledTokens, list[list[list[int]]]]],
     *,
     num_samples: int,
     seed: int,
-) -> SampledTokens:
-    """For each row the candidate of lowest NELBO per token of what follows the prefix; its forwards are those of all.
+) -> tuple[SampledTokens, list[list[list[int]]]]:
+    """For each row the candidate of lowest NELBO per token of what follows its first piece.
 
-    num_samples: masks, and so forwards, that score a candidate.
+    Its forwards are those of all its candidates and of scoring them. num_samples: masks, and so forwards, that score
+    a candidate.
     """
+    given = [len(row.pieces[0]) for row in rows]
     scores = []
-    for filled in candidates:
-        texts = [
-            torch.cat([p, torch.tensor(new, dtype=torch.long), s])
-            for p, new, s in zip(before, filled.new_tokens, after, strict=True)
-        ]
-        bounds = continuation_nelbo(
-            network, config, texts, [len(p) for p in before], num_samples=num_samples, seed=seed
-        )
+    for _, gaps in candidates:
+        texts = [torch.tensor(row.joined(of_row)) for row, of_row in zip(rows, gaps, strict=True)]
+        bounds = continuation_nelbo(network, config, texts, given, num_samples=num_samples, seed=seed)
         scores.append([bound.nats / bound.num_tokens for bound in bounds])
-    best = [min(range(len(candidates)), key=lambda c: scores[c][row]) for row in range(len(before))]
-    return SampledTokens(
-        [candidates[c].new_tokens[row] for row, c in enumerate(best)],
-        torch.stack([filled.num_forwards + num_samples for filled in candidates]).sum(0),
-        torch.stack([filled.num_prefill_forwards for filled in candidates]).sum(0),
+    best = [min(range(n), key=lambda c: scores[c][row]) for row, n in enumerate(num_choices)]
+    kept = [candidates[c][1][row] for row, c in enumerate(best)]
+    own = torch.tensor([[c < n for n in num_choices] for c in range(len(candidates))])
+    scoring = torch.tensor([num_samples * n if n > 1 else 0 for n in num_choices])
+    forwards, prefills = (
+        (torch.stack([getattr(filled, name) for filled, _ in candidates]) * own).sum(0)
+        for name in ("num_forwards", "num_prefill_forwards")
     )
+    return SampledTokens([], forwards + scoring, prefills), kept

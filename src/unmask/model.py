@@ -23,7 +23,7 @@ from unmask.data.prompts import Prompts, StopStrings, check_room, new_text, prom
 from unmask.evaluation import likelihood
 from unmask.evaluation.embed import document_ids, embed, named_pattern
 from unmask.evaluation.likelihood import LikelihoodOutput
-from unmask.infilling import fill_spans, span_config, texts_around
+from unmask.infilling import Pieces, fill_gaps, span_config, texts_with_gaps, tokenised
 from unmask.limits import check_whole
 from unmask.outputs import SampleOutput, sample_output
 from unmask.plain_numbers import plain
@@ -177,7 +177,10 @@ class DiffusionLM:
             end_token_ids=self.end_token_ids, callback=callback, batch_size=batch_size,
             stop=stop if stop.strings else None, context_length=self.network.context_length,
         )  # fmt: skip
-        output = self._output(rows, self.sample(rows, decoder, request), stop)
+        sampled = self.sample(rows, decoder, request)
+        texts = [stop.cut(self.new_text(p, new)) for p, new in zip(rows, sampled.new_tokens, strict=True)]
+        sequences = [[*p.tolist(), *new] for p, new in zip(rows, sampled.new_tokens, strict=True)]
+        output = sample_output(sequences, sampled, texts, self._pad)
         warn_of_cuts(rows, output.sequences, output.num_new_tokens.tolist(), request)
         return output
 
@@ -227,9 +230,9 @@ class DiffusionLM:
 
     def infill(
         self,
-        prefix: str | Sequence[str],
-        suffix: str | Sequence[str],
-        num_tokens: int | Sequence[int],
+        prefix: str | Sequence[str] | Pieces | Sequence[Pieces],
+        suffix: str | Sequence[str] | None = None,
+        num_tokens: int | Sequence[int] | None = None,
         mode: str | Decoder | None = None,
         max_denoising_steps: int | None = None,
         block_size: int | None = None,
@@ -247,15 +250,19 @@ class DiffusionLM:
         confidence_threshold: float | None = None,
         **options: Any,
     ) -> SampleOutput:
-        """Fill num_tokens tokens between prefix and suffix, which come back unchanged.
+        """Fill the gap between prefix and suffix, or the gaps of a text; what is given comes back unchanged.
 
-        Prefix and suffix are tokenised apart, the suffix without special tokens; texts are the new ones.
-        num_tokens may be a list of candidate lengths: each is filled, and the one kept has the lowest NELBO per
-        token of span and suffix given the prefix (`num_samples` more forwards a candidate, 8 by default; num_forwards
-        counts all of it). stop_tokens, stop_strings: the span ends there, the suffix follows, the rest is dropped;
-        end tokens are tokens like others. attention: None, the checkpoint's own: block-wise ones cache the prefix
-        and see of the suffix what falls into the active block; "bidirectional" shows them all of it in one noisy
-        stream, which they were not trained on. The other options are those of `generate` in mode "diffusion".
+        infill("Tom had", " The end.", 16): 16 tokens between the two. infill("Tom had <gap:8> dog. <gap:4> end."), or
+        infill(["Tom had ", 8, " dog. ", 4, " end."]), where "<gap:8>" is ordinary text: any number of gaps; several
+        texts in a list have any number each. Texts are tokenised apart, those behind a gap without special tokens.
+        In the output `fills` has the text of each gap, `texts` what is new, `filled` the whole.
+        A length may be a list of candidates, [4, 8] or <gap:4,8>: each (of several gaps each combination) is filled,
+        and the one kept has the lowest NELBO per token of all that follows the first gap's beginning (`num_samples`
+        more forwards a candidate, 8 by default; num_forwards counts all of it). stop_tokens, stop_strings: a gap ends
+        there, what follows it comes next, the rest is dropped; end tokens are tokens like others. attention: None, the
+        checkpoint's own: block-wise ones see what is before a gap, and of what is behind it the part that falls into
+        the active block; "bidirectional" shows them all of it in one noisy stream, which they were not trained on.
+        The other options are those of `generate` in mode "diffusion".
         """
         config = span_config(self.diffusion, mode, attention, is_drafter=self.drafter is not None)
         decoder = choose_decoder(
@@ -267,15 +274,16 @@ class DiffusionLM:
             raise ValueError(f"mode {mode!r} cannot see a suffix: infill works in mode 'diffusion'")
         self._check_weights()
         self._check_guidance(decoder)
-        before, after = texts_around(self.tokenizer, self.prompt_ids, prefix, suffix)
-        stop = self._stop(before, stop_strings)
-        sampled = fill_spans(
-            decoder, self.network, config, before, after, num_tokens,
-            stop_tokens=stop_tokens, stop=stop if stop.strings else None, num_samples=num_samples,
-            seed=given_or_new(seed), temperature=temperature, top_p=top_p, top_k=top_k, callback=callback,
-            context_length=self.network.context_length,
+        rows = tokenised(self.tokenizer, self.prompt_ids, texts_with_gaps(prefix, suffix, num_tokens))
+        filled = fill_gaps(
+            decoder, self.network, config, rows, self.new_text, stop_strings=stop_strings, stop_tokens=stop_tokens,
+            num_samples=num_samples, seed=given_or_new(seed), temperature=temperature, top_p=top_p, top_k=top_k,
+            callback=callback, context_length=self.network.context_length,
         )  # fmt: skip
-        return self._output(before, sampled, stop, after)
+        return sample_output(
+            filled.sequences, filled.sampled, ["".join(of_row) for of_row in filled.fills], self._pad,
+            fills=filled.fills, filled=filled.texts,
+        )  # fmt: skip
 
     def _check_guidance(self, decoder: Decoder) -> None:
         """Raise ValueError for guidance of a drafter, whose base has no mask embedding."""
@@ -308,14 +316,11 @@ class DiffusionLM:
         """The text that `new` tokens add to the prompt's."""
         return new_text(self.tokenizer, prompt, new)
 
-    def _output(
-        self, prompts: list[Tensor], sampled: SampledTokens, stop: StopStrings, suffixes: list[Tensor] | None = None
-    ) -> SampleOutput:
-        texts = [stop.cut(self.new_text(p, new)) for p, new in zip(prompts, sampled.new_tokens, strict=True)]
+    @property
+    def _pad(self) -> int:
+        """The token after the end of a row."""
         pad = self.tokenizer.pad_token_id
-        return sample_output(
-            prompts, sampled, texts, next(iter(self.end_token_ids), 0) if pad is None else pad, suffixes
-        )
+        return int(next(iter(self.end_token_ids), 0) if pad is None else pad)
 
     # --- likelihood
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,14 @@ from unmask.sampling import SampledTokens
 
 @dataclass(frozen=True, repr=False)
 class SampleOutput:
-    """What `generate` returns, one entry a row.
+    """What `generate` and `infill` return, one entry a row.
 
     sequences: (batch, length) int64, prompt included, padded on the right. texts: the new text, without end
     token and stop string. num_new_tokens: (batch,) up to and with the end token or the token that completed a
     stop string. num_forwards: (batch,) passes after the prefill that the row needed. num_prefill_forwards:
     (batch,). Speculative mode only: cycle_gains, (batch, n), cycles of the row that gained j tokens each; num_inputs,
-    (batch,), tokens and masks that the forwards were made over, which is 1 a forward in AR decoding.
+    (batch,), tokens and masks that the forwards were made over, which is 1 a forward in AR decoding. Infilling
+    only: fills, the text of each gap, of which `texts` is all; filled, the whole text with its gaps filled.
     """
 
     sequences: Tensor
@@ -29,6 +31,8 @@ class SampleOutput:
     num_prefill_forwards: Tensor
     cycle_gains: Tensor | None = None
     num_inputs: Tensor | None = None
+    fills: list[list[str]] | None = None
+    filled: list[str] | None = None
 
     @property
     def tokens_per_cycle(self) -> Tensor | None:
@@ -53,19 +57,17 @@ class SampleOutput:
 
 
 def sample_output(
-    prompts: Sequence[Tensor], sampled: SampledTokens, texts: list[str], pad: int, suffixes: Sequence[Tensor] | None
+    sequences: Sequence[Sequence[int]], sampled: SampledTokens, texts: list[str], pad: int, **infilled: Any
 ) -> SampleOutput:
-    """Rows of prompt, new tokens and suffix, filled up with `pad`, and what sampling counted."""
-    rows = [[*p.tolist(), *new] for p, new in zip(prompts, sampled.new_tokens, strict=True)]
-    if suffixes is not None:
-        rows = [[*row, *suffix.tolist()] for row, suffix in zip(rows, suffixes, strict=True)]
-    width = max(len(row) for row in rows)
+    """Rows of tokens, filled up with `pad`, and what sampling counted; infilled: the fields of infilling."""
+    width = max(map(len, sequences))
     return SampleOutput(
-        sequences=torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+        sequences=torch.tensor([[*row, *[pad] * (width - len(row))] for row in sequences]),
         texts=texts,
         num_new_tokens=torch.tensor([len(new) for new in sampled.new_tokens]),
         num_forwards=sampled.num_forwards,
         num_prefill_forwards=sampled.num_prefill_forwards,
         cycle_gains=sampled.cycle_gains,
         num_inputs=sampled.num_inputs,
+        **infilled,
     )

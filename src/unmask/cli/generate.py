@@ -160,17 +160,19 @@ def _write(text: str) -> None:
     print(text, end="", flush=True)
 
 
-@app.command(
-    epilog='Example: unmask infill runs/d --prefix "Tom had a dog." --suffix " They were happy." --num-tokens 16'
-)
+@app.command(epilog='Example: unmask infill runs/d --text "Tom had<gap:8> dog. They were<gap:4> friends."')
 @takes_decoding("block_size", "max_denoising_steps", "confidence_threshold", "guidance_scale", *SAMPLING)
 def infill(
     model: Annotated[str, typer.Argument(**name_of("Folder or hub id of a converted model."))],
-    prefix: Annotated[str, typer.Option(help="The text before the gap.")],
-    suffix: Annotated[str, typer.Option(help="The text after the gap.")],
+    text: Annotated[
+        str | None, typer.Option(help="A text with gaps, such as <gap:8> of 8 tokens or <gap:4,8> of 4 or 8.")
+    ] = None,
+    prefix: Annotated[str | None, typer.Option(help="Instead of --text: the text before the only gap.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="The text after it.")] = None,
     num_tokens: Annotated[
-        list[int], typer.Option(help="Tokens in the gap; repeated, candidate lengths to choose from by the bound.")
-    ],
+        list[int] | None,
+        typer.Option(help="Tokens in it; repeated, candidate lengths to choose from by the bound."),
+    ] = None,
     attention: Annotated[
         str | None, typer.Option(help="bidirectional: let a block-wise model see the whole suffix.")
     ] = None,
@@ -184,14 +186,32 @@ def infill(
     decoder: dict[str, Any],
     sampling: dict[str, Any],
 ) -> None:
-    """Fill the gap between a prefix and a suffix."""
+    """Fill the gaps of a text, or the one between a prefix and a suffix."""
+    given = {"--prefix": prefix, "--suffix": suffix, "--num-tokens": num_tokens or None}
+    if text is not None:
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} {value!r} stands beside --text, which says where its gaps are: leave it out")
+    missing = [name for name, value in given.items() if value is None]
+    if text is None and missing:
+        raise ValueError(f"{missing[0]} is missing: give --text with gaps, or --prefix, --suffix and --num-tokens")
+
     import unmask
 
     lm = unmask.load(model, base=base, trust_remote_code=trust_remote_code)
-    lengths: int | list[int] = num_tokens[0] if len(num_tokens) == 1 else num_tokens
-    out = lm.infill(prefix, suffix, lengths, attention=attention, num_samples=num_samples, **decoder, **sampling)
+    asked: dict[str, Any] = {"prefix": text}
+    if num_tokens:
+        asked = {
+            "prefix": prefix,
+            "suffix": suffix,
+            "num_tokens": num_tokens[0] if len(num_tokens) == 1 else num_tokens,
+        }
+    out = lm.infill(**asked, attention=attention, num_samples=num_samples, **decoder, **sampling)
+    assert out.filled is not None
+    assert out.fills is not None
     if as_json:
-        print(to_json({"text": out.texts[0], "prefix": prefix, "suffix": suffix, **_counts(out)}))
+        around = {} if prefix is None else {"prefix": prefix, "suffix": suffix}
+        print(to_json({"text": out.texts[0], **around, "fills": out.fills[0], "filled": out.filled[0], **_counts(out)}))
         return
-    print(prefix + out.texts[0] + suffix)
+    print(out.filled[0])
     print(f"{int(out.num_new_tokens[0])} tokens in {int(out.num_forwards[0])} forwards", file=sys.stderr)

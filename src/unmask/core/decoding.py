@@ -42,14 +42,52 @@ def prefill(
         # Right padding: causal rows never attend to it and `lengths` excludes it.
         layout = Layout.of(torch.arange(ids.shape[1]).expand_as(ids))
         past.set_columns(max(past.columns, ids.shape[1]))
-        last = torch.arange(len(lengths)) * ids.shape[1] + lengths - 1
-        wanted = last.clamp_min(0) if keep_logits else last[:0]
-        logits = network(ids, layout, pattern, rows=wanted, past=replace(past, rows=rows, columns=ids.shape[1]))
-        if keep_logits:
-            if past.next_logits is None:
-                past.next_logits = logits.new_zeros(len(past.lengths), logits.shape[-1])
-            past.next_logits[to_device(slots, logits.device)] = logits
+        _write(network, pattern, replace(past, columns=ids.shape[1]), past, slots, ids, layout, lengths, keep_logits)
     past.lengths[slots] = lengths
+
+
+def extend(
+    network: Network,
+    pattern: Pattern,
+    past: SlotCacheState,
+    rows: Sequence[int],
+    texts: Sequence[Tensor],
+    *,
+    keep_logits: bool = False,
+) -> None:
+    """Write `texts`, of at least one token, to these slots behind what is cached there; otherwise as `prefill`.
+
+    Under a pattern of blocks, what is cached and each text end where a block ends.
+    """
+    slots, lengths = torch.tensor(list(rows)), torch.tensor([len(text) for text in texts])
+    ids = pad_sequence([text.cpu() for text in texts], batch_first=True)
+    column = torch.arange(ids.shape[1])
+    position, inside = past.lengths[slots, None] + column, column < lengths[:, None]
+    layout = Layout.of(torch.where(inside, position, 0), torch.where(inside, 0, PADDING))
+    past.set_columns(max(past.columns, int((past.lengths[slots] + lengths).max())))
+    _write(network, pattern, past, past, slots, ids, layout, lengths, keep_logits)
+    past.lengths[slots] += lengths
+
+
+def _write(
+    network: Network,
+    pattern: Pattern,
+    state: SlotCacheState,
+    past: SlotCacheState,
+    slots: Tensor,
+    ids: Tensor,
+    layout: Layout,
+    lengths: Tensor,
+    keep_logits: bool,
+) -> None:
+    """A pass over given text (rows, columns), of which row i goes to slots[i]; its last logits go to `past`."""
+    last = torch.arange(len(lengths)) * ids.shape[1] + lengths - 1
+    wanted = last.clamp_min(0) if keep_logits else last[:0]
+    logits = network(ids, layout, pattern, rows=wanted, past=state.for_rows(slots.tolist()))
+    if keep_logits:
+        if past.next_logits is None:
+            past.next_logits = logits.new_zeros(len(past.lengths), logits.shape[-1])
+        past.next_logits[to_device(slots, logits.device)] = logits
 
 
 def denoise(

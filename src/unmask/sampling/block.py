@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from unmask.core.attention import PADDING, Layout
-from unmask.core.decoding import denoise, prefill
+from unmask.core.decoding import denoise, extend, prefill
 from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import uniform
 from unmask.core.transfer import to_device
+from unmask.sampling.canvas import Canvas
 from unmask.sampling.commit import Candidates, Selector, Threshold, token_confidence
 from unmask.sampling.guidance import GuidedNetwork
 from unmask.sampling.request import Request, SampledTokens, first_end
@@ -31,7 +32,7 @@ def sample_blocks(
     prompts: Sequence[Tensor],
     request: Request,
     *,
-    suffixes: Sequence[Tensor] | None = None,
+    canvases: Sequence[Canvas] | None = None,
     select: Selector | None = None,
     max_denoising_steps: int | None = None,
     guidance_scale: float = 1.0,
@@ -42,7 +43,8 @@ def sample_blocks(
     A prompt that ends inside a block leaves its tail fixed in that block. Blocks are whole: positions past
     the last wanted token stay masked and are never committed; only the context length cuts a block. A row's
     forwards and tokens are those that it would have alone.
-    suffixes: tokens after the max_new_tokens of each row (infilling); a block sees those inside it and none after it.
+    canvases: infilling, a canvas a row that begins with its prompt; a block sees the fixed tokens inside it and none
+    after it, and blocks without open positions are read between two forwards, which counts as a prefill.
     select: the commit rule, `Threshold()` by default. max_denoising_steps: of a block.
     guidance_scale other than 1: every pass, the prefill too, runs a second time with the prompt masked.
     window: in each forward a block ends at its window-th masked position, or later if max_denoising_steps asks for
@@ -50,10 +52,10 @@ def sample_blocks(
     """
     if config.attention == "bidirectional" or config.block_size is None:
         raise ValueError("a bidirectional checkpoint has no blocks to decode one by one")
-    if window is not None and suffixes is not None:
+    if window is not None and canvases is not None:
         raise ValueError(f"window {window} would hide the suffix inside the block: leave it out when infilling")
     select = select or Threshold()
-    batch = _Batch(network, config, prompts, suffixes, request, guidance_scale)
+    batch = _Batch(network, config, prompts, canvases, request, guidance_scale)
     while batch.admit():
         at_least, progress = batch.pace(max_denoising_steps)
         masked = batch.visible(window, at_least)
@@ -78,7 +80,7 @@ class _Batch:
         network: Network,
         config: DiffusionConfig,
         prompts: Sequence[Tensor],
-        suffixes: Sequence[Tensor] | None,
+        canvases: Sequence[Canvas] | None,
         request: Request,
         guidance_scale: float,
     ) -> None:
@@ -89,14 +91,21 @@ class _Batch:
         self.network, self.config, self.request, self.prompts = network, config, request, prompts
         self.width, self.device = config.block_size, network.device
         self.lengths = [len(prompt) for prompt in prompts]
-        self.num_new = [request.limit(length) for length in self.lengths]
-        self.ends = [length + new for length, new in zip(self.lengths, self.num_new, strict=True)]
-        self.canvas = _canvas(prompts, suffixes, self.ends, self.width, config.mask_token_id)
+        if canvases is None:
+            canvases = [
+                Canvas.around(prompt, request.limit(n)) for prompt, n in zip(prompts, self.lengths, strict=True)
+            ]
+        self.canvas, self.open = _canvas(canvases, self.width, config.mask_token_id)
+        self.whole = [canvas.whole for canvas in canvases]
+        self.ends = [
+            max([n, *(row.nonzero()[:, 0] + 1).tolist()]) for n, row in zip(self.lengths, self.open, strict=True)
+        ]
+        self.num_new = [end - length for length, end in zip(self.lengths, self.ends, strict=True)]
         self.scheduler = Scheduler(network, len(prompts), request.batch_size, max(self.ends) + self.width)
         for row, wanted in enumerate(self.num_new):
             if wanted < 1:
                 self.scheduler.waiting.remove(row)
-        self.num_forwards = torch.zeros(len(prompts), dtype=torch.long)
+        self.num_forwards, self.num_reads = torch.zeros(2, len(prompts), dtype=torch.long)
 
         slots, width = len(self.scheduler.rows), self.width
         self.starts, self.cached = [0] * slots, [0] * slots
@@ -124,6 +133,7 @@ class _Batch:
             return False
         if self.guided is not None:
             self.guided.prompt_lengths = torch.tensor([self.lengths[row] for row in rows])
+        self._read_on([slot for slot, start in enumerate(self.starts) if start > self.cached[slot] + self.width])
         if new:
             whole = [self.lengths[rows[slot]] // self.width * self.width for slot in new]
             cached = [self.prompts[rows[slot]][:n] for slot, n in zip(new, whole, strict=True)]
@@ -215,21 +225,35 @@ class _Batch:
             if bool(ended[slot]) or start + self.width >= self.ends[row]:
                 self.scheduler.release(slot)
             else:
-                self._begin(slot, start + self.width)
+                ahead = int(self.open[row, start + self.width :].long().argmax()) // self.width
+                self._begin(slot, start + (1 + ahead) * self.width)
 
     def sampled(self) -> SampledTokens:
         """The new tokens of all rows, once no row is left."""
-        new_tokens = [self.canvas[i, n : n + self.num_new[i]].tolist() for i, n in enumerate(self.lengths)]
-        passes = 1 if self.guided is None else 2
-        prefilled = torch.tensor([int(n >= self.width) * passes for n in self.lengths])
-        return SampledTokens(new_tokens, self.num_forwards, prefilled)
+        kept = [slice(n, n + new) for n, new in zip(self.lengths, self.num_new, strict=True)]
+        new_tokens = [row[part][opened[part]].tolist()
+                      for row, opened, part in zip(self.canvas, self.open, kept, strict=True)]  # fmt: skip
+        prefills = torch.tensor([int(n >= self.width) for n in self.lengths]) + self.num_reads
+        return SampledTokens(new_tokens, self.num_forwards, prefills * (1 if self.guided is None else 2))
+
+    def _read_on(self, slots: list[int]) -> None:
+        """Cache finished blocks together with the fixed ones behind them, up to the active block."""
+        if not slots:
+            return
+        rows = [self.scheduler.rows[slot] for slot in slots]
+        texts = [self.canvas[row, self.cached[slot] : self.starts[slot]] for slot, row in zip(slots, rows, strict=True)]
+        past, pattern = self.scheduler.past, self.config.pattern
+        extend(self.network, pattern, past, slots, texts, keep_logits=self.config.shift)
+        self.num_reads[rows] += 1
+        for slot in slots:
+            self.cached[slot] = self.starts[slot]
 
     def _begin(self, slot: int, start: int) -> None:
         """Make [start, start + width) of the slot's row its active block."""
-        row, position = self.scheduler.rows[slot], start + torch.arange(self.width)
+        row = self.scheduler.rows[slot]
         self.starts[slot], self.steps[slot] = start, 0
         self.text[slot] = self.canvas[row, start : start + self.width]
-        self.masked[slot] = (position >= self.lengths[row]) & (position < self.ends[row])
+        self.masked[slot] = self.open[row, start : start + self.width]
         self.drawn[slot] = uniform(self.width, key=("order", *row_key(self.request.seed, row), start))
         self.entered.append(slot)
         self.stale.append(slot)
@@ -264,6 +288,8 @@ class _Batch:
 
         Only a token before which everything is committed can end a row.
         """
+        if self.whole[row]:
+            return None
         start, length, text = self.starts[slot], self.lengths[row], self.text[slot]
         waiting = self.masked[slot].nonzero()[:, 0]
         known = min(start + (int(waiting[0]) if len(waiting) else self.width), self.ends[row])
@@ -288,14 +314,13 @@ class _Batch:
         self.xt, self.before, self.priority = self.xt[on_device], self.before[on_device], self.priority[on_device]
 
 
-def _canvas(
-    prompts: Sequence[Tensor], suffixes: Sequence[Tensor] | None, ends: list[int], width: int, mask_token_id: int
-) -> Tensor:
-    """(rows, columns) on the CPU: each row from its own position 0, mask tokens where no text is yet."""
-    following = [len(suffix) for suffix in suffixes] if suffixes is not None else [0]
-    canvas = torch.full((len(prompts), max(ends) + max(following) + width), mask_token_id)
-    for i, prompt in enumerate(prompts):
-        canvas[i, : len(prompt)] = prompt.cpu()
-        if suffixes is not None:
-            canvas[i, ends[i] : ends[i] + len(suffixes[i])] = suffixes[i].cpu()
-    return canvas
+def _canvas(canvases: Sequence[Canvas], width: int, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """Text and open positions, (rows, columns) on the CPU: each row from position 0, masks where no text is yet."""
+    columns = max(len(canvas.tokens) for canvas in canvases) + width
+    text = torch.full((len(canvases), columns), mask_token_id)
+    opened = torch.zeros_like(text, dtype=torch.bool)
+    for i, canvas in enumerate(canvases):
+        n, fixed = len(canvas.tokens), canvas.fixed.cpu()
+        text[i, :n] = torch.where(fixed, canvas.tokens.cpu(), mask_token_id)
+        opened[i, :n] = ~fixed
+    return text, opened

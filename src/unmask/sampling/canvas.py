@@ -38,10 +38,14 @@ _UNCHANGED, _REMASKED = -1, -2
 
 @dataclass(frozen=True)
 class Canvas:
-    """tokens: (length,) int64. fixed: (length,) bool, False where a token is to be filled in, an open position."""
+    """tokens: (length,) int64. fixed: (length,) bool, False where a token is to be filled in, an open position.
+
+    whole: every open position is filled: no token ends the row early, as with several gaps.
+    """
 
     tokens: Tensor
     fixed: Tensor
+    whole: bool = False
 
     @classmethod
     def around(cls, prefix: Tensor, num_tokens: int, suffix: Tensor | None = None) -> Canvas:
@@ -50,6 +54,18 @@ class Canvas:
         fixed = torch.ones(len(prefix) + num_tokens + len(suffix), dtype=torch.bool)
         fixed[len(prefix) : len(prefix) + num_tokens] = False
         return cls(torch.cat([prefix, prefix.new_zeros(num_tokens), suffix]), fixed)
+
+    @classmethod
+    def of_pieces(cls, pieces: Sequence[Tensor], lengths: Sequence[int]) -> Canvas:
+        """Pieces of text with open positions between them: lengths[i], at least 1, behind pieces[i]."""
+        gaps = [(piece, piece.new_zeros(n)) for piece, n in zip(pieces, [*lengths, 0], strict=True)]
+        fixed = [torch.arange(len(piece) + len(gap)) < len(piece) for piece, gap in gaps]
+        return cls(torch.cat([part for pair in gaps for part in pair]), torch.cat(fixed), whole=len(lengths) > 1)
+
+    @property
+    def prompt(self) -> Tensor:
+        """The tokens before the first open position."""
+        return self.tokens[: int(self.fixed.long().argmin())]
 
 
 @torch.inference_mode()
@@ -77,8 +93,9 @@ def sample_bidirectional(
     with the fixed tokens masked, all but the first, and counts 2. row_numbers: the rows' numbers for noise and
     callback, 0, 1, ... by default.
 
-    A row ends early at an end token or where `stop` says so, once everything before it is committed. Fixed tokens
-    never change. Noise takes 8 bytes x open positions x vocabulary of memory at temperature > 0.
+    A row ends early at an end token or where `stop` says so, once everything before it is committed, unless its canvas
+    is to be filled whole. Fixed tokens never change. Noise takes 8 bytes x open positions x vocabulary of memory at
+    temperature > 0.
     """
     numbers = range(len(canvases)) if row_numbers is None else row_numbers
     batch = _Batch(network, config, canvases, request, numbers, guidance_scale)
@@ -152,6 +169,7 @@ class _Batch:
         self.prompt = inside & ~self.masked & (index > 0)  # masked in the second forward of guidance
         self.open = self.masked.clone()
         self.open_index = [row.nonzero()[:, 0] for row in self.open]
+        self.whole = [canvas.whole for canvas in canvases]
         self.num_new = [len(index) for index in self.open_index]
         self.num_forwards = torch.zeros(len(canvases), dtype=torch.long)
         self.noise: Tensor | None = None
@@ -245,7 +263,7 @@ class _Batch:
             index = self.open_index[row]
             still_masked = self.masked[row][index].nonzero()[:, 0]
             known = int(still_masked[0]) if len(still_masked) else len(index)
-            kept = self.request.kept(row, self.xt[row][index[:known]].tolist())
+            kept = None if self.whole[row] else self.request.kept(row, self.xt[row][index[:known]].tolist())
             if kept is not None:
                 self.num_new[row], self.masked[row] = kept, False
 

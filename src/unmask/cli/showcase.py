@@ -159,9 +159,8 @@ def _written(lm: DiffusionLM, prompt: str, way: str) -> Answer:
 
     answer = _write(lm, [{"role": "user", "content": prompt}], way, NEW_TOKENS, show)
     tokens, forwards = answer.tokens, answer.forwards
-    print(
-        f"\n  {'':14}({tokens} tokens in {forwards} forwards, {tokens / forwards:.2f} per forward; {answer.seconds:.1f} s)"
-    )
+    per_forward = f"{tokens} tokens in {forwards} forwards, {tokens / forwards:.2f} per forward"
+    print(f"\n  {'':14}({per_forward}; {answer.seconds:.1f} s)")
     return answer
 
 

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from unmask.core.attention import PADDING
 from unmask.data.documents import Corpus, Encoder, load_corpus
 from unmask.data.packing import Packer, PackState
-from unmask.data.readers import Faults, find_files, read_documents
+from unmask.data.readers import Faults, read_documents
+from unmask.data.sources import find_files
 from unmask.data.streams import RecordStream, open_hub
 
 

@@ -19,8 +19,9 @@ from transformers import AutoTokenizer
 import unmask
 from unmask.data.documents import Encoder, load_corpus
 from unmask.data.packing import Packer, PackState
-from unmask.data.readers import Faults, Place, Records, in_memory, read, read_documents, read_examples
+from unmask.data.readers import Faults, Place, Records, read, read_documents, read_examples
 from unmask.data.records import read_record
+from unmask.data.sources import in_memory
 from unmask.data.streams import RecordStream, from_datasets
 from unmask.data.supervised import Completion, Conversation, Instruction, encode_example
 

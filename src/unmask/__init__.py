@@ -10,6 +10,7 @@ from unmask.version import __version__
 
 if TYPE_CHECKING:
     from unmask.conversion import adapt
+    from unmask.conversion.prepare import prepare
     from unmask.evaluation.likelihood import LikelihoodOutput
     from unmask.hf import UnsupportedModelError
     from unmask.loading import load
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "adapt",
     "load",
+    "prepare",
     "recipes",
 ]
 
@@ -35,6 +37,7 @@ _HOMES = {
     "UnsupportedModelError": "unmask.hf",
     "load": "unmask.loading",
     "adapt": "unmask.conversion",
+    "prepare": "unmask.conversion.prepare",
     "recipes": "unmask.recipe",
 }
 

@@ -86,6 +86,16 @@ def read_config(name: str | Path, base: str | Path | None = None) -> dict[str, A
     return next((found for _, place in chain if (found := hf.read_config(place))), {})
 
 
+def load_tokenizer(
+    name: str | Path, base: str | Path | None = None, trust_remote_code: bool = False
+) -> tuple[Any, tuple[int, ...]]:
+    """The tokenizer of a model, and its end tokens, without its weights."""
+    *above, (_, place) = _chain(text_of(name), None if base is None else text_of(base))
+    own = next((layer for _, layer in above if (Path(layer) / "tokenizer_config.json").is_file()), place)
+    tokenizer = hf.load_tokenizer(own, trust_remote_code=trust_remote_code)
+    return tokenizer, hf.end_token_ids_at(place, tokenizer, trust_remote_code=trust_remote_code)
+
+
 def recorded_base(name: str | Path) -> str | None:
     """The base that the folder of a drafter or adapter names; None for any other model."""
     return _base_of(locate(name))

@@ -61,6 +61,10 @@ def load_recipe(name: str, background: Mapping[str, Any] | None = None, **overri
     return Settings(recipe=name, **values)
 
 
+PREPARED_DATA = "prepared data"
+"""The kind of data that `unmask prepare` wrote."""
+
+
 def check_data_settings(overrides: Mapping[str, Any], kinds: Collection[str], has_splits: bool) -> None:
     """Raise ValueError for an override of how data is read that these data do not have.
 
@@ -69,7 +73,11 @@ def check_data_settings(overrides: Mapping[str, Any], kinds: Collection[str], ha
     """
     conditions = {
         "split": (has_splits, "a data set with splits, of the hub or of `datasets`"),
-        "text_column": (set(kinds) != {".txt"}, "data with columns (.jsonl, .parquet, records, a hub data set)"),
+        "text_column": (
+            bool(set(kinds) - {".txt", PREPARED_DATA}),
+            "data with columns (.jsonl, .parquet, records, a hub data set)",
+        ),
+        "skip_invalid": (set(kinds) != {PREPARED_DATA}, "data that are not prepared yet: give it to `unmask prepare`"),
     }
     for name, (holds, needed) in conditions.items():
         if overrides.get(name) is not None and not holds:

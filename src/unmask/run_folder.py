@@ -8,8 +8,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,59 @@ def write_text(path: Path, text: str) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path | None]:
+    """Within the context a new folder to write to, which gets the name `path` at the end and is removed by an error.
+
+    Waits while another process writes the same; None if that one, or an earlier one, has made it.
+    """
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone_in(partial):
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            shutil.rmtree(partial)
+            yield None
+            return
+        for left in partial.iterdir():  # by a process that was killed
+            left.unlink()
+        try:
+            yield partial
+            for file in partial.iterdir():
+                sync(file)
+            if path.exists():
+                path.rmdir()
+            partial.replace(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    sync(path.parent)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Within the context this call alone writes to the folder, which is created; others wait."""
+    handle = None
+    while handle is None:
+        folder.mkdir(exist_ok=True)
+        if fcntl is None:
+            yield
+            return
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # of a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            current = folder.stat().st_ino == os.fstat(handle).st_ino
+        except FileNotFoundError:  # renamed or removed by the one who wrote
+            current = False
+        if not current and handle is not None:
+            os.close(handle)
+            handle = None
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def sync(path: Path) -> None:

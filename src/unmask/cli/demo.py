@@ -14,7 +14,8 @@ def run_demo(model: str, data: list[str], output: Path, max_tokens: int, base: s
              trust: bool = False) -> None:  # fmt: skip
     """Convert a model and show text and likelihood of both. base, trust: of `load`, which may run a folder's code."""
     import unmask
-    from unmask.data.readers import find_files, read_documents
+    from unmask.data.readers import read_documents
+    from unmask.data.sources import find_files
 
     converted = output / "converted"
     _note(f"convert {model}")

@@ -82,7 +82,8 @@ def evaluate(
 
 def _documents(files: Sequence[str], limit: int | None, text_column: str, skip_invalid: bool) -> list[str]:
     """The first `limit` documents of the files."""
-    from unmask.data.readers import local_files, read_documents
+    from unmask.data.readers import read_documents
+    from unmask.data.sources import local_files
 
     check_whole("--max-documents", limit)
     paths = local_files(files, "data")
@@ -234,7 +235,8 @@ def embed(
     as_json: Json = False,
 ) -> None:
     """Texts as vectors: the mean of the last hidden states, one vector a document, in the file's order."""
-    from unmask.data.readers import local_files, read_documents
+    from unmask.data.readers import read_documents
+    from unmask.data.sources import local_files
     from unmask.evaluation.embed import check_output, write_embeddings
 
     check_output(output)

@@ -12,13 +12,14 @@ import torch
 from unmask import hf
 from unmask.conversion.continuing import check_mask_stays, recipe_settings
 from unmask.conversion.run_record import IN_MEMORY, read_earlier
-from unmask.data.readers import Records, find_files, in_memory, local_files
+from unmask.data.readers import Records, suffix_of
+from unmask.data.sources import Part, find_parts, in_memory, local_files
 from unmask.data.streams import from_datasets, has_splits, stream_name
 from unmask.hf import lora
 from unmask.loading import load, read_config
 from unmask.model import DiffusionLM
 from unmask.model_name import locate
-from unmask.recipe import check_data_settings
+from unmask.recipe import PREPARED_DATA, check_data_settings
 from unmask.resolve import Resolved, resolve
 from unmask.run_folder import RunFolder
 from unmask.settings import Settings
@@ -31,15 +32,15 @@ from unmask.training.teacher import load_teacher
 class Job:
     """The arguments of `adapt`, checked as far as possible without the model.
 
-    sources: names for run.json. files: data files and records in memory, or with self_prompts the files whose documents
-    the model continues; None for a hub id and a stream. stream: a `datasets.IterableDataset`. held_out_files: those of
-    eval_data. earlier: run.json of the run that this one continues, None for a new run.
+    sources: names for run.json. parts: what of the data makes one corpus, or with self_prompts the files whose
+    documents the model continues; None for a hub id and a stream. stream: a `datasets.IterableDataset`.
+    held_out_files: those of eval_data. earlier: run.json of the run that this one continues, None for a new run.
     """
 
     model: str | Path | DiffusionLM
     settings: Settings
     sources: tuple[str, ...]
-    files: Sequence[Path | Records] | None
+    parts: Sequence[Part] | None
     stream: Any
     held_out_files: list[Path] | None
     folder: RunFolder
@@ -78,23 +79,23 @@ def plan(
             f"data {list(sources)} with self_prompts={settings.self_prompts!r}: text of the "
             "model's own needs --data self alone, self_prompts=FILE for its beginnings, and --max-tokens or self_tokens"
         )
-    files: Sequence[Path | Records] | None = None
+    parts: Sequence[Part] | None = None
     if settings.self_prompts is not None:
-        files = local_files([settings.self_prompts], "self_prompts")
+        parts = [Part(tuple(local_files([settings.self_prompts], "self_prompts")), settings.self_prompts)]
     elif isinstance(given, Records):
-        files = [given]
+        parts = [Part((given,), str(given))]
     elif given is None:
-        files = find_files(sources)
+        parts = find_parts(sources)
     held_out = None if settings.eval_data is None else local_files([settings.eval_data], "eval_data")
-    kinds = {file.suffix if isinstance(file, Path) else str(file) for file in [*(files or []), *(held_out or [])]}
-    from_hub = files is None and given is None
-    kinds |= {"a hub data set"} if from_hub else {"a stream"} if files is None else set()
+    from_hub = parts is None and given is None
+    kinds = {kind for part in parts or () for kind in _kinds(part)} | {suffix_of(file) for file in held_out or ()}
+    kinds |= {"a hub data set"} if from_hub else {"a stream"} if parts is None else set()
     check_data_settings(overrides, kinds, from_hub or has_splits(data))
     earlier = read_earlier(folder, resume)
     shown = show_progress and join().is_main_process
     stream = None if isinstance(given, Records) else given
     return Job(
-        model, settings, sources, files, stream, held_out, folder, earlier, resume, shown, base, trust_remote_code
+        model, settings, sources, parts, stream, held_out, folder, earlier, resume, shown, base, trust_remote_code
     )  # fmt: skip
 
 
@@ -105,6 +106,13 @@ def _known(model: str | Path | DiffusionLM, base: str | Path | None) -> Diffusio
     if base is not None:
         raise ValueError(f"base={str(base)!r} is for a drafter's or adapter's folder, and this model is loaded already")
     return model
+
+
+def _kinds(part: Part) -> set[str]:
+    """Suffixes of files, and words for other data."""
+    if part.prepared is not None:
+        return {PREPARED_DATA}
+    return {suffix_of(source) if isinstance(source, Path) else str(source) for source in part.sources}
 
 
 def _sources(data: Any, split: str) -> tuple[tuple[str, ...], Any]:

@@ -10,14 +10,15 @@ from typing import Any
 from unmask.conversion.job import Job, Parent
 from unmask.conversion.run_record import check_same_run, extends, read_earlier
 from unmask.conversion.text import num_held_out
-from unmask.data.documents import Corpus
+from unmask.data.corpus import Corpus
+from unmask.data.mixture import Mixture
 from unmask.data.streams import RecordStream
 from unmask.settings import to_plain
 from unmask.training.checkpoints import latest_checkpoint
 from unmask.training.ranks import join
 
 
-def describe(job: Job, parent: Parent, text: Corpus | RecordStream) -> dict[str, Any]:
+def describe(job: Job, parent: Parent, text: Corpus | Mixture | RecordStream) -> dict[str, Any]:
     """The part of run.json that decides the result of the run."""
     teacher = {"name": parent.settings.teacher, "fingerprint": parent.teacher_fingerprint}
     return {

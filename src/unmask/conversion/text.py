@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from unmask.conversion.job import Job, Parent
-from unmask.data.documents import Corpus, Encoder, load_corpus
+from unmask.data.corpus import Corpus
+from unmask.data.documents import Encoder, load_corpus
+from unmask.data.mixture import Mixture, mixed
+from unmask.data.prepared import cached, is_large, open_for
 from unmask.data.readers import Faults, Records
+from unmask.data.sources import Part
 from unmask.data.streams import RecordStream, open_hub
 from unmask.evaluation.held_out import held_out_documents
 from unmask.evaluation.likelihood import Document
@@ -24,28 +26,61 @@ from unmask.training.ranks import join
 from unmask.training.rollouts import roll_out
 
 
-def read_text(job: Job, parent: Parent) -> Corpus | RecordStream:
-    """The text before documents are held out: files, records, a stream of them, or text that the parent writes.
+def read_text(job: Job, parent: Parent) -> Corpus | Mixture | RecordStream:
+    """The text before documents are held out: files, records, prepared data, a stream, or text that the parent writes.
 
     If the model writes while it trains, the documents whose beginnings it will continue.
     """
     settings = parent.settings
-    if job.files is None:
+    if job.parts is None:
         return _stream(job, parent)
-    sizes = [file.stat().st_size for file in job.files if isinstance(file, Path)]
-    total = sum(sizes) if len(sizes) == len(job.files) else None
-    with progress("tokenise", total, show=job.show_progress) as advance:
-        corpus = _read_files(job, parent, job.files, max_length=settings.max_length, progress=advance)
-    if settings.self_prompts is None or writes_while_learning(settings):
-        return corpus
-    return write_own_text(parent.lm, parent, corpus, job.folder.path.parent, parent.fingerprint, job.show_progress)
+    with progress(
+        "tokenise", bytes_of([source for part in job.parts for source in part.sources]), show=job.show_progress
+    ) as advance:
+        corpora = [_read_part(job, parent, part, advance) for part in job.parts]
+    if settings.self_prompts is not None:
+        (corpus,) = corpora
+        if writes_while_learning(settings):
+            return corpus
+        return write_own_text(parent.lm, parent, corpus, job.folder.path.parent, parent.fingerprint, job.show_progress)
+    if len(corpora) == 1:
+        return corpora[0]
+    weights = [part.weight for part in job.parts if part.weight is not None]
+    return mixed(corpora, weights or None)
+
+
+def bytes_of(files: Sequence[Path | Records]) -> int | None:
+    """Bytes of text in files that are not compressed; None with others."""
+    if any(isinstance(file, Records) or file.suffix not in (".txt", ".jsonl") for file in files):
+        return None
+    return sum(file.stat().st_size for file in files if isinstance(file, Path))
+
+
+def _read_part(job: Job, parent: Parent, part: Part, progress: Callable[[int], None]) -> Corpus:
+    """One corpus: prepared data, or files; large ones are prepared beside the run's folder, by the main process."""
+    settings = parent.settings
+    encoder = _encoder(job, parent)
+    if part.prepared is not None:
+        return open_for(part.prepared, encoder)
+    if is_large(part.sources):
+        with join().main_process_first():
+            corpus = cached(job.folder.path.parent, part.sources, encoder, settings.text_column, progress)
+        if corpus is not None:
+            return corpus
+    return _read_files(job, parent, part.sources, max_length=settings.max_length, progress=progress)
+
+
+def _encoder(job: Job, parent: Parent) -> Encoder:
+    """What makes documents of the run's text."""
+    settings = parent.settings
+    faults = Faults(settings.skip_invalid, _noting(job))
+    return Encoder(parent.lm.tokenizer, parent.end_token_id, faults, settings.max_length)
 
 
 def _stream(job: Job, parent: Parent) -> RecordStream:
     """The records of a hub data set, or of the stream that was given."""
     settings, (name,) = parent.settings, job.sources
-    faults = Faults(settings.skip_invalid, _noting(job))
-    encoder = Encoder(parent.lm.tokenizer, parent.end_token_id, faults, settings.max_length)
+    encoder = _encoder(job, parent)
     if job.stream is not None:
         return RecordStream(job.stream, name, encoder, text_column=settings.text_column, fingerprint=name)
     data, fingerprint = open_hub(name, settings.split), f"{name}:{settings.split}"
@@ -97,12 +132,12 @@ def write_own_text(
 class Data:
     """The training text, the rows that its steps read, and the held-out documents."""
 
-    text: Corpus | RecordStream
+    text: Corpus | Mixture | RecordStream
     rows: TrainingData
     held_out: list[Document]
 
 
-def hold_out(job: Job, parent: Parent, text: Corpus | RecordStream) -> Data:
+def hold_out(job: Job, parent: Parent, text: Corpus | Mixture | RecordStream) -> Data:
     """Take the held-out documents from eval_data, or from the end of the text, and pack the rest into rows."""
     settings, held_out = parent.settings, []
     if job.held_out_files is not None:
@@ -110,18 +145,18 @@ def hold_out(job: Job, parent: Parent, text: Corpus | RecordStream) -> Data:
         corpus = _read_files(job, parent, job.held_out_files, max_length=context, max_documents=number)
         held_out = held_out_documents(corpus, parent.end_token_id)
     cut = num_held_out(job, text)
-    if cut and isinstance(text, Corpus):
+    if cut and isinstance(text, Corpus | Mixture):
         text, last = text.split(cut)
         held_out = held_out_documents(last, parent.end_token_id)
     if settings.predict_padding:
         text = _filled_up(text, settings, parent.end_token_id)
     to_write = (settings.self_tokens or settings.max_tokens) if writes_while_learning(settings) else None
-    if to_write is None and isinstance(text, Corpus):
+    if to_write is None and isinstance(text, Corpus | Mixture):
         _check_length(text, settings)
     return Data(text, packed_documents(settings, text, to_write=to_write), held_out)
 
 
-def _check_length(text: Corpus, settings: Resolved) -> None:
+def _check_length(text: Corpus | Mixture, settings: Resolved) -> None:
     """Warn of a text that does not fill a row."""
     if text.num_tokens < settings.max_length and join().is_main_process:
         effect = "the rest of the row is padding" if settings.max_tokens is None else "each row repeats it"
@@ -131,19 +166,19 @@ def _check_length(text: Corpus, settings: Resolved) -> None:
         )
 
 
-def num_held_out(job: Job, text: Corpus | RecordStream) -> int:
+def num_held_out(job: Job, text: Corpus | Mixture | RecordStream) -> int:
     """Documents to hold out from the end of the text: 1%, at most eval_documents; 0 with eval_data or a hub stream."""
-    if job.held_out_files is not None or not isinstance(text, Corpus):
+    if job.held_out_files is not None or not isinstance(text, Corpus | Mixture):
         return 0
     return min(job.settings.eval_documents, len(text) // 100)
 
 
-def _filled_up(text: Corpus | RecordStream, settings: Resolved, end_token_id: int | None) -> Corpus:
+def _filled_up(text: Corpus | Mixture | RecordStream, settings: Resolved, end_token_id: int | None) -> Corpus | Mixture:
     """One document in each row, as predict_padding asks; ValueError if that is not possible."""
-    if not isinstance(text, Corpus) or end_token_id is None:
+    if not isinstance(text, Corpus | Mixture) or end_token_id is None:
         lacks = "an end token, which this model lacks" if end_token_id is None else "files, not a streamed data set"
         raise ValueError(f"predict_padding=true needs {lacks}")
-    longest = int(np.diff(text.offsets).max())
+    longest = text.longest()
     if longest > settings.max_length:
         raise ValueError(
             f"predict_padding=true puts each document in a row of its own, and one of {longest} tokens exceeds "

@@ -1,4 +1,4 @@
-"""Texts and supervised examples to documents of token ids, and a corpus of them in memory."""
+"""Texts and supervised examples to documents of token ids, and to a corpus of them, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unmask.core.noise import seed_for
+from unmask.data.corpus import Corpus, Document, Writer
 from unmask.data.pieces import LONG, long_ids
 from unmask.data.plain_text import SpecialTextError, encode, num_added_after
 from unmask.data.readers import Faults, Place, Read, Records, file_name, read
@@ -31,100 +31,6 @@ def tokenize(tokenizer: Any, texts: Sequence[str], end_token_id: int | None = No
         return list(rows)
     added, tail = num_added_after(tokenizer), np.asarray([end_token_id], dtype=np.int32)
     return [np.concatenate([ids[: len(ids) - added], tail]) for ids in rows]
-
-
-class Document(NamedTuple):
-    """Token ids (length,), and bool like ids, True on tokens that are learnt; None learns all (a text)."""
-
-    ids: np.ndarray
-    loss_mask: np.ndarray | None = None
-
-    def after(self, offset: int) -> Document:
-        """The document from token `offset` on."""
-        return Document(self.ids[offset:], None if self.loss_mask is None else self.loss_mask[offset:])
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Tokenised documents in memory: document i is tokens[offsets[i] : offsets[i + 1]], tokens int32, offsets int64.
-
-    fingerprint: a digest of the content.
-    loss_mask: bool like tokens, False on tokens that are never in a loss (prompts); None where all are.
-    """
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    fingerprint: str
-    loss_mask: np.ndarray | None = None
-
-    @classmethod
-    def of(cls, documents: Sequence[Document], fingerprint: str) -> Corpus:
-        """The documents in one array."""
-        loss_mask = None
-        if any(document.loss_mask is not None for document in documents):
-            loss_mask = np.concatenate([np.ones(len(ids), bool) if mask is None else mask for ids, mask in documents])
-        offsets = np.cumsum([0, *(len(document.ids) for document in documents)], dtype=np.int64)
-        return cls(np.concatenate([document.ids for document in documents]), offsets, fingerprint, loss_mask)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-    def document(self, index: int) -> Document:
-        """Document i; one whose tokens are all learnt is a text, without a mask."""
-        if self.loss_mask is None:
-            return Document(self[index])
-        loss_mask = self.loss_mask[self.offsets[index] : self.offsets[index + 1]]
-        return Document(self[index], None if loss_mask.all() else loss_mask)
-
-    def split(self, held_out: int) -> tuple[Corpus, Corpus]:
-        """All but the last `held_out` documents, and the last `held_out`."""
-        cut = len(self) - held_out
-        end = int(self.offsets[cut])
-        first, last = (None, None) if self.loss_mask is None else (self.loss_mask[:end], self.loss_mask[end:])
-        return (
-            Corpus(self.tokens[:end], self.offsets[: cut + 1], self.fingerprint, first),
-            Corpus(self.tokens[end:], self.offsets[cut:] - end, self.fingerprint, last),
-        )
-
-    def stream(self, seed: int, epoch: int, start: int) -> Iterator[list[Document]]:
-        """The documents of an epoch, each alone, in a random order of its own, from number `start` in that order."""
-        # numpy reads a list as 32-bit words, so [2^32, 0] would equal [0, 1], and accepts no negative number.
-        key = [seed, epoch] if 0 <= seed < 2**32 else seed_for(("documents", seed, epoch))
-        order = np.random.default_rng(key).permutation(len(self))
-        for index in order[start:]:
-            yield [self.document(index)]
-
-    def tokens_per_row(self, max_length: int) -> float:
-        """Mean number of tokens in a packed row, below `max_length` where a supervised example did not fit its rest."""
-        if self.loss_mask is None:
-            return max_length
-        rows = column = 0
-        for index in range(len(self)):
-            ids, loss_mask = self.document(index)
-            if loss_mask is not None and 0 < max_length - column < len(ids):
-                rows, column = rows + 1, 0
-            more, column = divmod(column + len(ids), max_length)
-            rows += more
-        return self.num_tokens / (rows + (column > 0))
-
-    def filled_up(self, max_length: int, token: int) -> Corpus:
-        """Every document lengthened to `max_length` with `token`, which is learnt, as in DiffuLLaMA's released code."""
-        documents = [self.document(index) for index in range(len(self))]
-        tokens = np.full((len(self), max_length), token, dtype=self.tokens.dtype)
-        learnt = np.ones((len(self), max_length), dtype=bool)
-        for row, (ids, loss_mask) in enumerate(documents):
-            tokens[row, : len(ids)] = ids
-            if loss_mask is not None:
-                learnt[row, : len(ids)] = loss_mask
-        offsets = np.arange(len(self) + 1, dtype=np.int64) * max_length
-        return Corpus(tokens.reshape(-1), offsets, self.fingerprint, learnt.reshape(-1))
 
 
 @dataclass(frozen=True)
@@ -188,31 +94,58 @@ def load_corpus(
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Corpus:
-    """Read and tokenise files or records, in batches of documents, `max_documents` at most.
+    """Read and tokenise files or records into memory, in batches of documents, `max_documents` at most.
 
     progress: called with the bytes of text of each batch. note: called with lines about what is left out. Raises
     ValueError for a file without documents and, unless `skip_invalid` leaves them out, for invalid records and
     supervised examples longer than `max_length`.
     """
-    faults, digest = Faults(skip_invalid, note), hashlib.sha256()
-    encoder = Encoder(tokenizer, end_token_id, faults, max_length)
-    documents: list[Document] = []
+    encoder = Encoder(tokenizer, end_token_id, Faults(skip_invalid, note), max_length)
+    writer = Writer.in_memory()
+    found = encode_sources(sources, encoder, text_column, writer, max_documents=max_documents, progress=progress)
+    return writer.corpus(found.fingerprint)
+
+
+class Encoded(NamedTuple):
+    """What was read: a digest of its content, its bytes of text; tokens and place of the longest supervised example."""
+
+    fingerprint: str
+    num_bytes: int
+    longest_example: tuple[int, str] | None
+
+
+def encode_sources(
+    sources: Sequence[Path | Records],
+    encoder: Encoder,
+    text_column: str,
+    writer: Writer,
+    *,
+    max_documents: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Encoded:
+    """Read and tokenise sources into a writer, see `load_corpus`."""
+    digest, whole, longest = hashlib.sha256(), 0, None
     for source in sources:
-        before = len(documents)
-        examples = read(source, text_column, faults)
-        while batch := _batch(examples, None if max_documents is None else max_documents - len(documents)):
+        before = writer.num_documents
+        examples = read(source, text_column, encoder.faults)
+        while batch := _batch(examples, None if max_documents is None else max_documents - writer.num_documents):
             num_bytes = 0
             for _, example in batch:
                 content = _content(example)
                 digest.update(len(content).to_bytes(8, "little") + content)
                 num_bytes += len(content)
-            documents += [document for made in encoder(batch) for document in made]
+            for (place, example), made in zip(batch, encoder(batch), strict=True):
+                writer.add(made)
+                length = max((len(document.ids) for document in made), default=0)
+                if not isinstance(example, str) and length > (longest[0] if longest else 0):
+                    longest = (length, str(place))
+            whole += num_bytes
             if progress is not None:
                 progress(num_bytes)
-        if len(documents) == before and (max_documents is None or before < max_documents):
+        if writer.num_documents == before and (max_documents is None or before < max_documents):
             named = file_name(source) if isinstance(source, Path) else str(source)
             raise ValueError(f"{named} holds no documents")
-    return Corpus.of(documents, digest.hexdigest()[:16])
+    return Encoded(digest.hexdigest()[:16], whole, longest)
 
 
 BATCH, _BATCH_CHARACTERS = 256, 1 << 22

@@ -15,7 +15,8 @@ import torch
 
 from unmask.core.attention import PADDING, Layout
 from unmask.core.batch import Batch
-from unmask.data.documents import Corpus, Document
+from unmask.data.corpus import Corpus, Document
+from unmask.data.mixture import Mixture
 from unmask.data.streams import RecordStream
 
 
@@ -40,7 +41,7 @@ class Packer:
 
     def __init__(
         self,
-        source: Corpus | RecordStream,
+        source: Corpus | Mixture | RecordStream,
         max_length: int,
         *,
         seed: int,
@@ -106,5 +107,6 @@ class Packer:
                 row, column, number = row + 1, 0, 0
         if row + column == 0:
             return None
+        self.source.forget()
         layout = Layout.of(torch.from_numpy(position), torch.from_numpy(document))
         return Batch(torch.from_numpy(ids), layout, None if learnt.all() else torch.from_numpy(learnt))

@@ -6,19 +6,27 @@ beginning, and a text that is empty then is left out.
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import gzip
+import io
 import json
+import lzma
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from unmask.data.records import COLUMNS, kind, missing_column, read_record
 from unmask.data.supervised import Example, InvalidRecordError
 
 SEPARATOR = b"<|endoftext|>"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+"""Endings that may follow those of text files."""
 _CHUNK = 1 << 20
 """Bytes of a text file that are read at a time."""
 
@@ -66,10 +74,15 @@ class Faults:
 
 @dataclass(frozen=True)
 class Records:
-    """Texts and records in memory: any sequence of them, a `datasets.Dataset` for example. name: what messages say."""
+    """Texts and records: any sequence of them, a `datasets.Dataset` for example, or what can be iterated once.
 
-    items: Sequence[Any]
+    name: what messages say. fingerprint, num_bytes: of the content, where they are known without reading it.
+    """
+
+    items: Iterable[Any]
     name: str = "data"
+    fingerprint: str | None = field(default=None, compare=False)
+    num_bytes: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return self.name
@@ -80,7 +93,32 @@ def read(source: Path | Records, text_column: str, faults: Faults) -> Iterator[R
     if isinstance(source, Records):
         return _read_items(source, text_column, faults)
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    return readers[source.suffix](source, text_column, faults)
+    return readers[suffix_of(source)](source, text_column, faults)
+
+
+def suffix_of(path: Path) -> str:
+    """The ending that says how a file is read, without that of its compression; parquet files compress themselves."""
+    inner = Path(path.stem).suffix
+    return inner if path.suffix in COMPRESSED and inner in (".txt", ".jsonl") else path.suffix
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file of bytes, decompressed as its name says; ValueError for one that is damaged."""
+    try:
+        if path.suffix == ".zst":
+            import pyarrow
+
+            with path.open("rb") as raw, pyarrow.CompressedInputStream(raw, "zstd") as stream:
+                yield io.BufferedReader(stream, _CHUNK)
+        else:
+            openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+            with openers.get(path.suffix, open)(path, "rb") as file:
+                yield file
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if path.suffix not in COMPRESSED or getattr(error, "errno", None) is not None:
+            raise
+        raise ValueError(f"{file_name(path)} is not {path.suffix[1:]}, or is damaged: {error}") from None
 
 
 def read_item(item: Any, place: Place, text_column: str, faults: Faults) -> Iterator[Read]:
@@ -150,7 +188,7 @@ def _read_txt(path: Path, column: str, faults: Faults) -> Iterator[Read]:
 def _separated(path: Path) -> Iterator[bytes]:
     """The parts of a file between separators, without reading it whole."""
     buffer = bytearray()
-    with path.open("rb") as file:
+    with _opened(path) as file:
         while chunk := file.read(_CHUNK):
             start = max(0, len(buffer) - len(SEPARATOR) + 1)  # what is before it was searched already
             buffer += chunk
@@ -179,7 +217,7 @@ def _decoded(raw: bytes) -> tuple[str, _Problem | None]:
 
 
 def _read_jsonl(path: Path, column: str, faults: Faults) -> Iterator[Read]:
-    with path.open("rb") as file:
+    with _opened(path) as file:
         for number, raw in enumerate(file, 1):
             place = Place(file_name(path), "line", number)
             text, problem = _decoded(raw)
@@ -249,81 +287,3 @@ def _rows(batch: Any) -> Iterator[tuple[Any, str | None]]:
 def _read_items(records: Records, column: str, faults: Faults) -> Iterator[Read]:
     for number, item in enumerate(records.items, 1):
         yield from read_item(item, Place(records.name, "record", number), column, faults)
-
-
-# --- sources
-
-
-def in_memory(data: Any) -> Records | None:
-    """Texts and records of a sequence; None for names of files, folders or a hub id.
-
-    Strings are names if one of them looks like a file (`.txt`, `./`, or what is there), or if none has white space.
-    Raises ValueError for names among texts or records.
-    """
-    if isinstance(data, str | Path):
-        return None
-    if isinstance(data, Mapping | bytes) or not isinstance(data, Iterable):
-        raise ValueError(
-            f"data is {kind(data)}: give files, a hub id, a set of `datasets`, or a list of texts or records"
-        )
-    items = list(data)
-    names = [item for item in items if isinstance(item, Path) or (isinstance(item, str) and _looks_like_file(item))]
-    others = [item for item in items if not isinstance(item, Path) and not _is_name(item)]
-    if names and others:
-        raise ValueError(
-            f"data mixes {str(names[0])!r}, which names a file, with {reprlib.repr(others[0])}, which is no file here: "
-            'give files alone, or texts alone, as records {"text": ...} where a text looks like a name'
-        )
-    return Records(items) if others else None
-
-
-def _is_name(item: Any) -> bool:
-    """Whether an item may name a file or a data set: a string that looks like one, or that has no white space."""
-    return isinstance(item, str) and (not any(map(str.isspace, item)) or _looks_like_file(item))
-
-
-def _looks_like_file(text: str) -> bool:
-    if "\n" in text or len(text) > 4096:
-        return False
-    return Path(text).suffix in SUFFIXES or text.startswith(("./", "../", "/", "~/")) or _lies(text)
-
-
-def _lies(name: str | Path) -> bool:
-    """Whether there is a file or folder of that name; a name that no file can have has none."""
-    try:
-        return Path(name).exists()
-    except (OSError, ValueError):
-        return False
-
-
-def find_files(sources: Sequence[str | Path]) -> list[Path] | None:
-    """The data files among files and folders, those of a folder sorted; None if the only source is a hub id."""
-    files: list[Path] = []
-    for source in sources:
-        path = Path(source)
-        if not str(source):
-            raise ValueError(f"data source {str(source)!r} is empty: give a file, a folder or a hub id")
-        if not _lies(path):
-            if path.suffix in SUFFIXES or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-                raise ValueError(f"data file {str(source)!r} does not exist")
-            if len(sources) > 1:
-                raise ValueError(f"data source {str(source)!r} is no file; a hub id must stand alone")
-            return None
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-            if not found:
-                raise ValueError(f"data folder {str(source)!r} holds no {', '.join(SUFFIXES)} file")
-            files += found
-        elif path.suffix not in SUFFIXES:
-            raise ValueError(f"data file {str(source)!r} has an unknown type: use {', '.join(SUFFIXES)}")
-        else:
-            files.append(path)
-    return files
-
-
-def local_files(sources: Sequence[str | Path], what: str) -> list[Path]:
-    """`find_files`, but ValueError for a hub id; what: the name of the sources in the message."""
-    files = find_files(sources)
-    if files is None:
-        raise ValueError(f"{what} {str(sources[0])!r} is no file here: give {', '.join(SUFFIXES)} files, or a folder")
-    return files

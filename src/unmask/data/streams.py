@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from unmask.core.noise import seed_for
-from unmask.data.documents import BATCH, Document, Encoder
+from unmask.data.corpus import Document
+from unmask.data.documents import BATCH, Encoder
 from unmask.data.readers import Place, Read, Records, read_item
 from unmask.data.records import COLUMNS, missing_column
 
@@ -35,7 +36,7 @@ def from_datasets(data: Any, split: str) -> Any:
             raise ValueError(f"data has no split {split!r}, found {sorted(data)}: choose one with split=NAME")
         data = data[split]
     if _is(data, "Dataset"):
-        return Records(data, "data set in memory")
+        return Records(data, "data set in memory", data._fingerprint, data.data.nbytes)
     return data if _is(data, "IterableDataset") else None
 
 
@@ -55,6 +56,15 @@ def _is(data: Any, name: str) -> bool:
     return datasets is not None and isinstance(data, getattr(datasets, name))
 
 
+def records_of(data: Any, name: str) -> Iterator[Any]:
+    """The records of a stream; ValueError where the library that reads them fails, which has many error types."""
+    try:
+        yield from data
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{name} cannot be read to its end: {type(error).__name__}: {reason}") from error
+
+
 class RecordStream:
     """The documents of a data set of unknown length, read and tokenised in batches.
 
@@ -72,7 +82,7 @@ class RecordStream:
         """The documents of each record of an epoch, in the order of a shuffling buffer, from record `start` on."""
         data = self.data.shuffle(seed=seed_for(("documents", seed, epoch)), buffer_size=10_000)
         found: list[list[Read]] = []
-        for number, record in enumerate(self._records(data.skip(start) if start else data), start + 1):
+        for number, record in enumerate(records_of(data.skip(start) if start else data, self.name), start + 1):
             place = Place(self.name, "shuffled record", number, record)
             found.append(list(read_item(record, place, self.text_column, self.encoder.faults)))
             if len(found) == BATCH:
@@ -80,13 +90,8 @@ class RecordStream:
                 found = []
         yield from self._encoded(found)
 
-    def _records(self, data: Any) -> Iterator[Any]:
-        """The records; ValueError where the library that reads them fails, which has many error types of its own."""
-        try:
-            yield from data
-        except Exception as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise ValueError(f"{self.name} cannot be read to its end: {type(error).__name__}: {reason}") from error
+    def forget(self) -> None:
+        """Nothing of it is mapped."""
 
     def _encoded(self, found: list[list[Read]]) -> Iterator[list[Document]]:
         """The documents of each record, of which `found` has one example or none."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from unmask.core.network import DiffusionConfig, Network
-from unmask.data.documents import Corpus, Document
+from unmask.data.corpus import Corpus, Document
 from unmask.evaluation import likelihood
 from unmask.settings import Settings
 

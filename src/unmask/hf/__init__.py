@@ -27,7 +27,14 @@ from unmask.hf.masks import UnsupportedModelError
 from unmask.hf.network import FastPaths, HFNetwork, replicate
 from unmask.hf.probes import as_network, probe, probe_fast_paths, probe_network, sees_position_differences
 from unmask.hf.quantised import quantisation_of
-from unmask.hf.special_tokens import add_end_token, begin_token_id, check_mask_token, end_token_ids
+from unmask.hf.special_tokens import (
+    add_end_token,
+    begin_token_id,
+    check_mask_token,
+    end_token_id,
+    end_token_ids,
+    end_token_ids_at,
+)
 
 __all__ = [
     "Base",
@@ -43,7 +50,9 @@ __all__ = [
     "check_tokenizer",
     "checkpoint_layers",
     "drafter_on",
+    "end_token_id",
     "end_token_ids",
+    "end_token_ids_at",
     "fingerprint",
     "load_drafter",
     "load_pretrained",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
+
+from unmask.hf.gguf import source_of
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -25,13 +29,30 @@ def begin_token_id(model: Any, tokenizer: Any) -> int:
     return int(begin)
 
 
+def end_token_ids_at(place: Path | str, tokenizer: Any, *, trust_remote_code: bool = False) -> tuple[int, ...]:
+    """`end_token_ids` of a located model without loading its weights."""
+    source, of_file = source_of(place)
+    try:
+        generation = GenerationConfig.from_pretrained(source)
+    except OSError:  # it has no file of its own, and transformers reads the model's configuration instead
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **of_file)
+        generation = GenerationConfig.from_model_config(config)
+    return end_token_ids(SimpleNamespace(generation_config=generation), tokenizer)
+
+
+def end_token_id(tokenizer: Any, token: str) -> int:
+    """The id of a token that is to end texts; ValueError if the vocabulary has none of that name."""
+    found = tokenizer.get_vocab().get(token)
+    if found is None:
+        raise ValueError(f"end_token {token!r} is no token of this vocabulary: give one that is")
+    return int(found)
+
+
 def add_end_token(model: Any, tokenizer: Any, token: str) -> int:
     """Make a token of the vocabulary the first of the model's end tokens, beside those it has; return its id."""
-    token_id = tokenizer.get_vocab().get(token)
-    if token_id is None:
-        raise ValueError(f"end_token {token!r} is no token of this vocabulary: give one that is")
+    token_id = end_token_id(tokenizer, token)
     model.generation_config.eos_token_id = list(dict.fromkeys([token_id, *end_token_ids(model, tokenizer)]))
-    return int(token_id)
+    return token_id
 
 
 def check_mask_token(model: Any, tokenizer: Any, token: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unmask.core.noise import seed_for
-from unmask.data.documents import Corpus
+from unmask.data.corpus import Corpus
 from unmask.evaluation import likelihood
 from unmask.evaluation.held_out import held_out_document
 from unmask.lab.frontier import Score, Setting, measure, padded

@@ -26,7 +26,7 @@ from unmask.conversion import adapt
 from unmask.conversion.run_record import training_folder
 from unmask.core.finite import check_weights
 from unmask.data.documents import load_corpus
-from unmask.data.readers import find_files, local_files
+from unmask.data.sources import find_files, local_files
 from unmask.lab.measures import MEASURES, Budget, HeldOut, Subject, hold_out
 from unmask.lab.report import write_report
 from unmask.lab.tasks import check

@@ -25,7 +25,8 @@ from torch import Tensor
 from unmask import hf
 from unmask.conversion.run_record import IN_MEMORY
 from unmask.data.plain_text import open_ids
-from unmask.data.readers import local_files, read_documents
+from unmask.data.readers import read_documents
+from unmask.data.sources import local_files
 from unmask.lab import plots
 from unmask.lab.frontier import (
     FrontierRow,

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from unmask.core.batch import Batch
-from unmask.data.documents import Corpus
+from unmask.data.corpus import Corpus
+from unmask.data.mixture import Mixture
 from unmask.data.packing import Packer, PackState
 from unmask.data.streams import RecordStream
 from unmask.resolve import Resolved
@@ -27,7 +28,9 @@ class TrainingData:
     num_steps: int
 
 
-def packed_documents(settings: Resolved, source: Corpus | RecordStream, *, to_write: int | None = None) -> TrainingData:
+def packed_documents(
+    settings: Resolved, source: Corpus | Mixture | RecordStream, *, to_write: int | None = None
+) -> TrainingData:
     """Rows packed from the documents of `source`, until max_tokens are seen, or one pass without max_tokens.
 
     to_write: tokens of that pass where the rows will be of text that the model has yet to write, see `rewritten_text`.
@@ -40,10 +43,10 @@ def packed_documents(settings: Resolved, source: Corpus | RecordStream, *, to_wr
 
     num_tokens = to_write if settings.max_tokens is None else settings.max_tokens
     if num_tokens is None:
-        if not isinstance(source, Corpus):
+        if not isinstance(source, Corpus | Mixture):
             raise ValueError("a streamed data set has no known end: give --max-tokens")
         num_tokens = source.num_tokens
     per_row: float = settings.max_length
-    if isinstance(source, Corpus) and to_write is None:
+    if isinstance(source, Corpus | Mixture) and to_write is None:
         per_row = source.tokens_per_row(settings.max_length)
     return TrainingData(batches, num_tokens, math.ceil(num_tokens / (per_row * settings.batch_size)))

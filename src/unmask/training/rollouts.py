@@ -22,7 +22,7 @@ from torch import Tensor
 from unmask.core.batch import Batch
 from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import Key, integer
-from unmask.data.documents import Corpus, Document
+from unmask.data.corpus import Corpus, Document
 from unmask.data.packing import Packer, PackState
 from unmask.resolve import Resolved
 from unmask.sampling import Confidence, Request, sample_autoregressive, sample_blocks

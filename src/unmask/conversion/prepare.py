@@ -41,11 +41,11 @@ def prepare(
     and for a folder that holds something else.
     """
     place, chosen = Path(output_dir), _chosen(settings)
-    sources = _sources(data, chosen.split, settings)
     if isinstance(model, DiffusionLM):
         tokenizer, ends = model.tokenizer, model.end_token_ids
     else:
         tokenizer, ends = load_tokenizer(model, base, trust_remote_code)
+    sources = _sources(data, chosen.split, settings)
     end = next(iter(ends), None) if chosen.end_token is None else hf.end_token_id(tokenizer, chosen.end_token)
     encoder = Encoder(tokenizer, end, Faults(chosen.skip_invalid, note if show_progress else None), chosen.max_length)
     if place.exists() and not is_prepared(place) and (not place.is_dir() or any(place.iterdir())):

@@ -31,6 +31,8 @@ from unmask.version import __version__
 ADAPTER_WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 _OURS = "unmask"
 """What the metadata of adapter weights have that `save_adapter` wrote."""
+FOR_UNO = "unmask-uno"
+"""What those have whose adapters act on some rows alone, in the engines that they were exported for."""
 
 _PREFIX = "base_model.model."  # PEFT's, in front of every name of an adapter file
 
@@ -165,7 +167,13 @@ def _read_weights(folder: Path, embedding: str) -> tuple[dict[str, torch.Tensor]
     else:
         state = read_tensors(folder / ADAPTER_WEIGHTS)
         with safe_open(str(folder / ADAPTER_WEIGHTS), framework="pt") as file:
-            ours = _OURS in (file.metadata() or {})
+            metadata = file.metadata() or {}
+        if FOR_UNO in metadata:
+            raise ValueError(
+                f"adapter {str(folder)!r} was exported for SGLang and vLLM, which switch it on for the rows of a draft "
+                "alone: load the drafter that it was exported from"
+            )
+        ours = _OURS in metadata
     state = {key.removeprefix(_PREFIX): tensor for key, tensor in state.items()}
     path = folder / CONFIG  # of versions that wrote no metadata
     return state, ours or (embedding in state and path.is_file() and "diffusion" in read_object(path))

@@ -1,0 +1,33 @@
+"""The command export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unmask.cli.app import Base, Json, TrustRemoteCode, app, name_of
+from unmask.plain_json import to_json
+
+
+@app.command(epilog="Example: unmask export runs/drafter --format uno --output served/drafter")
+def export(
+    model: Annotated[str, typer.Argument(**name_of("Folder or hub id of the model."))],
+    format: Annotated[str, typer.Option(help="uno: a drafter, for SGLang and vLLM.")],
+    output: Annotated[Path, typer.Option(help="A new folder.")],
+    quantize: Annotated[str | None, typer.Option(help="How weights are packed, for formats that can.")] = None,
+    base: Base = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model as a folder that other programs serve."""
+    from unmask.export import export_model
+
+    said = export_model(model, format, output, quantize=quantize, base=base, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(to_json({"format": format, "output": str(output), **said}))
+        return
+    print(f"saved to {output}; its README.md says how it is served")
+    for name, line in said.items():
+        print(f"\n{name}:\n  {line}")

@@ -115,7 +115,7 @@ def test_a_drafter_of_another_layout_is_refused_with_what_to_train(
 
 @pytest.mark.parametrize(("name", "odd", "instead"), [
     ("gpt2", "transformer.h.0.attn.c_attn", "no drafter of this base can be served"),
-    ("phi3", "model.layers.0.self_attn.qkv_proj", "drafter_targets=o_proj,down_proj"),
+    ("phi3", "model.layers.0.self_attn.qkv_proj", "drafter_targets=self_attn.o_proj,mlp.down_proj"),
 ])  # fmt: skip
 def test_adapters_that_the_engines_have_no_place_for_are_refused(
     tokenizer_and_model: Path, tmp_path: Path, name: str, odd: str, instead: str

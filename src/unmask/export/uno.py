@@ -63,24 +63,23 @@ def adapter_weights(drafter: Drafter, model: Any, base: str) -> dict[str, Tensor
 
     Raises ValueError for adapters on maps that the engines do not adapt.
     """
-    shapes = {name: (module.out_features, module.in_features) for name, module in linear_maps(model)
-              if _SERVED.fullmatch(name)}  # fmt: skip
+    maps: dict[str, Any] = {name: module for name, module in linear_maps(model) if _SERVED.fullmatch(name)}
     adapted = {key.replace("-", "."): (drafter.down[key], drafter.up[key]) for key in drafter.down}
-    odd = next((name for name in adapted if name not in shapes), None)
+    odd = next((name for name in adapted if name not in maps), None)
     if odd is not None:
-        kinds = list(dict.fromkeys(kind for kind in map(_kind_of, shapes)))
+        endings = dict.fromkeys(".".join(name.split(".")[-2:]) for name in maps)
         known = ", ".join(kind for group in _FUSED for kind in group)
         instead = "no drafter of this base can be served"
-        if kinds:
-            instead = f"train it with {_adapt_line(base, ' drafter_targets=' + ','.join(kinds))}"
+        if endings:
+            instead = f"train it with {_adapt_line(base, ' drafter_targets=' + ','.join(endings))}"
         raise ValueError(f"format 'uno' cannot serve an adapter on {odd!r}: the engines adapt {known} alone; {instead}")
     wanted = {kind for group in _FUSED for kind in group if any(_kind_of(name) in group for name in adapted)}
     rank, dtype = drafter.config.rank, next(drafter.parameters()).dtype
     tensors: dict[str, Tensor] = {}
-    for name, (outputs, inputs) in shapes.items():
+    for name, module in maps.items():
         if _kind_of(name) not in wanted:
             continue
-        empty = torch.zeros(rank, inputs, dtype=dtype), torch.zeros(outputs, rank, dtype=dtype)
+        empty = torch.zeros(rank, module.in_features, dtype=dtype), torch.zeros(module.out_features, rank, dtype=dtype)
         for part, tensor in zip("AB", adapted.get(name, empty), strict=True):
             tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor.detach().cpu().contiguous()
     return tensors

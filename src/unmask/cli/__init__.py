@@ -1,7 +1,8 @@
 """The `unmask` command."""
 
-# Each of these adds its commands to the app.
-from unmask.cli import adapt, env, evaluate, export, generate, lab, prepare, recipes  # noqa: F401
+from unmask.cli import (  # noqa: F401  (they add commands)
+    adapt, env, evaluate, export, generate, lab, prepare, recipes, serve,
+)  # fmt: skip
 from unmask.cli.app import app, main
 
 __all__ = ["app", "main"]

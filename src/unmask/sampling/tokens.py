@@ -14,13 +14,19 @@ from unmask.limits import check_number, check_whole
 SMALLEST_TEMPERATURE = 1e-100
 """Logits divided by less may overflow float64."""
 
-Seed = int | Sequence[int]
-"""Of a batch, or of each row of one: a row with a seed of its own draws what it would draw alone."""
+Seed = int | Sequence[int | tuple[int, int]]
+"""Of a batch, or of each row of one: a row with a seed of its own draws what it would draw alone.
+
+A pair (seed, number) draws what row `number` of a batch with this seed would.
+"""
 
 
 def row_key(seed: Seed, row: int) -> tuple[int, int]:
     """(seed, row) as the keys of a row's random numbers have them."""
-    return (seed[row], 0) if isinstance(seed, Sequence) else (seed, row)
+    if not isinstance(seed, Sequence):
+        return seed, row
+    of_row = seed[row]
+    return of_row if isinstance(of_row, tuple) else (of_row, 0)
 
 
 def token_noise(

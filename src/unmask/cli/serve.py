@@ -1,0 +1,55 @@
+"""The command serve."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unmask.cli.app import Base, TrustRemoteCode, app, name_of
+
+
+@app.command(epilog="Example: unmask serve runs/q --port 8000")
+def serve(
+    model: Annotated[str, typer.Argument(**name_of("Folder, hub id or .gguf file."))],
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is reached from this machine alone.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="What clients must send; by default UNMASK_API_KEY, if it is set.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the model, for clients; by default its folder's or hub id.")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=1, help="Rows that may wait; more are answered with 429.")] = 256,
+    max_rows: Annotated[int, typer.Option(min=1, help="Rows that decode at a time.")] = 16,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer, at most.")] = None,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request, at most.")] = 4 * 2**20,
+    deadline: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 ...")] = None,
+    base: Base = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's interface has it."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ValueError(f"serve needs the package {error.name}: pip install 'unmask[serve]'") from error
+
+    import unmask
+    from unmask.serve.app import create_app
+    from unmask.serve.options import ServeOptions
+
+    known = name or (Path(model).name if os.path.exists(model) else model)
+    options = ServeOptions(
+        known, api_key=api_key or os.environ.get("UNMASK_API_KEY"), max_queue=max_queue, max_rows=max_rows,
+        max_new_tokens=max_new_tokens, max_body=max_body, deadline=deadline,
+    )  # fmt: skip
+    lm = unmask.load(model, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code)
+    uvicorn.run(create_app(lm, options), host=host, port=port, log_level="warning")

@@ -1,0 +1,1 @@
+"""`unmask serve`: a checkpoint behind OpenAI's HTTP interface (extra `[serve]`)."""

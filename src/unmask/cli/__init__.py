@@ -1,7 +1,15 @@
 """The `unmask` command."""
 
 from unmask.cli import (  # noqa: F401  (they add commands)
-    adapt, env, evaluate, export, generate, lab, prepare, recipes, serve,
+    adapt,
+    env,
+    evaluate,
+    export,
+    generate,
+    lab,
+    prepare,
+    recipes,
+    serve,
 )  # fmt: skip
 from unmask.cli.app import app, main
 

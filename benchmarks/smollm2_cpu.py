@@ -103,6 +103,8 @@ class Bench:
 
 def text(bench: Bench) -> None:
     """Greedy texts against stock `generate()`; where they part, how near its two best tokens were."""
+    if bench.options.pack:
+        bench.lm.pack()
     prompts = [row for rows in bench.prompts(bench.options.texts // 4).values() for row in rows]
     ways: dict[str, Callable[[torch.Tensor], tuple[list[int], int]]] = {
         "ar": bench.autoregressive,
@@ -254,6 +256,7 @@ def main() -> None:
     parser.add_argument("--stages", default="rows,speed,yield,text")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer at most")
+    parser.add_argument("--pack", action="store_true", help="of `text`: on packed weights")
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--answers", type=int, default=6, help="prompts of a domain for speed and yield")
     parser.add_argument("--rounds", type=int, default=25)

@@ -151,5 +151,8 @@ def test_a_drafters_masks_need_ids_of_their_own(parent: Path) -> None:
     with pytest.raises(ValueError, match=r"'<mask>'.*new token"):
         add_drafter(model, word_tokenizer(), DrafterConfig(2, 4.0, "all", 1), token="<mask>")
     with pytest.raises(ValueError, match=r"'<mask>'.*new token"):
-        add_drafter(model, word_tokenizer(mask_token="<mask>"), DrafterConfig(2, 4.0, "all", 4))
+        add_drafter(model, word_tokenizer(mask_token="<mask>"), DrafterConfig(2, 4.0, "all", 4), token="<mask>")
     assert add_drafter(model, word_tokenizer(), DrafterConfig(2, 4.0, "all", 4)).mask_token_id == len(WORDS)
+    for rows, first in ((1, WORDS.index("<mask>")), (4, len(WORDS))):  # the base's own mask where nothing follows it
+        drafter = add_drafter(model, word_tokenizer(mask_token="<mask>"), DrafterConfig(2, 4.0, "all", rows))
+        assert drafter.mask_token_id == first

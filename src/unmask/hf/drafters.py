@@ -41,14 +41,16 @@ def add_drafter(
 
     The ids of the masks must not be those of other tokens, or clean text would be read as masks; nor those of rows that
     the base has beyond its tokens, since these have logits and the AR model would lose them. So a new token that the
-    tokenizer puts on such a row has its masks after all rows. first: the id that a folder names.
+    tokenizer puts on such a row has its masks after all rows. A mask token of the base's is used where no other token
+    follows it too closely. first: the id that a folder names.
     """
     check_bare(model)
-    token = token or tokenizer.mask_token or MASK_TOKEN
+    found, reused = tokenizer.get_vocab(), tokenizer.mask_token
+    if token is None:
+        token = reused if reused and not _taken(found, reused, found[reused], config) else MASK_TOKEN
     check_mask_token(model, tokenizer, token)
-    found = tokenizer.get_vocab()
     own = found.get(token, len(tokenizer))
-    taken = [t for t, i in found.items() if own <= i < own + max(1, config.mask_rows) and t != token]
+    taken = _taken(found, token, own, config)
     if taken or (token in found and token != tokenizer.mask_token):
         raise ValueError(
             f"mask token {token!r} of the drafter is not its own: its {config.mask_rows} ids from {own} on are "
@@ -62,6 +64,11 @@ def add_drafter(
     elif first < after_all:
         first = own  # of an older folder; one that names another id is refused by `parse_diffusion`
     return drafter_on(model, first, config).to(model.device)
+
+
+def _taken(vocabulary: dict[str, int], token: str, first: int, config: DrafterConfig) -> list[str]:
+    """Other tokens with the ids of the masks."""
+    return [t for t, i in vocabulary.items() if first <= i < first + max(1, config.mask_rows) and t != token]
 
 
 def drafter_on(model: Any, mask_token_id: int, config: DrafterConfig) -> Drafter:

@@ -81,8 +81,10 @@ def pieces(normalizer: Any, splitting: Any = None, **changes: Any) -> Any:
     """A tokenizer of sentencepiece's kind, with every merge that its vocabulary allows."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trained.train_from_iterator(STORIES, trainers.BpeTrainer(vocab_size=200, show_progress=False))
-    found = sorted(trained.get_vocab(), key=trained.get_vocab().get)
+    trained.train_from_iterator(STORIES * 9 + odd_texts(200), trainers.BpeTrainer(vocab_size=500, show_progress=False))
+    found = [
+        name for name in sorted(trained.get_vocab(), key=trained.get_vocab().get) if not set(name) & {"<", ">"}
+    ] + ["<", ">"]
     spaces = ["▁" * n for n in range(2, 9) if "▁" * n not in found]
     names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *found, *spaces]
     vocabulary = {name: i for i, name in enumerate(names)}
@@ -186,6 +188,10 @@ REFUSED_PIECES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
             if "".join(a) == "".join(b) and len({*"".join(a)}) > 1))),
         "other merges lie between",
     ),
+    "spelled byte": (
+        lambda p: p["model"]["vocab"].update({"0x41>": len(p["model"]["vocab"])}),
+        "'<' and '0x41>' spell the token '<0x41>' but are never merged",
+    ),
     "bytes": (lambda p: p["model"]["vocab"].update({"<other>": p["model"]["vocab"].pop("<0x41>")}), "255 of the 256"),
     "normalizer": (lambda p: p.update(normalizer={"type": "NFKC"}), r"it prepares texts by \['NFKC'\]"),
 }  # fmt: skip
@@ -197,6 +203,11 @@ def test_pieces_that_scores_cannot_order_are_refused(name: str) -> None:
     tokenizer = changed(pieces(PIECES["llama"][0]), change)
     with pytest.raises(ValueError, match=message):
         vocabulary_of(tokenizer, len(tokenizer))
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(words: Any) -> None:
+    with pytest.raises(ValueError, match=f"its vocabulary has the id {len(words) - 1}, and the embedding"):
+        vocabulary_of(words, len(words) - 1)
 
 
 def test_unused_rows_and_masks_are_no_text(words: Any) -> None:

@@ -114,19 +114,20 @@ def _added(tokenizer: Any) -> tuple[bool, bool]:
 def _tokens(parts: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
     """The text and type of each of the `rows` tokens; rows without a token are called unused."""
     tokens, types = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
-    pieces = parts["model"].get("byte_fallback")
-    for token, i in parts["model"]["vocab"].items():
-        if i < rows:
-            is_byte = pieces and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-            tokens[i], types[i] = token, BYTE if is_byte else NORMAL
+    vocab, pieces = parts["model"]["vocab"], parts["model"].get("byte_fallback")
+    if max(vocab.values()) >= rows:
+        raise _refused(f"its vocabulary has the id {max(vocab.values())}, and the embedding {rows} rows")
+    for token, i in vocab.items():
+        is_byte = pieces and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+        tokens[i], types[i] = token, BYTE if is_byte else NORMAL
     unknown = parts["model"].get("unk_token")
     for token in parts["added_tokens"]:
         i, text = token["id"], token["content"]
-        if i < rows:
+        if i < rows:  # the mask token of drafters that read random tokens has no row
             tokens[i] = text.replace(_SPACE, " ") if pieces and not token["special"] else text
             types[i] = CONTROL if token["special"] else USER_DEFINED
-    if pieces and unknown in parts["model"]["vocab"]:
-        types[parts["model"]["vocab"][unknown]] = UNKNOWN
+    if pieces and unknown in vocab:
+        types[vocab[unknown]] = UNKNOWN
     return tokens, types
 
 
@@ -190,9 +191,9 @@ def _sentencepiece(parts: dict[str, Any], tokens: list[str], types: list[int]) -
         raise _refused(f"it has {sum(kind == BYTE for kind in types)} of the 256 tokens for bytes")
     merges = [tuple(pair if isinstance(pair, list) else pair.split(" ")) for pair in parts["model"]["merges"]]
     vocab = parts["model"]["vocab"]
-    ordinary = {token for token, i in vocab.items() if i < len(tokens) and types[i] == NORMAL}
+    ordinary = {token for token, i in vocab.items() if types[i] == NORMAL}
     known = set(merges)
-    for token in ordinary:
+    for token in vocab:  # text that spells a token for a byte becomes one in llama.cpp
         for cut in range(1, len(token)):
             pair = token[:cut], token[cut:]
             if pair[0] in ordinary and pair[1] in ordinary and pair not in known:

@@ -47,6 +47,7 @@ $(VENV)/.weights: $(VENV)/.installed
 # Tests run against the installed wheel, as a user has it, and not against the checkout.
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml $(shell find src -name '*.py' -o -name '*.toml')
 	$(BIN)/python -m pip install -q ".[dev]"
+	-bash tests/libllama/fetch.sh
 	touch $@ $(VENV)/.installed
 
 clean:

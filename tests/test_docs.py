@@ -119,7 +119,7 @@ for _file in (ROOT / "benchmarks").glob("*.py"):
     MODULES.setdefault(_file.stem, []).append(_file.stem)
 OBJECTS = {"lm": unmask.DiffusionLM, "out": unmask.SampleOutput}
 FILES = ("gguf", "html", "json", "jsonl", "md", "npy", "py", "safetensors", "toml", "txt")
-ELSEWHERE = ("generation_config", "torch")
+ELSEWHERE = ("generation_config", "tokenizer", "torch")
 """First words of names that are not this library's."""
 
 

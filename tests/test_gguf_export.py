@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import transformers as tf
 from conftest import _GQA, STORIES, tiny_model
 from libllama.library import needs_libllama, run
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 import unmask
+from unmask.cli import app
 from unmask.core.attention import Layout, bidirectional, causal, drafting
 from unmask.core.decoding import begin
 from unmask.export.gguf import QUANTISATIONS, export_gguf
@@ -280,3 +283,23 @@ def test_a_drafter_is_an_adapter_on_in_drafts_and_off_in_verification(
         out = lm.generate(text, mode="ar", max_new_tokens=19)
         assert speculative(llama, prompt.tolist(), 19, lm.end_token_ids)[0] == new_tokens(out, prompt)
     llama.close()
+
+
+# --- the command
+
+
+def test_the_command_writes_a_folder_that_says_how_it_is_decoded(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["export", str(converted), "--format", "gguf", "--quantize", "q8_0", "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*asked, "--json"])
+    assert done.exit_code == 0, done.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "README.md"}
+    said = json.loads(done.stdout)
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert said["blocks"] in readme
+    assert "which it was not trained for" in readme
+    monkeypatch.setattr("unmask.export.gguf.can_read_gguf", lambda: False)
+    refused = CliRunner().invoke(app, [*asked[:-1], str(tmp_path / "other")])
+    assert 'pip install "unmask[gguf]"' in str(refused.exception)  # `main` makes a line of it
+    assert not (tmp_path / "other").exists()

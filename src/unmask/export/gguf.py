@@ -17,6 +17,7 @@ from torch import Tensor
 from unmask.core.network import DiffusionConfig
 from unmask.model import DiffusionLM
 from unmask.model_name import can_read_gguf
+from unmask.version import __version__
 
 QUANTISATIONS = {"q8_0": 7, "q5_1": 9, "q5_0": 8, "q4_1": 3, "q4_0": 2}
 """What the package gguf can pack weights to, and llama.cpp's number of such files."""
@@ -47,8 +48,11 @@ def export_gguf(lm: DiffusionLM, folder: Path, place: str, *, quantize: str | No
     kept = write_model(folder / "model.gguf", lm.model, arch, vocabulary, lm.diffusion, masks, packed)
     if lm.drafter is not None:
         write_adapter(folder / "drafter.gguf", lm.model, arch, lm.drafter)
+    name = str(getattr(lm.model.config, "_name_or_path", "")) if lm.base is None else lm.base.name
     notes = [*vocabulary.notes, *([f"rows of {kept} matrices are no multiple of 32 long: not packed"] if kept else [])]
-    return _launch_lines(place, lm, arch) | ({"notes": "; ".join(notes)} if notes else {})
+    lines = _launch_lines(place, lm, arch)
+    (folder / "README.md").write_text(_readme(name, _use(lm, arch), lines, notes))
+    return lines | ({"notes": "; ".join(notes)} if notes else {})
 
 
 def mask_ids(diffusion: DiffusionConfig | None) -> range:
@@ -90,6 +94,10 @@ def _arch(family: Any, lm: DiffusionLM) -> str:
     if diffusion.noise_tokens:
         raise ValueError(f"noise_tokens {diffusion.noise_tokens}: of models that read random tokens, drafters alone")
     if diffusion.attention != "bidirectional":
+        window = lm.model.config.sliding_window if family.window else None
+        if window is not None and diffusion.block_size is not None and diffusion.block_size > window:
+            raise ValueError(f"block_size {diffusion.block_size} is wider than sliding_window {window}, which "
+                             "llama.cpp applies to the past alone: convert with smaller blocks")  # fmt: skip
         return arch
     if family.canvas is None:
         raise ValueError(
@@ -110,3 +118,32 @@ def _launch_lines(place: str, lm: DiffusionLM, arch: str) -> dict[str, str]:
     elif lm.diffusion is not None:
         lines["blocks"] = f"{example} {model} PROMPT"
     return lines
+
+
+def _use(lm: DiffusionLM, arch: str) -> str:
+    """What the files are good for."""
+    if lm.drafter is not None:
+        return (
+            "`model.gguf` is the base, an AR model. `drafter.gguf` is an adapter for passes that draft, off in "
+            "those that verify: the text is the base's own. On for all passes, it is no language model."
+        )
+    if lm.diffusion is None:
+        return "An AR model."
+    if arch in ("llada", "dream"):
+        return f"A diffusion model of llama.cpp's class `{arch}`, which decodes a whole canvas."
+    if lm.diffusion.serves_ar:
+        return "An AR model that also decodes blocks; programs that know no blocks decode it token by token."
+    return (
+        "A block diffusion model in the file of an AR model. Programs that know no blocks decode it token by token, "
+        "which it was not trained for."
+    )
+
+
+def _readme(name: str, use: str, lines: dict[str, str], notes: list[str]) -> str:
+    runs = "\n".join(f"## {title}\n\n```\n{line}\n```\n" for title, line in lines.items())
+    known = "".join(f"- {note}\n" for note in notes)
+    return (
+        f"# {name} as GGUF\n\n{use} Written by unmask {__version__}.\n\n{runs}"
+        + (f"\n## Where llama.cpp differs\n\n{known}" if known else "")
+        + "\n`examples/llama_cpp.py` of unmask's repository decodes blocks and drafts, with libllama in LIBRARIES.\n"
+    )

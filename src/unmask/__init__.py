@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from unmask.conversion import adapt
     from unmask.conversion.prepare import prepare
     from unmask.evaluation.likelihood import LikelihoodOutput
-    from unmask.hf import UnsupportedModelError
+    from unmask.hf import JsonSchema, Lark, Regex, UnsupportedModelError
     from unmask.loading import load
     from unmask.model import DiffusionLM
     from unmask.outputs import SampleOutput
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DiffusionLM",
+    "JsonSchema",
+    "Lark",
     "LikelihoodOutput",
+    "Regex",
     "SampleOutput",
     "UnsupportedModelError",
     "__version__",
@@ -32,7 +35,10 @@ __all__ = [
 
 _HOMES = {
     "DiffusionLM": "unmask.model",
+    "JsonSchema": "unmask.hf",
+    "Lark": "unmask.hf",
     "LikelihoodOutput": "unmask.evaluation.likelihood",
+    "Regex": "unmask.hf",
     "SampleOutput": "unmask.outputs",
     "UnsupportedModelError": "unmask.hf",
     "load": "unmask.loading",

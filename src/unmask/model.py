@@ -37,6 +37,7 @@ from unmask.sampling import (
     WholeCanvas,
     choose_decoder,
 )
+from unmask.sampling.constraint import Constraint, Constraints, check_unconstrained
 from unmask.sampling.request import Callback, given_or_new
 from unmask.streaming import FinalText, pieces, together
 
@@ -151,6 +152,7 @@ class DiffusionLM:
         top_k: int | None = None,
         batch_size: int | None = None,
         confidence_threshold: float | None = None,
+        constraint: Any = None,
         **options: Any,
     ) -> SampleOutput:
         """Continue prompts: text, texts, chat messages, or token ids with an attention mask.
@@ -163,6 +165,8 @@ class DiffusionLM:
         temperature 0 is greedy. batch_size: prompts that decode at a time, all unless given; one that ends makes room
         for the next. callback(row, positions, tokens) is called at each commit. The same seed gives the same output;
         a list has a seed for each prompt, which is then sampled as it would be alone.
+        constraint: what the new text must obey, in modes "ar" and "speculative": see `constraint`; a list has one for
+        each prompt, None for a free one.
         A row ends at the end token, at a stop string, after max_new_tokens, or where the model's context does.
         """
         decoder = self.decoder(
@@ -176,6 +180,7 @@ class DiffusionLM:
             seed=[given_or_new(n) for n in seed] if isinstance(seed, Sequence) else given_or_new(seed),
             end_token_ids=self.end_token_ids, callback=callback, batch_size=batch_size,
             stop=stop if stop.strings else None, context_length=self.network.context_length,
+            constraint=self._constraints(constraint),
         )  # fmt: skip
         sampled = self.sample(rows, decoder, request)
         texts = [stop.cut(self.new_text(p, new)) for p, new in zip(rows, sampled.new_tokens, strict=True)]
@@ -194,7 +199,28 @@ class DiffusionLM:
         check_room(prompts, self.network.context_length)
         if isinstance(request.seed, Sequence) and len(request.seed) != len(prompts):
             raise ValueError(f"seed has {len(request.seed)} numbers for {len(prompts)} prompts: give one for each")
+        if isinstance(request.constraint, Sequence) and len(request.constraint) != len(prompts):
+            raise ValueError(
+                f"constraint is a list of {len(request.constraint)} for {len(prompts)} prompts: give one for each, "
+                "None for a free one"
+            )
         return decoder(self.network, self.diffusion, prompts, request)
+
+    def constraint(self, spec: Any) -> Constraint:
+        """What `generate` makes of its `constraint`, to be used again: the first of a tokenizer takes a second.
+
+        spec: a JSON schema (a dictionary, or a Pydantic model), "json_object", `unmask.Regex("...")`, or
+        `unmask.Lark("...")`; `unmask.JsonSchema` has options. Needs the extra [grammar]. Raises ValueError for one
+        that is wrong, or that llguidance cannot hold.
+        """
+        num_tokens = self.model.get_input_embeddings().weight.shape[0]
+        mask = None if self.diffusion is None else self.diffusion.mask_token_id
+        return hf.grammar_constraint(spec, self.tokenizer, num_tokens, self.end_token_ids, mask)
+
+    def _constraints(self, given: Any) -> Constraints | None:
+        if isinstance(given, list | tuple):
+            return [None if spec is None else self.constraint(spec) for spec in given]
+        return None if given is None else self.constraint(given)
 
     def _stop(self, prompts: Sequence[Tensor], strings: str | Sequence[str] | None) -> StopStrings:
         """Stop strings, looked for in the text that new tokens add to each prompt."""
@@ -264,6 +290,7 @@ class DiffusionLM:
         the active block; "bidirectional" shows them all of it in one noisy stream, which they were not trained on.
         The other options are those of `generate` in mode "diffusion".
         """
+        check_unconstrained(options.get("constraint"))
         config = span_config(self.diffusion, mode, attention, is_drafter=self.drafter is not None)
         decoder = choose_decoder(
             "diffusion" if mode is None else mode, config,

@@ -20,8 +20,9 @@ class SampleOutput:
     token and stop string. num_new_tokens: (batch,) up to and with the end token or the token that completed a
     stop string. num_forwards: (batch,) passes after the prefill that the row needed. num_prefill_forwards:
     (batch,). Speculative mode only: cycle_gains, (batch, n), cycles of the row that gained j tokens each; num_inputs,
-    (batch,), tokens and masks that the forwards were made over, which is 1 a forward in AR decoding. Infilling
-    only: fills, the text of each gap, of which `texts` is all; filled, the whole text with its gaps filled.
+    (batch,), tokens and masks that the forwards were made over, which is 1 a forward in AR decoding. With a constraint
+    only: num_forced, (batch,) new tokens that needed no forward, since no other was allowed. Infilling only: fills, the
+    text of each gap, of which `texts` is all; filled, the whole text with its gaps filled.
     """
 
     sequences: Tensor
@@ -31,6 +32,7 @@ class SampleOutput:
     num_prefill_forwards: Tensor
     cycle_gains: Tensor | None = None
     num_inputs: Tensor | None = None
+    num_forced: Tensor | None = None
     fills: list[list[str]] | None = None
     filled: list[str] | None = None
 
@@ -69,5 +71,6 @@ def sample_output(
         num_prefill_forwards=sampled.num_prefill_forwards,
         cycle_gains=sampled.cycle_gains,
         num_inputs=sampled.num_inputs,
+        num_forced=sampled.num_forced,
         **infilled,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -88,6 +88,41 @@ def _write(
         if past.next_logits is None:
             past.next_logits = logits.new_zeros(len(past.lengths), logits.shape[-1])
         past.next_logits[to_device(slots, logits.device)] = logits
+
+
+Backlog = Mapping[int, Sequence[int]]
+"""Tokens of some slots that are known and not cached: they lie between the cache and what a pass adds to it."""
+
+
+def with_backlog(
+    past: SlotCacheState, ids: Tensor, layout: Layout, backlog: Backlog | None
+) -> tuple[Tensor, Layout, SlotCacheState]:
+    """A causal pass, a row for each slot, that also writes the backlog: which is two forwards in one.
+
+    It runs as further rows of the same width, behind the others, which attend to it. The caller adds its length to
+    `past.lengths`.
+    """
+    if not backlog:
+        return ids, layout, past
+    slots = list(range(len(ids))) if past.rows is None else list(past.rows)
+    known, known_layout, known_slots = _backlog_rows(past, backlog, ids.shape[1])
+    ids = torch.cat([ids, to_device(known, ids.device)])
+    return ids, _stacked(layout, known_layout), past.for_rows([*slots, *known_slots])
+
+
+def _backlog_rows(past: SlotCacheState, backlog: Backlog, width: int) -> tuple[Tensor, Layout, list[int]]:
+    """The tokens of the backlog as rows of this width, and the slot of each row."""
+    parts = [
+        (slot, torch.tensor(tokens[first : first + width]), int(past.lengths[slot]) + first)
+        for slot, tokens in backlog.items()
+        for first in range(0, len(tokens), width)
+    ]
+    length = torch.tensor([len(part) for _, part, _ in parts])[:, None]
+    start, column = torch.tensor([start for _, _, start in parts])[:, None], torch.arange(width)
+    inside = column < length
+    layout = Layout.of(torch.where(inside, start + column, 0), torch.where(inside, 0, PADDING))
+    ids = torch.stack([pad(part, (0, width - len(part))) for _, part, _ in parts])
+    return ids, layout, [slot for slot, _, _ in parts]
 
 
 def denoise(
@@ -196,6 +231,7 @@ def speculate(
     num_drafts: int | Tensor = 0,
     *,
     end: int | None = None,
+    backlog: Backlog | None = None,
 ) -> Speculation:
     """One forward that verifies tokens and, behind each of them, drafts what may come after the next one.
 
@@ -204,14 +240,17 @@ def speculate(
     clean tokens are the AR model, exactly. tokens: (batch, n) on the network's device, of which padding may be the last
     ones; they are written to the cache and none is counted: the caller adds those accepted to `past.lengths`. The masks
     have the positions after their token, and are not kept. num_drafts: of each slot, (batch,), or of all; masks at
-    positions from `end` on are left out.
+    positions from `end` on are left out. backlog: see `with_backlog`.
     """
     check_serves_ar(config)
     batch, width = layout.position.shape
     wanted = torch.as_tensor(num_drafts).expand(batch)
     most = int(wanted.max())
     if not most:
-        return Speculation(network(tokens, layout, causal, past=past), lambda _: tokens.new_zeros(batch, 0))
+        ids, passed, state = with_backlog(past, tokens, layout, backlog)
+        rows = torch.arange(batch * width) if backlog else None
+        logits = network(ids, passed, causal, rows=rows, past=state)
+        return Speculation(logits.view(batch, width, -1), lambda _: tokens.new_zeros(batch, 0))
     masks = _masks_behind(config, layout, wanted, end)
     num_masks = masks.position.shape[-1]
     ids = torch.cat([tokens[..., None], _mask_ids(config, masks, tokens.device)], dim=-1).flatten(0, 1)
@@ -222,9 +261,15 @@ def speculate(
     pattern = drafting(config.noisy_attention)
     if width == 1:  # which drafts are wanted is known: the head reads its weights once
         rows = torch.cat([first, drafted[:, 0]], dim=1)
-        logits = network(ids, passed, pattern, rows=rows.flatten(), past=past).unflatten(0, (batch, 1 + most))
+        ids, passed, state = with_backlog(past, ids, passed, backlog)
+        logits = network(ids, passed, pattern, rows=rows.flatten(), past=state).unflatten(0, (batch, 1 + most))
         return Speculation(logits[:, :1], lambda _: logits[:, 1:])
-    state = past.for_branches(*_branches(past, passed, batch, width))
+    slots, columns = _branches(past, passed, batch, width)
+    if backlog:
+        known, known_layout, known_slots = _backlog_rows(past, backlog, passed.position.shape[1])
+        ids, passed = torch.cat([ids, to_device(known, ids.device)]), _stacked(passed, known_layout)
+        slots, columns = [*slots, *known_slots], torch.cat([columns, known_layout.position])
+    state = past.for_branches(slots, columns)
     ar_logits, later = run_deferred(network, Pass(ids, passed, pattern, first.flatten()), drafted.flatten(), state)
 
     def drafts(token: Tensor) -> Tensor:
@@ -242,11 +287,13 @@ def draft_adapted(
     num_drafts: Tensor,
     *,
     end: int | None = None,
+    backlog: Backlog | None = None,
 ) -> Tensor:
     """Logits (batch, num_drafts, vocab) of the positions after `last` (batch, 1), from one forward of noisy rows alone.
 
     For a config with `adapt_anchor`: the row of `last` is adapted too, so that nothing of the pass is the AR model's
-    and nothing is kept. num_drafts: of each slot, (batch,), at least 1 for one of them; end: as for `speculate`.
+    and nothing is kept but the backlog. num_drafts: of each slot, (batch,), at least 1 for one of them. end, backlog:
+    as for `speculate`.
     """
     check_serves_ar(config)
     batch, most = len(last), int(num_drafts.max())
@@ -255,7 +302,8 @@ def draft_adapted(
     block = Layout(*(torch.cat([x[..., None], y], -1)[:, 0] for x, y in zip(all_noisy(layout), masks, strict=True)))
     read = torch.arange(most) + int(not config.shift)
     rows = torch.arange(batch)[:, None] * ids.shape[1] + read
-    logits = network(ids, block, drafting(config.noisy_attention), rows=rows.flatten(), past=past)
+    ids, block, state = with_backlog(past, ids, block, backlog)
+    logits = network(ids, block, drafting(config.noisy_attention), rows=rows.flatten(), past=state)
     return logits.unflatten(0, (batch, most))
 
 

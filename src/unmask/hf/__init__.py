@@ -22,6 +22,7 @@ from unmask.hf.checkpoint import (
     write_diffusion,
 )
 from unmask.hf.drafters import add_drafter, drafter_on
+from unmask.hf.grammar import Grammar, JsonSchema, Lark, Regex, grammar_constraint
 from unmask.hf.layers import checkpoint_layers
 from unmask.hf.masks import UnsupportedModelError
 from unmask.hf.network import FastPaths, HFNetwork, replicate
@@ -39,7 +40,11 @@ from unmask.hf.special_tokens import (
 __all__ = [
     "Base",
     "FastPaths",
+    "Grammar",
     "HFNetwork",
+    "JsonSchema",
+    "Lark",
+    "Regex",
     "UnsupportedModelError",
     "add_drafter",
     "add_end_token",
@@ -54,6 +59,7 @@ __all__ = [
     "end_token_ids",
     "end_token_ids_at",
     "fingerprint",
+    "grammar_constraint",
     "load_drafter",
     "load_pretrained",
     "load_tokenizer",

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from unmask.core.attention import Layout, causal
+from unmask.core.decoding import with_backlog
 from unmask.core.network import Network
+from unmask.sampling.constraint import restrict
 from unmask.sampling.request import Request, SampledTokens
 from unmask.sampling.scheduler import AutoregressiveRows
 from unmask.sampling.tokens import choose_tokens, token_noise
@@ -18,7 +20,8 @@ from unmask.sampling.tokens import choose_tokens, token_noise
 def sample_autoregressive(network: Network, prompts: Sequence[Tensor], request: Request) -> SampledTokens:
     """Continue ragged `prompts`, each (length,) int64 of at least one token.
 
-    The prefill ends before the last prompt token, so a row needs exactly one forward per new token.
+    The prefill ends before the last prompt token, so a row needs exactly one forward per new token that no constraint
+    forces.
     """
     state = AutoregressiveRows(network, prompts, request)
     scheduler, past = state.scheduler, state.scheduler.past
@@ -26,10 +29,13 @@ def sample_autoregressive(network: Network, prompts: Sequence[Tensor], request: 
         state.admit_rows()
         if not scheduler.rows:
             break
-        position = past.lengths[:, None].clone()
+        backlog, known = state.take_backlog()
+        position = (past.lengths + known)[:, None]
         past.set_columns(int(position.max()) + 1)
-        logits = network(state.last, Layout.of(position), causal, rows=torch.arange(len(position)), past=past)
-        past.lengths += 1
+        ids, layout, slots = with_backlog(past, state.last, Layout.of(position), backlog)
+        logits = network(ids, layout, causal, rows=torch.arange(len(position)), past=slots)
+        past.lengths += 1 + known
+        logits = restrict(logits, [state.allowed(row) for row in scheduler.rows])
         noise = None
         if request.temperature > 0:
             rows = torch.tensor(scheduler.rows)
@@ -39,5 +45,5 @@ def sample_autoregressive(network: Network, prompts: Sequence[Tensor], request: 
         for slot, token in enumerate(tokens.cpu().tolist()):
             if state.add(scheduler.rows[slot], [token]):
                 scheduler.release(slot)
-    counts = torch.tensor([len(tokens) for tokens in state.new_tokens])
-    return SampledTokens(state.new_tokens, counts, state.num_prefill_forwards)
+    counts = torch.tensor([len(tokens) for tokens in state.new_tokens]) - state.num_forced
+    return SampledTokens(state.new_tokens, counts, state.num_prefill_forwards, num_forced=state.forced_or_none)

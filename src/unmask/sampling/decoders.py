@@ -25,6 +25,7 @@ from unmask.sampling.autoregressive import sample_autoregressive
 from unmask.sampling.block import sample_blocks
 from unmask.sampling.canvas import Canvas, sample_bidirectional, sample_canvases
 from unmask.sampling.commit import Ancestral, ConfidenceAmongAll, Selector, Threshold
+from unmask.sampling.constraint import check_unconstrained
 from unmask.sampling.cycles import Cycle, MeasuredPace, Pace, experience_of
 from unmask.sampling.guidance import check_guidance
 from unmask.sampling.remask import Remask
@@ -83,6 +84,7 @@ class Blocks:
         request: Request,
         canvases: Sequence[Canvas] | None = None,
     ) -> SampledTokens:
+        check_unconstrained(request.constraint)
         config = _converted(config, "diffusion").with_block_size(self.block_size)
         return sample_blocks(
             network, config, prompts, request, canvases=canvases, select=self.select, window=self.window,
@@ -135,6 +137,7 @@ class WholeCanvas:
         prompts: Sequence[Tensor],
         request: Request,
     ) -> SampledTokens:
+        check_unconstrained(request.constraint)
         config = _converted(config, "diffusion")
         return sample_canvases(
             network, config, prompts, request, canvas_size=self.block_size, select=self.select, remask=self.remask,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unmask.limits import check_function, check_seed, check_whole
 from unmask.plain_numbers import plain_fields
+from unmask.sampling.constraint import Constraints
 from unmask.sampling.tokens import Seed, check_sampling
 
 Stop = Callable[[int, list[int]], int | None]
@@ -27,7 +28,8 @@ class Request:
     mass, from that many tokens. seed: the noise of a token is a function of (seed, row, position); a list has one
     for each row. end_token_ids: a row ends with any of them. stop: ends a row by its tokens. callback: called at
     each commit. batch_size: rows that decode at a time, all unless given; the next prompt takes the place of one that
-    ends. context_length: positions of the model, None without a limit. Raises ValueError for a value out of range.
+    ends. context_length: positions of the model, None without a limit. constraint: what the new text of every row must
+    obey, or a list of one for each row. Raises ValueError for a value out of range.
     """
 
     max_new_tokens: int
@@ -40,6 +42,7 @@ class Request:
     callback: Callback | None = None
     batch_size: int | None = None
     context_length: int | None = None
+    constraint: Constraints | None = None
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -74,7 +77,8 @@ class SampledTokens:
     num_forwards: (rows,) passes after the prefill: denoising, and cache writes that no denoising pass carried.
     num_prefill_forwards: (rows,) 0 or 1, twice that with guidance. cycle_gains: speculation only, (rows, longest + 1),
     how many cycles of the row gained j tokens: its new tokens are sum_j j * cycle_gains[:, j]. num_inputs: speculation
-    only, (rows,) tokens and masks that those forwards were made over: 1 a forward in AR decoding.
+    only, (rows,) tokens and masks that those forwards were made over: 1 a forward in AR decoding. num_forced: with a
+    constraint only, (rows,) new tokens that needed no forward, since no other was allowed.
     """
 
     new_tokens: list[list[int]]
@@ -82,6 +86,7 @@ class SampledTokens:
     num_prefill_forwards: Tensor
     cycle_gains: Tensor | None = None
     num_inputs: Tensor | None = None
+    num_forced: Tensor | None = None
 
 
 def first_end(tokens: Sequence[int], end_token_ids: Sequence[int]) -> int | None:

@@ -6,7 +6,7 @@ When no prompt is left, the batch shrinks. Rows never wait for each other.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from unmask.core.attention import causal
 from unmask.core.decoding import prefill
 from unmask.core.network import Network, SlotCacheState
 from unmask.core.transfer import to_device
+from unmask.sampling.constraint import ConstraintState, constraint_of, forced_token
 from unmask.sampling.request import Request
 
 
@@ -59,7 +60,9 @@ class AutoregressiveRows:
     """Rows that grow by verified tokens from left to right: the state of AR and speculative decoding.
 
     new_tokens: of each row. limits: of each row, in tokens. last: (slots, 1), the newest token of each slot's row,
-    which is not cached yet. room: columns of the cache beyond the last wanted token, for drafts.
+    which is not cached yet. room: columns of the cache beyond the last wanted token, for drafts. states: of the rows
+    with a constraint. backlog: of a row, tokens before its newest one that are not cached either, since they needed no
+    forward; num_forced: how many of its tokens needed none.
     """
 
     def __init__(self, network: Network, prompts: Sequence[Tensor], request: Request, room: int = 0) -> None:
@@ -69,16 +72,26 @@ class AutoregressiveRows:
         columns = max(map(self.end, range(len(prompts)))) + room
         self.scheduler = Scheduler(network, len(prompts), request.batch_size, columns)
         self.last = torch.zeros(len(self.scheduler.rows), 1, dtype=torch.long, device=network.device)
+        self.states: dict[int, ConstraintState] = {}
+        self.backlog: dict[int, list[int]] = {}
+        self.num_forced = torch.zeros(len(prompts), dtype=torch.long)
+        self.num_prefill_forwards = torch.zeros(len(prompts), dtype=torch.long)
 
     def admit_rows(self) -> tuple[list[int], Tensor | None]:
-        """`Scheduler.admit`, with the new rows' prompts prefilled up to their last tokens."""
+        """`Scheduler.admit`, with the new rows' prompts prefilled up to their last tokens.
+
+        Tokens that a constraint forces from the start are prefilled with the prompt.
+        """
+        self._begin_rows()
         new, kept_slots = self.scheduler.admit()
         if kept_slots is not None:
             self.last = self.last[to_device(kept_slots, self.last.device)]
         if new:
-            prompts = [self.prompts[self.scheduler.rows[slot]] for slot in new]
+            rows = [self.scheduler.rows[slot] for slot in new]
+            prompts = [torch.cat([self.prompts[row].cpu(), torch.tensor(self.new_tokens[row]).long()]) for row in rows]
+            self.num_prefill_forwards[rows] = torch.tensor([int(len(prompt) > 1) for prompt in prompts])
             prefill(self.network, causal, self.scheduler.past, new, [prompt[:-1] for prompt in prompts])
-            newest = torch.stack([prompt[-1].cpu() for prompt in prompts])
+            newest = torch.stack([prompt[-1] for prompt in prompts])
             self.last[to_device(torch.tensor(new), self.last.device), 0] = to_device(newest, self.last.device)
         return new, kept_slots
 
@@ -87,15 +100,21 @@ class AutoregressiveRows:
         return len(self.prompts[row]) + self.limits[row]
 
     def add(self, row: int, tokens: Sequence[int]) -> bool:
-        """Add tokens up to the one that ends the row, and pass them to the callback. Returns whether the row ended."""
+        """Add tokens, and those that a constraint forces behind them, up to the one that ends the row, and pass them to
+        the callback. Returns whether the row ended."""
         new, before = self.new_tokens[row], len(self.new_tokens[row])
         kept = None
-        for token in tokens:
+        for token in self._with_forced(row, tokens):
             new.append(token)
             kept = self._kept(row, new)
             if kept is not None:
                 del new[kept:]
+                self.states.pop(row, None)
                 break
+        forced = max(0, len(new) - before - len(tokens))
+        self.num_forced[row] += forced
+        if forced and tokens and kept is None:
+            self.backlog[row] = new[-forced - 1 : -1]
         if self.request.callback is not None and len(new) > before:
             first = len(self.prompts[row])
             self.request.callback(row, list(range(first + before, first + len(new))), new[before:])
@@ -103,12 +122,55 @@ class AutoregressiveRows:
 
     def _kept(self, row: int, new: list[int]) -> int | None:
         """How many tokens the row keeps if its newest token ends it, else None."""
-        if new[-1] in self.request.end_token_ids:
+        if new[-1] in self.request.end_token_ids or (row in self.states and self.states[row].ended):
             return len(new)
         kept = None if self.request.stop is None else self.request.stop(row, new)
         return len(new) if kept is None and len(new) == self.limits[row] else kept
 
+    def _with_forced(self, row: int, tokens: Sequence[int]) -> Iterator[int]:
+        """Tokens, and those that the row's constraint forces behind them; each is accepted when it is asked for."""
+        state = self.states.get(row)
+        if state is None:
+            yield from tokens
+            return
+        for token in tokens:
+            state.accept(token)
+            yield token
+        while (forced := forced_token(state)) is not None:
+            state.accept(forced)
+            yield forced
+
+    def allowed(self, row: int) -> Tensor | None:
+        """(vocabulary,) bool: what the row's constraint allows next; None without one."""
+        return self.states[row].allowed() if row in self.states else None
+
     @property
-    def num_prefill_forwards(self) -> Tensor:
-        """(rows,) int64: a prompt of one token needs no prefill."""
-        return torch.tensor([int(len(prompt) > 1) for prompt in self.prompts])
+    def forced_or_none(self) -> Tensor | None:
+        """`SampledTokens.num_forced`."""
+        return None if self.request.constraint is None else self.num_forced
+
+    def _begin_rows(self) -> None:
+        """Begin the constraints of the rows that are admitted next; rows that end by forced tokens need no slot."""
+        if self.request.constraint is None:
+            return
+        waiting, begun = self.scheduler.waiting, list[int]()
+        while waiting and len(begun) < self.scheduler.rows.count(-1):
+            row = waiting.popleft()
+            constraint = constraint_of(self.request.constraint, row)
+            if constraint is not None:
+                self.states[row] = constraint.begin()
+            if constraint is None or not self.add(row, []):
+                begun.append(row)
+        waiting.extendleft(reversed(begun))
+
+    def take_backlog(self) -> tuple[dict[int, list[int]], Tensor]:
+        """The backlog of each slot that has one, which the next forward writes, and how many tokens of every slot.
+
+        `last` becomes the newest token of these slots.
+        """
+        backlog = {}
+        for slot, row in enumerate(self.scheduler.rows):
+            if row in self.backlog:
+                backlog[slot] = self.backlog.pop(row)
+                self.last[slot, 0] = self.new_tokens[row][-1]
+        return backlog, torch.tensor([len(backlog.get(slot, ())) for slot in range(len(self.scheduler.rows))])

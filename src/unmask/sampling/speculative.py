@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from unmask.core.attention import PADDING, Layout
-from unmask.core.decoding import Speculation, draft_adapted, spare_masks, speculate
+from unmask.core.decoding import draft_adapted, spare_masks, speculate
 from unmask.core.network import DiffusionConfig, Network
 from unmask.core.transfer import to_device
 from unmask.sampling.acceptance import Acceptance, Coupled, Noise
+from unmask.sampling.constraint import restrict
 from unmask.sampling.cycles import Cycle, Pace
 from unmask.sampling.request import Request, SampledTokens
 from unmask.sampling.scheduler import AutoregressiveRows
@@ -85,7 +86,8 @@ class _Speculation(AutoregressiveRows):
 
     drafts: of all slots, for the positions after `last`; counts: how many of them are a slot's. lengths: of each slot,
     the longest draft that it makes. gained: tokens of each slot in this cycle. gains: those of each row's cycles.
-    num_inputs: of each row, see `SampledTokens`.
+    num_inputs: of each row, see `SampledTokens`. allowed_behind: of a row with a constraint and drafts, what is allowed
+    behind its newest token, and behind each draft.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class _Speculation(AutoregressiveRows):
         self.drafts: _Drafts | None = None
         self.counts, self.gained, self.lengths = [0] * slots, [0] * slots, [pace.first_length] * slots
         self.gains: list[list[int]] = [[] for _ in prompts]
+        self.allowed_behind: dict[int, list[Tensor | None]] = {}
         self.num_forwards = torch.zeros(len(prompts), dtype=torch.long)
         self.num_inputs = torch.zeros(len(prompts), dtype=torch.long)
 
@@ -123,6 +126,8 @@ class _Speculation(AutoregressiveRows):
             at = to_device(torch.tensor(new), self.network.device)
             self.drafts.noise[at] = noise.tokens(self.drafts.noise.shape[-1], self.network.device)
         self.gained = [0] * len(self.scheduler.rows)
+        for slot in new:  # what a constraint forces from the start
+            self.gained[slot] = len(self.new_tokens[self.scheduler.rows[slot]])
         return bool(self.scheduler.rows)
 
     def draft(self, length: int) -> None:
@@ -132,14 +137,17 @@ class _Speculation(AutoregressiveRows):
         if not int(wanted.max()):
             return
         rows, past, began = self._rows(list(slots)), self.scheduler.past, time.perf_counter()
-        start = past.lengths + 1
+        backlog, known = self.take_backlog()
+        start = past.lengths + known + 1
         past.set_columns(int((start + wanted).max()) + 1)
         q = draft_adapted(self.network, self.config, past, self.last, Layout.of(start[:, None] - 1), wanted,
-                          end=self.request.context_length)  # fmt: skip
-        self.drafts, self.counts = self._draw(q, rows, start), wanted.tolist()
+                          end=self.request.context_length, backlog=backlog)  # fmt: skip
+        past.lengths += known
+        self.counts = wanted.tolist()
+        self.drafts = self._draw(q, list(slots), rows, start)
         self.num_forwards[rows] += 1
-        self.num_inputs[rows] += wanted + spare_masks(self.config)
-        inputs = len(rows) * int(wanted.max() + spare_masks(self.config))
+        self.num_inputs[rows] += wanted + spare_masks(self.config) + known
+        inputs = len(rows) * int(wanted.max() + spare_masks(self.config)) + int(known.sum())
         self.pace.learn_cost(inputs, True, time.perf_counter() - began)
 
     def advance(self, length: int) -> None:
@@ -150,11 +158,14 @@ class _Speculation(AutoregressiveRows):
         slots = [slot for slot, row in enumerate(self.scheduler.rows) if row >= 0]
         if not slots:
             return
-        rows, past, drafts, last = self._rows(slots), self.scheduler.past, self.drafts, self.last
+        backlog, known = self.take_backlog()
+        rows, past, drafts, last, known = (
+            self._rows(slots), self.scheduler.past, self.drafts, self.last, known[slots]
+        )  # fmt: skip
         if len(slots) < len(self.scheduler.rows):
             some = to_device(torch.tensor(slots), self.network.device)
             past, drafts, last = past.for_rows(slots), drafts and drafts.of_slots(some), last[some]
-        start = past.lengths[slots] + 1  # the first unverified position
+        start = past.lengths[slots] + known + 1  # the first unverified position
         # The last wanted token needs no verifying: the one before it gives it.
         rest = torch.tensor([self.end(row) for row in rows.tolist()]) - start - 1
         counts = torch.tensor(self.counts)[slots].minimum(rest)
@@ -166,19 +177,28 @@ class _Speculation(AutoregressiveRows):
         real = torch.arange(width + 1) <= counts[:, None]
         layout = Layout.of(torch.where(real, position - 1, start[:, None] - 1), torch.where(real, 0, PADDING))
         past.set_columns(int((start + counts).max()) + (int(wanted.max()) + 1 if width == 0 else 0))
-        passed = speculate(self.network, self.config, past, tokens, layout, wanted, end=self.request.context_length)
+        passed = speculate(
+            self.network, self.config, past, tokens, layout, wanted, end=self.request.context_length, backlog=backlog
+        )
         accepted, next_token = self._accept(drafts, passed.ar_logits, real[:, 1:], rows, position)
         decided = torch.cat([accepted[:, None], next_token[:, None], tokens[:, 1:]], dim=1).cpu()
-        past.lengths[slots] += decided[:, 0] + 1
+        past.lengths[slots] += decided[:, 0] + 1 + known
         self.last[to_device(torch.tensor(slots), self.last.device)] = next_token[:, None]
-        self.drafts = self._draft(passed, rows, start + decided[:, 0] + 1, wanted, decided[:, 0])
-        self._record(slots, counts, wanted, decided, time.perf_counter() - began)
+        self._record(slots, wanted, decided)
+        self.drafts = None
+        if int(wanted.max()):
+            self.drafts = self._draw(passed.drafts(decided[:, 0]), slots, rows, start + decided[:, 0] + 1)
+        inputs = (counts + 1) * (1 + (wanted + spare_masks(self.config)) * (wanted > 0)) + known
+        self.num_inputs[rows] += inputs
+        self.pace.learn_cost(len(slots) * int(inputs.max()), bool(wanted.any()), time.perf_counter() - began)
+        self.pace.learn_drafts(counts.tolist(), decided[:, 0].tolist())
 
     def _accept(
         self, drafts: _Drafts | None, p: Tensor, drafted: Tensor, rows: Tensor, position: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The acceptance rule; p: AR logits (slots, k + 1, vocabulary), from those of the first draft on."""
         count, noise = position.shape[1] - 1, None
+        p = restrict(p.flatten(0, 1), self._allowed_behind(rows.tolist(), count)).view(p.shape)
         tokens, q = (p.new_zeros(len(p), 0).long(), p[:, :0]) if drafts is None else (drafts.tokens, drafts.logits)
         if self.request.temperature > 0:
             p = self._truncate(p)
@@ -186,14 +206,10 @@ class _Speculation(AutoregressiveRows):
         assert tokens.shape[1] == count
         return self.acceptance(tokens, q, p, to_device(drafted, self.network.device), noise)
 
-    def _draft(
-        self, passed: Speculation, rows: Tensor, start: Tensor, wanted: Tensor, accepted: Tensor
-    ) -> _Drafts | None:
-        """Drafts behind the last accepted token, for the positions from `start` on; None if none are wanted."""
-        return self._draw(passed.drafts(accepted), rows, start) if int(wanted.max()) else None
-
-    def _draw(self, q: Tensor, rows: Tensor, start: Tensor) -> _Drafts:
+    def _draw(self, q: Tensor, slots: list[int], rows: Tensor, start: Tensor) -> _Drafts:
         """Drafts from their logits (slots, k, vocabulary), for the positions from `start` on."""
+        if self.states:
+            return self._draw_allowed(q, slots, rows, start)
         noise = None
         if self.request.temperature > 0:
             q = self._truncate(q)
@@ -201,13 +217,47 @@ class _Speculation(AutoregressiveRows):
             noise = Noise(self.request.seed, rows, position).tokens(q.shape[-1], q.device)
         return _Drafts((q if noise is None else q + noise).argmax(-1), q, noise)
 
-    def _record(self, slots: list[int], counts: Tensor, wanted: Tensor, decided: Tensor, seconds: float) -> None:
+    def _draw_allowed(self, q: Tensor, slots: list[int], rows: Tensor, start: Tensor) -> _Drafts:
+        """`_draw` where constraints hold: each draft is one of what is allowed behind those before it.
+
+        Those for positions of forced tokens are left out. Sets how many drafts each slot has, up to an end token.
+        """
+        k, device = q.shape[1], q.device
+        skipped = torch.tensor([len(self.backlog.get(row, ())) for row in rows.tolist()])
+        index = (torch.arange(k) + skipped[:, None]).clamp_max(k - 1)
+        q = q.gather(1, to_device(index, device)[..., None].expand(q.shape))
+        q = q.double() if self.request.temperature > 0 else q
+        counts = (torch.tensor(self.counts)[slots] - skipped).clamp_min(0).tolist()
+        states = [self.states.get(row) for row in rows.tolist()]
+        masks = [[None if state is None else state.allowed()] for state in states]
+        noise = None
+        if self.request.temperature > 0:
+            position = (start + skipped)[:, None] + torch.arange(k)
+            noise = Noise(self.request.seed, rows, position).tokens(q.shape[-1], device)
+        drawn, made = [], [0] * len(rows)
+        for j in range(k):
+            q[:, j] = restrict(q[:, j], [mask[-1] for mask in masks])
+            if noise is not None:
+                q[:, j] = self._truncate(q[:, j])
+            drawn.append((q[:, j] if noise is None else q[:, j] + noise[:, j]).argmax(-1))
+            for i, token in enumerate(drawn[-1].tolist()):
+                state = states[i]
+                if made[i] < j or j >= counts[i] or (state is not None and state.ended):
+                    continue
+                made[i] += 1
+                if state is not None:
+                    state.accept(token)
+                    masks[i].append(None if state.ended else state.allowed())
+        for slot, row, state, n, allowed in zip(slots, rows.tolist(), states, made, masks, strict=True):
+            self.counts[slot] = n
+            if state is not None:
+                state.undo(n)
+                self.allowed_behind[row] = allowed
+        return _Drafts(torch.stack(drawn, dim=1), q, noise)
+
+    def _record(self, slots: list[int], wanted: Tensor, decided: Tensor) -> None:
         """Add the accepted drafts and the token after them to each row; a row that ends gives up its slot."""
-        inputs = (counts + 1) * (1 + (wanted + spare_masks(self.config)) * (wanted > 0))
-        self.num_inputs[self._rows(slots)] += inputs
         self.num_forwards[self._rows(slots)] += 1
-        self.pace.learn_cost(len(slots) * int(inputs.max()), bool(wanted.any()), seconds)
-        self.pace.learn_drafts(counts.tolist(), decided[:, 0].tolist())
         for slot, drafted, (n, token, *drafts) in zip(slots, wanted.tolist(), decided.tolist(), strict=True):
             row = self.scheduler.rows[slot]
             before = len(self.new_tokens[row])
@@ -227,10 +277,20 @@ class _Speculation(AutoregressiveRows):
 
     def sampled(self) -> SampledTokens:
         """The new tokens of all rows, once no row is left."""
+        for row, gains in enumerate(self.gains):
+            if not gains:  # forced from the first token to the last
+                gains.append(len(self.new_tokens[row]))
         widest = max((gain for row in self.gains for gain in row), default=0)
         histogram = torch.stack([torch.bincount(torch.tensor(row), minlength=widest + 1) for row in self.gains])
         prefills = self.num_prefill_forwards
-        return SampledTokens(self.new_tokens, self.num_forwards, prefills, histogram, self.num_inputs)
+        return SampledTokens(
+            self.new_tokens, self.num_forwards, prefills, histogram, self.num_inputs, self.forced_or_none
+        )
+
+    def _allowed_behind(self, rows: list[int], count: int) -> list[Tensor | None]:
+        """What each row's constraint allows behind its newest token and each of `count` drafts, row after row."""
+        masks = [self.allowed_behind.pop(row, [self.allowed(row)]) for row in rows]
+        return [mask[j] if j < len(mask) else None for mask in masks for j in range(count + 1)]
 
     def _rows(self, slots: list[int]) -> Tensor:
         """The row in each of these slots."""

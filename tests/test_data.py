@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +44,51 @@ def test_the_three_formats_hold_the_same_documents(tmp_path: Path) -> None:
     for name in ("a.txt", "b.jsonl", "c.parquet"):
         assert list(read_documents(tmp_path / name)) == texts
     assert find_files([tmp_path]) == [tmp_path / n for n in ("a.txt", "b.jsonl", "c.parquet")]
+
+
+def zstd(content: bytes) -> bytes:
+    return bytes(pyarrow.compress(content, "zstd", asbytes=True))
+
+
+COMPRESSIONS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_compressed_files_are_read_as_what_they_hold(suffix: str, parts: int, tmp_path: Path) -> None:
+    """Also in several streams one after another, as parallel compressors and `cat` write them."""
+    compress = COMPRESSIONS[suffix]
+    texts = [f"Ünïcode {i} " + "long " * (i * 300) for i in range(1, 40)]
+    for name, content in (
+        ("a.txt", "<|endoftext|>".join(texts)),
+        ("b.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts)),
+    ):
+        raw = content.encode()
+        cuts = [len(raw) * i // parts for i in range(parts + 1)]
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(b"".join(compress(raw[a:b]) for a, b in pairwise(cuts)))
+        assert list(read_documents(path)) == [t.strip() for t in texts]
+    assert find_files([tmp_path]) == [tmp_path / f"{n}{suffix}" for n in ("a.txt", "b.jsonl")]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_a_damaged_compressed_file_is_named(suffix: str, damage: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    texts = [f"{i} {np.random.default_rng(i).bytes(600).hex()}" for i in range(100)]
+    content = COMPRESSIONS[suffix]("".join(json.dumps({"text": t}) + "\n" for t in texts).encode())
+    path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"not compressed at all\n" * 100)
+    with pytest.raises(ValueError, match=rf"a.jsonl{suffix}' is not {suffix[1:]}, or is damaged: "):
+        list(read_documents(path))
+    with pytest.raises(ValueError, match="is damaged"):  # never the rest of it
+        list(read_documents(path, skip_invalid=True))
+
+
+@pytest.mark.parametrize("name", ["a.parquet.gz", "a.gz", "a.tar.gz", "a.jsonl.zip"])
+def test_compressed_files_of_other_kinds_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"unknown type: use .txt, .jsonl, .parquet, the first two also compressed"):
+        find_files([tmp_path / name])
 
 
 def test_a_text_without_separators_is_one_document(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unmask.cli.app import Base, Data, Json, TrustRemoteCode, app, name_of
+from unmask.cli.app import Base, Json, TrustRemoteCode, app, name_of
 from unmask.plain_json import to_json
 
 
@@ -20,7 +20,14 @@ from unmask.plain_json import to_json
 )
 def adapt(
     model: Annotated[str, typer.Argument(**name_of("Folder or hub id of a causal language model."))],
-    data: Data,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            help="A .txt, .jsonl or .parquet file, a folder of them or of prepared data, or a hub id; several names "
+            "follow each other, or are mixed as NAME:WEIGHT.",
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics, final model.")],
     settings: Annotated[
         list[str] | None, typer.Argument(help="SETTING=VALUE of the recipe (see `unmask recipes NAME`).")

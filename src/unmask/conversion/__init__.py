@@ -35,8 +35,8 @@ def adapt(
     """Turn a causal LM into what `recipe` says, by training it on `data`, and save it to `output_dir`.
 
     model: folder, hub id or a loaded model, which is trained in place. data: .txt, .jsonl or .parquet files, folders of
-    them, one hub id, a `Dataset` or `IterableDataset` of `datasets`, a list of texts or of records (dicts), or "self"
-    (with self_prompts): text that the model itself writes. recipe: tri-mode by
+    them or of prepared data (with a weight as NAME:WEIGHT, for a mixture), one hub id, a `Dataset` or `IterableDataset`
+    of `datasets`, a list of texts or of records (dicts), or "self" (with self_prompts): text that the model itself writes. recipe: tri-mode by
     default; without one a converted model keeps its recipe, attention, shift and block size. settings: replace those
     of the recipe. resume: continue the run in output_dir from its newest checkpoint; a finished run is loaded and
     returned, or extended by a larger max_tokens. base, trust_remote_code: of `load`. Returns the adapted

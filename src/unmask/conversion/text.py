@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,23 @@ def hold_out(job: Job, parent: Parent, text: Corpus | Mixture | RecordStream) ->
     to_write = (settings.self_tokens or settings.max_tokens) if writes_while_learning(settings) else None
     if to_write is None and isinstance(text, Corpus | Mixture):
         _check_length(text, settings)
-    return Data(text, packed_documents(settings, text, to_write=to_write), held_out)
+    data = Data(text, packed_documents(settings, text, to_write=to_write), held_out)
+    if job.show_progress:
+        for line in _said_of(job, data, settings.max_length):
+            print(line, file=sys.stderr)
+    return data
+
+
+def _said_of(job: Job, data: Data, max_length: int) -> Iterator[str]:
+    """Lines about the training text: how much it is, how far its rows are filled, what a mixture is made of."""
+    text, per_row = data.text, data.rows.tokens_per_row
+    if isinstance(text, RecordStream) or per_row is None:
+        return
+    filled = f"rows of {max_length} are filled to {100 * per_row / max_length:.1f}%"
+    yield f"data: {len(text):,} documents, {text.num_tokens:,} tokens an epoch; {filled}"
+    if isinstance(text, Mixture):
+        for part, share, passes in zip(job.parts or (), text.shares, text.passes, strict=True):
+            yield f"  {part.name}: {100 * share:.1f}% of the tokens, read {passes:.2f} times an epoch"
 
 
 def _check_length(text: Corpus | Mixture, settings: Resolved) -> None:

@@ -20,12 +20,13 @@ class TrainingData:
 
     batches: (step, place in the data) -> the batch of that step and of each one after it, with the place after each
     batch. A batch holds the rows of all ranks. num_tokens: the run ends once it has seen them. num_steps: about as many
-    steps as that takes, for schedules.
+    steps as that takes, for schedules. tokens_per_row: the mean, where it is known.
     """
 
     batches: Callable[[int, PackState], Iterator[tuple[Batch, PackState]]]
     num_tokens: int
     num_steps: int
+    tokens_per_row: float | None = None
 
 
 def packed_documents(
@@ -46,7 +47,8 @@ def packed_documents(
         if not isinstance(source, Corpus | Mixture):
             raise ValueError("a streamed data set has no known end: give --max-tokens")
         num_tokens = source.num_tokens
-    per_row: float = settings.max_length
+    per_row: float | None = None
     if isinstance(source, Corpus | Mixture) and to_write is None:
         per_row = source.tokens_per_row(settings.max_length)
-    return TrainingData(batches, num_tokens, math.ceil(num_tokens / (per_row * settings.batch_size)))
+    num_steps = math.ceil(num_tokens / ((per_row or settings.max_length) * settings.batch_size))
+    return TrainingData(batches, num_tokens, num_steps, per_row)

@@ -36,11 +36,11 @@ def adapt(
 
     model: folder, hub id or a loaded model, which is trained in place. data: .txt, .jsonl or .parquet files, folders of
     them or of prepared data (with a weight as NAME:WEIGHT, for a mixture), one hub id, a `Dataset` or `IterableDataset`
-    of `datasets`, a list of texts or of records (dicts), or "self" (with
-    self_prompts): text that the model itself writes. recipe: tri-mode by default; without one a converted model keeps its recipe, attention, shift and block size. settings: replace those
-    of the recipe. resume: continue the run in output_dir from its newest checkpoint; a finished run is loaded and
-    returned, or extended by a larger max_tokens. base, trust_remote_code: of `load`. Returns the adapted
-    model, in eval mode. Raises ValueError for what cannot work, mostly before output_dir is written to.
+    of `datasets`, a list of texts or of records (dicts), or "self" (with self_prompts): text that the model itself
+    writes. recipe: tri-mode by default; without one a converted model keeps its recipe, attention, shift and block
+    size. settings: replace those of the recipe. resume: continue the run in output_dir from its newest checkpoint; a
+    finished run is loaded and returned, or extended by a larger max_tokens. base, trust_remote_code: of `load`. Returns
+    the adapted model, in eval mode. Raises ValueError for what cannot work, mostly before output_dir is written to.
     """
     folder = training_folder(Path(output_dir))
     job = plan(model, data, recipe, settings, folder, resume, show_progress, base, trust_remote_code)

@@ -8,17 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from conftest import random_tokens
+from fake_hub import Hub
+from fake_hub import hub as hub
 from transformers import AutoModelForCausalLM
 
 import unmask
@@ -184,71 +183,6 @@ def test_python_names_the_model_before_the_data() -> None:
 
 
 # --- the hub
-
-
-class Hub:
-    """A server of the hub's own addresses, for the folders of one folder; counts what it is asked."""
-
-    def __init__(self, folder: Path) -> None:
-        hub, self.asked = self, []
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self) -> None:
-                self.answer(body=False)
-
-            def do_GET(self) -> None:
-                self.answer(body=True)
-
-            def answer(self, body: bool) -> None:
-                hub.asked.append(self.path)
-                found, kind = b"", None
-                path = self.path.split("?")[0]
-                if api := re.fullmatch(r"/api/models/(\w+/[\w-]+)(/revision/.*)?", path):
-                    files = sorted(p.name for p in (folder / api[1]).glob("*") if p.is_file())
-                    about = {"id": api[1], "sha": "a" * 40, "siblings": [{"rfilename": name} for name in files]}
-                    found, kind = json.dumps(about).encode(), "application/json" if files else None
-                elif one := re.fullmatch(r"/(\w+/[\w-]+)/resolve/[^/]+/(.*)", path):
-                    file = folder / one[1] / one[2]
-                    if file.is_file():
-                        found, kind = file.read_bytes(), "application/octet-stream"
-                self.send_response(200 if kind else 404)
-                if not kind:
-                    known = path.startswith("/api") or not (folder / "/".join(path.split("/")[1:3])).is_dir()
-                    self.send_header("X-Error-Code", "RepoNotFound" if known else "EntryNotFound")
-                self.send_header("Content-Type", kind or "text/plain")
-                self.send_header("Content-Length", str(len(found)))
-                self.send_header("X-Repo-Commit", "a" * 40)
-                self.send_header("ETag", f'"{hash(path)}"')
-                self.end_headers()
-                if body:
-                    self.wfile.write(found)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    from huggingface_hub import constants
-
-    (tmp_path / "hub").mkdir()
-    server = Hub(tmp_path / "hub")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.chdir(tmp_path)
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
 
 
 def test_the_hub_is_asked_once(hub: Hub, tmp_path: Path, tokenizer_and_model: Path) -> None:

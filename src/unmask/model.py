@@ -441,3 +441,23 @@ class DiffusionLM:
             hf.save_drafter(folder, self.drafter, self.tokenizer, self.diffusion, self.base)
             return
         hf.save_pretrained(folder, self.model, self.tokenizer, self.diffusion)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload the model",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository of the hub, made if there is none; returns the address.
+
+        The options are those of transformers' `push_to_hub`. A repository without a README.md gets a short one. Raises
+        ValueError for a name that is none, without the hub, and where the hub says no. A drafter goes without its base.
+        """
+        return hf.push(
+            repo_id, self.save_pretrained, self.diffusion, self.base, commit_message=commit_message, private=private,
+            token=token, revision=revision, create_pr=create_pr,
+        )  # fmt: skip

@@ -23,6 +23,7 @@ from unmask.hf.checkpoint import (
 )
 from unmask.hf.drafters import add_drafter, drafter_on
 from unmask.hf.grammar import Grammar, JsonSchema, Lark, Regex, grammar_constraint
+from unmask.hf.hub import push
 from unmask.hf.layers import checkpoint_layers
 from unmask.hf.masks import UnsupportedModelError
 from unmask.hf.network import FastPaths, HFNetwork, replicate
@@ -67,6 +68,7 @@ __all__ = [
     "probe",
     "probe_fast_paths",
     "probe_network",
+    "push",
     "quantisation_of",
     "read_base",
     "read_config",

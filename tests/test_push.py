@@ -13,6 +13,8 @@ from fake_hub import hub as hub
 import unmask
 from unmask.hf import push
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub to its own client
+
 
 def test_a_pushed_model_is_loaded_from_the_hub(hub: Hub, converted: Path) -> None:
     lm = unmask.load(converted)

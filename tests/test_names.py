@@ -131,6 +131,8 @@ def names_of_commands() -> dict[str, list[str]]:
         "study": ["attention", "MODEL", "--data", "no.txt", "--eval", "no.txt", "--output", "out"],
         "demo": ["MODEL"],
         "prepare": ["no.txt", "--model", "MODEL", "--output", "out"],
+        "serve": ["MODEL"],
+        "export": ["MODEL", "--format", "uno", "--output", "out"],
     }
     assert {command.callback.__name__ for command in app.registered_commands if command.callback} == {
         *rest, "recipes", "env",

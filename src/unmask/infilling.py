@@ -18,7 +18,7 @@ from unmask.evaluation.likelihood import continuation_nelbo
 from unmask.limits import MOST_SAMPLES, check_whole, whole_numbers
 from unmask.plain_numbers import plain
 from unmask.progress import warn
-from unmask.sampling import Blocks, Canvas, Decoder, Request, SampledTokens, WholeCanvas
+from unmask.sampling import Blocks, Canvas, Decoder, Request, SampledTokens, WholeCanvas, choose_decoder
 
 MOST_COMBINATIONS = 64
 """Of candidate lengths of a text's gaps, at most: each combination is filled and scored."""
@@ -171,6 +171,23 @@ def span_config(
             "base's clean context alone"
         )
     return replace(config, attention="bidirectional", clean_attention=None, block_size=None)
+
+
+def filling_decoder(
+    config: DiffusionConfig | None,
+    mode: str | Decoder | None,
+    attention: str | None,
+    options: dict[str, Any],
+    context_length: int | None,
+    *,
+    is_drafter: bool,
+) -> tuple[DiffusionConfig, Blocks | WholeCanvas]:
+    """What the checkpoint is read as, and the decoder of these options that fills gaps in it."""
+    chosen = span_config(config, mode, attention, is_drafter=is_drafter)
+    decoder = choose_decoder("diffusion" if mode is None else mode, chosen, options, context_length)
+    if not isinstance(decoder, Blocks | WholeCanvas):
+        raise ValueError(f"mode {mode!r} cannot see a suffix: infill works in mode 'diffusion'")
+    return chosen, decoder
 
 
 def check_rows(

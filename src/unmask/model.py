@@ -23,21 +23,20 @@ from unmask.data.prompts import Prompts, StopStrings, check_room, new_text, prom
 from unmask.evaluation import likelihood
 from unmask.evaluation.embed import document_ids, embed, named_pattern
 from unmask.evaluation.likelihood import LikelihoodOutput
-from unmask.infilling import Pieces, fill_gaps, span_config, texts_with_gaps, tokenised
+from unmask.infilling import Pieces, fill_gaps, filling_decoder, texts_with_gaps, tokenised
 from unmask.limits import check_whole
 from unmask.outputs import SampleOutput, sample_output
 from unmask.plain_numbers import plain
 from unmask.progress import progress
 from unmask.sampling import (
-    Blocks,
     Decoder,
     Request,
     SampledTokens,
     Selector,
-    WholeCanvas,
     choose_decoder,
 )
 from unmask.sampling.constraint import Constraint, Constraints, check_unconstrained
+from unmask.sampling.guidance import check_guided
 from unmask.sampling.request import Callback, given_or_new
 from unmask.streaming import FinalText, pieces, together
 
@@ -195,15 +194,9 @@ class DiffusionLM:
         Raises ValueError for a prompt that fills the context, and for weights that are not finite.
         """
         self._check_weights()
-        self._check_guidance(decoder)
+        check_guided(decoder, is_drafter=self.drafter is not None)
         check_room(prompts, self.network.context_length)
-        if isinstance(request.seed, Sequence) and len(request.seed) != len(prompts):
-            raise ValueError(f"seed has {len(request.seed)} numbers for {len(prompts)} prompts: give one for each")
-        if isinstance(request.constraint, Sequence) and len(request.constraint) != len(prompts):
-            raise ValueError(
-                f"constraint is a list of {len(request.constraint)} for {len(prompts)} prompts: give one for each, "
-                "None for a free one"
-            )
+        request.check_rows(len(prompts))
         return decoder(self.network, self.diffusion, prompts, request)
 
     def constraint(self, spec: Any) -> Constraint:
@@ -291,16 +284,14 @@ class DiffusionLM:
         The other options are those of `generate` in mode "diffusion".
         """
         check_unconstrained(options.get("constraint"))
-        config = span_config(self.diffusion, mode, attention, is_drafter=self.drafter is not None)
-        decoder = choose_decoder(
-            "diffusion" if mode is None else mode, config,
+        config, decoder = filling_decoder(
+            self.diffusion, mode, attention,
             {"block_size": block_size, "max_denoising_steps": max_denoising_steps, "select": select,
-             "confidence_threshold": confidence_threshold, **options}, self.network.context_length,
+             "confidence_threshold": confidence_threshold, **options},
+            self.network.context_length, is_drafter=self.drafter is not None,
         )  # fmt: skip
-        if not isinstance(decoder, Blocks | WholeCanvas):
-            raise ValueError(f"mode {mode!r} cannot see a suffix: infill works in mode 'diffusion'")
         self._check_weights()
-        self._check_guidance(decoder)
+        check_guided(decoder, is_drafter=self.drafter is not None)
         rows = tokenised(self.tokenizer, self.prompt_ids, texts_with_gaps(prefix, suffix, num_tokens))
         filled = fill_gaps(
             decoder, self.network, config, rows, self.new_text, stop_strings=stop_strings, stop_tokens=stop_tokens,
@@ -311,15 +302,6 @@ class DiffusionLM:
             filled.sequences, filled.sampled, ["".join(of_row) for of_row in filled.fills], self._pad,
             fills=filled.fills, filled=filled.texts,
         )  # fmt: skip
-
-    def _check_guidance(self, decoder: Decoder) -> None:
-        """Raise ValueError for guidance of a drafter, whose base has no mask embedding."""
-        scale = getattr(decoder, "guidance_scale", 1.0)
-        if scale != 1 and self.drafter is not None:
-            raise ValueError(
-                f"guidance_scale {scale} hides the prompt behind masks, for which a drafter's base has no "
-                "embedding: leave it at 1, or convert the model whole"
-            )
 
     def prompt_ids(self, prompts: Prompts, attention_mask: Tensor | None = None) -> list[Tensor]:
         """The tokens of each prompt, (length,) int64 of at least one token: an empty prompt is the begin token.
@@ -354,7 +336,9 @@ class DiffusionLM:
     def nll(self, texts: str | Sequence[str], *, show_progress: bool = False) -> list[LikelihoodOutput]:
         """Exact negative log-likelihood of each text in AR mode (every checkpoint has it)."""
         documents = self._documents(texts)
-        with progress("nll", self._num_windows(documents), show=show_progress) as advance:
+        with progress(
+            "nll", likelihood.num_windows(documents, self.network.context_length), show=show_progress
+        ) as advance:
             return likelihood.nll(self.network, documents, context_length=self.network.context_length, progress=advance)
 
     def nelbo(
@@ -374,7 +358,9 @@ class DiffusionLM:
         if self.diffusion is None:
             raise ValueError("nelbo needs a converted checkpoint: this is an untouched AR model; use nll")
         documents = self._documents(texts)
-        with progress("nelbo", self._num_windows(documents), show=show_progress) as advance:
+        with progress(
+            "nelbo", likelihood.num_windows(documents, self.network.context_length), show=show_progress
+        ) as advance:
             return likelihood.nelbo(
                 self.network,
                 self.diffusion.with_block_size(block_size),
@@ -390,10 +376,6 @@ class DiffusionLM:
         self._check_weights()
         mask_token_id = None if self.diffusion is None else self.diffusion.mask_token_id
         return likelihood.documents_of(self.tokenizer, [texts] if isinstance(texts, str) else texts, mask_token_id)
-
-    def _num_windows(self, documents: Sequence[likelihood.Document]) -> int:
-        context = self.network.context_length
-        return sum(1 if context is None else -(-len(d.ids) // context) for d in documents)
 
     # --- embeddings
 

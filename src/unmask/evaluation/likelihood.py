@@ -93,6 +93,11 @@ def _ids_and_bytes(tokenizer: Any, texts: Sequence[str]) -> Iterator[tuple[np.nd
             yield np.asarray(ids, dtype=np.int32), np.asarray(num_bytes, dtype=np.int32)
 
 
+def num_windows(documents: Sequence[Document], context_length: int | None) -> int:
+    """How many windows are scored."""
+    return sum(1 if context_length is None else -(-len(d.ids) // context_length) for d in documents)
+
+
 @dataclass(frozen=True)
 class LikelihoodSummary:
     """Means over documents, weighted by tokens: nats per predicted token and bits per byte."""

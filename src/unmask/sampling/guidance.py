@@ -24,6 +24,16 @@ def check_guidance(scale: float) -> None:
         raise ValueError(f"guidance_scale {scale} must be finite and not negative, up to {_LARGEST_SCALE:g}: 1 is none")
 
 
+def check_guided(decoder: Any, *, is_drafter: bool) -> None:
+    """Raise ValueError for guidance of a drafter, whose base has no mask embedding."""
+    scale = getattr(decoder, "guidance_scale", 1.0)
+    if scale != 1 and is_drafter:
+        raise ValueError(
+            f"guidance_scale {scale} hides the prompt behind masks, for which a drafter's base has no embedding: leave "
+            "it at 1, or convert the model whole"
+        )
+
+
 def guide(logits: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """unconditional + scale * (logits - unconditional), of any shape (2207.12598, eq. 6, with scale = 1 + w).
 

@@ -52,6 +52,16 @@ class Request:
         check_sampling(self.temperature, self.top_p, self.top_k)
         object.__setattr__(self, "temperature", float(self.temperature))  # tensors take no integers beyond 64 bits
 
+    def check_rows(self, rows: int) -> None:
+        """Raise ValueError for a list that has not one entry for each row."""
+        if isinstance(self.seed, Sequence) and len(self.seed) != rows:
+            raise ValueError(f"seed has {len(self.seed)} numbers for {rows} prompts: give one for each")
+        if isinstance(self.constraint, Sequence) and len(self.constraint) != rows:
+            raise ValueError(
+                f"constraint is a list of {len(self.constraint)} for {rows} prompts: give one for each, None for a "
+                "free one"
+            )
+
     def limit(self, prompt_length: int) -> int:
         """New tokens that a row may have: max_new_tokens, less where the context ends before."""
         if self.context_length is None:

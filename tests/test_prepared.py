@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 
 import unmask
 from unmask import cli
-from unmask.data import corpus, prepared
+from unmask.data import corpus, documents, prepared, workers
 from unmask.data.corpus import Corpus, Document, Writer, order, shuffled
 from unmask.data.documents import Encoder, load_corpus
 from unmask.data.packing import Packer, PackState
@@ -163,6 +164,69 @@ def test_of_several_writers_one_writes_and_the_others_wait(tmp_path: Path) -> No
         process.join()
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["a"]
+
+
+# --- several processes
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_write_what_one_writes(
+    processes: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts, examples, what is left out and what is said of it; a batch that is too long to be sent too."""
+    monkeypatch.setattr(documents, "BATCH", 7)
+    monkeypatch.setattr(workers, "LONG", 100)
+    long = {"prompt": "Who?", "completion": " The cat and the dog" * 20}
+    records = [*STORIES[:30], *QUIZ, {"body": 1}, long, " ".join(STORIES * 2), long, *STORIES[30:], {"text": 5}]
+    file = write(tmp_path / "a.jsonl", records)
+    said: dict[int, list[str]] = {1: [], processes: []}
+    for number, lines in said.items():
+        encoder = Encoder(tokenizer, 1, Faults(True, lines.append), max_length=60)
+        prepared.prepare(tmp_path / f"{number}", [file], encoder, "text", processes=number)
+    assert_equal(*(prepared.open_prepared(tmp_path / f"{number}") for number in said))
+    one, several = (prepared.read_record(tmp_path / f"{number}") for number in said)
+    assert one == several
+    assert one["left_out"] == 4
+    assert said[1] == said[processes] != []
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([*STORIES[:40], {"body": 1}, *STORIES], r"line 41: has no text column"),
+        ([*STORIES[:20], {"prompt": "Who?", "completion": "</s>"}, {"body": 1}, *STORIES], r"line 22: has no text"),
+        ([], r"holds no documents"),
+    ],
+)
+def test_the_first_fault_is_raised_by_several_processes_too(
+    records: list[Any], message: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "BATCH", 7)
+    file = write(tmp_path / "a.jsonl", records)
+    for number in (1, 2):
+        with pytest.raises(ValueError, match=message):
+            prepared.prepare(tmp_path / "out", [file], Encoder(tokenizer, 1, Faults()), "text", processes=number)
+    assert not multiprocessing.active_children()
+
+
+class Killed:
+    """A tokenizer whose process is killed."""
+
+    def __call__(self, *_arguments: Any, **_options: Any) -> Any:
+        os._exit(9)
+
+
+def test_a_killed_process_is_said(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", STORIES)
+    writer = Writer.in_memory()
+    with pytest.raises(ValueError, match="one of 2 processes that tokenise was killed"):
+        documents.encode_sources([file], Encoder(Killed(), 1, Faults()), "text", writer, encode=workers.in_processes(2))
+
+
+@pytest.mark.parametrize("number", [0, -1, 5000])
+def test_a_number_of_processes_that_cannot_be_is_named(number: int, tokenizer_and_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"num_processes {number} must be at"):
+        unmask.prepare(STORIES, tokenizer_and_model, tmp_path / "p", num_processes=number)
 
 
 # --- what is read

@@ -21,6 +21,9 @@ def prepare(
     ],
     model: Annotated[str, typer.Option("--model", **name_of("Whose tokenizer: a folder, hub id or .gguf file."))],
     output: Annotated[Path, typer.Option(help="Folder for the tokens, to be given to `unmask adapt --data`.")],
+    processes: Annotated[
+        int | None, typer.Option(help="How many tokenise side by side; by default as many as there are CPUs.")
+    ] = None,
     base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -33,7 +36,9 @@ def prepare(
     import unmask
 
     sources = [Path(name) if name else name for name in names]
-    record = unmask.prepare(sources, model, output, base=base, trust_remote_code=trust_remote_code, **chosen)
+    record = unmask.prepare(
+        sources, model, output, num_processes=processes, base=base, trust_remote_code=trust_remote_code, **chosen
+    )
     shown = {name: record[name] for name in ("num_documents", "num_tokens", "num_bytes", "left_out")}
     if as_json:
         print(to_json({"output": str(output), **shown}))

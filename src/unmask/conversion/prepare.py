@@ -13,6 +13,7 @@ from unmask.data.documents import Encoder
 from unmask.data.readers import Faults, Records, suffix_of
 from unmask.data.sources import find_files, in_memory, is_prepared
 from unmask.data.streams import from_datasets, has_splits, open_hub, records_of, stream_name
+from unmask.data.workers import check_processes, default_processes
 from unmask.loading import load_tokenizer
 from unmask.model import DiffusionLM
 from unmask.progress import note, progress
@@ -27,6 +28,7 @@ def prepare(
     model: str | Path | DiffusionLM,
     output_dir: str | Path,
     *,
+    num_processes: int | None = None,
     show_progress: bool = True,
     base: str | Path | None = None,
     trust_remote_code: bool = False,
@@ -35,12 +37,14 @@ def prepare(
     """Tokenise data for a model into a folder, which `adapt` takes as data; return what its prepared.json says.
 
     data: as for `adapt`; a hub id is read to its end. model: of it the tokenizer and end tokens are read, no weights.
+    num_processes: how many tokenise side by side; unset: as many as there are CPUs, for larger data.
     settings: those of `adapt` that say how data is read (`SETTINGS`); max_length is needed with skip_invalid alone, to
     leave out supervised examples that are longer. The rows that `adapt` packs from the folder are those of the data
     themselves. A folder that holds these data already is left as it is. Raises ValueError for what `adapt` would refuse
     and for a folder that holds something else.
     """
     place, chosen = Path(output_dir), _chosen(settings)
+    check_processes(num_processes)
     if isinstance(model, DiffusionLM):
         tokenizer, ends = model.tokenizer, model.end_token_ids
     else:
@@ -55,8 +59,12 @@ def prepare(
         if record["made_of"] != prepared.made_of(sources, encoder, chosen.text_column):
             raise ValueError(f"output folder {str(place)!r} holds other prepared data: choose an empty or new one")
         return record
+    if num_processes is None:
+        num_processes = default_processes() if prepared.is_large(sources) else 1
     with progress("tokenise", bytes_of(sources), show=show_progress) as advance:
-        prepared.prepare(place, sources, encoder, chosen.text_column, model=_name(model), progress=advance)
+        prepared.prepare(
+            place, sources, encoder, chosen.text_column, model=_name(model), processes=num_processes, progress=advance
+        )
     return prepared.read_record(place)
 
 

@@ -114,6 +114,14 @@ class Encoded(NamedTuple):
     longest_example: tuple[int, str] | None
 
 
+def in_this_process(
+    encoder: Encoder, batches: Iterator[list[Read]]
+) -> Iterator[tuple[list[Read], list[list[Document]]]]:
+    """Batches of examples, each with the documents of each example."""
+    for batch in batches:
+        yield batch, encoder(batch)
+
+
 def encode_sources(
     sources: Sequence[Path | Records],
     encoder: Encoder,
@@ -122,21 +130,24 @@ def encode_sources(
     *,
     max_documents: int | None = None,
     progress: Callable[[int], None] | None = None,
+    encode: Callable[
+        [Encoder, Iterator[list[Read]]], Iterator[tuple[list[Read], list[list[Document]]]]
+    ] = in_this_process,
 ) -> Encoded:
-    """Read and tokenise sources into a writer, see `load_corpus`."""
+    """Read and tokenise sources into a writer, see `load_corpus`. encode: who tokenises, see `workers`."""
     digest, whole, longest = hashlib.sha256(), 0, None
     for source in sources:
         before = writer.num_documents
-        examples = read(source, text_column, encoder.faults)
-        while batch := _batch(examples, None if max_documents is None else max_documents - writer.num_documents):
+        limit = None if max_documents is None else lambda: max_documents - writer.num_documents
+        batches = _batches(read(source, text_column, encoder.faults), limit)
+        for batch, made in encode(encoder, batches):
             num_bytes = 0
-            for _, example in batch:
+            for (place, example), documents in zip(batch, made, strict=True):
                 content = _content(example)
                 digest.update(len(content).to_bytes(8, "little") + content)
                 num_bytes += len(content)
-            for (place, example), made in zip(batch, encoder(batch), strict=True):
-                writer.add(made)
-                length = max((len(document.ids) for document in made), default=0)
+                writer.add(documents)
+                length = max((len(document.ids) for document in documents), default=0)
                 if not isinstance(example, str) and length > (longest[0] if longest else 0):
                     longest = (length, str(place))
             whole += num_bytes
@@ -152,15 +163,18 @@ BATCH, _BATCH_CHARACTERS = 256, 1 << 22
 """Examples that are tokenised at a time at most, and the characters after which there come no more."""
 
 
-def _batch(examples: Iterator[Read], limit: int | None) -> list[Read]:
-    """The next examples, `limit` at most; none at the end."""
-    batch: list[Read] = []
-    size = 0
-    limit = BATCH if limit is None else min(BATCH, limit)
-    while len(batch) < limit and size < _BATCH_CHARACTERS and (found := next(examples, None)) is not None:
-        batch.append(found)
-        size += len(found.example) if isinstance(found.example, str) else 0
-    return batch
+def _batches(examples: Iterator[Read], limit: Callable[[], int] | None) -> Iterator[list[Read]]:
+    """The examples in batches. limit: how many documents are still wanted, asked before each batch."""
+    while True:
+        most = BATCH if limit is None else min(BATCH, limit())
+        batch: list[Read] = []
+        size = 0
+        while len(batch) < most and size < _BATCH_CHARACTERS and (found := next(examples, None)) is not None:
+            batch.append(found)
+            size += len(found.example) if isinstance(found.example, str) else 0
+        if not batch:
+            return
+        yield batch
 
 
 def _content(example: Example) -> bytes:

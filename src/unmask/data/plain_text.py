@@ -6,12 +6,15 @@ special tokens from call to call, so that two threads would change it for each o
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 _LOCK = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a lock that another thread holds would stay locked in the new process
+    os.register_at_fork(after_in_child=lambda: globals().update(_LOCK=threading.Lock()))
 _ESCAPE, _FIRST = chr(0x100000), 0x100001
 """Private-use characters: _FIRST + i replaces the text of special token i while a template is rendered, and _ESCAPE
 precedes such a character that the message itself contains."""

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from unmask.data.corpus import Corpus, Writer
-from unmask.data.documents import Encoder, encode_sources
+from unmask.data.documents import Encoder, encode_sources, in_this_process
 from unmask.data.readers import COMPRESSED, Records
 from unmask.data.sources import PREPARED, is_prepared
+from unmask.data.workers import default_processes, in_processes
 from unmask.plain_json import to_json
 from unmask.run_folder import ordinary_permissions, whole_folder, write_text, writing
 from unmask.version import __version__
@@ -83,7 +84,7 @@ def cached(
     name = hashlib.sha256(json.dumps([_FORMAT, origin], sort_keys=True).encode()).hexdigest()[:16]
     place = folder / f"prepared-{name}"
     if not is_prepared(place):
-        prepare(place, sources, encoder, text_column, progress=progress)
+        prepare(place, sources, encoder, text_column, processes=default_processes(), progress=progress)
     check_longest(place, encoder)
     return open_prepared(place)
 
@@ -95,12 +96,14 @@ def prepare(
     text_column: str,
     *,
     model: str = "",
+    processes: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Read and tokenise sources into the folder `place`, unless another process has done so meanwhile.
 
-    An example above the encoder's max_length is written too, unless such are left out: whoever reads the corpus knows
-    how long its rows are. Raises ValueError as `load_corpus` does, and for a full disk.
+    processes: how many tokenise side by side. An example above the encoder's max_length is written too, unless such are
+    left out: whoever reads the corpus knows how long its rows are. Raises ValueError as `load_corpus` does, and
+    for a full disk.
     """
     if not encoder.faults.skip:
         encoder = replace(encoder, max_length=None)
@@ -110,7 +113,8 @@ def prepare(
         with ExitStack() as opened:
             files = [opened.enter_context((folder / name).open("wb")) for name, _ in _FILES.values()]
             writer = Writer(*files)
-            found = encode_sources(sources, encoder, text_column, writer, progress=progress)
+            encode = in_processes(processes) if processes > 1 else in_this_process
+            found = encode_sources(sources, encoder, text_column, writer, progress=progress, encode=encode)
         if not writer.has_marks:
             (folder / _FILES["marks"][0]).unlink()
         record = {

@@ -1,6 +1,6 @@
 """Memory and time of preparing data and of a run on them, for data of three shapes.
 
-    python benchmarks/data_memory.py MODEL TEXT.txt SCRATCH --output results/data [--cases tiny,long,large] [--megabytes 2000]
+    python benchmarks/data_memory.py MODEL TEXT.txt SCRATCH [--cases tiny,long,large] [--megabytes 2000]
 
 tiny: a million documents of a few words. long: one document of 200 MB. large: TEXT again and again, in shards, up to
 --megabytes. Each is prepared by one process, and read by another, a run of one step: SCRATCH holds text and tokens,

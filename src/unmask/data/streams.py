@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from queue import Full, Queue
+from threading import Event, Thread
+from typing import Any, TypeVar
 
 from unmask.core.noise import seed_for
 from unmask.data.corpus import Document
 from unmask.data.documents import BATCH, Encoder
 from unmask.data.readers import Place, Read, Records, read_item
 from unmask.data.records import COLUMNS, missing_column
+
+T = TypeVar("T")
 
 
 def open_hub(name: str, split: str) -> Any:
@@ -66,7 +70,7 @@ def records_of(data: Any, name: str) -> Iterator[Any]:
 
 
 class RecordStream:
-    """The documents of a data set of unknown length, read and tokenised in batches.
+    """The documents of a data set of unknown length, read and tokenised in batches, in the background.
 
     data: a `datasets.IterableDataset`. name: what messages call it. encoder: as for files.
     """
@@ -80,20 +84,68 @@ class RecordStream:
 
     def stream(self, seed: int, epoch: int, start: int) -> Iterator[list[Document]]:
         """The documents of each record of an epoch, in the order of a shuffling buffer, from record `start` on."""
+        for documents in in_background(self._batches(seed, epoch, start)):
+            yield from documents
+
+    def _batches(self, seed: int, epoch: int, start: int) -> Iterator[list[list[Document]]]:
+        """`stream`, many records at a time."""
         data = self.data.shuffle(seed=seed_for(("documents", seed, epoch)), buffer_size=10_000)
         found: list[list[Read]] = []
         for number, record in enumerate(records_of(data.skip(start) if start else data, self.name), start + 1):
             place = Place(self.name, "shuffled record", number, record)
             found.append(list(read_item(record, place, self.text_column, self.encoder.faults)))
             if len(found) == BATCH:
-                yield from self._encoded(found)
+                yield self._encoded(found)
                 found = []
-        yield from self._encoded(found)
+        yield self._encoded(found)
 
     def forget(self) -> None:
         """Nothing of it is mapped."""
 
-    def _encoded(self, found: list[list[Read]]) -> Iterator[list[Document]]:
+    def _encoded(self, found: list[list[Read]]) -> list[list[Document]]:
         """The documents of each record, of which `found` has one example or none."""
         made = iter(self.encoder([one for of_record in found for one in of_record]))
-        yield from (next(made) if of_record else [] for of_record in found)
+        return [next(made) if of_record else [] for of_record in found]
+
+
+_AHEAD = 4
+"""Batches of records that are tokenised before they are asked for."""
+
+
+def in_background(items: Iterator[T]) -> Iterator[T]:
+    """The items, which a thread makes a few ahead; what it raises is raised where the item would have come."""
+    made: Queue[tuple[T | None, BaseException | None]] = Queue(_AHEAD)
+    ended = Event()
+
+    def put(item: T | None, error: BaseException | None = None) -> bool:
+        while not ended.is_set():
+            try:
+                made.put((item, error), timeout=0.1)
+            except Full:
+                continue
+            return True
+        return False
+
+    def make() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+        except BaseException as error:
+            put(None, error)
+        else:
+            put(None)
+
+    thread = Thread(target=make, name="stream", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        ended.set()
+        thread.join()

@@ -12,6 +12,7 @@ from unmask.data.mixture import Mixture
 from unmask.data.packing import Packer, PackState
 from unmask.data.streams import RecordStream
 from unmask.resolve import Resolved
+from unmask.training.ranks import of_main_process
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,16 @@ def packed_documents(
 ) -> TrainingData:
     """Rows packed from the documents of `source`, until max_tokens are seen, or one pass without max_tokens.
 
+    The main process reads a stream for all.
+
     to_write: tokens of that pass where the rows will be of text that the model has yet to write, see `rewritten_text`.
     """
 
     def batches(_step: int, place: PackState) -> Iterator[tuple[Batch, PackState]]:
         epochs = None if settings.max_tokens is not None else 1
         packer = Packer(source, settings.max_length, seed=settings.seed, epochs=epochs, state=place)
-        return packer.batches(settings.batch_size)
+        made = packer.batches(settings.batch_size)
+        return of_main_process(made) if isinstance(source, RecordStream) else made
 
     num_tokens = to_write if settings.max_tokens is None else settings.max_tokens
     if num_tokens is None:

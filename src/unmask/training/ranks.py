@@ -10,11 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import accelerate
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 _TIMEOUT = timedelta(days=2)
 """How long ranks wait for the main one, which evaluates and writes alone; if it dies, the launcher ends the others."""
@@ -91,3 +94,31 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         group.append(tensor)
     if group:
         yield group
+
+
+def of_main_process(items: Iterator[T]) -> Iterator[T]:
+    """The items of the main process, on every process; the others do not ask theirs for any.
+
+    An error of the main process is raised on all. Items go over the hosts' network, and no device waits for them.
+    """
+    if not _is_distributed():
+        yield from items
+        return
+    group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    is_main = dist.get_rank() == 0
+    while True:
+        sent: list[Any] = [None, None]
+        error: Exception | None = None
+        if is_main:
+            try:
+                sent[0] = next(items, None)
+            except Exception as raised:
+                error, sent[1] = raised, str(raised)
+        dist.broadcast_object_list(sent, 0, group=group)
+        if error is not None:
+            raise error
+        if sent[1] is not None:
+            raise ValueError(sent[1])
+        if sent[0] is None:
+            return
+        yield sent[0]

@@ -218,7 +218,7 @@ class Writer:
         for ids, loss_mask in documents:
             if loss_mask is not None and not self.has_marks:
                 self._mark_all_before()
-            self.tokens.write(np.ascontiguousarray(ids, dtype=np.int32).tobytes())
+            self.tokens.write(np.ascontiguousarray(ids, dtype=np.int32).data)
             if self.has_marks:
                 self.marks.write((b"\1" * len(ids)) if loss_mask is None else loss_mask.astype(bool).tobytes())
             self.num_tokens += len(ids)

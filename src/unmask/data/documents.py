@@ -26,11 +26,16 @@ def tokenize(tokenizer: Any, texts: Sequence[str], end_token_id: int | None = No
     """
     short = [text for text in texts if len(text) <= LONG]
     encoded = iter(encode(tokenizer, short)["input_ids"] if short else [])
-    rows = (np.asarray(next(encoded) if len(t) <= LONG else long_ids(tokenizer, t), dtype=np.int32) for t in texts)
-    if end_token_id is None:
-        return list(rows)
-    added, tail = num_added_after(tokenizer), np.asarray([end_token_id], dtype=np.int32)
-    return [np.concatenate([ids[: len(ids) - added], tail]) for ids in rows]
+    added = 0 if end_token_id is None else num_added_after(tokenizer)
+    tail = [] if end_token_id is None else [end_token_id]
+
+    def ids_of(text: str) -> np.ndarray:
+        if len(text) > LONG:
+            return long_ids(tokenizer, text, end_token_id)
+        ids = next(encoded)
+        return np.asarray([*ids[: len(ids) - added], *tail], dtype=np.int32)
+
+    return [ids_of(text) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -143,9 +148,11 @@ def encode_sources(
         for batch, made in encode(encoder, batches):
             num_bytes = 0
             for (place, example), documents in zip(batch, made, strict=True):
-                content = _content(example)
-                digest.update(len(content).to_bytes(8, "little") + content)
-                num_bytes += len(content)
+                size = sum(map(len, _content(example)))
+                digest.update(size.to_bytes(8, "little"))
+                for piece in _content(example):
+                    digest.update(piece)
+                num_bytes += size
                 writer.add(documents)
                 length = max((len(document.ids) for document in documents), default=0)
                 if not isinstance(example, str) and length > (longest[0] if longest else 0):
@@ -177,9 +184,10 @@ def _batches(examples: Iterator[Read], limit: Callable[[], int] | None) -> Itera
         yield batch
 
 
-def _content(example: Example) -> bytes:
-    """What the fingerprint of a corpus is made of."""
-    if isinstance(example, str):
-        return example.encode()
-    given = f", given={example.given}" if isinstance(example, Conversation) and example.given else ""
-    return (repr(example) + given).encode()
+def _content(example: Example) -> Iterator[bytes]:
+    """What the fingerprint of a corpus is made of, in pieces: a text may be long."""
+    if not isinstance(example, str):
+        given = f", given={example.given}" if isinstance(example, Conversation) and example.given else ""
+        example = repr(example) + given
+    for start in range(0, len(example), _BATCH_CHARACTERS):
+        yield example[start : start + _BATCH_CHARACTERS].encode()

@@ -22,11 +22,12 @@ import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import SEEK_END, BytesIO
 from typing import Any
 
 import numpy as np
 
-from unmask.data.plain_text import encode
+from unmask.data.plain_text import encode, num_added_after
 from unmask.data.token_bytes import bytes_of_tokens
 from unmask.progress import warn
 
@@ -80,9 +81,19 @@ class Cuts:
         yield text[start:]
 
 
-def long_ids(tokenizer: Any, text: str) -> np.ndarray:
-    """Token ids of a long text, exactly `tokenizer(text)`: int32 (length,)."""
-    return np.concatenate([ids for ids, _ in _read(tokenizer, text, spelled=False)])
+def long_ids(tokenizer: Any, text: str, end_token_id: int | None = None) -> np.ndarray:
+    """Token ids of a long text, exactly `tokenizer(text)`: int32 (length,).
+
+    Unless it is None, the end token follows, in place of what the tokenizer puts after every text.
+    """
+    joined = BytesIO()  # grows without a copy
+    for ids, _ in _read(tokenizer, text, spelled=False):
+        joined.write(ids.data)
+    if end_token_id is not None:
+        joined.seek(-4 * num_added_after(tokenizer), SEEK_END)
+        joined.write(np.asarray([end_token_id], dtype=np.int32).data)
+        joined.truncate()
+    return np.frombuffer(joined.getbuffer(), dtype=np.int32)
 
 
 def long_ids_and_bytes(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import reprlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -176,16 +177,21 @@ def _read_txt(path: Path, column: str, faults: Faults) -> Iterator[Read]:
     name, line = file_name(path), 1
     for raw in _separated(path):
         text, problem = _decoded(raw)
-        before = problem.start if problem else len(raw) - len(raw.lstrip())
+        before = problem.start if problem else len(_SPACE.match(raw)[0])  # type: ignore[index]
         place = Place(name, "line", line + raw.count(b"\n", 0, before))
+        line += raw.count(b"\n")
+        raw.clear()  # a document may be as large as the file
         if problem:
             faults(place, problem.text)
         else:
+            text = without_mark(text)
             yield from read_item(text, place, column, faults)
-        line += raw.count(b"\n")
 
 
-def _separated(path: Path) -> Iterator[bytes]:
+_SPACE = re.compile(rb"\s*")
+
+
+def _separated(path: Path) -> Iterator[bytearray]:
     """The parts of a file between separators, without reading it whole."""
     buffer = bytearray()
     with _opened(path) as file:
@@ -193,10 +199,10 @@ def _separated(path: Path) -> Iterator[bytes]:
             start = max(0, len(buffer) - len(SEPARATOR) + 1)  # what is before it was searched already
             buffer += chunk
             while (at := buffer.find(SEPARATOR, start)) >= 0:
-                yield bytes(buffer[:at])
+                yield buffer[:at]
                 del buffer[: at + len(SEPARATOR)]
                 start = 0
-    yield bytes(buffer)
+    yield buffer
 
 
 class _Problem(NamedTuple):
@@ -206,7 +212,7 @@ class _Problem(NamedTuple):
     start: int = 0
 
 
-def _decoded(raw: bytes) -> tuple[str, _Problem | None]:
+def _decoded(raw: bytes | bytearray) -> tuple[str, _Problem | None]:
     """UTF-8 to text."""
     try:
         return raw.decode(), None

@@ -102,7 +102,8 @@ def main() -> None:
     options.output.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {y - 12}" width="{width:.0f}" '
         f'role="img" aria-label="The same answer, token by token and several tokens a forward">\n'
-        f'<style>{STYLE}</style>\n<rect class="paper" x=".5" y=".5" width="{width - 1:.0f}" height="{y - 13}" rx="8"/>\n'
+        f"<style>{STYLE}</style>\n"
+        f'<rect class="paper" x=".5" y=".5" width="{width - 1:.0f}" height="{y - 13}" rx="8"/>\n'
         f"{body}\n</svg>\n",
         encoding="utf-8",
     )

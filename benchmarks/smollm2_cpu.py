@@ -5,7 +5,7 @@
 Prompts: records with `domain`, `prompt` and `chat` (through the chat template, or as it is). Stages, each a few rows of
 rows.jsonl: `text` compares 200 greedy texts with stock `generate()`; `rows` times forwards over some rows on a cache;
 `speed` times whole answers at batch 1, all ways taking turns on each prompt; `yield` counts tokens per cycle and per
-forward. Ratios of seconds are medians over prompts, and mean something on an idle machine alone.
+forward; `beside` is speed over AR at temperature 1, in batches, with 8-bit weights, and where drafts do not pay. Ratios of seconds are medians over prompts, and mean something on an idle machine alone.
 """
 
 import argparse
@@ -245,7 +245,54 @@ def yields(bench: Bench) -> None:
                        prompts=sum(map(len, prompts.values())), mean=mean, domains=figures)  # fmt: skip
 
 
-STAGES = {"text": text, "rows": rows, "speed": speed, "yield": yields}
+def beside(bench: Bench) -> None:
+    """Speculation and `"auto"` over AR decoding on the same weights: at temperature 1, in batches of 8, with weights of
+    8 bits, and with a drafter that learnt nothing."""
+    bench.lm.pack()
+    prompts = bench.prompts(8)
+    one = [[prompt] for those in prompts.values() for prompt in those[: bench.options.answers]]
+    compared(bench, "temperature 1", bench.lm, one, 1.0)
+    compared(bench, "batch of 8", bench.lm, list(prompts.values()), 0.0)
+    kept = {name: up.clone() for name, up in bench.lm.drafter.up.items()}
+    with torch.no_grad():
+        for up in bench.lm.drafter.up.values():
+            up.zero_()
+        compared(bench, "drafter that learnt nothing", bench.lm, one, 0.0)
+        for name, up in bench.lm.drafter.up.items():
+            up.copy_(kept[name])
+    compared(bench, "8-bit weights", unmask.load(bench.options.checkpoint, quantization_config="int8"), one, 0.0)
+
+
+def compared(
+    bench: Bench, case: str, lm: unmask.DiffusionLM, batches: list[list[torch.Tensor]], temperature: float
+) -> None:
+    """Seconds a token over those of AR decoding, the median over batches, each way once on every batch."""
+    lm.model.eval()
+    request = bench.request(temperature)
+    ways: dict[str, Callable[[list[torch.Tensor]], Any]] = {
+        "ar": lambda rows: sample_autoregressive(lm.network, rows, request)
+    }
+    for name, decoder in {"two-4": Speculative(cycle="two", draft_length=4), "auto": Speculative(cycle="auto")}.items():
+        ways[name] = partial(decoder, lm.network, lm.diffusion, request=request)
+    for way in ways.values():  # what happens once
+        way(batches[0])
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    made, forwards = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
+    for rows in batches:
+        for name, way in ways.items():
+            began = time.perf_counter()
+            out = way(rows)
+            tokens = sum(map(len, out.new_tokens))
+            taken[name].append((time.perf_counter() - began) / tokens)
+            made[name], forwards[name] = made[name] + tokens, forwards[name] + int(out.num_forwards.sum())
+    for name in ways:
+        over = statistics.median(a / b for a, b in zip(taken["ar"], taken[name], strict=True))
+        bench.keep("beside", what=case, way=name, batches=len(batches), over_ar=round(over, 3),
+                   milliseconds_a_token=round(1000 * statistics.median(taken[name]), 2),
+                   tokens_per_forward=round(made[name] / forwards[name], 3))  # fmt: skip
+
+
+STAGES = {"beside": beside, "text": text, "rows": rows, "speed": speed, "yield": yields}
 
 
 def main() -> None:
@@ -253,7 +300,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("results/smollm2"))
-    parser.add_argument("--stages", default="rows,speed,yield,text")
+    parser.add_argument("--stages", default="rows,speed,beside,yield,text")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer at most")
     parser.add_argument("--pack", action="store_true", help="of `text`: on packed weights")

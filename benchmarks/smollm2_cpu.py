@@ -5,7 +5,8 @@
 Prompts: records with `domain`, `prompt` and `chat` (through the chat template, or as it is). Stages, each a few rows of
 rows.jsonl: `text` compares 200 greedy texts with stock `generate()`; `rows` times forwards over some rows on a cache;
 `speed` times whole answers at batch 1, all ways taking turns on each prompt; `yield` counts tokens per cycle and per
-forward; `beside` is speed over AR at temperature 1, in batches, with 8-bit weights, and where drafts do not pay. Ratios of seconds are medians over prompts, and mean something on an idle machine alone.
+forward; `beside` is speed over AR at temperature 1, in batches, with 8-bit weights, and where drafts do not pay.
+Ratios of seconds are medians over prompts, and mean something on an idle machine alone.
 """
 
 import argparse

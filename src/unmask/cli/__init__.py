@@ -7,6 +7,7 @@ from unmask.cli import (  # noqa: F401  (they add commands)
     export,
     generate,
     lab,
+    plan,
     prepare,
     recipes,
     serve,

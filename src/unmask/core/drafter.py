@@ -99,7 +99,7 @@ class Drafter(nn.Module):
             self._add_masks(model, tables)
         generator = torch.Generator().manual_seed(0)
         for name, module in target_modules(model, config.targets, maps):
-            out_features, in_features = _shape(module)
+            out_features, in_features = shape_of(module)
             key = name.replace(".", "-")  # a parameter's name holds no dot
             down = torch.randn(config.rank, in_features, generator=generator) / in_features**0.5
             # A packed weight has another type than the rows that it is applied to, which is the embedding's.
@@ -233,7 +233,7 @@ def is_linear_map(module: Any) -> bool:
     return isinstance(module, nn.Linear) or packed or type(module).__name__ == "Conv1D"
 
 
-def _shape(module: Any) -> tuple[int, int]:
+def shape_of(module: Any) -> tuple[int, int]:
     """(out, in); GPT-2's Conv1D says neither, and stores its weight transposed."""
     if type(module).__name__ == "Conv1D":
         columns, rows = module.weight.shape

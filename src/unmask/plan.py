@@ -1,0 +1,137 @@
+"""What a run takes before it starts: memory by part, tokens a second and hours, on one device or several.
+
+Memory follows from the sizes of the model and the settings; the numbers that a layer keeps of a token are counted from
+its linear maps, and lie within a fifth of what was measured (results/gpu, tests/test_plan.py). Tokens a second are
+those measured on one H200 at 0.6B parameters; a device does the same arithmetic a second at every size. What devices
+lose by waiting for each other is not known here, and left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from unmask.goals import GOALS, SIZES
+from unmask.hf.sizes import Sizes
+from unmask.resolve import Resolved
+
+WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
+"""Bytes a parameter: weights, their gradients and the two moments of AdamW, in float32."""
+RATE = 685.0
+"""TFLOP/s of a large matrix product on the H200 whose tokens per second are known."""
+RECOMPUTED = 4 / 3
+"""Time of a step whose layers run again in the backward pass."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run lies on devices. sharded: weights, gradients and moments are split (FSDP2), not repeated (DDP).
+
+    checkpointing: layers keep their input alone, and run again in the backward pass.
+    """
+
+    name: str
+    sharded: bool
+    checkpointing: bool
+
+
+LAYOUTS = (
+    Layout("whole on each device", False, False),
+    Layout("whole, checkpointed", False, True),
+    Layout("FSDP2", True, False),
+    Layout("FSDP2, checkpointed", True, True),
+)
+
+
+class Memory(NamedTuple):
+    """Bytes on each device. gathered: of layers whose weights are there whole for the moment."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    teacher: float
+    activations: float
+    gathered: float
+
+
+class Estimate(NamedTuple):
+    """What a run takes in a layout. rows: those that run at once on a device, as many as fit, else 1."""
+
+    layout: Layout
+    rows: int
+    memory: Memory
+    total: float
+    fits: bool
+    tokens_per_second: float
+    hours: float
+
+
+def trainable(sizes: Sizes, settings: Resolved) -> int:
+    """Parameters that learn: all, or those of a drafter's or LoRA's adapters."""
+    rank = settings.drafter_rank if settings.objective == "distill" else settings.lora_rank
+    if rank is None:
+        return sizes.num_parameters
+    return sum(rank * (rows + columns) for rows, columns in sizes.maps)
+
+
+def passes(settings: Resolved) -> float:
+    """Tokens that run for one training token: a noisy row beside its clean one counts 2."""
+    frozen_clean = settings.objective == "distill"
+    return 2.0 if settings.attention == "two_stream" or frozen_clean else 1.0
+
+
+def memory_of(sizes: Sizes, settings: Resolved, layout: Layout, devices: int, rows: int) -> Memory:
+    """Bytes on each device, with so many rows of `max_length` at once."""
+    share = devices if layout.sharded else 1
+    learning = trainable(sizes, settings)
+    teacher = sizes.num_parameters if settings.teacher == "parent" and learning == sizes.num_parameters else 0
+    half = settings.mixed_precision in ("bf16", "fp16")
+    number = 2 if half else 4
+    tokens = rows * settings.max_length * passes(settings)
+    kept = sizes.num_layers * sizes.per_token
+    if layout.checkpointing:
+        kept = sizes.num_layers * sizes.hidden + sizes.per_token
+    return Memory(
+        WEIGHT * sizes.num_parameters / share,
+        GRADIENT * learning / share,
+        MOMENTS * learning / share,
+        WEIGHT * teacher / share,
+        number * kept * tokens,
+        2 * number * sizes.largest_layer if layout.sharded else 0.0,
+    )
+
+
+def rate_of(sizes: Sizes, settings: Resolved, tflops: float = RATE) -> float:
+    """Training tokens a second of one device with this rate of matrix products, in bfloat16."""
+    goal = next((goal for goal in GOALS if settings.recipe.startswith(goal.recipe)), None)
+    measured = goal.rate if goal is not None else {1.0: 53_900.0, 2.0: 42_200.0}[passes(settings)]
+    return measured * SIZES["0.6B"] / sizes.active * tflops / RATE
+
+
+def estimates(
+    sizes: Sizes, settings: Resolved, devices: int, device_bytes: float, num_tokens: float, tflops: float = RATE
+) -> list[Estimate]:
+    """Every layout that so many devices have, the simplest first."""
+    found = []
+    for layout in LAYOUTS:
+        if layout.sharded and devices == 1:
+            continue
+        most = max(1, min(settings.micro_batch_size, settings.batch_size // devices))
+        tried = [(rows, memory_of(sizes, settings, layout, devices, rows)) for rows in range(most, 0, -1)]
+        rows, memory = next(((r, m) for r, m in tried if sum(m) <= USABLE * device_bytes), tried[-1])
+        rate = devices * rate_of(sizes, settings, tflops) / (RECOMPUTED if layout.checkpointing else 1.0)
+        total = sum(memory)
+        found.append(
+            Estimate(layout, rows, memory, total, total <= USABLE * device_bytes, rate, num_tokens / rate / 3600)
+        )
+    return found
+
+
+USABLE = 0.9
+"""Share of a device's memory that a run gets: the rest is the driver's, and lost between pieces."""
+
+
+def fastest(found: Sequence[Estimate]) -> Estimate | None:
+    """The layout to take: the fastest that fits, of several the first; None if none does."""
+    return max((e for e in found if e.fits), key=lambda e: e.tokens_per_second, default=None)

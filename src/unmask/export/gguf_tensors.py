@@ -19,17 +19,19 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Family:
     """arch: llama.cpp's name. canvas: its name for whole-canvas models. interleaved: the rows of query and key maps lie
-    in rotary pairs there, not in halves. biases: maps that may have one. norm_shift: added to the weights of norms.
-    window: every how many layers one sees everything, 0 where all do. keys: writes more keys; ValueError for a setting
-    that llama.cpp has none for.
+    in rotary pairs there, not in halves. biases: what may have one. norm_shift: added to the weights of norms.
+    window: every how many layers one sees everything, 0 where all do. partial: a part of a head may be rotated.
+    keys: writes more keys; ValueError for a setting that llama.cpp has none for.
     """
 
     arch: str
     canvas: str | None = None
     interleaved: bool = False
     biases: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ("silu", "swish")
     norm_shift: float = 0.0
     window: int = 0
+    partial: bool = False
     keys: Callable[[Any, Any], None] = lambda _writer, _config: None
 
 
@@ -46,6 +48,25 @@ def _gemma3(writer: Any, config: Any) -> None:
     local = config.rope_parameters.get("sliding_attention", {})
     _is("rope_parameters.sliding_attention.rope_type", local.get("rope_type", "default"), "default")
     writer.add_rope_freq_base_swa(local.get("rope_theta", 10_000.0))
+
+
+def _gpt2(writer: Any, config: Any) -> None:
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    _is("scale_attn_weights", config.scale_attn_weights, True)
+    _is("scale_attn_by_inverse_layer_idx", config.scale_attn_by_inverse_layer_idx, False)
+
+
+def _mixtral(writer: Any, config: Any) -> None:
+    writer.add_expert_count(config.num_local_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+
+
+def _qwen3_moe(writer: Any, config: Any) -> None:
+    _mixtral(writer, config)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    _is("norm_topk_prob", config.norm_topk_prob, True)
+    _is("decoder_sparse_step", config.decoder_sparse_step, 1)
+    _is("mlp_only_layers", list(config.mlp_only_layers or []), [])
 
 
 def _granite(writer: Any, config: Any) -> None:
@@ -67,17 +88,27 @@ def _is(name: str, value: Any, expected: Any) -> None:
 
 _QKV = ("attn_q", "attn_k", "attn_v")
 _MLP = ("ffn_gate", "ffn_up", "ffn_down")
+_GPT2 = ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down", "output_norm")
+_GELU = ("gelu_pytorch_tanh", "gelu_new")
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", "llada", interleaved=True, biases=(*_QKV, "attn_output", *_MLP)),
     "mistral": Family("llama", "llada", interleaved=True),
+    "mixtral": Family("llama", interleaved=True, keys=_mixtral),
     "qwen2": Family("qwen2", "dream", biases=_QKV),
     "qwen3": Family("qwen3"),
-    "gemma2": Family("gemma2", norm_shift=1.0, window=2, keys=_gemma2),
-    "gemma3_text": Family("gemma3", norm_shift=1.0, window=6, keys=_gemma3),
+    "qwen3_moe": Family("qwen3moe", keys=_qwen3_moe),
+    "gemma": Family("gemma", activations=_GELU, norm_shift=1.0),
+    "gemma2": Family("gemma2", activations=_GELU, norm_shift=1.0, window=2, keys=_gemma2),
+    "gemma3_text": Family("gemma3", activations=_GELU, norm_shift=1.0, window=6, keys=_gemma3),
+    "phi3": Family("phi3", partial=True),
     "olmo2": Family("olmo2"),
     "granite": Family("granite", interleaved=True, keys=_granite),
     "smollm3": Family("smollm3", interleaved=True, keys=_smollm3),
+    "exaone4": Family("exaone4"),
+    "seed_oss": Family("seed_oss", biases=_QKV),
+    "arcee": Family("arcee", interleaved=True, activations=("relu2",)),
+    "gpt2": Family("gpt2", biases=_GPT2, activations=_GELU, keys=_gpt2),
 }
 """By transformers' model_type."""
 
@@ -94,62 +125,65 @@ def family_of(model: Any) -> Family:
 
 def add_keys(writer: Any, family: Family, config: Any) -> None:
     """Write the keys of the model's shape."""
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    width = getattr(config, "head_dim", None) or hidden // heads
     writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
+    writer.add_embedding_length(hidden)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(getattr(config, "num_key_value_heads", heads))
     writer.add_key_length(width)
     writer.add_value_length(width)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(width)
-    _add_activation(family, config)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    _check_activation(family, config)
     _add_windows(writer, family, config)
-    _add_rope(writer, config)
+    if getattr(config, "rope_parameters", None) is not None:
+        _add_rope(writer, family, _rope(config), width)
     family.keys(writer, config)
 
 
-def _add_activation(family: Family, config: Any) -> None:
-    expected = ("gelu_pytorch_tanh",) if family.norm_shift else ("silu", "swish")
-    name = getattr(config, "hidden_activation", None) or config.hidden_act
-    if name not in expected:
-        raise ValueError(f"activation {name!r} is {expected[0]!r} in llama.cpp's {family.arch}: use --format hf")
+def _check_activation(family: Family, config: Any) -> None:
+    names = (getattr(config, key, None) for key in ("hidden_activation", "hidden_act", "activation_function"))
+    name = next(name for name in names if name is not None)
+    if name not in family.activations:
+        raise ValueError(
+            f"activation {name!r} is {family.activations[0]!r} in llama.cpp's {family.arch}: use --format hf"
+        )
 
 
 def _add_windows(writer: Any, family: Family, config: Any) -> None:
     """Windows of attention, which only some families of llama.cpp have, in some layers."""
     window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
+    uniform = getattr(config, "layer_types", None) is None  # then a window is one of all layers
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
     if family.window:
         expected = ["sliding_attention" if (i + 1) % family.window else "full_attention" for i in range(layers)]
         _is("layer_types", list(kinds), expected)
         writer.add_sliding_window(window)
-    elif (
-        window
-        and window < config.max_position_embeddings
-        and ("sliding_attention" in kinds or config.model_type == "mistral")
-    ):
+    elif window and window < config.max_position_embeddings and ("sliding_attention" in kinds or uniform):
         raise ValueError(f"sliding_window {window}: llama.cpp's {family.arch} attends to everything: use --format hf")
 
 
-def _add_rope(writer: Any, config: Any) -> None:
-    rope = _rope(config)
-    writer.add_rope_freq_base(rope["rope_theta"])
+def _add_rope(writer: Any, family: Family, rope: dict[str, Any], width: int) -> None:
+    part = rope.get("partial_rotary_factor", 1.0)
+    if part != 1 and not family.partial:
+        raise ValueError(f"partial_rotary_factor {part} is 1 in llama.cpp's {family.arch}: use --format hf")
     kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(f"rope_type {kind!r} cannot be exported as GGUF: known are default, linear and llama3")
+    writer.add_rope_dimension_count(int(width * part))
+    writer.add_rope_freq_base(rope["rope_theta"])
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    elif kind not in ("default", "llama3"):
-        raise ValueError(f"rope_type {kind!r} cannot be exported as GGUF: known are default, linear and llama3")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']} cannot be exported as GGUF")
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """The rotation of layers that see everything."""
-    rope = config.rope_parameters
+    """The rotation of layers that see everything; empty where positions have embeddings."""
+    rope = getattr(config, "rope_parameters", None) or {}
     return dict(rope.get("full_attention", rope))
 
 
@@ -162,13 +196,25 @@ def tensors_of(model: Any, family: Family, arch: str, more_rows: Tensor | None =
     more_rows: (rows, hidden) embeddings after those of the model.
     """
     config = model.config
-    for name, weight in model.named_parameters():
+    for name, weight in (part for whole in model.named_parameters() for part in _parts(model, *whole)):
         found = name_of(name, model, arch)
         if found.endswith(".bias") and found.split(".")[-2] not in family.biases:
             raise ValueError(f"bias {name!r} cannot be exported as GGUF: llama.cpp's {arch} has none; use --format hf")
         yield found, _ordered(found, weight.detach(), family, config, more_rows)
     if _rope(config).get("rope_type") == "llama3":
         yield "rope_freqs.weight", _llama3_factors(model)
+
+
+def _parts(model: Any, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The matrices of a weight, (outputs, inputs) each, with experts before that."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    if name.endswith("experts.gate_up_proj"):
+        for kind, part in zip(("gate_proj", "up_proj"), weight.chunk(2, dim=1), strict=True):
+            yield name.replace("gate_up_proj", f"{kind}.weight"), part
+    elif name.endswith("experts.down_proj"):
+        yield f"{name}.weight", weight
+    else:
+        yield name, weight.T if type(module).__name__ == "Conv1D" and weight.ndim == 2 else weight
 
 
 def name_of(weight: str, model: Any, arch: str) -> str:

@@ -176,6 +176,7 @@ def test_weights_keep_their_precision(dtype: torch.dtype, words: Any, tmp_path: 
     read = gguf.quants.dequantize(stored.data, stored.tensor_type)
     assert torch.equal(torch.tensor(read), model.model.layers[1].mlp.down_proj.weight.float())
     assert stored.n_bytes == read.size * dtype.itemsize
+    assert tensors["blk.1.attn_norm.weight"].tensor_type.name == "F32"  # llama.cpp multiplies by no others
 
 
 @needs_libllama
@@ -254,7 +255,12 @@ def test_whole_canvas_models_are_diffusion_models_of_llama_cpp(
     )
     ours = lm.network(ids, Layout.of(torch.arange(24)[None]), bidirectional).reshape(24, -1).detach().numpy()
     assert finite_difference(llama.forward(ids[0].tolist(), 0, causal=False), ours) < 1e-4
-    asked = {"general.architecture": arch, "tokenizer.ggml.mask_token_id": str(mask), "diffusion.shift_logits": "true"}
+    asked = {
+        "general.architecture": arch,
+        f"{arch}.attention.causal": "false",
+        "tokenizer.ggml.mask_token_id": str(mask),
+        "diffusion.shift_logits": "true",
+    }
     assert {key: llama.meta(key) for key in asked} == asked
     assert llama.c.llama_model_is_diffusion(llama.model)
     llama.close()

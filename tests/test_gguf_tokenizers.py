@@ -37,7 +37,7 @@ def odd_texts(count: int) -> list[str]:
     return ["".join(chosen.choices(_PIECES, k=chosen.randint(1, 40))) for _ in range(count)]
 
 
-TEXTS = [*STORIES, *odd_texts(1000)]
+TEXTS = ["qqq", "a qqq,qqq 12qqq", *STORIES, *odd_texts(1000)]
 
 
 def tokenizer_file(tokenizer: Any, file: Path) -> Path:
@@ -67,8 +67,11 @@ def byte_level(expressions: tuple[str, ...], ignore_merges: bool) -> Any:
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=["<s>", "</s>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
-    bpe.train_from_iterator(TEXTS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    bpe.train_from_iterator(TEXTS[2:], trainer)
+    parts = json.loads(bpe.to_str())
+    parts["model"]["vocab"]["qqq"] = len(parts["model"]["vocab"])  # no merges make it
+    whole = Tokenizer.from_str(json.dumps(parts))
+    return PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>", eos_token="</s>")
 
 
 @needs_libllama

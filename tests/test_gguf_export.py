@@ -241,6 +241,22 @@ def test_libllama_decodes_blocks_and_tokens_as_we_do(
 
 
 @needs_libllama
+def test_libllama_decodes_a_real_model_as_we_do(shared: Path, tmp_path: Path) -> None:
+    from llama_cpp import autoregressive
+
+    lm = unmask.load(shared / "models" / "stories260k")
+    llama = run(export(lm, tmp_path))
+    texts = (shared / "corpora" / "tinystories" / "test.txt").read_text().split("<|endoftext|>")[:20]
+    for text in texts:
+        prompt = lm.prompt_ids(text.strip()[:60])[0]
+        ours = lm.model(prompt[None]).logits[0].detach().numpy()
+        assert finite_difference(llama.forward(prompt.tolist(), 0), ours) < 1e-4
+        out = lm.generate(prompt, max_new_tokens=16)
+        assert autoregressive(llama, prompt.tolist(), 16, lm.end_token_ids) == new_tokens(out, prompt)
+    llama.close()
+
+
+@needs_libllama
 @pytest.mark.parametrize(("config", "arch"), [(tf.LlamaConfig, "llada"), (tf.MistralConfig, "llada"),
                                               (tf.Qwen2Config, "dream")])  # fmt: skip
 def test_whole_canvas_models_are_diffusion_models_of_llama_cpp(

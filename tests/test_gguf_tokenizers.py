@@ -213,6 +213,23 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(words: Any) -> None:
         vocabulary_of(words, len(words) - 1)
 
 
+@needs_libllama
+@pytest.mark.parametrize("template", ["{{ messages }}", {"default": "{{ messages }}", "tool_use": "{{ tools }}"}])
+def test_chat_templates_are_in_the_file(template: Any, words: Any, tmp_path: Path) -> None:
+    tokenizer = changed(words, lambda _: None)
+    tokenizer.chat_template = template
+    llama = run(tokenizer_file(tokenizer, tmp_path / "tokenizer.gguf"), context=0)
+    assert llama.meta("tokenizer.chat_template") == "{{ messages }}"
+    if isinstance(template, dict):
+        assert llama.meta("tokenizer.chat_template.tool_use") == "{{ tools }}"
+    llama.close()
+
+
+def test_texts_that_llama_cpp_does_not_normalise_are_noted(words: Any) -> None:
+    vocabulary = vocabulary_of(changed(words, lambda p: p.update(normalizer={"type": "NFC"})), len(words))
+    assert vocabulary.notes == ("texts that are not in Unicode's form NFC get other tokens in llama.cpp",)
+
+
 def test_unused_rows_and_masks_are_no_text(words: Any) -> None:
     vocabulary = vocabulary_of(words, len(words) + 4, (1,), range(len(words) + 2, len(words) + 4))
     assert vocabulary.types[len(words) :] == [5, 5, 3, 3]

@@ -51,7 +51,7 @@ class Vocabulary:
     adds_begin: bool = False
     adds_end: bool = False
     adds_space: bool = False
-    chat_template: Any = None
+    chat_template: str | list[dict[str, str]] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -90,8 +90,14 @@ def vocabulary_of(
         masks=masks,
         adds_begin=begin,
         adds_end=end,
-        chat_template=getattr(tokenizer, "chat_template", None),
+        chat_template=_template(tokenizer),
     )
+
+
+def _template(tokenizer: Any) -> str | list[dict[str, str]] | None:
+    """The chat template, or all of them by name."""
+    found = getattr(tokenizer, "chat_template", None)
+    return [{"name": name, "template": text} for name, text in found.items()] if isinstance(found, dict) else found
 
 
 def _refused(reason: str) -> ValueError:

@@ -131,6 +131,21 @@ def test_libllama_tokenises_as_sentencepiece_does(name: str, tmp_path: Path) -> 
 
 
 @needs_libllama
+@pytest.mark.parametrize("kind", ["words", "llama", "gemma"])
+def test_added_tokens_that_are_ordinary_text_are_found_alike(kind: str, words: Any, tmp_path: Path) -> None:
+    names = ["@@", "<tool>", "<tool", "ool>X", "  \n"]
+
+    def add(parts: dict[str, Any]) -> None:
+        first = 1 + max(parts["model"]["vocab"].values())
+        plain = dict(parts["added_tokens"][0], special=False, normalized=False)
+        parts["added_tokens"] += [dict(plain, id=first + i, content=name) for i, name in enumerate(names)]
+
+    tokenizer = changed(words if kind == "words" else pieces(*PIECES[kind][:2]), add)
+    texts = ["a@@b", "x <tool> y", "hi<tool", "a @@ b@@", "@@@", "end <toolX", "  \n \n  \n", "<tool>X", "b  \nc"]
+    assert tokenised_otherwise(tokenizer, texts, tmp_path) == []
+
+
+@needs_libllama
 @pytest.mark.parametrize("name", ["models/stories260k", "models/babyllama-1m", "tokenizers/gpt2", "tokenizers/llama2",
                                   "tokenizers/qwen2"])  # fmt: skip
 def test_libllama_tokenises_real_texts_with_real_tokenizers(name: str, shared: Path, tmp_path: Path) -> None:

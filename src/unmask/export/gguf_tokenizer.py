@@ -247,7 +247,7 @@ def _adds_space(parts: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
         if not splitting.get("split", True) and splitting["replacement"] == _SPACE:
             if splitting["prepend_scheme"] == "never":
                 return False, ()
-            return True, ("texts that begin with a space get one more in llama.cpp",)
+            return True, ("texts that begin with a space, and texts after a special token, get one more in llama.cpp",)
     elif steps in ([prepends, replaces], [replaces]) and _splits_nothing(splitting):
         return steps[0] == prepends, ()
     raise _refused(f"it prepares texts by {[step['type'] for step in [*steps, *([splitting] if splitting else [])]]}")

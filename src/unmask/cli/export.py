@@ -14,7 +14,10 @@ from unmask.plain_json import to_json
 @app.command(epilog="Example: unmask export runs/drafter --format uno --output served/drafter")
 def export(
     model: Annotated[str, typer.Argument(**name_of("Folder or hub id of the model."))],
-    format: Annotated[str, typer.Option(help="gguf: for llama.cpp. uno: a drafter, for SGLang and vLLM.")],
+    format: Annotated[
+        str,
+        typer.Option(help="hf: for transformers alone. gguf: for llama.cpp. uno: a drafter, for SGLang and vLLM."),
+    ],
     output: Annotated[Path, typer.Option(help="A new folder.")],
     quantize: Annotated[
         str | None, typer.Option(help="How weights are packed: q8_0, q5_1, q5_0, q4_1 or q4_0 (gguf).")

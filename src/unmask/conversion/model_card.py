@@ -29,8 +29,11 @@ def model_card(
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     shown = f"After the beginning of a held-out text, greedily:\n\n```\n{samples}\n```\n\n" if samples else ""
     tags = "" if lm.diffusion is None else _TAGS
+    # A pipeline decodes from left to right: a drafter cannot, and others lost that unless their clean half is causal.
+    writes = lm.drafter is None and (lm.diffusion is None or lm.diffusion.serves_ar)
+    task = "pipeline_tag: text-generation\n" if writes else ""
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nbase_model: {parent}\n{tags}---\n\n"
+        f"---\nlibrary_name: transformers\n{task}base_model: {parent}\n{tags}---\n\n"
         f"{_summary(lm)}\n\n| | |\n|---|---|\n{table}\n\n{shown}"
         '```python\nimport unmask\n\nlm = unmask.load("this folder")\nprint(lm.generate("...").texts[0])\n```\n'
     )
@@ -42,7 +45,10 @@ def _summary(lm: DiffusionLM) -> str:
     if lm.drafter is not None:
         loading = "It holds the drafter alone; the `unmask` library loads it together with its base."
     else:
-        loading = "`AutoModelForCausalLM` loads the weights; decoding as a diffusion model needs the `unmask` library."
+        loading = (
+            "`AutoModelForCausalLM` loads the weights; the `unmask` library decodes it as a diffusion model, or "
+            "transformers does, with the folder that `unmask export --format hf` writes."
+        )
     return f"A masked diffusion language model made from an autoregressive one. {loading}"
 
 

@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from unmask.export.gguf import export_gguf
+from unmask.export.hf import export_hf
 from unmask.export.uno import export_uno
 from unmask.loading import load
 from unmask.model import DiffusionLM
 from unmask.run_folder import ordinary_permissions, writing
 
-FORMATS: dict[str, Callable[..., dict[str, Any]]] = {"gguf": export_gguf, "uno": export_uno}
+FORMATS: dict[str, Callable[..., dict[str, Any]]] = {
+    "gguf": export_gguf,
+    "hf": export_hf,
+    "uno": export_uno,
+}
 """Functions of (model, folder to write to, its later path); one that can quantise has an argument `quantize` too.
 What they return is said to the user: each value is a line, or an entry of the JSON object."""
 

@@ -1,0 +1,90 @@
+"""Format `hf`: a stock folder whose `custom_generate/` decodes the model in transformers, without this library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from unmask.export import custom_generate
+from unmask.hf import write_diffusion
+from unmask.model import DiffusionLM
+
+
+def export_hf(lm: DiffusionLM, folder: Path, place: str) -> dict[str, Any]:
+    """Write the model's folder, and beside it the code that decodes it; an AR model needs none."""
+    if lm.drafter is not None:
+        raise ValueError(
+            "format 'hf' is for whole models, and this is a drafter, which changes its base while that runs: use "
+            "format 'uno', or train the whole model (recipe tri-mode)"
+        )
+    lm.save_pretrained(folder)
+    if lm.diffusion is None:
+        return {"python": f"AutoModelForCausalLM.from_pretrained({place!r})"}
+    _check_decodes(lm)
+    if not lm.network.per_layer_type:  # the model ignores the windows of its config
+        lm.model.config.diffusion["windows"] = False
+        lm.model.config.save_pretrained(folder)
+        write_diffusion(lm.model, lm.diffusion)
+    code = folder / "custom_generate" / "generate.py"
+    code.parent.mkdir()
+    code.write_text(Path(custom_generate.__file__).read_text())
+    (folder / "README.md").write_text(_card(lm))
+    return {
+        "python": f"AutoModelForCausalLM.from_pretrained({place!r}, trust_remote_code=True).generate(...)",
+        "serve": f"transformers serve {place} --trust-remote-code",
+    }
+
+
+def _check_decodes(lm: DiffusionLM) -> None:
+    """Raise ValueError for a model whose passes need more than a mask and positions."""
+    network, name = lm.network, type(lm.model).__name__
+    reasons = {
+        "rotates long texts by other factors (LongRoPE)": network.first_long_position is not None,
+        "scales queries by their place in a pass": bool(network.with_temperature),
+        f"cannot be decoded on a cache ({network.no_cache})": network.no_cache is not None,
+        "attends in chunks": getattr(network.config, "attention_chunk_size", None) is not None,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"format 'hf' cannot decode {name}, which {reason}: serve it with this library")
+
+
+def _card(lm: DiffusionLM) -> str:
+    """The README of the model's run, if it has one, with how it is decoded without this library."""
+    source = Path(getattr(lm.model.config, "_name_or_path", "")) / "README.md"
+    card = source.read_text() if source.is_file() else ""
+    header, body = ["library_name: transformers"], card
+    if card.startswith("---\n") and "\n---\n" in card[4:]:
+        front, _, body = card[4:].partition("\n---\n")
+        header = [line for line in front.splitlines() if not line.startswith("pipeline_tag:")]
+    if "tags:" not in header:
+        header.append("tags:")
+    causal = lm.diffusion is not None and lm.diffusion.serves_ar
+    without = "" if causal else ", which this model was not trained for"
+    use = _USE.format(mode=lm.default_mode, without=without)
+    at = header.index("tags:")
+    header[at : at + 1] = ["pipeline_tag: text-generation", "tags:", "- custom_generate"]
+    return "\n".join(["---", *header, "---", "", body.strip(), "", use]).replace("\n\n\n", "\n\n")
+
+
+_USE = """## With transformers alone
+
+Decoding this model takes Python code in this folder, `custom_generate/generate.py`. transformers runs it only with
+`trust_remote_code=True`; read it first.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+inputs = tokenizer("...", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+
+print(pipeline("text-generation", model=model, tokenizer=tokenizer)("...", max_new_tokens=64))
+```
+
+`transformers serve FOLDER --trust-remote-code` serves it. Options of `generate`: `mode` (by default `"{mode}"`),
+`block_size`, `confidence_threshold`, `max_denoising_steps`, and those of plain sampling.
+
+Without `trust_remote_code=True`, `generate` and `pipeline` write from left to right, one token a forward{without}.
+"""

@@ -16,7 +16,7 @@ from conftest import MASK, STORIES, SUPPORTED, block_config, random_tokens, tiny
 
 import unmask
 from unmask.export import export_model
-from unmask.export.custom_generate import generate
+from unmask.export.custom_generate import _accept, _choose, _Options, generate
 from unmask.hf import as_network
 from unmask.sampling import Autoregressive, Blocks, Request, Speculative, Threshold, WholeCanvas
 
@@ -151,6 +151,25 @@ def test_sampled_speculation_has_the_distribution_of_ar_sampling() -> None:
     assert set(counts) <= set(expected)
     for text, q in expected.items():
         assert abs(counts.get(text, 0) - 400 * q) < 5 * (400 * q * (1 - q)) ** 0.5 + 1, text
+
+
+def test_drafts_of_another_distribution_are_accepted_so_that_tokens_have_the_models() -> None:
+    """The first token of 4000 cycles over 5 tokens, the second wherever the first draft was accepted."""
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    q, p = logits[:1].expand(2, -1), torch.stack([logits[1], logits[2], logits[1]])
+    options = _Options(9, 1.0, 0, 1.0, (), 4, None, None, 0.9, None)
+    torch.manual_seed(0)
+    first, second = torch.zeros(5), torch.zeros(5)
+    for _ in range(4000):
+        drafts = _choose(q, options).tolist()
+        accepted, following = _accept(drafts, q, p, options)
+        tokens = [*drafts[:accepted], following]
+        first[tokens[0]] += 1
+        if accepted:
+            second[tokens[1]] += 1
+    for counts, wanted in ((first, p[0].softmax(-1)), (second, p[1].softmax(-1))):
+        n = counts.sum()
+        assert ((counts - n * wanted).abs() < 4 * (n * wanted * (1 - wanted)).sqrt()).all(), (counts / n, wanted)
 
 
 @pytest.mark.parametrize(("options", "message"), [

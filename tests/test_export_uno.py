@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -189,3 +193,35 @@ def test_what_an_export_does_not_read_is_refused(tokenizer_and_model: Path, tmp_
         export_model(tokenizer_and_model, "uno", tmp_path / "x", quantize="q8_0")
     with pytest.raises(ValueError, match="base='y' is for a model that is loaded here"):
         export_model(unmask.load(tokenizer_and_model), "uno", tmp_path / "x", base="y")
+
+
+@pytest.mark.parametrize("targets", ["all", "v_proj", "up_proj,o_proj"])
+def test_sglangs_own_code_reads_the_folder(tokenizer_and_model: Path, tmp_path: Path, targets: str) -> None:
+    """UNMASK_WHEELS=DIR, with what `pip download --no-deps sglang` leaves there: its reader and its fusing."""
+    folder = os.environ.get("UNMASK_WHEELS")
+    wheel = next(Path(folder).glob("sglang-*.whl"), None) if folder else None
+    if wheel is None:
+        pytest.skip("needs UNMASK_WHEELS, a folder with the wheel of sglang")
+    export_model(drafter_on(tokenizer_and_model, targets), "uno", tmp_path / "uno")
+    with zipfile.ZipFile(wheel) as files:
+        reader, fusing = (files.read(f"sglang/srt/lora/{name}.py").decode() for name in ("lora_config", "lora"))
+    module: dict[str, Any] = {}
+    exec(reader, module)
+    config = module["LoRAConfig"](str(tmp_path / "uno"))
+    assert (config.r, config.lora_alpha, config.lora_added_tokens_size) == (4, 6, 0)
+
+    adapter = next(node for node in ast.parse(fusing).body if getattr(node, "name", "") == "LoRAAdapter")
+    names = ("normalize_qkv_proj", "normalize_gate_up_proj")
+    adapter.body = [node for node in adapter.body if getattr(node, "name", "") in names]
+    adapter.bases, space = [], {"torch": torch, "nn": torch.nn}
+    exec("from __future__ import annotations\nfrom typing import *\n" + ast.unparse(adapter), space)
+    weights = load_file(tmp_path / "uno" / "adapter_model.safetensors")
+    for layer in range(2):
+        own = {name: tensor for name, tensor in weights.items() if f"layers.{layer}." in name}
+        for name in names:
+            getattr(space["LoRAAdapter"], name)(SimpleNamespace(config=config), list(own), own)
+        kinds = {name.split(".")[-3] for name in own}
+        fused = {"all": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}, "v_proj": {"qkv_proj"}}
+        assert kinds == fused.get(targets, {"gate_up_proj", "o_proj"})
+        ranks = {name.split(".")[-3]: len(tensor) for name, tensor in own.items() if "lora_A" in name}
+        assert all(rank == {"qkv_proj": 12, "gate_up_proj": 8}.get(kind, 4) for kind, rank in ranks.items())

@@ -1,7 +1,8 @@
-"""Runs cases on one of several processes: `torchrun ... ranks.py CASES RESULTS`; `test_ranks` launches it.
+"""Runs cases on one of several processes: `torchrun ... ranks.py CASES RESULTS [KIND]`; `test_ranks` launches it.
 
 CASES: JSON, name -> arguments of `unmask.adapt`. Each rank writes RESULTS/rank-<n>.json: how many there are, and for
-each case a hash of the weights it ended with, or the error.
+each case a hash of the weights it ended with, or the error. KIND: "ddp" (every rank holds the model, the default) or
+"fsdp2" (parameters are sharded).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from accelerate.utils import DistributedType
 from transformers.utils import logging as hf_logging
 
 import unmask
@@ -38,16 +40,35 @@ def weights_of(lm: unmask.DiffusionLM) -> dict[str, torch.Tensor]:
     return lm.model.state_dict() | drafter
 
 
+WITH_MAIN = "the main process has the weights"
+
+
 def digest(lm: unmask.DiffusionLM) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(weights_of(lm).items()):
+        if tensor.is_meta:
+            return WITH_MAIN
         found.update(name.encode() + tensor.numpy().tobytes())
     return found.hexdigest()
 
 
-def main(cases: Path, results: Path) -> None:
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}  # fmt: skip
+"""What `accelerate launch` sets for FSDP2."""
+
+
+def shard() -> None:
+    """Have Accelerate shard parameters on CPUs too, which it does from its multi-GPU type only."""
+    for name, value in FSDP2.items():
+        os.environ.setdefault(name, value)
+    join()._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def main(cases: Path, results: Path, kind: str = "ddp") -> None:
     torch.set_num_threads(1)
     ranks = join()
+    if kind == "fsdp2":
+        shard()
     told: dict[str, Any] = {"ranks": ranks.num_processes, "main": ranks.is_main_process}
     for name, case in json.loads(cases.read_text()).items():
         try:
@@ -61,4 +82,4 @@ def main(cases: Path, results: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -67,7 +67,7 @@ def launch(ranks: int, command: list[str], *, check: bool = True) -> subprocess.
         port = free.getsockname()[1]
     whole = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*whole, *command], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run([*whole, *command], capture_output=True, text=True, timeout=int(os.environ.get("LIMIT", "300")), env=environment)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -20,7 +20,7 @@ from unmask.core.finite import check_weights
 from unmask.core.network import Network
 from unmask.data.corpus import Corpus
 from unmask.evaluation.beside import beginnings, write
-from unmask.evaluation.held_out import evaluator, held_out_nll
+from unmask.evaluation.held_out import Spread, evaluator, held_out_nll
 from unmask.goals import too_few
 from unmask.hf import lora
 from unmask.model import DiffusionLM
@@ -31,8 +31,9 @@ from unmask.training.batches import TrainingData
 from unmask.training.checkpoints import TrainState, latest_checkpoint, read_state
 from unmask.training.console import announce, reporter
 from unmask.training.loop import Evaluator, in_training, train
-from unmask.training.ranks import join
+from unmask.training.ranks import agreeing, main_alone
 from unmask.training.rollouts import rewritten_text
+from unmask.training.sharded import assemble, by_main, is_sharded, spread
 from unmask.training.teacher import freeze
 from unmask.training.threads import replication
 from unmask.version import __version__
@@ -47,7 +48,7 @@ class Learner:
 
     lm: DiffusionLM
     tuner: Any
-    teacher: Network | None
+    teacher: hf.HFNetwork | None
     record: dict[str, Any]
 
 
@@ -157,10 +158,9 @@ def parent_nll(job: Job, parent: Parent, data: Data) -> float | None:
     """Nats per token of the parent in AR mode on the held-out documents, measured once a run; None without them."""
     if job.earlier is not None and "parent_nll" in job.earlier:
         return job.earlier["parent_nll"]
-    if not data.held_out or not join().is_main_process:
+    if not data.held_out:
         return None
-    network = parent.lm.network
-    return held_out_nll(network, parent.lm.diffusion, data.held_out, network.context_length)
+    return _nll(parent.lm, data)
 
 
 def parent_text(job: Job, parent: Parent, data: Data) -> dict[str, Any] | None:
@@ -168,16 +168,27 @@ def parent_text(job: Job, parent: Parent, data: Data) -> dict[str, Any] | None:
     if job.earlier is not None and "parent_text" in job.earlier:
         return job.earlier["parent_text"]
     prompts = beginnings([document.ids for document in data.held_out], number=1)
-    if not len(prompts) or not join().is_main_process:
+    if not len(prompts):
         return None
-    return {"ids": prompts[0].tolist(), "text": write(parent.lm, prompts, "ar").text}
+    text = by_main(parent.lm.model, lambda: write(parent.lm, prompts, "ar").text)
+    return {"ids": prompts[0].tolist(), "text": text}
+
+
+def _nll(lm: DiffusionLM, data: Data) -> float:
+    """Nats per token in AR mode on the held-out documents, of which each rank measures its share."""
+    network = lm.network
+    return held_out_nll(network, lm.diffusion, data.held_out, network.context_length, _spread(lm))
+
+
+def _spread(lm: DiffusionLM) -> Spread:
+    return functools.partial(spread, lm.model)
 
 
 def _samples(lm: DiffusionLM, before: dict[str, Any] | None) -> str:
     """What the parent and this model write, as lines of the model card; empty without a beginning to go on from."""
     if before is None or (lm.diffusion is not None and lm.diffusion.mask_token_id in before["ids"]):
         return ""
-    after = write(lm, torch.tensor([before["ids"]]))
+    after = by_main(lm.model, lambda: write(lm, torch.tensor([before["ids"]])))
     return (
         f"prompt  {lm.tokenizer.decode(before['ids'])!r}\nparent  {before['text']!r}\n"
         f"this    {after.text!r}\n        ({after.tokens_per_forward:.2f} tokens per forward, mode {lm.default_mode})"
@@ -188,10 +199,9 @@ def _compared(learner: Learner, data: Data, figures: dict[str, float], before: f
     """The parent's NLL and this model's on the held-out documents, and the bound where there is one."""
     if before is None:
         return {}
-    network, config = learner.lm.network, learner.lm.diffusion
     after = figures.get("nll")
     if after is None:
-        after = held_out_nll(network, config, data.held_out, network.context_length)
+        after = _nll(learner.lm, data)
     compared = {"parent, AR mode": before, "this model, AR mode": after}
     return compared | ({"diffusion mode, bound": figures["nelbo"]} if "nelbo" in figures else {})
 
@@ -200,35 +210,40 @@ def _evaluator(learner: Learner, settings: Resolved, data: Data) -> Evaluator | 
     if not data.held_out:
         return None
     network = learner.lm.network
-    return evaluator(network, learner.lm.diffusion, settings, data.held_out, network.context_length)
+    return evaluator(network, learner.lm.diffusion, settings, data.held_out, network.context_length,
+                     _spread(learner.lm))  # fmt: skip
 
 
 def finish(job: Job, parent: Parent, learner: Learner, data: Data, state: TrainState, run: dict[str, Any]) -> None:
-    """Merge adapters, evaluate once more, save the model and its card, and mark the run as finished."""
+    """Evaluate once more, merge adapters, save the model and its card, and mark the run as finished."""
     lm, settings, folder = learner.lm, parent.settings, job.folder
-    is_main = join().is_main_process
-    as_adapter = learner.tuner is not None and not settings.lora_merge
-    if is_main and as_adapter:
-        hf.write_diffusion(lm.model, lm.diffusion)
-        lora.save_adapter(folder.path, learner.tuner, parent.name)
-        lm.tokenizer.save_pretrained(folder.path)
-    if learner.tuner is not None and hf.quantisation_of(lm.model) is None:
-        lora.merge(learner.tuner)
-    if not is_main:
-        return
-    check_weights(lm.model, f"the model after {state.step} steps at learning rate {settings.learning_rate}")
+    with agreeing():
+        check_weights(lm.model, f"the model after {state.step} steps at learning rate {settings.learning_rate}")
     evaluate = _evaluator(learner, settings, data)
     figures = {} if evaluate is None else evaluate()
-    if figures:
-        folder.append({"step": state.step, "tokens": state.tokens, **figures})
     compared = _compared(learner, data, figures, run["parent_nll"])
     if compared and job.show_progress:
         values = ", ".join(f"{value:.4f} ({name})" for name, value in compared.items())
         print(f"held-out text, nats per token: {values}", file=sys.stderr)
-    with writing(folder.path):
-        if not as_adapter:
-            lm.save_pretrained(folder.path)
-        card = model_card(parent.name, lm, settings, state.tokens, compared, _samples(lm, run["parent_text"]))
-        (folder.path / "README.md").write_text(card)
-        ordinary_permissions(folder.path)
-    folder.write(run | {"finished": True, "tokens": state.tokens, "evaluation": figures})
+    card = model_card(parent.name, lm, settings, state.tokens, compared, _samples(lm, run["parent_text"]))
+    if is_sharded(lm.model):
+        assemble(lm.model, *([] if lm.drafter is None else [lm.drafter]))
+    as_adapter = learner.tuner is not None and not settings.lora_merge
+    with main_alone() as is_main:
+        if is_main and as_adapter:
+            hf.write_diffusion(lm.model, lm.diffusion)
+            lora.save_adapter(folder.path, learner.tuner, parent.name)
+            lm.tokenizer.save_pretrained(folder.path)
+    if learner.tuner is not None and hf.quantisation_of(lm.model) is None:
+        lora.merge(learner.tuner)
+    with main_alone() as is_main:
+        if not is_main:
+            return
+        if figures:
+            folder.append({"step": state.step, "tokens": state.tokens, **figures})
+        with writing(folder.path):
+            if not as_adapter:
+                lm.save_pretrained(folder.path)
+            (folder.path / "README.md").write_text(card)
+            ordinary_permissions(folder.path)
+        folder.write(run | {"finished": True, "tokens": state.tokens, "evaluation": figures})

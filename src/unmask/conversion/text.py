@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from unmask.settings import Settings
 from unmask.training.batches import TrainingData, packed_documents
 from unmask.training.ranks import join
 from unmask.training.rollouts import roll_out
+from unmask.training.sharded import spread
 
 
 def read_text(job: Job, parent: Parent) -> Corpus | Mixture | RecordStream:
@@ -118,14 +120,13 @@ def write_own_text(
     assert num_tokens is not None  # checked by `plan`
     if settings.self_every is not None:
         num_tokens = min(num_tokens, settings.self_every * settings.batch_size * settings.max_length)
-    # The main process writes the file, the others read it.
-    with join().main_process_first(), progress("roll out", num_tokens, show=show_progress) as advance:
+    with progress("roll out", num_tokens, show=show_progress) as advance:
         return roll_out(
             lm.network, prompts, folder, author=author, num_tokens=num_tokens,
             max_length=settings.max_length, temperature=settings.self_temperature,
             end_token_ids=lm.end_token_ids, seed=settings.seed, first=step * settings.batch_size,
             student=lm.diffusion if settings.self_mode == "diffusion" else None, num_steps=settings.self_steps,
-            learn_end=settings.self_end, progress=advance,
+            learn_end=settings.self_end, progress=advance, spread=functools.partial(spread, lm.model),
         )  # fmt: skip
 
 

@@ -105,7 +105,7 @@ class Drafter(nn.Module):
             # A packed weight has another type than the rows that it is applied to, which is the embedding's.
             self.down[key] = nn.Parameter(down.to(embedding.weight))
             self.up[key] = nn.Parameter(torch.zeros(out_features, config.rank).to(embedding.weight))
-            self._handles.append(module.register_forward_hook(self._adapt(name, self.down[key], self.up[key])))
+            self._handles.append(module.register_forward_hook(self._adapt(name, key)))
 
     def _add_masks(self, model: Any, tables: Sequence[str]) -> None:
         """Embeddings of the masks, in the input embedding and in further tables."""
@@ -123,7 +123,7 @@ class Drafter(nn.Module):
             self.tables[key] = nn.Parameter(_mean_row(table).repeat(number, 1))
             self._handles += [
                 table.register_forward_pre_hook(self._hide_places),
-                table.register_forward_hook(self._embed_places(self.tables[key])),
+                table.register_forward_hook(self._embed_places(key)),
             ]
 
     @contextmanager
@@ -141,14 +141,16 @@ class Drafter(nn.Module):
         for handle in self._handles:
             handle.remove()
 
-    def _adapt(self, name: str, down: Tensor, up: Tensor) -> Any:
+    # Hooks look their parameters up when they are called: sharding them over ranks puts others in their place.
+
+    def _adapt(self, name: str, key: str) -> Any:
         scale = self.config.scale / self.config.rank
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             noisy = self._noisy
             if noisy is None:
                 return out
-            x = args[0]
+            x, down, up = args[0], self.down[key], self.up[key]
             if x.shape[:-1] not in (noisy.shape, (noisy.shape.numel(),)):
                 raise ValueError(
                     f"drafter_targets: {name!r} gets {tuple(x.shape[:-1])} rows of a pass of {tuple(noisy.shape)}, "
@@ -183,11 +185,12 @@ class Drafter(nn.Module):
     def _hide_places(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return None if self._places is None else (args[0].masked_fill(self._places >= 0, 0), *args[1:])
 
-    def _embed_places(self, masks: Tensor) -> Any:
+    def _embed_places(self, key: str) -> Any:
         def hook(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             if self._places is None:
                 return out
-            return torch.where(self._places[..., None] >= 0, masks.to(out.dtype)[self._places.clamp_min(0)], out)
+            rows = self.tables[key].to(out.dtype)[self._places.clamp_min(0)]
+            return torch.where(self._places[..., None] >= 0, rows, out)
 
         return hook
 

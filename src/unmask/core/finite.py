@@ -70,11 +70,15 @@ def bad_weight(model: Any) -> str | None:
 
 
 def plain_parts(tensor: Tensor) -> list[Tensor]:
-    """The ordinary tensors that a tensor consists of: itself, or those inside a packed one (torchao's weights)."""
+    """The ordinary tensors that a tensor consists of: itself, or those inside a packed one (torchao's weights).
+
+    Of a tensor that is spread over ranks (FSDP2), this rank's part.
+    """
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in plain_parts(getattr(tensor, name))]
+    inner = [getattr(tensor, name) for name in names]
+    return [part for value in inner if isinstance(value, Tensor) for part in plain_parts(value)]
 
 
 def _saved_buffers(model: Any) -> list[tuple[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -11,6 +12,14 @@ from unmask.core.network import DiffusionConfig, Network
 from unmask.data.corpus import Corpus, Document
 from unmask.evaluation import likelihood
 from unmask.settings import Settings
+
+Spread = Callable[[int, Callable[[Sequence[int]], Any]], list[Any]]
+"""(number of documents, (their numbers) -> an output for each) -> the outputs of all: who does which, `training.ranks`."""
+
+
+def alone(number: int, work: Callable[[Sequence[int]], Any]) -> list[Any]:
+    """All of the work in this process."""
+    return list(work(range(number)))
 
 
 def held_out_document(document: Document, end_token_id: int | None) -> likelihood.Document:
@@ -36,11 +45,16 @@ def held_out_nll(
     config: DiffusionConfig | None,
     documents: Sequence[likelihood.Document],
     context_length: int | None,
+    spread: Spread = alone,
 ) -> float:
     """Nats per predicted token in AR mode."""
     if config is not None:
         documents = [_without_masks(document, config.mask_token_id) for document in documents]
-    return likelihood.summarise(likelihood.nll(network, documents, context_length=context_length)).nats_per_token
+
+    def measure(numbers: Sequence[int]) -> list[likelihood.LikelihoodOutput]:
+        return likelihood.nll(network, [documents[n] for n in numbers], context_length=context_length)
+
+    return likelihood.summarise(spread(len(documents), measure)).nats_per_token
 
 
 def evaluator(
@@ -49,8 +63,9 @@ def evaluator(
     settings: Settings,
     documents: Sequence[likelihood.Document],
     context_length: int | None,
+    spread: Spread = alone,
 ) -> Callable[[], dict[str, float]]:
-    """A function that measures the network: nats per predicted token, by name.
+    """A function that measures the network: nats per predicted token, by name; with `spread` on all ranks together.
 
     An AR model (no config) has the NLL; a converted one the NELBO and, under the joint objective, which is to keep
     the AR model what it was, the NLL too.
@@ -59,16 +74,18 @@ def evaluator(
         documents = [_without_masks(document, config.mask_token_id) for document in documents]
 
     def nll() -> float:
-        return held_out_nll(network, None, documents, context_length)
+        return held_out_nll(network, None, documents, context_length, spread)
+
+    def measure(numbers: Sequence[int]) -> list[likelihood.LikelihoodOutput]:
+        assert config is not None
+        chosen = [documents[n] for n in numbers]
+        return likelihood.nelbo(network, config, chosen, num_samples=settings.eval_samples, numbers=numbers,
+                                context_length=context_length)  # fmt: skip
 
     def evaluate() -> dict[str, float]:
         if config is None:
             return {"nll": nll()}
-        summary = likelihood.summarise(
-            likelihood.nelbo(
-                network, config, documents, num_samples=settings.eval_samples, context_length=context_length
-            )
-        )
+        summary = likelihood.summarise(spread(len(documents), measure))
         figures = {"nelbo": summary.nats_per_token, "nelbo_standard_error": summary.standard_error or 0.0}
         return figures | ({"nll": nll()} if settings.objective == "joint" else {})
 

@@ -23,7 +23,7 @@ from unmask.core.network import GrowingCache, Later, Pass, SlotCacheState, not_d
 from unmask.core.transfer import to_device
 from unmask.hf.fast.chunked import CHUNK
 from unmask.hf.fast.graphs import CompiledPasses
-from unmask.hf.fast.head import head_input, head_rows, head_sum
+from unmask.hf.fast.head import head_input, head_rows, head_sum, is_linear
 from unmask.hf.fast.kv_cache import CacheIndex, SlotCache, SlotMemory, using_slots
 from unmask.hf.fast.last_layer import CHUNKED, last_layer_rows
 from unmask.hf.fast.packed import PackedMaps, packed_maps
@@ -191,7 +191,9 @@ class HFNetwork:
     def deferred(self, passed: Pass, later: Tensor, past: SlotCacheState) -> tuple[Tensor, Later]:
         """The logits of `passed.rows`, and a function from other flat rows of the same pass to theirs."""
         compiled = self.compiled is not None and self.compiled.takes(past)
-        if not self.plain_head or compiled or self.first_long_position is not None:
+        # A sharded head (FSDP2) has its matrix during a pass of its model alone.
+        alone = self.plain_head and type(self.head) is torch.nn.Linear
+        if not alone or compiled or self.first_long_position is not None:
             return not_deferred(self, passed, later, past)
         read: list[Tensor] = []
         with self.lock:
@@ -206,7 +208,7 @@ class HFNetwork:
     @property
     def plain_head(self) -> bool:
         """Whether logits are the head's output as it is, so that the head can run apart from the model."""
-        return self.fast_paths.head_sum and type(self.head) is torch.nn.Linear and not hasattr(self.head, "_hf_hook")
+        return self.fast_paths.head_sum and is_linear(self.head)
 
     def hidden_states(self, input_ids: Tensor, layout: Layout, pattern: Pattern) -> Tensor:
         """The last hidden states (batch, length, hidden): what the head reads, after the final norm."""

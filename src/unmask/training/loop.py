@@ -41,7 +41,8 @@ from unmask.training.checkpoints import (
     read_state,
     save_checkpoint,
 )
-from unmask.training.ranks import add_gradients, share_weights
+from unmask.training.ranks import add_gradients, agreeing, join, share_weights
+from unmask.training.sharded import is_sharded, run_once, shard, whole
 from unmask.training.step import learning_rate_at, step_loss
 from unmask.training.threads import ThreadedBackward
 
@@ -75,13 +76,13 @@ def train(
     evaluate: Evaluator | None = None,
     report: Callable[[Progress], None] | None = None,
     replicate: Callable[[Any], Any] | None = None,
-    teacher: Network | None = None,
+    teacher: hf.HFNetwork | None = None,
 ) -> TrainState:
     """Train `model`, which is `in_training`, in place and return the state after the last step.
 
     Checkpoints go to checkpoint-<step> in the folder, figures to its metrics.jsonl. config: None trains the AR
     model. resume: continue the newest whole checkpoint, on the same hardware bit for bit as if never interrupted.
-    evaluate: called every `eval_every` steps on the main process. report: called with each log step. replicate: makes a
+    evaluate: called every `eval_every` steps, on every process. report: called with each log step. replicate: makes a
     network that shares the weights and has gradients of its own; with it the threads of a CPU share the rows of a
     micro-batch. teacher: the frozen AR model of the joint objective. Raises ValueError for a checkpoint that does not
     fit, and when a step or the weights are not finite.
@@ -121,13 +122,10 @@ class _Run:
         config: DiffusionConfig | None,
         total_steps: int,
         folder: RunFolder,
-        teacher: Network | None,
+        teacher: hf.HFNetwork | None,
         replicate: Callable[[Any], Any] | None,
     ) -> None:
-        AcceleratorState._reset_state()  # a second run in the process may have another precision
-        self.accelerator = accelerator = accelerate.Accelerator(
-            mixed_precision=settings.mixed_precision, log_with=settings.report_to, project_dir=str(folder.path)
-        )
+        self.accelerator = accelerator = _accelerator(settings, folder)
         if settings.report_to:
             accelerator.init_trackers("unmask", config={k: str(v) for k, v in asdict(settings).items()})
         self.model, self.settings, self.config = model, settings, config
@@ -135,6 +133,11 @@ class _Run:
         self.wrapped, self.optimizer = _prepare(accelerator, model, _optimizer(model, settings))
         if hf.quantisation_of(model) is not None:
             hold_learnt_alone(accelerator)
+        self.sharded = is_sharded(self.wrapped)
+        if self.sharded:
+            run_once(model)
+            if teacher is not None:
+                shard(accelerator, teacher.model)
         self.network = make_network(self.wrapped)
         on_cpu = accelerator.device.type == "cpu" and accelerator.num_processes == 1
         spread = replicate is not None and on_cpu and torch.get_num_threads() > 1
@@ -176,7 +179,7 @@ class _Run:
         loss = self._backward(batch, count)
         if accelerator.distributed_type not in _SHARDED:
             add_gradients(self.wrapped.parameters())
-        norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.max_grad_norm)
+        norm = whole(accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.max_grad_norm))
         whole_loss = accelerator.reduce(loss.clone()) if accelerator.num_processes > 1 else loss
         scaled = accelerator.scaler is not None
         finite = self.watch.look(self.state.step + 1, rate, whole_loss, norm, scaled=scaled)
@@ -201,14 +204,15 @@ class _Run:
         scale = averaged / max(1, count)
         total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         for micro, rows, last in _micro_batches(batch, accelerator, settings.micro_batch_size):
-            if count and not bool(predictable(micro.layout, micro.loss_mask).any()):
+            if count and not self.sharded and not bool(predictable(micro.layout, micro.loss_mask).any()):
                 continue  # at the end of the data a rank may have padding alone
             if self.threads is not None:
                 loss_of = functools.partial(step_loss, settings=settings, config=self.config, step=step)
                 total += self.threads.run(loss_of, micro, rows, scale)
                 continue
             with accelerator.autocast(), _sync(accelerator, self.wrapped, last):
-                loss = step_loss(self.network, settings, self.config, micro, step, rows, self.teacher)
+                loss = step_loss(self.network, settings, self.config, micro, step, rows, self.teacher,
+                                 sharded=self.sharded)  # fmt: skip
                 accelerator.backward(loss.sum * scale)
             total += loss.sum.detach()
         return total
@@ -221,12 +225,11 @@ class _Run:
     def check_weights(self) -> None:
         """Raise ValueError if a step or the weights are not finite."""
         self.watch.settle()
-        check_weights(self.model, f"step {self.state.step} at learning rate {self.last_rate:.3g}")
+        with agreeing():
+            check_weights(self.model, f"step {self.state.step} at learning rate {self.last_rate:.3g}")
 
     def evaluate(self, evaluate: Evaluator) -> dict[str, float]:
-        """Held-out figures of the current model, on the main process; tokens per second leave out the time it takes."""
-        if not self.accelerator.is_main_process:
-            return {}
+        """Held-out figures of the current model, on all processes; tokens per second leave out the time it takes."""
         before = time.perf_counter()
         self.wrapped.eval()
         figures = evaluate()
@@ -311,15 +314,15 @@ def _trained_alone(model: Any, drafter: Drafter | None) -> Iterator[None]:
     if drafter is None:
         yield
         return
-    learning = [p for p in model.parameters() if p.requires_grad]
+    learning = [name for name, p in model.named_parameters() if p.requires_grad]
     model.requires_grad_(False)
     model.add_module("drafter", drafter)
     try:
         yield
     finally:
         del model.drafter
-        for parameter in learning:
-            parameter.requires_grad_(True)
+        for name in learning:  # perhaps another one than it was, see `sharded`
+            model.get_parameter(name).requires_grad_(True)
 
 
 def _optimizer(model: Any, settings: OptimiserSettings) -> torch.optim.Optimizer:
@@ -330,6 +333,17 @@ def _optimizer(model: Any, settings: OptimiserSettings) -> torch.optim.Optimizer
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=1.0, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+def _accelerator(settings: RunSettings, folder: RunFolder) -> accelerate.Accelerator:
+    """Accelerate's object for this run; a second run in the process may have another precision."""
+    AcceleratorState._reset_state()
+    processes = join()
+    if processes.distributed_type == DistributedType.FSDP:  # of an earlier run; Accelerate comes to it from this one:
+        processes._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return accelerate.Accelerator(
+        mixed_precision=settings.mixed_precision, log_with=settings.report_to, project_dir=str(folder.path)
+    )
 
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)

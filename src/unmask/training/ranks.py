@@ -1,14 +1,15 @@
-"""The processes of one run: their process group, equal weights at the start, and the sum of their gradients.
+"""The processes of one run: their process group, equal weights at the start, the sum of their gradients, shared work.
 
-Every process holds the whole model and runs its share of a step's rows. Gradients are summed here after the last
-backward pass of a step, not by a wrapper around the model: so a rank may lack some or all of them, and a step may run
-the model any number of times. Knows torch and Accelerate's process state; nothing of models or data.
+Every process holds the whole model (unless it is `sharded`) and runs its share of a step's rows. Gradients are summed
+here after the last backward pass of a step, not by a wrapper around the model: so a rank may lack some or all of them,
+and a step may run the model any number of times. Knows torch and Accelerate's process state; nothing of models or data.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -76,6 +77,57 @@ def add_gradients(parameters: Iterable[Tensor]) -> None:
         dist.all_reduce(flat)
         for gradient, summed in zip(group, flat.split([g.numel() for g in group]), strict=True):
             gradient.copy_(summed.view_as(gradient))
+
+
+@contextmanager
+def agreeing() -> Iterator[None]:
+    """Within the context a ValueError of one rank becomes one of all: else the others would wait for it for ever."""
+    mine: ValueError | None = None
+    try:
+        yield
+    except ValueError as error:
+        mine = error
+    if _is_distributed():
+        said: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, None if mine is None else str(mine))
+        first = next((text for text in said if text is not None), None)
+        if mine is None and first is not None:
+            raise ValueError(first)
+    if mine is not None:
+        raise mine
+
+
+@contextmanager
+def main_alone() -> Iterator[bool]:
+    """Whether this is the main process, which acts within the context; then all go on, or all raise its ValueError."""
+    with agreeing():
+        yield not _is_distributed() or dist.get_rank() == 0
+
+
+def number() -> int:
+    """How many processes the run has."""
+    return dist.get_world_size() if _is_distributed() else 1
+
+
+def everywhere(value: bool) -> bool:
+    """Whether `value` is true on every rank."""
+    return all(spread(number(), lambda items: [value for _ in items]))
+
+
+def spread(number: int, work: Callable[[Sequence[int]], Sequence[T]]) -> list[T]:
+    """What `work` returns for items 0 to number - 1, of which each rank does every n-th; the same list on all ranks.
+
+    work: numbers of items -> a result for each.
+    """
+    if not _is_distributed():
+        return list(work(range(number)))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    own: Sequence[T] = []
+    with agreeing():
+        own = work(range(rank, number, size))
+    parts: list[Sequence[T]] = [[] for _ in range(size)]
+    dist.all_gather_object(parts, list(own))
+    return [parts[item % size][item // size] for item in range(number)]
 
 
 def _is_distributed() -> bool:

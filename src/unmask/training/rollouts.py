@@ -24,8 +24,10 @@ from unmask.core.network import DiffusionConfig, Network
 from unmask.core.noise import Key, integer
 from unmask.data.corpus import Corpus, Document
 from unmask.data.packing import Packer, PackState
+from unmask.evaluation.held_out import Spread, alone
 from unmask.resolve import Resolved
 from unmask.sampling import Confidence, Request, sample_autoregressive, sample_blocks
+from unmask.training import ranks
 from unmask.training.batches import TrainingData
 
 LONGEST_PROMPT = 32
@@ -49,6 +51,7 @@ def roll_out(
     num_steps: int | None = None,
     learn_end: bool = True,
     progress: Callable[[int], None] | None = None,
+    spread: Spread = alone,
 ) -> Corpus:
     """Documents of up to `max_length` tokens, about `num_tokens` in all, kept in `folder`.
 
@@ -58,6 +61,7 @@ def roll_out(
     of each block, drawn among the steps that it took. num_steps: the student's forwards of a block, in which it commits
     its surest tokens; None leaves the pace to `Threshold()`. learn_end: False keeps the end token that a text ends with
     in the text and out of the loss (OPDLM). progress: called with the number of tokens of each batch.
+    spread: who writes which of the next batches.
     """
     decisive = repr((author, prompts.fingerprint, num_tokens, max_length, temperature, tuple(end_token_ids), seed))
     if student is not None or first:
@@ -65,13 +69,12 @@ def roll_out(
     if num_steps is not None or not learn_end:
         decisive += repr((num_steps, learn_end))
     file = folder / f"rollouts-{hashlib.sha256(decisive.encode()).hexdigest()[:16]}.npz"
-    if file.is_file():
+    if ranks.everywhere(file.is_file()):
         return _load(file)
     key: Key = ("rollout", seed, first)
-    documents: list[Document] = []
-    written = 0
-    while written < num_tokens:
-        number = len(documents)
+
+    def write(number: int) -> list[Document]:
+        """The batch that begins with document `number`."""
         request = Request(
             max_new_tokens=max_length, context_length=max_length, temperature=temperature,
             seed=integer(2**31, (*key, "text", number)), end_token_ids=end_token_ids,
@@ -81,14 +84,22 @@ def roll_out(
             batch = _continued(network, beginnings, request)
         else:
             batch = _denoised(network, student, beginnings, request, num_steps, (*key, "step", number))
-        if not learn_end:
-            batch = [_without_end(document, end_token_ids) for document in batch]
-        documents += batch
-        size = sum(len(document.ids) for document in batch)
-        written += size
-        if progress is not None:
-            progress(size)
-    _save(file, Corpus.of(documents, fingerprint=""))
+        return batch if learn_end else [_without_end(document, end_token_ids) for document in batch]
+
+    documents: list[Document] = []
+    written = 0
+    while written < num_tokens:
+        starts = [len(documents) + rank * _BATCH for rank in range(ranks.number())]
+        for batch in spread(len(starts), lambda items: [write(starts[item]) for item in items]):  # noqa: B023
+            if written < num_tokens:  # as many as one process writes
+                documents += batch
+                size = sum(len(document.ids) for document in batch)
+                written += size
+                if progress is not None:
+                    progress(size)
+    with ranks.main_alone() as is_main:
+        if is_main:
+            _save(file, Corpus.of(documents, fingerprint=""))
     return _load(file)
 
 

@@ -30,10 +30,14 @@ from unmask.core.objectives import Diffusion, Distill, Joint, LossOutput, NextTo
 from unmask.resolve import Resolved
 
 
-def objective_of(settings: Resolved, teacher: Network | None = None) -> Objective:
-    """The objective of a run that trains a diffusion model or a drafter; teacher: of the joint objective."""
-    # A shared clean pass needs the autograd graph of its cache, which recomputed and compiled layers do not keep.
-    share_clean = not settings.gradient_checkpointing and not settings.compile_layers
+def objective_of(settings: Resolved, teacher: Network | None = None, *, sharded: bool = False) -> Objective:
+    """The objective of a run that trains a diffusion model or a drafter; teacher: of the joint objective.
+
+    sharded: the model's parameters are spread over ranks (FSDP2).
+    """
+    # A shared clean pass needs the autograd graph of its cache, which recomputed and compiled layers do not keep. Its
+    # last layer gives keys and values alone, and FSDP2 gathers parameters for the backward pass of outputs.
+    share_clean = not settings.gradient_checkpointing and not settings.compile_layers and not sharded
     if settings.objective == "joint":
         return Joint(settings.alpha, teacher, settings.distance, settings.teacher_top_k, share_clean)
     if settings.objective == "distill":
@@ -49,10 +53,12 @@ def step_loss(
     step: int,
     rows: Tensor,
     teacher: Network | None = None,
+    *,
+    sharded: bool = False,
 ) -> LossOutput:
     """Loss (sum, count) of some rows of the global batch, the mean over the masks of the step.
 
-    rows: (batch,) int64, their numbers in the global batch. config: None trains the AR model.
+    rows: (batch,) int64, their numbers in the global batch. config: None trains the AR model. sharded: of `objective_of`.
     """
     if config is None:
         return NextToken()(network, None, batch, ())
@@ -73,7 +79,7 @@ def step_loss(
         noise = [random_tokens(settings.seed, step, rows, length, size, n) for n in range(len(drawn))]
         drawn = [replace(corruption, noise=tokens) for corruption, tokens in zip(drawn, noise, strict=True)]
     pattern = annealing(settings, step, rows, network.device)
-    return objective_of(settings, teacher)(network, config, batch, drawn, pattern)
+    return objective_of(settings, teacher, sharded=sharded)(network, config, batch, drawn, pattern)
 
 
 def corruptions(

@@ -12,8 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from unmask.core.head_loss import RowLoss, weighted_sum
+
+
+def is_linear(head: Any) -> bool:
+    """Whether logits are a product with the head's matrix and no more; it may be sharded over ranks."""
+    kind = type(head)
+    plain = kind is torch.nn.Linear or kind.__bases__ == (FSDPModule, torch.nn.Linear)
+    return plain and not hasattr(head, "_hf_hook")
 
 
 @contextmanager

@@ -1,0 +1,137 @@
+"""Runs whose parameters are spread over the ranks (FSDP2): what their ranks must do together.
+
+Each pass gathers the parameters of a layer from all ranks, so every rank has to make every pass that one of them makes.
+Training does: a step has as many micro-batches on each rank. Whatever else calls the model runs `in_step`. Knows torch
+and Accelerate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import accelerate
+import torch
+import torch.distributed as dist
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+from torch.distributed._composable_state import _module_state_mapping
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+from unmask.training import ranks
+
+T = TypeVar("T")
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether the parameters of a model are spread over ranks."""
+    return isinstance(model, FSDPModule)
+
+
+def shard(accelerator: accelerate.Accelerator, model: Any) -> None:
+    """Spread a further model over the ranks as the one that learns is, such as its teacher."""
+    fsdp2_prepare_model(accelerator, model)
+
+
+def whole(value: Any) -> Any:
+    """A tensor that is spread over the ranks as each rank's own, and anything else as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@contextmanager
+def in_step(model: Any) -> Iterator[None]:
+    """Within the context ranks may call a sharded model as often as each needs to.
+
+    A rank that leaves the context early, also by an error, keeps the others company by passes over one token.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    device = _device(model)
+    _reshard(model)
+
+    def any_runs(mine: bool) -> bool:
+        runs = torch.tensor(int(mine), device=device)
+        dist.all_reduce(runs, dist.ReduceOp.MAX)
+        return bool(runs)
+
+    handle = model.register_forward_pre_hook(lambda *_: (any_runs(True), None)[1], prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        while any_runs(False):
+            run_once(model)
+        _reshard(model)
+
+
+def run_once(model: Any) -> None:
+    """A pass over one token. The first pass makes the tensors of all later ones, and inference mode would spoil them."""
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=_device(model)), use_cache=False)
+
+
+def _device(model: Any) -> torch.device:
+    found: torch.device = next(model.parameters()).device
+    return found
+
+
+def _reshard(model: Any) -> None:
+    """Give up what a pass without gradients left gathered, so that each parameter is this rank's part of it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def spread(model: Any, number: int, work: Callable[[Sequence[int]], Sequence[T]]) -> list[T]:
+    """`ranks.spread` of work that calls `model`, which may be sharded."""
+
+    def in_company(items: Sequence[int]) -> Sequence[T]:
+        with in_step(model):
+            return work(items)
+
+    return ranks.spread(number, in_company)
+
+
+def by_main(model: Any, work: Callable[[], T]) -> T:
+    """What `work`, which calls `model`, returns on the main process; the same on all."""
+    return spread(model, 1, lambda items: [work() for _ in items])[0]
+
+
+def assemble(*parts: Any) -> None:
+    """Make sharded modules ordinary ones again, whole on the CPU of the main process.
+
+    On other ranks the parameters are left on the meta device, since all copies together may exceed a machine's memory.
+    """
+    gathered: dict[int, nn.Parameter] = {}
+    for part in parts:
+        _reshard(part)
+        for module in part.modules():
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if isinstance(parameter, DTensor) and id(parameter) not in gathered:
+                    gathered[id(parameter)] = _gathered(parameter)
+                module.register_parameter(name, gathered.get(id(parameter), parameter))
+        for module in part.modules():
+            _forget_sharding(module)
+
+
+def _gathered(parameter: Any) -> nn.Parameter:
+    tensor = parameter.full_tensor().detach()
+    tensor = tensor.cpu() if dist.get_rank() == 0 else tensor.to("meta")
+    return nn.Parameter(tensor, parameter.requires_grad)
+
+
+def _forget_sharding(module: nn.Module) -> None:
+    """Take what `fully_shard` put on a module off it: its class, hooks and marks; torch has no function for that."""
+    if isinstance(module, FSDPModule):
+        state = module._get_fsdp_state()
+        state._pre_forward_hook_handle.remove()
+        state._post_forward_hook_handle.remove()
+        _module_state_mapping.pop(module, None)
+        module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+    for name in (STATE_KEY, REGISTRY_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params"):
+        vars(module).pop(name, None)

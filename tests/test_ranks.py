@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import STORIES
-from ranks import run_case, weights_of
+from ranks import WITH_MAIN, run_case, weights_of
 
 import unmask
 
@@ -48,6 +48,10 @@ CASES: dict[str, dict[str, Any]] = {
 THREE = ("ar", "efficient-dlm", "drafter", "tri-mode", "padding", "padding, ar")
 """Cases that three processes run as well."""
 
+SHARDED = ("ar", "bd3lm", "diffullama", "efficient-dlm", "fast-dllm-v2", "tri-mode", "drafter", "mask pairs",
+           "micro-batches", "checkpointing", "lora", "adapter", "teacher", "own states", "padding, drafter")  # fmt: skip
+"""Cases that two processes with sharded parameters (FSDP2) run as well: every recipe, and what they can do wrong."""
+
 
 def full(case: dict[str, Any], parent: Path, stories: Path, folder: Path) -> dict[str, Any]:
     """A case with all its arguments."""
@@ -67,19 +71,26 @@ def launch(ranks: int, command: list[str], *, check: bool = True) -> subprocess.
         port = free.getsockname()[1]
     whole = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*whole, *command], capture_output=True, text=True, timeout=int(os.environ.get("LIMIT", "300")), env=environment)
+    done = subprocess.run([*whole, *command], capture_output=True, text=True, timeout=240, env=environment)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def on_ranks(ranks: int, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """What the processes tell of the cases, after it is checked that they are several and agree."""
+def on_ranks(ranks: int, cases: dict[str, dict[str, Any]], folder: Path, kind: str = "ddp") -> dict[str, Any]:
+    """What the processes tell of the cases, after it is checked that they are several and agree.
+
+    With FSDP2 the main process has the weights in the end.
+    """
+    folder.mkdir(exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
     script = str(Path(__file__).with_name("ranks.py"))
-    launch(ranks, [script, str(folder / "cases.json"), str(folder / "results")])
+    launch(ranks, [script, str(folder / "cases.json"), str(folder / "results"), kind])
     told = [json.loads((folder / "results" / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
     assert [each.pop("ranks") for each in told] == [ranks] * ranks
     assert [each.pop("main") for each in told] == [True] + [False] * (ranks - 1)
+    if kind == "fsdp2":
+        assert all(said == WITH_MAIN or said.startswith("ValueError") for each in told[1:] for said in each.values())
+        return told[0]
     assert all(each == told[0] for each in told)
     return told[0]
 
@@ -102,12 +113,12 @@ def interrupted(folder: Path, to: Path, step: int) -> Path:
     return to
 
 
-def assert_same_run(folder: Path, reference: Path) -> None:
+def assert_same_run(folder: Path, reference: Path, rel: float = 1e-7) -> None:
     """Equal rows and equal weights, up to the order of float64 sums and the precision of what is on disk."""
     rows, expected = logged(folder), logged(reference)
     assert [row.keys() for row in rows] == [row.keys() for row in expected]
     for row, wanted in zip(rows, expected, strict=True):
-        assert row == pytest.approx(wanted, rel=1e-7)
+        assert row == pytest.approx(wanted, rel=rel)
     ours, theirs = (weights_of(unmask.load(path, dtype=torch.float64)) for path in (folder, reference))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -135,9 +146,7 @@ def two(work: Path, single: Path, tokenizer_and_model: Path, stories: Path) -> d
     cases["resumed"] = cases["efficient-dlm"] | {"output_dir": str(resumed), "resume": True}
     cases["again"] = cases["ar"] | {"resume": True}
     cases["odd"] = cases["ar"] | {"output_dir": str(work / "odd"), "batch_size": 5}
-    folder = work / "two"
-    folder.mkdir()
-    return on_ranks(2, cases, folder)
+    return on_ranks(2, cases, work / "two")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -156,7 +165,6 @@ def test_three_processes_give_the_run_of_one(
     work: Path, single: Path, tokenizer_and_model: Path, stories: Path
 ) -> None:
     cases = {name: full(CASES[name], tokenizer_and_model, stories, work / "3" / name) for name in THREE}
-    (work / "three").mkdir()
     told = on_ranks(3, cases, work / "three")
     for name in THREE:
         assert not told[name].startswith("ValueError"), told[name]
@@ -172,6 +180,41 @@ def test_a_run_goes_on_with_more_and_with_fewer_processes(
     run_case(full(CASES["efficient-dlm"], tokenizer_and_model, stories, folder) | {"resume": True})
     assert_same_run(folder, single / "efficient-dlm")
     assert two["again"] == two["ar"]  # finished: loaded, not repeated
+
+
+@pytest.fixture(scope="module")
+def sharded(work: Path, single: Path, two: dict[str, Any], tokenizer_and_model: Path, stories: Path) -> dict[str, Any]:
+    """What two processes with FSDP2 tell of some cases, and of runs that began on one process and on two."""
+    cases = {name: full(CASES[name], tokenizer_and_model, stories, work / "sharded" / name) for name in SHARDED}
+    for name, begun in (("after one", single), ("after two", work / "2")):
+        folder = interrupted(begun / "efficient-dlm", work / "sharded" / name, 2)
+        cases[name] = cases["efficient-dlm"] | {"output_dir": str(folder), "resume": True}
+    return on_ranks(2, cases, work / "on shards", "fsdp2")
+
+
+@pytest.mark.parametrize("name", [*SHARDED, "after one", "after two"])
+def test_sharded_processes_give_the_run_of_one(name: str, sharded: dict[str, Any], work: Path, single: Path) -> None:
+    assert not sharded[name].startswith("ValueError"), sharded[name]
+    reference = single / ("efficient-dlm" if name.startswith("after") else name)
+    assert_same_run(work / "sharded" / name, reference, rel=1e-6)
+    run, expected = (json.loads((folder / "run.json").read_text()) for folder in (work / "sharded" / name, reference))
+    assert run["finished"]
+    assert run["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-6)
+    assert run["parent_text"] == expected["parent_text"]
+
+
+def test_a_sharded_run_goes_on_with_other_processes(
+    sharded: dict[str, Any], work: Path, single: Path, tokenizer_and_model: Path, stories: Path
+) -> None:
+    begun = work / "sharded" / "efficient-dlm"
+    case = full(CASES["efficient-dlm"], tokenizer_and_model, stories, work) | {"resume": True}
+    assert (begun / "checkpoint-2" / "pytorch_model_fsdp_0" / ".metadata").is_file()  # in shards
+    on_one = interrupted(begun, work / "shards on one", 2)
+    run_case(case | {"output_dir": str(on_one)})
+    assert_same_run(on_one, single / "efficient-dlm", rel=1e-6)
+    on_three = interrupted(begun, work / "shards on three", 2)
+    on_ranks(3, {"resumed": case | {"output_dir": str(on_three)}}, work / "three shards", "fsdp2")
+    assert_same_run(on_three, single / "efficient-dlm", rel=1e-6)
 
 
 def test_rows_that_cannot_be_shared_out_are_refused_before_anything_is_written(two: dict[str, Any], work: Path) -> None:

@@ -32,6 +32,7 @@ from unmask.hf.layers import compile_layers
 from unmask.resolve import Resolved, at_step
 from unmask.run_folder import RunFolder
 from unmask.settings import OptimiserSettings, RunSettings
+from unmask.training import resharding
 from unmask.training.batches import TrainingData
 from unmask.training.checkpoints import (
     TrainState,
@@ -42,7 +43,7 @@ from unmask.training.checkpoints import (
     save_checkpoint,
 )
 from unmask.training.ranks import add_gradients, agreeing, join, share_weights
-from unmask.training.sharded import is_sharded, run_once, shard, whole
+from unmask.training.sharded import is_sharded, run_first, shard, whole
 from unmask.training.step import learning_rate_at, step_loss
 from unmask.training.threads import ThreadedBackward
 
@@ -135,7 +136,7 @@ class _Run:
             hold_learnt_alone(accelerator)
         self.sharded = is_sharded(self.wrapped)
         if self.sharded:
-            run_once(model)
+            run_first(model)
             if teacher is not None:
                 shard(accelerator, teacher.model)
         self.network = make_network(self.wrapped)
@@ -150,7 +151,7 @@ class _Run:
         newest = newest_whole(self.folder.path) if resume else None
         if newest is not None:
             try:
-                accelerator.load_state(str(newest))
+                resharding.load(accelerator, self.model, self.optimizer, newest)
             except (RuntimeError, KeyError, ValueError, OSError, EOFError) as error:
                 what = " ".join(str(error).split())[:300]
                 raise ValueError(

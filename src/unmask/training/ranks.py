@@ -81,25 +81,29 @@ def add_gradients(parameters: Iterable[Tensor]) -> None:
 
 @contextmanager
 def agreeing() -> Iterator[None]:
-    """Within the context a ValueError of one rank becomes one of all: else the others would wait for it for ever."""
-    mine: ValueError | None = None
+    """Within the context an error of one rank becomes one of all: else the others would wait for it for ever.
+
+    The others raise a ValueError of the same text, or a RuntimeError for an error of another type.
+    """
+    mine: Exception | None = None
     try:
         yield
-    except ValueError as error:
+    except Exception as error:
         mine = error
     if _is_distributed():
-        said: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(said, None if mine is None else str(mine))
-        first = next((text for text in said if text is not None), None)
+        said: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+        own = None if mine is None else (isinstance(mine, ValueError), str(mine) or type(mine).__name__)
+        dist.all_gather_object(said, own)
+        first = next((each for each in said if each is not None), None)
         if mine is None and first is not None:
-            raise ValueError(first)
+            raise ValueError(first[1]) if first[0] else RuntimeError(f"another process failed: {first[1]}")
     if mine is not None:
         raise mine
 
 
 @contextmanager
 def main_alone() -> Iterator[bool]:
-    """Whether this is the main process, which acts within the context; then all go on, or all raise its ValueError."""
+    """Whether this is the main process, which acts within the context; then all go on, or all raise its error."""
     with agreeing():
         yield not _is_distributed() or dist.get_rank() == 0
 

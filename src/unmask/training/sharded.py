@@ -65,12 +65,18 @@ def in_step(model: Any) -> Iterator[None]:
     finally:
         handle.remove()
         while any_runs(False):
-            run_once(model)
+            _run_once(model)
         _reshard(model)
 
 
-def run_once(model: Any) -> None:
-    """A pass over one token. The first pass makes the tensors of all later ones, and inference mode would spoil them."""
+def run_first(model: Any) -> None:
+    """Run a model that was just sharded: its first pass makes the tensors of all later ones, and must not be one in
+    inference mode, which makes tensors that nothing else may write to."""
+    _run_once(model)
+    _reshard(model)
+
+
+def _run_once(model: Any) -> None:
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=_device(model)), use_cache=False)
 

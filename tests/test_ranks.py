@@ -49,8 +49,9 @@ THREE = ("ar", "efficient-dlm", "drafter", "tri-mode", "padding", "padding, ar")
 """Cases that three processes run as well."""
 
 SHARDED = ("ar", "bd3lm", "diffullama", "efficient-dlm", "fast-dllm-v2", "tri-mode", "drafter", "mask pairs",
-           "micro-batches", "checkpointing", "lora", "adapter", "teacher", "own states", "padding, drafter")  # fmt: skip
-"""Cases that two processes with sharded parameters (FSDP2) run as well: every recipe, and what they can do wrong."""
+           "micro-batches", "checkpointing", "lora", "adapter", "teacher", "own states",
+           "padding, drafter")  # fmt: skip
+"""Cases that two processes with sharded parameters (FSDP2) run as well."""
 
 
 def full(case: dict[str, Any], parent: Path, stories: Path, folder: Path) -> dict[str, Any]:
@@ -185,6 +186,7 @@ def test_a_run_goes_on_with_more_and_with_fewer_processes(
 @pytest.fixture(scope="module")
 def sharded(work: Path, single: Path, two: dict[str, Any], tokenizer_and_model: Path, stories: Path) -> dict[str, Any]:
     """What two processes with FSDP2 tell of some cases, and of runs that began on one process and on two."""
+    assert two  # which the second of them is of
     cases = {name: full(CASES[name], tokenizer_and_model, stories, work / "sharded" / name) for name in SHARDED}
     for name, begun in (("after one", single), ("after two", work / "2")):
         folder = interrupted(begun / "efficient-dlm", work / "sharded" / name, 2)
@@ -203,8 +205,9 @@ def test_sharded_processes_give_the_run_of_one(name: str, sharded: dict[str, Any
     assert run["parent_text"] == expected["parent_text"]
 
 
+@pytest.mark.usefixtures("sharded")
 def test_a_sharded_run_goes_on_with_other_processes(
-    sharded: dict[str, Any], work: Path, single: Path, tokenizer_and_model: Path, stories: Path
+    work: Path, single: Path, tokenizer_and_model: Path, stories: Path
 ) -> None:
     begun = work / "sharded" / "efficient-dlm"
     case = full(CASES["efficient-dlm"], tokenizer_and_model, stories, work) | {"resume": True}

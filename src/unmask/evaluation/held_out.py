@@ -14,7 +14,7 @@ from unmask.evaluation import likelihood
 from unmask.settings import Settings
 
 Spread = Callable[[int, Callable[[Sequence[int]], Any]], list[Any]]
-"""(number of documents, (their numbers) -> an output for each) -> the outputs of all: who does which, `training.ranks`."""
+"""(number of documents, (numbers of some) -> an output for each) -> the outputs of all, see `training.ranks.spread`."""
 
 
 def alone(number: int, work: Callable[[Sequence[int]], Any]) -> list[Any]:

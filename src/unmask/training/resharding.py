@@ -68,7 +68,7 @@ def _read(form: str, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _assembled(folder: Path) -> dict[str, Any]:
     """All that a folder of shards holds; `dcp.load` alone would ask for tensors to read into."""
     found: dict[str, Any] = {}
-    _load_state_dict(found, dcp.FileSystemReader(folder), _EmptyStateDictLoadPlanner(), no_dist=True)
+    _load_state_dict(found, dcp.FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
     return found
 
 
@@ -80,7 +80,7 @@ def _tie(model: Any, weights: dict[str, Any]) -> None:
     for tied in names.values():
         held = next((name for name in tied if name in weights), None)
         if held is not None:
-            weights.update({name: weights[held] for name in tied})
+            weights.update(dict.fromkeys(tied, weights[held]))
 
 
 def _by_name(model: Any, optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:

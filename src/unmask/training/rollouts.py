@@ -86,21 +86,37 @@ def roll_out(
             batch = _denoised(network, student, beginnings, request, num_steps, (*key, "step", number))
         return batch if learn_end else [_without_end(document, end_token_ids) for document in batch]
 
+    documents = _written(write, num_tokens, spread, progress)
+    with ranks.main_alone() as is_main:
+        if is_main:
+            _save(file, Corpus.of(documents, fingerprint=""))
+    return _load(file)
+
+
+def _written(
+    write: Callable[[int], list[Document]], num_tokens: int, spread: Spread, progress: Callable[[int], None] | None
+) -> list[Document]:
+    """Batches of documents until there are `num_tokens`, each rank writing one of the next ones at a time.
+
+    write: (number of its first document) -> a batch. As many documents as one process writes.
+    """
     documents: list[Document] = []
     written = 0
     while written < num_tokens:
-        starts = [len(documents) + rank * _BATCH for rank in range(ranks.number())]
-        for batch in spread(len(starts), lambda items: [write(starts[item]) for item in items]):  # noqa: B023
-            if written < num_tokens:  # as many as one process writes
+        first = len(documents)
+        starts = [first + rank * _BATCH for rank in range(ranks.number())]
+
+        def batches(items: Sequence[int], starts: Sequence[int] = starts) -> list[list[Document]]:
+            return [write(starts[item]) for item in items]
+
+        for batch in spread(len(starts), batches):
+            if written < num_tokens:
                 documents += batch
                 size = sum(len(document.ids) for document in batch)
                 written += size
                 if progress is not None:
                     progress(size)
-    with ranks.main_alone() as is_main:
-        if is_main:
-            _save(file, Corpus.of(documents, fingerprint=""))
-    return _load(file)
+    return documents
 
 
 def rewritten_text(data: TrainingData, settings: Resolved, model: Any, write: Callable[[int], Corpus]) -> TrainingData:

@@ -21,7 +21,6 @@ from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-
 from unmask.training import ranks
 
 T = TypeVar("T")
@@ -131,7 +130,7 @@ def _gathered(parameter: Any) -> nn.Parameter:
     return nn.Parameter(tensor, parameter.requires_grad)
 
 
-def _forget_sharding(module: nn.Module) -> None:
+def _forget_sharding(module: Any) -> None:
     """Take what `fully_shard` put on a module off it: its class, hooks and marks; torch has no function for that."""
     if isinstance(module, FSDPModule):
         state = module._get_fsdp_state()

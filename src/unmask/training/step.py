@@ -58,7 +58,8 @@ def step_loss(
 ) -> LossOutput:
     """Loss (sum, count) of some rows of the global batch, the mean over the masks of the step.
 
-    rows: (batch,) int64, their numbers in the global batch. config: None trains the AR model. sharded: of `objective_of`.
+    rows: (batch,) int64, their numbers in the global batch. config: None trains the AR model.
+    sharded: of `objective_of`.
     """
     if config is None:
         return NextToken()(network, None, batch, ())

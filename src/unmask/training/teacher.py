@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 from unmask import hf
-from unmask.core.network import Network
 from unmask.evaluation.beside import check_same_vocabulary
 from unmask.loading import load
 from unmask.model import DiffusionLM
@@ -25,7 +24,7 @@ def load_teacher(lm: DiffusionLM, name: str | None, *, trust_remote_code: bool =
     return other
 
 
-def freeze(teacher: DiffusionLM, lm: DiffusionLM, mask_token_id: int) -> Network:
+def freeze(teacher: DiffusionLM, lm: DiffusionLM, mask_token_id: int) -> hf.HFNetwork:
     """A frozen copy of the teacher, with the vocabulary size that `lm` has after its mask token was added."""
     model = copy.deepcopy(teacher.model)
     size = lm.model.get_input_embeddings().weight.shape[0]

@@ -137,6 +137,7 @@ def _forget_sharding(module: Any) -> None:
         state._pre_forward_hook_handle.remove()
         state._post_forward_hook_handle.remove()
         _module_state_mapping.pop(module, None)
-        module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+        kind: Any = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+        module.__class__ = kind
     for name in (STATE_KEY, REGISTRY_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params"):
         vars(module).pop(name, None)

@@ -132,12 +132,11 @@ def _gathered(parameter: Any) -> nn.Parameter:
 
 def _forget_sharding(module: Any) -> None:
     """Take what `fully_shard` put on a module off it: its class, hooks and marks; torch has no function for that."""
-    if isinstance(module, FSDPModule):
+    if is_sharded(module):
         state = module._get_fsdp_state()
         state._pre_forward_hook_handle.remove()
         state._post_forward_hook_handle.remove()
-        _module_state_mapping.pop(module, None)
-        kind: Any = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
-        module.__class__ = kind
+        del _module_state_mapping[module]
+        module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
     for name in (STATE_KEY, REGISTRY_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params"):
         vars(module).pop(name, None)

@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from accelerate.utils import DistributedType
 from transformers.utils import logging as hf_logging
 
 import unmask
+from unmask.training import loop
 from unmask.training.ranks import join, leave
 
 hf_logging.set_verbosity_error()
@@ -30,8 +34,32 @@ hf_logging.disable_progress_bar()
 def run_case(case: dict[str, Any]) -> unmask.DiffusionLM:
     """Adapt a model held in float64, so that what is left of a difference is one."""
     case = dict(case)
+    fault = case.pop("fault", None)
+    if fault is not None and fault["rank"] == join().process_index:
+        break_down(fault["kind"], Path(case["output_dir"]))
     lm = unmask.load(case.pop("model"), dtype=torch.float64)
     return unmask.adapt(lm, show_progress=False, **case)
+
+
+def break_down(kind: str, folder: Path) -> None:
+    """Have this process get SIGTERM after two rows of metrics, or sleep in a step."""
+    if kind == "sleep":
+        plain = loop.step_loss
+
+        def slow(*given: Any, **named: Any) -> Any:
+            time.sleep(8 if (folder / "metrics.jsonl").is_file() else 0)
+            return plain(*given, **named)
+
+        loop.step_loss = slow
+        return
+
+    def kill() -> None:
+        rows = folder / "metrics.jsonl"
+        while not rows.is_file() or rows.read_text().count("\n") < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=kill, daemon=True).start()
 
 
 def weights_of(lm: unmask.DiffusionLM) -> dict[str, torch.Tensor]:
@@ -73,8 +101,8 @@ def main(cases: Path, results: Path, kind: str = "ddp") -> None:
     for name, case in json.loads(cases.read_text()).items():
         try:
             told[name] = digest(run_case(case))
-        except ValueError as error:  # any other ends the launch
-            told[name] = f"ValueError: {error}"
+        except (ValueError, SystemExit) as error:  # any other ends the launch
+            told[name] = f"{type(error).__name__}: {error}"
     results.mkdir(exist_ok=True)
     (results / f"rank-{ranks.process_index}.json").write_text(json.dumps(told))
     ranks.wait_for_everyone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from unmask.resolve import Resolved, resolve
 from unmask.run_folder import RunFolder
 from unmask.settings import Settings
 from unmask.training.loop import check_machine, check_tracker
-from unmask.training.ranks import join
+from unmask.training.ranks import check_launcher, join
 from unmask.training.teacher import load_teacher
 
 
@@ -71,6 +72,11 @@ def plan(
         locate(str(settings.teacher))
     sources, given = _sources(data, settings.split)
     check_tracker(settings.report_to)
+    check_launcher()
+    if settings.quantize is not None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError(
+            f"quantize={settings.quantize!r}: packed weights are not sharded (FSDP2): use configs/ddp.yaml"
+        )
     if settings.lora_rank is not None:
         lora.require_peft()
     own = sources == ("self",)

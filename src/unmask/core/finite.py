@@ -16,21 +16,31 @@ class StepWatch:
 
     A step that is not finite is skipped on the device, so that the host need not wait for it: the host reads the
     figures of a step while the next one runs, and all that are left in `settle`. allowed: steps that may be skipped
-    before a ValueError ends the run. skipped: steps skipped so far.
+    before a ValueError ends the run. skipped: steps skipped so far. norm, stopping: of the last step that was read.
     """
 
     def __init__(self, allowed: int = 0, skipped: int = 0) -> None:
         self.allowed, self.skipped = allowed, skipped
+        self.norm, self.stopping = 0.0, False
         self._pending: list[tuple[int, float, Tensor, Any]] = []
 
     def look(
-        self, step: int, learning_rate: float, loss: Tensor, norm: Tensor | None, *, scaled: bool = False
+        self,
+        step: int,
+        learning_rate: float,
+        loss: Tensor,
+        norm: Tensor | None,
+        *,
+        scaled: bool = False,
+        stop: Tensor | None = None,
     ) -> Tensor:
         """0-dimensional bool on the device of `loss`: whether the step's loss and gradient norm are finite.
 
-        norm: None where it is not known. scaled: a gradient scaler itself skips steps whose gradient overflows.
+        norm: None where it is not known. scaled: a gradient scaler itself skips steps whose gradient overflows. stop:
+        above 0 where a process was asked to stop; all processes read it after the same step.
         """
-        figures = torch.stack([loss.double(), (loss if norm is None or scaled else norm).double()])
+        stop = torch.zeros_like(loss) if stop is None else stop
+        figures = torch.stack([loss.double(), (loss if norm is None or scaled else norm).double(), stop.double()])
         host, event = figures, None
         if loss.device.type == "cuda":
             host = figures.to("cpu", non_blocking=True)
@@ -45,7 +55,8 @@ class StepWatch:
             step, learning_rate, host, event = self._pending.pop(0)
             if event is not None:
                 event.synchronize()
-            loss, norm = host.tolist()
+            loss, norm, stop = host.tolist()
+            self.norm, self.stopping = norm, self.stopping or stop > 0
             if math.isfinite(loss) and math.isfinite(norm):
                 continue
             self.skipped += 1

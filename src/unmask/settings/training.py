@@ -72,6 +72,11 @@ class RunSettings:
     gradient_checkpointing: bool = setting(
         False, "compute layers again in the backward pass, for memory", objective=("diffusion", "joint"))
     compile_layers: bool = setting(False, "compile the layers with torch.compile", objective=("diffusion", "joint"))
+    sync_each_micro_batch: bool = setting(
+        False, "exchange gradients after each micro-batch, not once a step: with FSDP2 no process holds whole ones")
+    rank_timeout: float | None = setting(
+        1800.0, "seconds that a step may take on several processes before those that lag are named and the run ends",
+        above=0)
     log_every: int = setting(10, "steps between rows of metrics.jsonl", above=0)
     save_every: int = setting(500, "steps between checkpoints", above=0)
     keep_checkpoints: int = setting(2, "checkpoints to keep, the newest", above=0)

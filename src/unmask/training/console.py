@@ -30,7 +30,7 @@ def reporter(advance: Advance, start: int) -> Callable[[Progress], None]:
         nonlocal done
         figures = "".join(f"  {k} {v:.4g}" for k, v in p.evaluation.items() if k in ("nelbo", "nll"))
         note = (f"step {p.step}/{p.total_steps}  loss {p.loss:.4f}{figures}  lr {p.learning_rate:.2e}  "
-                f"{p.tokens_per_second:,.0f} tokens/s")  # fmt: skip
+                f"{p.tokens_per_second:,.0f} tokens/s  gradient {p.gradient_norm:.3g}  {p.memory:.1f} GiB")  # fmt: skip
         advance(p.step - done, note)
         done = p.step
 

@@ -8,6 +8,8 @@ split into micro-batches and ranks changes nothing.
 from __future__ import annotations
 
 import functools
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -42,6 +44,7 @@ from unmask.training.checkpoints import (
     read_state,
     save_checkpoint,
 )
+from unmask.training.guards import STOPPED, StepClock, StopRequest, naming_memory
 from unmask.training.ranks import add_gradients, agreeing, join, share_weights
 from unmask.training.sharded import is_sharded, run_first, shard, whole
 from unmask.training.step import learning_rate_at, step_loss
@@ -53,7 +56,10 @@ Evaluator = Callable[[], dict[str, float]]
 
 @dataclass(frozen=True)
 class Progress:
-    """The figures of one log step. loss: mean since the last log step, nats per token."""
+    """The figures of one log step. loss: mean since the last log step, nats per token.
+
+    memory: GiB at most so far, of the device on a GPU, else of this process.
+    """
 
     step: int
     total_steps: int
@@ -62,6 +68,8 @@ class Progress:
     learning_rate: float
     tokens_per_second: float
     evaluation: dict[str, float]
+    gradient_norm: float = 0.0
+    memory: float = 0.0
 
 
 @torch.enable_grad()
@@ -88,13 +96,32 @@ def train(
     micro-batch. teacher: the frozen AR model of the joint objective. Raises ValueError for a checkpoint that does not
     fit, and when a step or the weights are not finite.
     """
-    run = _Run(model, make_network, settings, config, data.num_steps, folder, teacher, replicate)
-    run.restore(resume)
+    with StopRequest() as request:
+        run = _Run(model, make_network, settings, config, data.num_steps, folder, teacher, replicate, request)
+        run.restore(resume)
+        _train(run, settings, data, evaluate, report)
+    run.close()
+    if run.watch.stopping and run.state.tokens < data.num_tokens:
+        if run.accelerator.is_main_process:
+            print(f"note: SIGTERM stopped the run after step {run.state.step}, which is saved: go on with --resume",
+                  file=sys.stderr)  # fmt: skip
+        raise SystemExit(STOPPED)
+    return run.state
+
+
+def _train(
+    run: _Run,
+    settings: Resolved,
+    data: TrainingData,
+    evaluate: Evaluator | None,
+    report: Callable[[Progress], None] | None,
+) -> None:
+    """The steps of a run until its tokens are seen or it is asked to stop; the last one is saved."""
     eval_every = settings.eval_every or max(1, data.num_steps // 10)
     batches = data.batches(run.state.step, run.state.data)
     while run.state.tokens < data.num_tokens and (batch := next(batches, None)) is not None:
         run.step(*batch)
-        ended = run.state.tokens >= data.num_tokens
+        ended = run.state.tokens >= data.num_tokens or run.watch.stopping
         evaluating = evaluate is not None and run.state.step % eval_every == 0 and not ended
         saving = run.state.step % settings.save_every == 0 or ended
         if evaluating or saving:
@@ -104,8 +131,8 @@ def train(
             run.log(figures, report)
         if saving:
             run.save()
-    run.close()
-    return run.state
+        if run.watch.stopping:
+            break
 
 
 class _Run:
@@ -125,6 +152,7 @@ class _Run:
         folder: RunFolder,
         teacher: hf.HFNetwork | None,
         replicate: Callable[[Any], Any] | None,
+        request: StopRequest,
     ) -> None:
         self.accelerator = accelerator = _accelerator(settings, folder)
         if settings.report_to:
@@ -144,6 +172,7 @@ class _Run:
         spread = replicate is not None and on_cpu and torch.get_num_threads() > 1
         self.threads = ThreadedBackward(self.network, replicate) if replicate is not None and spread else None
         self.state = TrainState()
+        self.request, self.clock = request, StepClock(settings.rank_timeout)
 
     def restore(self, resume: bool) -> None:
         """Start from the newest whole checkpoint with `resume`, otherwise from step 0."""
@@ -172,18 +201,22 @@ class _Run:
         place: the place in the data after the batch.
         """
         accelerator, optimizer = self.accelerator, self.optimizer
-        rate = self.learning_rate
+        rate, place_of_step = self.learning_rate, f"step {self.state.step + 1}"
+        self.clock.reach(place_of_step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         # Every rank has the rows of all ranks, so the token count needs no communication.
         count = int(predictable(batch.layout, batch.loss_mask).sum())
-        loss = self._backward(batch, count)
+        with naming_memory(self.settings, self.state.step + 1, accelerator.num_processes):
+            loss = self._backward(batch, count)
+        self.clock.reach(f"the end of {place_of_step}")
         if accelerator.distributed_type not in _SHARDED:
             add_gradients(self.wrapped.parameters())
         norm = whole(accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.max_grad_norm))
-        whole_loss = accelerator.reduce(loss.clone()) if accelerator.num_processes > 1 else loss
+        told = torch.stack([loss, loss.new_full((), float(self.request.asked))])
+        whole_loss, stop = accelerator.reduce(told) if accelerator.num_processes > 1 else told
         scaled = accelerator.scaler is not None
-        finite = self.watch.look(self.state.step + 1, rate, whole_loss, norm, scaled=scaled)
+        finite = self.watch.look(self.state.step + 1, rate, whole_loss, norm, scaled=scaled, stop=stop)
         if not scaled:  # the optimiser's fused kernel reads this on the device and skips the step
             optimizer.optimizer.found_inf = (~finite).float()
         optimizer.step()
@@ -196,6 +229,7 @@ class _Run:
         self.tokens_since_log += batch.num_tokens
         self.last_rate = rate
         self.watch.settle(but_last=accelerator.device.type == "cuda")
+        self.clock.reach("")
 
     def _backward(self, batch: Batch, count: int) -> Tensor:
         """Add this rank's gradients, divided by `count`, the tokens of the step; return its loss sum, float64."""
@@ -211,7 +245,7 @@ class _Run:
                 loss_of = functools.partial(step_loss, settings=settings, config=self.config, step=step)
                 total += self.threads.run(loss_of, micro, rows, scale)
                 continue
-            with accelerator.autocast(), _sync(accelerator, self.wrapped, last):
+            with accelerator.autocast(), _sync(accelerator, self.wrapped, last or settings.sync_each_micro_batch):
                 loss = step_loss(self.network, settings, self.config, micro, step, rows, self.teacher,
                                  sharded=self.sharded)  # fmt: skip
                 accelerator.backward(loss.sum * scale)
@@ -251,7 +285,8 @@ class _Run:
                 self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=state.step)
             if report is not None:
                 steps = max(self.total_steps, state.step)
-                report(Progress(state.step, steps, state.tokens, loss, rate, speed, figures))
+                report(Progress(state.step, steps, state.tokens, loss, rate, speed, figures, self.watch.norm,
+                                _memory(self.accelerator.device)))  # fmt: skip
         self.summed.zero_()
         self.counted.zero_()
         self.logged_at, self.tokens_since_log = time.perf_counter(), 0
@@ -268,10 +303,19 @@ class _Run:
     def close(self) -> None:
         """Check the last step, and end threads and trackers."""
         self.watch.settle()
+        self.clock.close()
         if self.threads is not None:
             self.threads.close()
         for tracker in self.accelerator.trackers:  # `end_training` would destroy the caller's process group
             tracker.finish()
+
+
+def _memory(device: torch.device) -> float:
+    """GiB that were used at most so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _micro_batches(

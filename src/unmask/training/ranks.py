@@ -39,6 +39,29 @@ def join() -> accelerate.PartialState:
     return accelerate.PartialState(cpu=on_cpu, **({"timeout": _TIMEOUT} if launched else {}))
 
 
+def check_launcher() -> None:
+    """Raise ValueError for what Accelerate's launcher was asked to do and this library does not."""
+    for name, what in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+                       ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config")):  # fmt: skip
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise ValueError(f"{name}={os.environ[name]}: {what} is not supported; use configs/ddp.yaml or fsdp2.yaml")
+    sharding = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    if not sharding:
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError(f"FSDP_VERSION={os.environ.get('FSDP_VERSION')}: only FSDP2 is supported: fsdp_version: 2")
+    if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() in ("1", "true", "yes"):
+        raise ValueError(
+            "FSDP_ACTIVATION_CHECKPOINTING=true wraps the layers that this library hooks into: use the setting "
+            "gradient_checkpointing=true instead"
+        )
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("1", "true", "yes"):
+        raise ValueError(
+            "FSDP_CPU_RAM_EFFICIENT_LOADING=true leaves other processes than the first without the weights that they "
+            "check: set fsdp_cpu_ram_efficient_loading: false"
+        )
+
+
 def leave() -> None:
     """Destroy the process group, as the last act of a command."""
     if dist.is_initialized():

@@ -1,0 +1,98 @@
+"""What ends a long run early: SIGTERM, too little memory, a process that does not come on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from ranks import break_down, run_case
+from test_ranks import CASES, assert_same_run, full, logged, on_ranks
+
+from unmask.recipe import load_recipe
+from unmask.resolve import resolve
+from unmask.training.guards import STOPPED, naming_memory
+from unmask.training.ranks import check_launcher
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("guards")
+
+
+@pytest.fixture(scope="module")
+def case(work: Path, tokenizer_and_model: Path, stories: Path) -> dict[str, Any]:
+    """A run, which has been made."""
+    found = full(CASES["efficient-dlm"], tokenizer_and_model, stories, work / "whole")
+    run_case(found)
+    return found
+
+
+def test_a_run_that_gets_sigterm_saves_and_goes_on(case: dict[str, Any], work: Path) -> None:
+    stopped = case | {"output_dir": str(work / "stopped"), "save_every": 100}
+    break_down("sigterm", work / "stopped")
+    with pytest.raises(SystemExit) as end:
+        run_case(stopped)
+    assert end.value.code == STOPPED == 143
+    steps = [row["step"] for row in logged(work / "stopped")]
+    assert 2 <= steps[-1] < logged(work / "whole")[-1]["step"]
+    assert (work / "stopped" / f"checkpoint-{steps[-1]}" / "files.json").is_file()
+    run_case(stopped | {"resume": True})
+    assert_same_run(work / "stopped", work / "whole")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_all_processes_stop_if_one_gets_sigterm(kind: str, case: dict[str, Any], work: Path) -> None:
+    stopped = case | {"output_dir": str(work / f"stopped {kind}"), "save_every": 100}
+    told = on_ranks(2, {"stopped": stopped | {"fault": {"rank": 1, "kind": "sigterm"}}}, work / f"first {kind}",
+                    kind)  # fmt: skip
+    assert told["stopped"] == f"SystemExit: {STOPPED}"
+    run_case(stopped | {"resume": True})
+    assert_same_run(work / f"stopped {kind}", work / "whole", rel=1e-6)
+
+
+def test_a_process_that_does_not_come_on_is_named(case: dict[str, Any], work: Path) -> None:
+    slow = case | {"output_dir": str(work / "slow"), "rank_timeout": 3.0, "fault": {"rank": 1, "kind": "sleep"}}
+    with pytest.raises(AssertionError, match=r"rank_timeout=3 seconds on process 0: process 1 is at step \d"):
+        on_ranks(2, {"slow": slow}, work / "slow ranks")
+
+
+def test_too_little_memory_names_what_to_change() -> None:
+    settings = resolve(load_recipe("efficient-dlm", micro_batch_size=8, batch_size=8), 10**8, 4096)
+    advice = r"out of memory in step 3 .*: try micro_batch_size=4 .*, gradient_checkpointing=true, mixed_precision=bf16"
+    with pytest.raises(ValueError, match=advice), naming_memory(settings, 3, 1):
+        torch.empty(2**50)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), naming_memory(settings, 3, 1):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
+        ("FSDP_VERSION", "1", "only FSDP2"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "gradient_checkpointing=true"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading: false"),
+    ],
+)
+def test_launchers_that_are_not_supported_are_refused(
+    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, given in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", name: value}.items():
+        monkeypatch.setenv(key, given)
+    with pytest.raises(ValueError, match=message):
+        check_launcher()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_configurations_are_those_that_accelerate_reads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 8
+    for key, given in (config.fsdp_config or {}).items():
+        monkeypatch.setenv(key.upper(), str(given).lower())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str("fsdp" in path.name).lower())
+    check_launcher()

@@ -1,15 +1,17 @@
-"""Memory and time of preparing data and of a run on them, for data of three shapes.
+"""Memory and time of preparing data and of a run on them, for data of four shapes.
 
-    python benchmarks/data_memory.py MODEL TEXT.txt SCRATCH [--cases tiny,long,large] [--megabytes 2000]
+    python benchmarks/data_memory.py MODEL TEXT.txt SCRATCH [--cases tiny,long,large,copied] [--megabytes 2000]
 
 tiny: a million documents of a few words. long: one document of 200 MB. large: TEXT again and again, in shards, up to
---megabytes. Each is prepared by one process, and read by another, a run of one step: SCRATCH holds text and tokens,
-which are deleted. A row is appended to rows.jsonl for each process: seconds, and by how much the process grew at its
-largest (`peak_mb`, of which `private_mb` are not pages of mapped files) over what it was with the model loaded and,
-for a run, after a first run on a few documents.
+--megabytes. Each is prepared in one process, with the workers that it starts, and read in another, by a run of one
+step. copied: what `large` would prepare, written from the tokens of TEXT, for the run alone. SCRATCH holds text and
+tokens, which are deleted. A row is appended to rows.jsonl for each: seconds, and by how many MB the processes grew at
+their largest (`peak_mb`; `private_mb` of it are no pages of mapped files) over what was there with the model loaded
+and after a first, small one of the kind. Pages that processes share are counted once (PSS).
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import shutil
@@ -19,6 +21,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 MEGABYTE = 1 << 20
 RUN: dict[str, Any] = {"max_length": 128, "block_size": 4, "batch_size": 8, "eval_documents": 0, "max_tokens": 1024,
@@ -30,7 +34,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("text", type=Path)
     parser.add_argument("scratch", type=Path)
-    parser.add_argument("--cases", default="tiny,long,large")
+    parser.add_argument("--cases", default="tiny,long,large,copied")
     parser.add_argument("--megabytes", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=Path("results/data"))
     options = parser.parse_args()
@@ -39,8 +43,9 @@ def main() -> None:
         folder = options.scratch / case
         folder.mkdir(parents=True)
         try:
-            size = SHAPES[case](options.text, folder, options.megabytes)
-            for work in (prepare, adapt):
+            shape = functools.partial(copied, options.model) if case == "copied" else SHAPES[case]
+            size = shape(options.text, folder, options.megabytes)
+            for work in (adapt,) if case == "copied" else (prepare, adapt):
                 row = {"case": case, "work": work.__name__, "megabytes": size // MEGABYTE}
                 row |= in_a_process(work, options.model, folder)
                 with (options.output / "rows.jsonl").open("a") as file:
@@ -80,6 +85,34 @@ def large(text: Path, folder: Path, megabytes: int) -> int:
     return size
 
 
+def copied(model: str, text: Path, folder: Path, megabytes: int) -> int:
+    from contextlib import ExitStack
+
+    from unmask.data import prepared
+    from unmask.data.corpus import Writer
+    from unmask.data.documents import Encoder, load_corpus
+    from unmask.data.readers import Faults
+    from unmask.loading import load_tokenizer
+
+    tokenizer, ends = load_tokenizer(model)
+    corpus = load_corpus([text], tokenizer, end_token_id=ends[0])
+    documents = [corpus.document(index) for index in range(len(corpus))]
+    place = folder / "prepared"
+    place.mkdir()
+    copies = -(-megabytes * MEGABYTE // text.stat().st_size)
+    with ExitStack() as opened:
+        writer = Writer(
+            *(opened.enter_context((place / f"{n}.bin").open("wb")) for n in ("tokens", "offsets", "marks"))
+        )
+        for _ in range(copies):
+            writer.add(documents)
+    origin = prepared.made_of([text], Encoder(tokenizer, ends[0], Faults()), "text")
+    record = {"format": 1, "num_documents": writer.num_documents, "num_tokens": writer.num_tokens, "has_marks": False,
+              "fingerprint": "copied", "longest_example": None, "made_of": origin}  # fmt: skip
+    (place / "prepared.json").write_text(json.dumps(record))
+    return copies * text.stat().st_size
+
+
 SHAPES: dict[str, Callable[[Path, Path, int], int]] = {"tiny": tiny, "long": long, "large": large}
 
 
@@ -115,7 +148,7 @@ def growth():
     ended, most, before = threading.Event(), memory(), memory()
 
     def watch() -> None:
-        while not ended.wait(0.02):
+        while not ended.wait(0.2):
             for name, value in memory().items():
                 most[name] = max(most[name], value)
 
@@ -130,9 +163,17 @@ def growth():
 
 
 def memory() -> dict[str, int]:
-    """KB of this process: all, and without pages of files."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {"peak_mb": int(lines["VmRSS"].split()[0]), "private_mb": int(lines["RssAnon"].split()[0])}
+    """KB of this process and those that it started: all, and without pages of files."""
+    total = {"peak_mb": 0, "private_mb": 0}
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        try:
+            text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+        except OSError:  # it has ended
+            continue
+        lines = dict(line.split(":", 1) for line in text.splitlines()[1:])
+        total["peak_mb"] += int(lines["Pss"].split()[0])
+        total["private_mb"] += int(lines["Pss_Anon"].split()[0])
+    return total
 
 
 def in_a_process(work: Callable[[str, Path], dict[str, Any]], model: str, folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -304,6 +305,31 @@ def test_a_run_on_prepared_data_is_the_run_on_the_text(
         assert run["data"]["fingerprint"] == text["data"]["fingerprint"]
     # a run that began on the text goes on with the prepared data
     unmask.adapt(tokenizer_and_model, tmp_path / "p", "ar", tmp_path / "runs" / "text", resume=True, **RUN)
+
+
+@pytest.mark.parametrize("kind", ["set", "stream", "texts", "splits"])
+def test_whatever_adapt_reads_is_prepared(kind: str, tokenizer_and_model: Path, tokenizer: Any, tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([{"text": story} for story in STORIES])
+    data = {"set": rows, "stream": rows.to_iterable_dataset(), "texts": STORIES,
+            "splits": datasets.DatasetDict({"train": rows})}[kind]  # fmt: skip
+    options = {"split": "train"} if kind == "splits" else {}
+    unmask.prepare(data, tokenizer_and_model, tmp_path / "p", show_progress=False, **options)
+    assert_equal(prepared.open_prepared(tmp_path / "p"), load_corpus([Records(STORIES)], tokenizer, end_token_id=1))
+
+
+def test_a_set_of_the_hub_is_read_to_its_end(
+    tokenizer_and_model: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's own loader, on a data set that lies on this disk under another name."""
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", STORIES)
+    opened = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda _name, **more: opened(str(tmp_path / "set"), **more))
+    record = unmask.prepare("owner/set", tokenizer_and_model, tmp_path / "p", show_progress=False)
+    assert_equal(prepared.open_prepared(tmp_path / "p"), load_corpus([Records(STORIES)], tokenizer, end_token_id=1))
+    assert unmask.prepare("owner/set", tokenizer_and_model, tmp_path / "p", show_progress=False) == record
+    with pytest.raises(ValueError, match="p' holds other prepared data"):
+        unmask.prepare("owner/other", tokenizer_and_model, tmp_path / "p", show_progress=False)
 
 
 def test_prepared_data_of_another_model_are_refused(tokenizer_and_model: Path, tmp_path: Path) -> None:

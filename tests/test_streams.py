@@ -17,6 +17,7 @@ from test_ranks import launch
 from transformers import AutoTokenizer
 
 import unmask
+from unmask.data import prepared
 from unmask.data.documents import Encoder
 from unmask.data.packing import Packer, PackState
 from unmask.data.readers import Faults
@@ -32,15 +33,18 @@ from unmask.training.ranks import join, leave
 model, folder = sys.argv[1], Path(sys.argv[2])
 ranks = join()
 told = [run(model, folder / f"{name}.jsonl", folder / f"{name} on 2") for name in ("fine", "broken")]
+told.append(run(model, folder / "fine.jsonl", folder / "file on 2", streamed=False))
 (folder / f"told-{ranks.process_index}.json").write_text(json.dumps(told))
 ranks.wait_for_everyone()
 leave()
 """
 
 
-def run(model: str | Path, data: Path, output: Path) -> dict[str, Any]:
-    """A run on a stream: how many records this process tokenised, its error, and the threads that are left."""
-    stream = datasets.load_dataset("json", data_files=str(data), split="train", streaming=True)
+def run(model: str | Path, data: Path, output: Path, *, streamed: bool = True) -> dict[str, Any]:
+    """A run on a stream, or on prepared data: records that this process tokenised, its error, threads that are left."""
+    source: Any = data
+    if streamed:
+        source = datasets.load_dataset("json", data_files=str(data), split="train", streaming=True)
     told: dict[str, Any] = {"records": 0, "error": None}
     encode = Encoder.__call__
 
@@ -50,8 +54,9 @@ def run(model: str | Path, data: Path, output: Path) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Encoder, "__call__", counted)
+        patch.setattr(prepared, "SMALL", 0)
         try:
-            unmask.adapt(unmask.load(model), stream, "ar", output, max_length=32, block_size=4, batch_size=4,
+            unmask.adapt(unmask.load(model), source, "ar", output, max_length=32, block_size=4, batch_size=4,
                          eval_documents=0, log_every=1, max_tokens=700, show_progress=False)  # fmt: skip
         except ValueError as error:
             told["error"] = str(error)
@@ -83,14 +88,18 @@ def test_a_stream_is_read_by_one_process_for_all_and_is_the_same_for_any_number(
     main, other = (json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in range(2))
     assert main[0] == alone
     assert alone["records"] > 0
-    assert [told["records"] for told in other] == [0, 0]
+    assert [told["records"] for told in other] == [0, 0, 0]
     for told in (main, other):
         assert "holds a number in column 'text'" in told[1]["error"]
-        assert [each["threads"] for each in told] == [0, 0]
-    ours, theirs = rows_of(tmp_path / "fine on 2"), rows_of(tmp_path / "fine on 1")
-    assert [row["tokens"] for row in ours] == [row["tokens"] for row in theirs]
-    for row, expected in zip(ours, theirs, strict=True):
-        assert row == pytest.approx(expected, rel=1e-4)
+        assert [each["threads"] for each in told] == [0, 0, 0]
+        assert told[2]["error"] is None
+    assert len(list(tmp_path.glob("prepared-*"))) == 1  # written by one process and its workers, mapped by both
+    run(tokenizer_and_model, data, tmp_path / "file on 1", streamed=False)
+    for name in ("fine", "file"):
+        ours, theirs = rows_of(tmp_path / f"{name} on 2"), rows_of(tmp_path / f"{name} on 1")
+        assert [row["tokens"] for row in ours] == [row["tokens"] for row in theirs]
+        for row, expected in zip(ours, theirs, strict=True):
+            assert row == pytest.approx(expected, rel=1e-4)
 
 
 # --- in the background

@@ -18,6 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,8 @@ def memory() -> dict[str, int]:
 
 
 def in_a_process(work: Callable[[str, Path], dict[str, Any]], model: str, folder: Path) -> dict[str, Any]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, (model, folder))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, model, folder).result()
 
 
 if __name__ == "__main__":

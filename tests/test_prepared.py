@@ -230,6 +230,21 @@ def test_a_number_of_processes_that_cannot_be_is_named(number: int, tokenizer_an
         unmask.prepare(STORIES, tokenizer_and_model, tmp_path / "p", num_processes=number)
 
 
+def _in_a_pool(number: int) -> str:
+    assert workers.default_processes() == 1
+    try:
+        workers.check_processes(number)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_worker_of_a_pool_tokenises_alone() -> None:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert "num_processes=2: this system, or this worker of a pool" in pool.apply(_in_a_pool, (2,))
+        assert pool.apply(_in_a_pool, (1,)) == ""
+
+
 # --- what is read
 
 

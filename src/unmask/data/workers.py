@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import current_process, get_all_start_methods, get_context
 from typing import Any
 
 from unmask.data.corpus import Document
@@ -27,8 +27,8 @@ _encoder: Encoder | None = None
 
 
 def default_processes() -> int:
-    """The CPUs that this process may use, `MOST` at most; 1 where processes cannot be forked."""
-    if "fork" not in get_all_start_methods() or not hasattr(os, "sched_getaffinity"):
+    """The CPUs that this process may use, `MOST` at most; 1 where it cannot fork others."""
+    if not _can_fork() or not hasattr(os, "sched_getaffinity"):
         return 1
     return min(MOST, len(os.sched_getaffinity(0)))
 
@@ -36,8 +36,16 @@ def default_processes() -> int:
 def check_processes(number: int | None) -> None:
     """Raise an error for a number of processes that cannot be."""
     check_whole("num_processes", number, 1, 1024)
-    if number is not None and number > 1 and "fork" not in get_all_start_methods():
-        raise ValueError(f"num_processes={number}: this system cannot fork processes: use 1, which has several threads")
+    if number is not None and number > 1 and not _can_fork():
+        raise ValueError(
+            f"num_processes={number}: this system, or this worker of a pool, cannot fork processes: use 1, which has "
+            "several threads"
+        )
+
+
+def _can_fork() -> bool:
+    """Whether this process may have others; workers of `multiprocessing.Pool` may not."""
+    return "fork" in get_all_start_methods() and not current_process().daemon
 
 
 def in_processes(number: int) -> Callable[[Encoder, Iterator[list[Read]]], Iterator[Made]]:

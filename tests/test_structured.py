@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -257,3 +259,36 @@ def test_the_stream_and_callbacks_hear_of_forced_tokens() -> None:
         assert stopped.texts[0] == out.texts[0].split('"age')[0]
         cut = lm.generate("A", mode, constraint=PERSON, max_new_tokens=6)
         assert rows_of(cut, lm.prompt_ids("A")) == [heard[:6]]
+
+
+def test_the_command_takes_a_schema_a_regular_expression_or_a_grammar(
+    tokenizer_and_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from unmask import cli
+
+    def run(*options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["unmask", "generate", str(tokenizer_and_model), "Once", "--json", *options])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    schema, grammar = tmp_path / "schema.json", tmp_path / "start.lark"
+    schema.write_text('{"enum": ["yes"]}')
+    grammar.write_text('start: "a"~3')
+    for options, text in {
+        ("--json-schema", '{"const": [1, 2]}'): "[1, 2]", ("--json-schema", str(schema)): '"yes"',
+        ("--regex", "(ab){2}"): "abab", ("--grammar", str(grammar)): "aaa", ("--grammar", 'start: "b" "c"'): "bc",
+    }.items():  # fmt: skip
+        code, out, _ = run(*options)
+        answer = json.loads(out)
+        assert (code, answer["text"]) == (0, text), options
+        assert answer["num_forced"] + answer["num_forwards"] == answer["num_new_tokens"]
+    for options, said in {
+        ("--json-schema", "nowhere.json"): "'nowhere.json' is neither the text itself nor a file",
+        ("--grammar", str(tmp_path)): "nor a file that can be read (Is a directory)",
+        ("--json-schema", '{"type": "obj"}'): "Invalid type: obj", ("--json-schema", "{"): "is no JSON",
+        ("--regex", "a", "--json-schema", "{}"): "both say what the text must be: leave one of them out",
+    }.items():  # fmt: skip
+        code, out, error = run(*options)
+        assert (code, out, error.count("\n")) == (2, "", 1), error
+        assert said in error

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from unmask.cli.app import Base, Json, TrustRemoteCode, app, name_of
-from unmask.cli.options import DECODER, SAMPLING, takes_decoding
+from unmask.cli.options import CONSTRAINT, DECODER, SAMPLING, takes_decoding
 from unmask.plain_json import to_json
 
 
 @app.command(epilog='Example: unmask generate runs/q "Once upon a time" --max-new-tokens 64 --confidence-threshold 0.8')
-@takes_decoding(*DECODER, *SAMPLING)
+@takes_decoding(*DECODER, *SAMPLING, *CONSTRAINT)
 def generate(
     model: Annotated[str, typer.Argument(**name_of("Folder or hub id."))],
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
@@ -85,7 +85,7 @@ def generate(
 
 
 @app.command(epilog="Example: unmask chat runs/q --confidence-threshold 0.8")
-@takes_decoding(*DECODER, *SAMPLING)
+@takes_decoding(*DECODER, *SAMPLING, *CONSTRAINT)
 def chat(
     model: Annotated[str, typer.Argument(**name_of("Folder or hub id of a model with a chat template."))],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
@@ -152,6 +152,8 @@ def _counts(out: Any) -> dict[str, Any]:
         "num_prefill_forwards": int(out.num_prefill_forwards[0]),
         "tokens_per_forward": round(float(out.tokens_per_forward[0]), 4),
     }
+    if out.num_forced is not None:
+        counts["num_forced"] = int(out.num_forced[0])
     cycles = out.tokens_per_cycle
     return counts if cycles is None else counts | {"tokens_per_cycle": round(float(cycles[0]), 4)}
 

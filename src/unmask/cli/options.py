@@ -7,6 +7,7 @@ not read it is refused by the library, with the mode's name.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,6 +46,15 @@ SAMPLING: dict[str, Any] = {
 }
 """Options of every decoder."""
 
+CONSTRAINT: dict[str, Any] = {
+    "json_schema": Annotated[
+        str | None, typer.Option(help="Write JSON of this schema: a file, its text, or json_object for any object.")
+    ],
+    "regex": Annotated[str | None, typer.Option(help="Write text that this regular expression matches as a whole.")],
+    "grammar": Annotated[str | None, typer.Option(help="Write text of this Lark grammar: a file, or its text.")],
+}
+"""Options of modes ar and speculative: one of them is `constraint` of `DiffusionLM.generate`."""
+
 
 TASKS: dict[str, Any] = {
     "tasks_folder": Annotated[str | None, typer.Option(help="Tasks: folder with task files of your own.")],
@@ -61,7 +71,7 @@ TASKS: dict[str, Any] = {
 }
 """Options of `evaluate --tasks` besides those of decoding; a task says itself how it samples."""
 
-_TABLES = {"decoder": DECODER, "sampling": SAMPLING, "of_tasks": TASKS}
+_TABLES = {"decoder": DECODER, "sampling": SAMPLING | CONSTRAINT, "of_tasks": TASKS}
 """The parameter of a command that gets the options of a table, by name."""
 
 
@@ -70,14 +80,14 @@ def takes_decoding(*names: str) -> Callable[[Callable[..., None]], Callable[...,
 
     `decoder` holds keywords of `DiffusionLM.decoder`, `sampling` of `DiffusionLM.generate`, `of_tasks` of the harness.
     """
-    added = {name: (DECODER | SAMPLING | TASKS)[name] for name in names}
+    added = {name: (DECODER | SAMPLING | CONSTRAINT | TASKS)[name] for name in names}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def call(**arguments: Any) -> None:
             given = {name: value for name in names if (value := arguments.pop(name)) is not None}
             for table in tables:
                 of_table = {_KEYWORDS.get(name, name): value for name, value in given.items() if name in _TABLES[table]}
-                arguments[table] = _with_length(of_table) if table == "decoder" else of_table
+                arguments[table] = _READ[table](of_table)
             command(**arguments)
 
         own = inspect.signature(command, eval_str=True)
@@ -96,9 +106,50 @@ def takes_decoding(*names: str) -> Callable[[Callable[..., None]], Callable[...,
 _KEYWORDS = {"stop": "stop_strings"}
 
 
+def _with_constraint(sampling: dict[str, Any]) -> dict[str, Any]:
+    """One of --json-schema, --regex and --grammar as what it asks for."""
+    given = {name: sampling[name] for name in CONSTRAINT if name in sampling}
+    if len(given) > 1:
+        first, second, *_ = (f"--{name.replace('_', '-')} {value!r}" for name, value in given.items())
+        raise ValueError(f"{first} and {second} both say what the text must be: leave one of them out")
+    rest = {name: value for name, value in sampling.items() if name not in given}
+    for name, value in given.items():
+        from unmask.hf import JsonSchema, Lark, Regex
+
+        if name == "regex":
+            rest["constraint"] = Regex(value)
+        elif name == "grammar":
+            has_rules = re.search(r"\bstart\b[^\n]*:", value) is not None
+            rest["constraint"] = Lark(_text_or_file(name, value, is_text=has_rules))
+        elif value == "json_object":
+            rest["constraint"] = value
+        else:
+            rest["constraint"] = JsonSchema(_text_or_file(name, value, is_text=value.lstrip().startswith("{")))
+    return rest
+
+
+def _text_or_file(name: str, value: str, *, is_text: bool) -> str:
+    """The value itself, or what the file of this name holds."""
+    if is_text:
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        raise ValueError(
+            f"--{name.replace('_', '-')} {value!r} is neither the text itself nor a file that can be read ({why})"
+        ) from None
+
+
 def _with_length(decoder: dict[str, Any]) -> dict[str, Any]:
     """draft_length is a number, or the word auto."""
     length = decoder.get("draft_length")
     if length is not None and length.lstrip("-").isdigit():
         return decoder | {"draft_length": int(length)}
     return decoder
+
+
+_READ: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "decoder": _with_length, "sampling": _with_constraint, "of_tasks": dict
+}  # fmt: skip
+"""How the options of a table become keywords."""

@@ -1,6 +1,6 @@
 """Answers that obey random JSON schemas: do they validate and end, are they constrained AR's own, in how many forwards?
 
-    python benchmarks/structured.py drafters/smollm2-135m-instruct --output results/structured [--number 100] [--base B]
+    python benchmarks/structured.py drafters/smollm2-135m-instruct --output results/structured [--bounded] [--base B]
 
 Each schema is shown to the model, which is asked for an example, in AR and in speculative mode, with forced tokens and
 without: one row each. `different` counts texts unlike those of AR, which in float32 may part where two tokens tie.
@@ -25,9 +25,30 @@ NAMES = ("name", "age", "city", "tags", "price", "active", "colour", "address", 
 WORDS = ("red", "green", "blue", "small", "large", "on", "off", "Paris", "Rome", "cat", "dog")
 
 
-def random_schema(seed: int) -> dict[str, Any]:
-    """An object of random fields, up to three levels deep."""
-    return _object(random.Random(seed), 3)
+def random_schema(seed: int, *, bounded: bool = False) -> dict[str, Any]:
+    """An object of random fields, up to three levels deep. bounded: no string and no number may go on without end."""
+    schema = _object(random.Random(seed), 3)
+    return _bounded(schema) if bounded else schema
+
+
+def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with an end for every string and number."""
+    if schema.get("format") == "time":
+        return {"type": "string", "pattern": "^[0-2][0-9]:[0-5][0-9]$"}
+    if schema.get("type") == "number":
+        return {"type": "integer", "minimum": 0, "maximum": 100}
+    if schema.get("pattern") == "^[a-z]+$":
+        return {"type": "string", "pattern": "^[a-z]{1,12}$"}
+    if schema == {"type": "string"}:
+        return {"type": "string", "maxLength": 24}
+    schema = dict(schema)
+    if "properties" in schema:
+        schema["properties"] = {name: _bounded(value) for name, value in schema["properties"].items()}
+    if "items" in schema:
+        schema["items"] = _bounded(schema["items"])
+    if "anyOf" in schema:
+        schema["anyOf"] = [_bounded(value) for value in schema["anyOf"]]
+    return schema
 
 
 def _object(draw: random.Random, depth: int) -> dict[str, Any]:
@@ -73,7 +94,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.lm = unmask.load(options.checkpoint, base=options.base)
-        self.schemas = [random_schema(seed) for seed in range(options.number)]
+        self.lm.pack()
+        self.schemas = [random_schema(seed, bounded=options.bounded) for seed in range(options.number)]
         ask = "Write an example of JSON data that this schema allows, with realistic short values: "
         self.prompts = [[{"role": "user", "content": ask + json.dumps(schema)}] for schema in self.schemas]
         self.constraints = [self.lm.constraint(schema) for schema in self.schemas]
@@ -106,13 +128,20 @@ class Bench:
         if self.lm.diffusion is not None and self.lm.diffusion.serves_ar:
             decoders["speculative"] = Speculative(cycle="two")
         expected: list[str] | None = None
-        for mode, decoder in decoders.items():
-            for forced in (True, False):
+        for forced in (True, False):
+            for mode, decoder in decoders.items():
                 with patch("unmask.sampling.scheduler.forced_token", lambda _: None) if not forced else nullcontext():
                     row, texts = self.answers(decoder)
                 expected = expected or texts
                 different = sum(a != b for a, b in zip(texts, expected, strict=True))
-                row = {"mode": mode, "takes_forced": forced, **row, "different": different, "unmask": __version__}
+                row = {
+                    "mode": mode,
+                    "takes_forced": forced,
+                    "bounded": self.options.bounded,
+                    **row,
+                    "different": different,
+                    "unmask": __version__,
+                }
                 with (self.options.output / "rows.jsonl").open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
@@ -124,6 +153,7 @@ if __name__ == "__main__":
     parser.add_argument("--base", default=None)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--number", type=int, default=100)
+    parser.add_argument("--bounded", action="store_true")
     parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--max-new-tokens", type=int, default=384)
     Bench(parser.parse_args()).run()

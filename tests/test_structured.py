@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as tf
 from conftest import _GQA, STORIES, tiny_model
+from structured import random_schema, validates
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, normalizers, trainers
 from torch import Tensor
 
@@ -292,3 +293,31 @@ def test_the_command_takes_a_schema_a_regular_expression_or_a_grammar(
         code, out, error = run(*options)
         assert (code, out, error.count("\n")) == (2, "", 1), error
         assert said in error
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_text_that_spells_special_tokens_is_ordinary(name: str) -> None:
+    lm = model_of(name)
+    schema = {"type": "object", "properties": {"</s>": {"const": "<s> a</s>"}}, "required": ["</s>"],
+              "additionalProperties": False}  # fmt: skip
+    for spec, text in ((schema, '{"</s>": "<s> a</s>"}'), (unmask.Regex("x</s>y"), "x</s>y")):
+        for mode in ("ar", "speculative"):
+            out = lm.generate("A", mode, constraint=spec)
+            assert (out.texts[0], int(out.num_forwards[0])) == (text, 0)
+    either = {"enum": ["</s>", "<s>", "<unk>"]}
+    texts = lm.generate(["A"] * 20, constraint=either, temperature=1.0, seed=0).texts
+    assert {json.loads(text) for text in texts} == {"</s>", "<s>", "<unk>"}
+
+
+def test_answers_to_random_schemas_validate_and_are_those_of_ar() -> None:
+    """As `benchmarks/structured.py`, which asks a real model for a hundred."""
+    lm = model_of("byte_level")
+    schemas = [random_schema(seed, bounded=True) for seed in range(10)]
+    options: dict[str, Any] = {"max_new_tokens": 300, "temperature": 1.0, "seed": 6}
+    out = lm.generate(["A"] * 10, "ar", constraint=schemas, **options)
+    assert lm.generate(["A"] * 10, Speculative(cycle="two"), constraint=schemas, **options).texts == out.texts
+    ended = (out.num_new_tokens < 300).tolist()
+    assert sum(ended) >= 8
+    assert all(validates(text, schema) for text, schema, end in zip(out.texts, schemas, ended, strict=True) if end)
+    assert not validates(out.texts[0][:-1], schemas[0])
+    assert not validates("{}", PERSON)

@@ -19,6 +19,7 @@ from unmask.core.attention import Pattern
 from unmask.core.drafter import Drafter
 from unmask.core.finite import FiniteWeights
 from unmask.core.network import DiffusionConfig
+from unmask.data.plain_text import following_ids
 from unmask.data.prompts import Prompts, StopStrings, check_room, new_text, prompt_rows, warn_of_cuts
 from unmask.evaluation import likelihood
 from unmask.evaluation.embed import document_ids, embed, named_pattern
@@ -208,7 +209,8 @@ class DiffusionLM:
         """
         num_tokens = self.model.get_input_embeddings().weight.shape[0]
         mask = None if self.diffusion is None else self.diffusion.mask_token_id
-        return hf.grammar_constraint(spec, self.tokenizer, num_tokens, self.end_token_ids, mask)
+        plain_ids = partial(following_ids, self.tokenizer)
+        return hf.grammar_constraint(spec, self.tokenizer, num_tokens, self.end_token_ids, plain_ids, mask)
 
     def _constraints(self, given: Any) -> Constraints | None:
         if isinstance(given, list | tuple):

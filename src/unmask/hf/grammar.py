@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,13 +49,19 @@ ConstraintSpec = Any
 "json_object" for any JSON object."""
 
 
-def grammar_constraint(spec: ConstraintSpec, tokenizer: Any, num_tokens: int, end_token_ids: Sequence[int],
-                       mask_token_id: int | None = None) -> Grammar:  # fmt: skip
+def grammar_constraint(
+    spec: ConstraintSpec,
+    tokenizer: Any,
+    num_tokens: int,
+    end_token_ids: Sequence[int],
+    plain_ids: Callable[[str], list[int]],
+    mask_token_id: int | None = None,
+) -> Grammar:
     """The constraint that a specification means for this tokenizer.
 
-    num_tokens: width of the logits. end_token_ids: one of these follows the text when it is complete. mask_token_id: is
-    never allowed. Raises ValueError for a specification that is wrong or that llguidance cannot hold, and ImportError
-    without llguidance.
+    num_tokens: width of the logits. end_token_ids: one of these follows the text when it is complete. plain_ids: tokens
+    of a text in which special tokens are ordinary text. mask_token_id: is never allowed. Raises ValueError for a
+    specification that is wrong or that llguidance cannot hold, and ImportError without llguidance.
     """
     if isinstance(spec, Grammar):
         return spec
@@ -70,19 +76,25 @@ def grammar_constraint(spec: ConstraintSpec, tokenizer: Any, num_tokens: int, en
     error = llguidance.LLMatcher.validate_grammar(grammar, vocabulary)
     if error:
         raise ValueError(f"constraint {_shown(spec)} cannot be used: {' '.join(error.split())}")
-    return Grammar(llguidance.LLMatcher(vocabulary, grammar, log_level=0), tuple(end_token_ids), num_tokens,
-                   mask_token_id)  # fmt: skip
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    banned = (set() if isinstance(spec, Lark) else special) - set(end_token_ids)  # a Lark grammar may name special ones
+    banned |= set() if mask_token_id is None else {mask_token_id}
+    matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0)
+    return Grammar(matcher, num_tokens, frozenset(end_token_ids), frozenset(banned), plain_ids)
 
 
+@dataclass(frozen=True)
 class Grammar:
-    """A `Constraint` of the sampler: a grammar over the tokens of one vocabulary."""
+    """A `Constraint` of the sampler: a grammar over the tokens of one vocabulary; banned: tokens that are no text."""
 
-    def __init__(self, matcher: Any, end_token_ids: Sequence[int], num_tokens: int, mask_token_id: int | None) -> None:
-        self._matcher, self.num_tokens, self.mask_token_id = matcher, num_tokens, mask_token_id
-        self.end_token_ids = frozenset(end_token_ids)
+    matcher: Any
+    num_tokens: int
+    end_token_ids: frozenset[int]
+    banned: frozenset[int]
+    plain_ids: Callable[[str], list[int]]
 
     def begin(self) -> GrammarState:
-        return GrammarState(self, self._matcher.deep_copy())
+        return GrammarState(self, self.matcher.deep_copy())
 
 
 class GrammarState:
@@ -95,17 +107,25 @@ class GrammarState:
 
     def allowed(self) -> Tensor:
         if self._allowed is None:
+            grammar = self._grammar
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-            known = np.unpackbits(bits, bitorder="little", count=min(8 * len(bits), self._grammar.num_tokens))
-            mask = torch.zeros(self._grammar.num_tokens, dtype=torch.bool)
+            known = np.unpackbits(bits, bitorder="little", count=min(8 * len(bits), grammar.num_tokens))
+            mask = torch.zeros(grammar.num_tokens, dtype=torch.bool)
             mask[: len(known)] = torch.from_numpy(known).bool()
-            if self._grammar.mask_token_id is not None and self._grammar.mask_token_id < len(mask):
-                mask[self._grammar.mask_token_id] = False
+            banned = grammar.banned if self._matcher.is_accepting() else grammar.banned | grammar.end_token_ids
+            mask[[token for token in banned if token < grammar.num_tokens]] = False
             if not mask.any():
-                why = _first_line(self._matcher.get_error()) or "it wants the mask token"
-                raise ValueError(f"the constraint allows no token here: {why}")
+                mask[self._spelled()] = True
             self._allowed = mask
         return self._allowed
+
+    def _spelled(self) -> int:
+        """The first token of the only text that may follow, where its bytes are those of a special token."""
+        text = self._matcher.compute_ff_bytes().decode(errors="ignore")
+        if not text:
+            why = _first_line(self._matcher.get_error()) or "special tokens alone could follow"
+            raise ValueError(f"the constraint allows no token here: {why}")
+        return self._grammar.plain_ids(text)[0]
 
     def accept(self, token: int) -> None:
         if token in self._grammar.end_token_ids and bool(self.allowed()[token]):

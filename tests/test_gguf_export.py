@@ -168,6 +168,20 @@ def test_transformers_reads_the_file_again(words: Any, tmp_path: Path) -> None:
     assert torch.allclose(again.model(ids[None]).logits, model(ids[None]).logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("recipe", ["efficient-dlm", "tri-mode"])
+def test_a_conversion_is_loaded_as_what_it_is(
+    recipe: str, tokenizer_and_model: Path, stories: Path, tmp_path: Path
+) -> None:
+    lm = convert(tokenizer_and_model, stories, recipe, tmp_path / "run", block_size=4)
+    again = unmask.load(export(lm, tmp_path / "out"))
+    assert again.diffusion == lm.diffusion
+    assert again.tokenizer.mask_token_id == lm.tokenizer.mask_token_id == lm.diffusion.mask_token_id
+    ours, theirs = (x.generate(STORIES[0][:20], "diffusion", max_new_tokens=16) for x in (lm, again))
+    assert torch.equal(ours.sequences, theirs.sequences)
+    once_more = unmask.load(export(again, tmp_path / "again"))
+    assert once_more.diffusion == lm.diffusion
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_keep_their_precision(dtype: torch.dtype, words: Any, tmp_path: Path) -> None:
     model = tiny_model(tf.Qwen2Config(**sizes(words)), dtype)
@@ -317,6 +331,8 @@ def test_a_drafter_is_an_adapter_on_in_drafts_and_off_in_verification(
     how |= {"adapt_anchor": True, "drafter_rank": 4, "block_size": 5, "max_length": 60, "learning_rate": 0.02}
     lm = convert(tmp_path / "base", stories, "drafter", tmp_path / "run", **how)
     file = export(lm, tmp_path / "out")
+    if name == "tied":
+        assert unmask.load(file).diffusion is None  # the base alone
     llama = run(file, file.with_name("drafter.gguf"))
     tolerance = 5e-3 if name.startswith("scaled") else 2e-5
     for text in PROMPTS[::7]:

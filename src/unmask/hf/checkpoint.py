@@ -26,7 +26,7 @@ from unmask.core.network import DiffusionConfig
 from unmask.core.noise import Key, uniform
 from unmask.hf.drafters import MASK_TOKEN, add_drafter
 from unmask.hf.folders import BUILDING, check_folder, first_line, parse, read_object, read_tensors
-from unmask.hf.gguf import dequantising, source_of
+from unmask.hf.gguf import dequantising, source_of, take_conversion
 from unmask.hf.quantised import has_adapters, named_quantisation, quantisation_of, settle
 from unmask.hf.special_tokens import check_mask_token
 from unmask.model_name import CONFIG, DRAFTER_WEIGHTS, permanent_name
@@ -166,6 +166,9 @@ def load_pretrained(
     _check_weights(place, model, info)
     _check_ids(place, model)
     tokenizer = _tokenizer(place, trust_remote_code)
+    if of_file:
+        with _loading(place, "keys"):
+            take_conversion(model, tokenizer, Path(place))
     if quantisation_of(model) is not None:
         settle(model)
     elif device_map is None:

@@ -1,4 +1,4 @@
-"""GGUF files as models: transformers reads the weights, dequantised, and the tokenizer."""
+"""GGUF files as models: transformers reads the weights, dequantised, and the tokenizer; what they were converted to."""
 
 from __future__ import annotations
 
@@ -24,3 +24,21 @@ def dequantising(file: Path | str, quantization_config: Any = None) -> Any:
     except ImportError:  # before 5.2x weights are always dequantised
         return None
     return GgufConfig(dequantize=True)
+
+
+def take_conversion(model: Any, tokenizer: Any, file: Path) -> None:
+    """Give a model what `unmask export` wrote of its conversion: the `diffusion` object, and the mask token.
+
+    A drafter's base stays an AR model, and so does a file of other programs.
+    """
+    import gguf
+
+    fields = gguf.GGUFReader(file).fields
+    found = {key.removeprefix("diffusion."): field.contents() for key, field in fields.items()
+             if key.startswith("diffusion.")}  # fmt: skip
+    if "recipe" not in found or found.get("adapt_anchor"):
+        return
+    mask = fields["tokenizer.ggml.mask_token_id"].contents()
+    optional = {"clean_attention": None, "block_size": None}
+    model.config.diffusion = optional | {"shift": found.pop("shift_logits"), "mask_token_id": mask} | found
+    tokenizer.add_special_tokens({"mask_token": fields["tokenizer.ggml.tokens"].contents(mask)})

@@ -7,6 +7,7 @@ own and moves on when that block is finished; a forward serves all of them.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -20,9 +21,9 @@ from unmask.core.transfer import to_device
 from unmask.sampling.canvas import Canvas
 from unmask.sampling.commit import Candidates, Selector, Threshold, token_confidence
 from unmask.sampling.guidance import GuidedNetwork
-from unmask.sampling.request import Request, SampledTokens, first_end
+from unmask.sampling.request import Asked, Request, SampledTokens, first_end
 from unmask.sampling.scheduler import Scheduler
-from unmask.sampling.tokens import choose_tokens, row_key, token_noise
+from unmask.sampling.tokens import choose_by_row, choose_tokens, row_key, token_noise
 
 
 @torch.inference_mode()
@@ -54,59 +55,73 @@ def sample_blocks(
         raise ValueError("a bidirectional checkpoint has no blocks to decode one by one")
     if window is not None and canvases is not None:
         raise ValueError(f"window {window} would hide the suffix inside the block: leave it out when infilling")
-    select = select or Threshold()
-    batch = _Batch(network, config, prompts, canvases, request, guidance_scale)
-    while batch.admit():
-        at_least, progress = batch.pace(max_denoising_steps)
-        masked = batch.visible(window, at_least)
-        logits = batch.denoise(masked)
-        candidates, tokens = batch.propose(logits, masked, progress)
-        batch.commit(select(candidates, to_device(at_least, network.device)), candidates.masked, logits, tokens)
-        batch.retire()
-    return batch.sampled()
+    batch = BlockRows(
+        network, config, request, len(prompts), select=select, max_denoising_steps=max_denoising_steps,
+        guidance_scale=guidance_scale, window=window,
+    )  # fmt: skip
+    for row, prompt in enumerate(prompts):
+        batch.put(row, prompt, None if canvases is None else canvases[row])
+    batch.open_slots(request.batch_size or len(prompts))
+    while batch.step():
+        pass
+    return batch.sampled(range(len(prompts)))
 
 
-class _Batch:
-    """The text of all rows, and the active block of each slot; a step is one call of each method, in this order.
+class BlockRows:
+    """The text of all rows, and the active block of each slot.
 
     On the host, (slots, width): text int64, position int64, masked bool. On the device, (slots, width): xt int64, the
     block's tokens; before int64, the finished block that is not cached yet; priority float64 uniforms. starts, cached:
     of each slot, the block's first position, and how much of the row is cached. steps: (slots,) forwards so far.
-    canvas: (rows, columns) on the host, every row from its own position 0.
+    canvas: (rows, columns) on the host, every row from its own position 0. The options are those of `sample_blocks`.
     """
 
     def __init__(
         self,
         network: Network,
         config: DiffusionConfig,
-        prompts: Sequence[Tensor],
-        canvases: Sequence[Canvas] | None,
-        request: Request,
-        guidance_scale: float,
+        request: Asked,
+        num_rows: int,
+        *,
+        select: Selector | None = None,
+        max_denoising_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        window: int | None = None,
     ) -> None:
         assert config.block_size is not None
+        self.select, self.max_denoising_steps, self.window = select or Threshold(), max_denoising_steps, window
         self.guided = None
         if guidance_scale != 1:
             network = self.guided = GuidedNetwork(network, config.mask_token_id, guidance_scale)
-        self.network, self.config, self.request, self.prompts = network, config, request, prompts
+        self.network, self.config, self.request = network, config, request
         self.width, self.device = config.block_size, network.device
-        self.lengths = [len(prompt) for prompt in prompts]
-        if canvases is None:
-            canvases = [
-                Canvas.around(prompt, request.limit(n)) for prompt, n in zip(prompts, self.lengths, strict=True)
-            ]
-        self.canvas, self.open = _canvas(canvases, self.width, config.mask_token_id)
-        self.whole = [canvas.whole for canvas in canvases]
-        self.ends = [
-            max([n, *(row.nonzero()[:, 0] + 1).tolist()]) for n, row in zip(self.lengths, self.open, strict=True)
-        ]
-        self.num_new = [end - length for length, end in zip(self.lengths, self.ends, strict=True)]
-        self.scheduler = Scheduler(network, len(prompts), request.batch_size, max(self.ends) + self.width)
-        for row, wanted in enumerate(self.num_new):
-            if wanted < 1:
-                self.scheduler.waiting.remove(row)
-        self.num_forwards, self.num_reads = torch.zeros(2, len(prompts), dtype=torch.long)
+        self.prompts: list[Tensor] = [torch.zeros(0, dtype=torch.long)] * num_rows
+        self.lengths, self.ends, self.num_new = [0] * num_rows, [0] * num_rows, [0] * num_rows
+        self.whole = [False] * num_rows
+        self.canvas, self.open = torch.zeros(num_rows, 0, dtype=torch.long), torch.zeros(num_rows, 0, dtype=torch.bool)
+        self.num_forwards, self.num_reads = torch.zeros(2, num_rows, dtype=torch.long)
+        self.waiting: deque[int] = deque()
 
+    def put(self, row: int, prompt: Tensor, canvas: Canvas | None = None) -> None:
+        """Give a row, which has none or has ended, a new text, to be filled in when a slot is free."""
+        canvas = canvas or Canvas.around(prompt, self.request.limit(len(prompt), row))
+        n, fixed, mask = len(canvas.tokens), canvas.fixed.cpu(), self.config.mask_token_id
+        more = max(0, n + self.width - self.canvas.shape[1])
+        self.canvas = torch.nn.functional.pad(self.canvas, (0, more), value=mask)
+        self.open = torch.nn.functional.pad(self.open, (0, more))
+        self.canvas[row], self.open[row] = mask, False
+        self.canvas[row, :n], self.open[row, :n] = torch.where(fixed, canvas.tokens.cpu(), mask), ~fixed
+        length = len(prompt)
+        self.prompts[row], self.lengths[row], self.whole[row] = prompt, length, canvas.whole
+        self.ends[row] = max([length, *(self.open[row].nonzero()[:, 0] + 1).tolist()])
+        self.num_new[row] = self.ends[row] - length
+        self.num_forwards[row] = self.num_reads[row] = 0
+        if self.num_new[row] > 0:
+            self.waiting.append(row)
+
+    def open_slots(self, most: int) -> None:
+        """Begin with a slot for each row that waits; most: rows that decode at a time."""
+        self.scheduler = Scheduler(self.network, self.waiting, most, max(self.ends) + self.width)
         slots, width = len(self.scheduler.rows), self.width
         self.starts, self.cached = [0] * slots, [0] * slots
         self.text, self.position = torch.zeros(2, slots, width, dtype=torch.long)
@@ -119,6 +134,25 @@ class _Batch:
         self.entered: list[int] = []  # slots whose block is not on the device yet
         self.stale: list[int] = []  # slots whose noise is that of another block
         self.layout, self.moved = Layout.of(self.position), True
+
+    def step(self) -> bool:
+        """One forward of all rows in slots; False when no row is left."""
+        if not self.admit():
+            return False
+        at_least, progress = self.pace(self.max_denoising_steps)
+        masked = self.visible(self.window, at_least)
+        logits = self.denoise(masked)
+        candidates, tokens = self.propose(logits, masked, progress)
+        chosen = self.select(candidates, to_device(at_least, self.device))
+        self.commit(chosen, candidates.masked, logits, tokens)
+        self.retire()
+        return True
+
+    def drop(self, row: int) -> None:
+        """End a row that is not wanted any more."""
+        slot = self.scheduler.drop(row)
+        if slot is not None:
+            self.starts[slot] = self.cached[slot]  # nothing of it is read on
 
     def admit(self) -> bool:
         """Prefill waiting rows into free slots, and bring all blocks that were begun to the device.
@@ -184,14 +218,16 @@ class _Batch:
         No tokens on a CPU at temperature 0: an argmax over the vocabulary takes a tenth of the time of a small model's
         head, and `commit` computes it for the committed positions alone.
         """
-        request, on_device, tokens = self.request, to_device(masked, self.device), None
-        if request.temperature > 0:
+        on_device, tokens = to_device(masked, self.device), None
+        how = [self.request.sampling(row) for row in self.scheduler.rows]
+        sampled = any(of_row.temperature > 0 for of_row in how)
+        if sampled:
             index = to_device(masked.flatten().nonzero()[:, 0], self.device)
             noise = self._noise(logits.shape[-1]).flatten(0, 1)[index]
-            tokens = choose_tokens(logits, request.temperature, request.top_p, noise, request.top_k)
+            tokens = choose_by_row(logits, [how[slot] for slot in masked.nonzero()[:, 0].tolist()], noise)
         elif self.device.type != "cpu":
             tokens = choose_tokens(logits)
-        confidence = token_confidence(logits, on_device, tokens if request.temperature > 0 else None)
+        confidence = token_confidence(logits, on_device, tokens if sampled else None)
         return Candidates(on_device, confidence, logits, self.priority, progress), tokens
 
     def commit(self, commit: Tensor, masked: Tensor, logits: Tensor, tokens: Tensor | None) -> None:
@@ -204,18 +240,24 @@ class _Batch:
         self.text = torch.where(waiting, -1, self.xt).cpu()  # the one wait for the device
         committed, self.masked = self.masked & (self.text >= 0), self.text < 0
         self.steps += 1
-        if self.request.callback is not None:
-            for slot in committed.any(-1).nonzero()[:, 0].tolist():
-                column = committed[slot].nonzero()[:, 0]
-                position, new = (column + self.starts[slot]).tolist(), self.text[slot][column].tolist()
-                self.request.callback(self.scheduler.rows[slot], position, new)
+        callback, observer = self.request.callback, self.request.observer
+        if callback is None and observer is None:
+            return
+        slot_of = masked.nonzero()[:, 0].cpu()
+        chosen = commit[masked].cpu()
+        for slot in committed.any(-1).nonzero()[:, 0].tolist():
+            column, row = committed[slot].nonzero()[:, 0], self.scheduler.rows[slot]
+            if observer is not None:
+                observer(row, logits[to_device((slot_of == slot) & chosen, self.device)])
+            if callback is not None:
+                callback(row, (column + self.starts[slot]).tolist(), self.text[slot][column].tolist())
 
     def retire(self) -> None:
         """Release rows that have ended, and begin the next block of those whose block is finished."""
         done = ~self.masked.any(-1)
         ended = torch.zeros_like(done)
-        if self.request.stop is not None or self.request.end_token_ids:
-            for slot, row in enumerate(self.scheduler.rows):
+        for slot, row in enumerate(self.scheduler.rows):
+            if self.request.stop is not None or self.request.ends(row):
                 kept = self._kept(slot, row)
                 if kept is not None:
                     self.num_new[row], ended[slot] = kept, True
@@ -228,13 +270,14 @@ class _Batch:
                 ahead = int(self.open[row, start + self.width :].long().argmax()) // self.width
                 self._begin(slot, start + (1 + ahead) * self.width)
 
-    def sampled(self) -> SampledTokens:
-        """The new tokens of all rows, once no row is left."""
-        kept = [slice(n, n + new) for n, new in zip(self.lengths, self.num_new, strict=True)]
-        new_tokens = [row[part][opened[part]].tolist()
-                      for row, opened, part in zip(self.canvas, self.open, kept, strict=True)]  # fmt: skip
-        prefills = torch.tensor([int(n >= self.width) for n in self.lengths]) + self.num_reads
-        return SampledTokens(new_tokens, self.num_forwards, prefills * (1 if self.guided is None else 2))
+    def sampled(self, rows: Sequence[int]) -> SampledTokens:
+        """The new tokens of rows that have ended."""
+        kept = [slice(self.lengths[row], self.lengths[row] + self.num_new[row]) for row in rows]
+        new_tokens = [self.canvas[row, part][self.open[row, part]].tolist()
+                      for row, part in zip(rows, kept, strict=True)]  # fmt: skip
+        chosen = list(rows)
+        prefills = torch.tensor([int(self.lengths[row] >= self.width) for row in chosen]) + self.num_reads[chosen]
+        return SampledTokens(new_tokens, self.num_forwards[chosen], prefills * (1 if self.guided is None else 2))
 
     def _read_on(self, slots: list[int]) -> None:
         """Cache finished blocks together with the fixed ones behind them, up to the active block."""
@@ -294,7 +337,7 @@ class _Batch:
         waiting = self.masked[slot].nonzero()[:, 0]
         known = min(start + (int(waiting[0]) if len(waiting) else self.width), self.ends[row])
         new = text[max(length - start, 0) : known - start].tolist()
-        kept = first_end(new, self.request.end_token_ids)
+        kept = first_end(new, self.request.ends(row))
         if self.request.stop is not None and new:
             stopped = self.request.stop(row, [*self.canvas[row, length:start].tolist(), *new[:kept]])
             if stopped is not None:
@@ -302,9 +345,9 @@ class _Batch:
         return None if kept is None else max(start - length, 0) + kept
 
     def _keep(self, slots: Tensor) -> None:
-        """Drop all slots but these."""
-        new_slot = {slot: i for i, slot in enumerate(slots.tolist())}
-        self.starts, self.cached = ([values[slot] for slot in new_slot] for values in (self.starts, self.cached))
+        """Drop all slots but these; one that stands there again makes room for a new row."""
+        new_slot = {slot: i for i, slot in reversed(list(enumerate(slots.tolist())))}
+        self.starts, self.cached = ([values[slot] for slot in slots.tolist()] for values in (self.starts, self.cached))
         self.entered, self.stale = ([new_slot[slot] for slot in marked if slot in new_slot]
                                     for marked in (self.entered, self.stale))  # fmt: skip
         self.text, self.masked, self.drawn = self.text[slots], self.masked[slots], self.drawn[slots]
@@ -313,14 +356,3 @@ class _Batch:
         self.noise = None if self.noise is None else self.noise[on_device]
         self.xt, self.before, self.priority = self.xt[on_device], self.before[on_device], self.priority[on_device]
 
-
-def _canvas(canvases: Sequence[Canvas], width: int, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    """Text and open positions, (rows, columns) on the CPU: each row from position 0, masks where no text is yet."""
-    columns = max(len(canvas.tokens) for canvas in canvases) + width
-    text = torch.full((len(canvases), columns), mask_token_id)
-    opened = torch.zeros_like(text, dtype=torch.bool)
-    for i, canvas in enumerate(canvases):
-        n, fixed = len(canvas.tokens), canvas.fixed.cpu()
-        text[i, :n] = torch.where(fixed, canvas.tokens.cpu(), mask_token_id)
-        opened[i, :n] = ~fixed
-    return text, opened

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from unmask.limits import check_function, check_seed, check_whole
 from unmask.plain_numbers import plain_fields
-from unmask.sampling.constraint import Constraints
-from unmask.sampling.tokens import Seed, check_sampling
+from unmask.sampling.constraint import Constraint, Constraints, constraint_of
+from unmask.sampling.tokens import Sampling, Seed, check_sampling
 
 Stop = Callable[[int, list[int]], int | None]
 """(row, its new tokens so far, from the first) -> how many of them to keep if the row ends there, else None."""
 
 Callback = Callable[[int, list[int], list[int]], None]
 """(row, absolute positions, tokens) at each commit."""
+
+Observer = Callable[[int, Tensor], None]
+"""(row, logits (n, vocabulary) of the tokens that are committed next), before the callback of that commit."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Request:
     for each row. end_token_ids: a row ends with any of them. stop: ends a row by its tokens. callback: called at
     each commit. batch_size: rows that decode at a time, all unless given; the next prompt takes the place of one that
     ends. context_length: positions of the model, None without a limit. constraint: what the new text of every row must
-    obey, or a list of one for each row. Raises ValueError for a value out of range.
+    obey, or a list of one for each row. observer: called before each commit whose tokens the network has scored. Raises
+    ValueError for a value out of range.
     """
 
     max_new_tokens: int
@@ -43,6 +47,7 @@ class Request:
     batch_size: int | None = None
     context_length: int | None = None
     constraint: Constraints | None = None
+    observer: Observer | None = None
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -62,7 +67,15 @@ class Request:
                 "free one"
             )
 
-    def limit(self, prompt_length: int) -> int:
+    def sampling(self, row: int) -> Sampling:  # noqa: ARG002
+        """How the tokens of a row are drawn."""
+        return Sampling(self.temperature, self.top_p, self.top_k)
+
+    def ends(self, row: int) -> Sequence[int]:  # noqa: ARG002
+        """The end tokens of a row."""
+        return self.end_token_ids
+
+    def limit(self, prompt_length: int, row: int = 0) -> int:  # noqa: ARG002
         """New tokens that a row may have: max_new_tokens, less where the context ends before."""
         if self.context_length is None:
             return self.max_new_tokens
@@ -78,6 +91,73 @@ class Request:
             return end
         stopped = self.stop(row, new_tokens[:end])
         return end if stopped is None else stopped
+
+
+class RowRequests:
+    """What a batch reads like one `Request`, where rows come and go, each with a request of its own.
+
+    num_rows: that the batch has at a time. Of a row's request the seed is a pair (seed, number), as in a list of seeds.
+    """
+
+    batch_size = None
+
+    def __init__(self, num_rows: int, context_length: int | None) -> None:
+        self.context_length = context_length
+        self._of = [Request(1)] * num_rows
+        self.seed: list[tuple[int, int]] = [(0, 0)] * num_rows
+        self.constraint: list[Constraint | None] = [None] * num_rows
+
+    def put(self, row: int, request: Request) -> None:
+        """Give a row its request."""
+        seed = request.seed[0] if isinstance(request.seed, Sequence) else request.seed
+        self._of[row] = request
+        self.seed[row] = seed if isinstance(seed, tuple) else (seed, 0)
+        self.constraint[row] = constraint_of(request.constraint, 0)
+
+    @property
+    def stop(self) -> Stop | None:
+        """Of all rows; None if none has one."""
+        return self._stop if any(request.stop is not None for request in self._of) else None
+
+    @property
+    def callback(self) -> Callback | None:
+        """Of all rows; None if none has one."""
+        return self._callback if any(request.callback is not None for request in self._of) else None
+
+    @property
+    def observer(self) -> Observer | None:
+        """Of all rows; None if none has one."""
+        return self._observer if any(request.observer is not None for request in self._of) else None
+
+    def sampling(self, row: int) -> Sampling:
+        return self._of[row].sampling(0)
+
+    def ends(self, row: int) -> Sequence[int]:
+        return self._of[row].end_token_ids
+
+    def limit(self, prompt_length: int, row: int = 0) -> int:
+        return self._of[row].limit(prompt_length)
+
+    def kept(self, row: int, new_tokens: list[int]) -> int | None:
+        return self._of[row].kept(0, new_tokens)
+
+    def _stop(self, row: int, new_tokens: list[int]) -> int | None:
+        stop = self._of[row].stop
+        return None if stop is None else stop(0, new_tokens)
+
+    def _callback(self, row: int, positions: list[int], tokens: list[int]) -> None:
+        callback = self._of[row].callback
+        if callback is not None:
+            callback(0, positions, tokens)
+
+    def _observer(self, row: int, logits: Tensor) -> None:
+        observer = self._of[row].observer
+        if observer is not None:
+            observer(0, logits)
+
+
+Asked = Request | RowRequests
+"""What a batch is asked: the same of every row, or something else of each."""
 
 
 @dataclass(frozen=True)

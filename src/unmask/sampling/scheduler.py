@@ -22,32 +22,47 @@ from unmask.sampling.request import Request
 class Scheduler:
     """Which row is in which slot of the cache.
 
-    rows: of each slot, -1 for a free one. waiting: rows without a slot yet. past: the cached part of the rows in the
+    rows: of each slot, -1 for a free one. waiting: rows without a slot yet. most: rows that decode at a time. past: the cached part of the rows in the
     slots, empty for a row that was just admitted. columns: of the cache, as many as the longest row will need.
     """
 
-    def __init__(self, network: Network, num_rows: int, batch_size: int | None, columns: int) -> None:
-        slots = min(num_rows, batch_size or num_rows)
-        self.waiting = deque(range(num_rows))
-        self.rows: list[int] = [-1] * slots
-        self.past = SlotCacheState.empty(network, slots, columns)
+    def __init__(self, network: Network, waiting: deque[int], most: int, columns: int) -> None:
+        self.waiting, self.most = waiting, most
+        self.rows: list[int] = [-1] * min(len(waiting), most)
+        self.past = SlotCacheState.empty(network, len(self.rows), columns)
 
     def release(self, slot: int) -> None:
         """Free the slot of a row that has ended."""
         self.rows[slot] = -1
 
-    def admit(self) -> tuple[list[int], Tensor | None]:
-        """Put waiting rows into free slots, and drop the slots that stay free.
+    def drop(self, row: int) -> int | None:
+        """Take a row out; its slot, None if it has none."""
+        if row in self.waiting:
+            self.waiting.remove(row)
+        if row not in self.rows:
+            return None
+        slot = self.rows.index(row)
+        self.release(slot)
+        return slot
 
-        Returns the slots of the new rows, and the old numbers (n,) of the slots that were kept, None if all were.
+    def admit(self) -> tuple[list[int], Tensor | None]:
+        """Put waiting rows into free slots, and drop the slots that stay free; rows that came later get new ones.
+
+        Returns the slots of the new rows, and the old numbers (n,) of the slots that there are now, None if nothing
+        changed. A slot that was added has the number of another one, and holds nothing yet.
         """
-        new = []
+        new, added = [], min(len(self.waiting) - self.rows.count(-1), self.most - len(self.rows))
+        grown = None
+        if added > 0 and self.rows:
+            grown = torch.tensor([*range(len(self.rows)), *[0] * added])
+            self.rows += [-1] * added
+            self.past.keep_slots(grown)
         for slot, row in enumerate(self.rows):
             if row < 0 and self.waiting:
                 self.rows[slot] = self.waiting.popleft()
                 new.append(slot)
         if -1 not in self.rows:
-            return new, None
+            return new, grown
         taken = [slot for slot, row in enumerate(self.rows) if row >= 0]
         self.rows = [self.rows[slot] for slot in taken]
         kept_slots = torch.tensor(taken, dtype=torch.long)

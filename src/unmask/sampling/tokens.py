@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ Seed = int | Sequence[int | tuple[int, int]]
 
 A pair (seed, number) draws what row `number` of a batch with this seed would.
 """
+
+
+class Sampling(NamedTuple):
+    """How the tokens of a row are drawn, see `truncate`; temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
 
 
 def row_key(seed: Seed, row: int) -> tuple[int, int]:
@@ -64,6 +73,40 @@ def choose_tokens(
     assert noise is not None
     scores = truncate(logits, temperature, top_p, top_k)
     return (scores + noise.to(scores.device)).argmax(-1)
+
+
+def choose_by_row(logits: Tensor, how: Sequence[Sampling], noise: Tensor | None = None) -> Tensor:
+    """`choose_tokens` where each row of logits has its own sampling; noise: None if all are greedy."""
+    kinds = set(how)
+    if len(kinds) == 1:
+        (kind,) = kinds
+        return choose_tokens(logits, kind.temperature, kind.top_p, noise, kind.top_k)
+    tokens = logits.new_zeros(len(logits), dtype=torch.long)
+    for kind in kinds:
+        rows = _rows_of(kind, how, logits.device)
+        drawn = None if noise is None or not kind.temperature else noise[rows.to(noise.device)]
+        tokens[rows] = choose_tokens(logits[rows], kind.temperature, kind.top_p, drawn, kind.top_k)
+    return tokens
+
+
+def truncate_by_row(logits: Tensor, how: Sequence[Sampling]) -> Tensor:
+    """`truncate` where each row of logits has its own sampling: that of a greedy one is its likeliest token alone."""
+    kinds = set(how)
+    if len(kinds) == 1 and next(iter(kinds)).temperature:
+        (kind,) = kinds
+        return truncate(logits, *kind)
+    scores = torch.full(logits.shape, -torch.inf, dtype=torch.float64, device=logits.device)
+    for kind in kinds:
+        rows = _rows_of(kind, how, logits.device)
+        if kind.temperature:
+            scores[rows] = truncate(logits[rows], *kind)
+        else:
+            scores[rows, logits[rows].argmax(-1)] = 0.0
+    return scores
+
+
+def _rows_of(kind: Sampling, how: Sequence[Sampling], device: torch.device) -> Tensor:
+    return torch.tensor([row for row, of_row in enumerate(how) if of_row == kind], device=device)
 
 
 def truncate(logits: Tensor, temperature: float, top_p: float, top_k: int | None = None) -> Tensor:

@@ -102,7 +102,7 @@ class SlotCache(Cache):
         return memory.index
 
     def keep_slots(self, keep: Tensor) -> None:
-        """Keep these slots, in this order."""
+        """Keep these slots, in this order; one that is named twice becomes two."""
         for layer in self.layers:
             layer.keep_slots(keep)
 
@@ -143,6 +143,15 @@ def _parts(rows: Sequence[int] | None, slots: int, device: torch.device) -> list
     if begin < len(rows):
         parts.append((begin, len(rows), to_device(torch.tensor(list(rows[begin:])), device)))
     return parts
+
+
+def _kept(buffer: Tensor, keep: Tensor) -> Tensor:
+    """The buffer with these slots: the same one, so that addresses do not change, unless they need more room."""
+    kept = buffer[to_device(keep, buffer.device)]
+    if len(keep) > len(buffer):
+        return kept
+    buffer[: len(keep)] = kept
+    return buffer
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -214,8 +223,11 @@ class _SlotLayer(CacheLayerMixin):
         )
 
     def keep_slots(self, keep: Tensor) -> None:
-        for buffer in self.buffers():  # in place, so that addresses do not change
-            buffer[: len(keep)] = buffer[to_device(keep, buffer.device)]
+        """Keep these slots, in this order; one that is named twice becomes two."""
+        if self.is_initialized:
+            self.keys, self.values = _kept(self.keys, keep), _kept(self.values, keep)
+        if self.indexed is not None:
+            self.indexed = _kept(self.indexed, keep)
 
     def get_seq_length(self) -> int:
         index = self.memory.index

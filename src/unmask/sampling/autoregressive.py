@@ -13,7 +13,7 @@ from unmask.core.network import Network
 from unmask.sampling.constraint import restrict
 from unmask.sampling.request import Request, SampledTokens
 from unmask.sampling.scheduler import AutoregressiveRows
-from unmask.sampling.tokens import choose_tokens, token_noise
+from unmask.sampling.tokens import choose_by_row, token_noise
 
 
 @torch.inference_mode()
@@ -23,27 +23,51 @@ def sample_autoregressive(network: Network, prompts: Sequence[Tensor], request: 
     The prefill ends before the last prompt token, so a row needs exactly one forward per new token that no constraint
     forces.
     """
-    state = AutoregressiveRows(network, prompts, request)
-    scheduler, past = state.scheduler, state.scheduler.past
-    while True:
-        state.admit_rows()
+    state = TokenRows(network, request, len(prompts))
+    for row, prompt in enumerate(prompts):
+        state.put(row, prompt)
+    state.open_slots(request.batch_size or len(prompts))
+    while state.step():
+        pass
+    return state.sampled(range(len(prompts)))
+
+
+class TokenRows(AutoregressiveRows):
+    """Rows that grow by a token a step."""
+
+    def step(self) -> bool:
+        """One forward of all rows in slots; False when no row is left."""
+        self.admit_rows()
+        scheduler, past = self.scheduler, self.scheduler.past
         if not scheduler.rows:
-            break
-        backlog, known = state.take_backlog()
+            return False
+        backlog, known = self.take_backlog()
         position = (past.lengths + known)[:, None]
         past.set_columns(int(position.max()) + 1)
-        ids, layout, slots = with_backlog(past, state.last, Layout.of(position), backlog)
-        logits = network(ids, layout, causal, rows=torch.arange(len(position)), past=slots)
+        ids, layout, slots = with_backlog(past, self.last, Layout.of(position), backlog)
+        logits = self.network(ids, layout, causal, rows=torch.arange(len(position)), past=slots)
         past.lengths += 1 + known
-        logits = restrict(logits, [state.allowed(row) for row in scheduler.rows])
+        scored, logits = logits, restrict(logits, [self.allowed(row) for row in scheduler.rows])
+        how = [self.request.sampling(row) for row in scheduler.rows]
         noise = None
-        if request.temperature > 0:
+        if any(of_row.temperature > 0 for of_row in how):
             rows = torch.tensor(scheduler.rows)
-            noise = token_noise(logits.shape[-1], request.seed, rows, position + 1, device=logits.device)[:, 0]
-        tokens = choose_tokens(logits, request.temperature, request.top_p, noise, request.top_k)
-        state.last = tokens[:, None]
+            noise = token_noise(logits.shape[-1], self.request.seed, rows, position + 1, device=logits.device)[:, 0]
+        tokens = choose_by_row(logits, how, noise)
+        self.last = tokens[:, None]
+        observer = self.request.observer
         for slot, token in enumerate(tokens.cpu().tolist()):
-            if state.add(scheduler.rows[slot], [token]):
+            row = scheduler.rows[slot]
+            if observer is not None:
+                observer(row, scored[slot : slot + 1])
+            if self.add(row, [token]):
                 scheduler.release(slot)
-    counts = torch.tensor([len(tokens) for tokens in state.new_tokens]) - state.num_forced
-    return SampledTokens(state.new_tokens, counts, state.num_prefill_forwards, num_forced=state.forced_or_none)
+        return True
+
+    def sampled(self, rows: Sequence[int]) -> SampledTokens:
+        """The new tokens of rows that have ended."""
+        chosen = list(rows)
+        new_tokens, forced = [self.new_tokens[row] for row in chosen], self.num_forced[chosen]
+        counts = torch.tensor([len(tokens) for tokens in new_tokens]) - forced
+        prefills, constrained = self.num_prefill_forwards[chosen], self.request.constraint is not None
+        return SampledTokens(new_tokens, counts, prefills, num_forced=forced if constrained else None)

@@ -243,12 +243,12 @@ class BlockRows:
         callback, observer = self.request.callback, self.request.observer
         if callback is None and observer is None:
             return
-        slot_of = masked.nonzero()[:, 0].cpu()
-        chosen = commit[masked].cpu()
+        of_slot = None if observer is None else masked.sum(-1).tolist()
         for slot in committed.any(-1).nonzero()[:, 0].tolist():
             column, row = committed[slot].nonzero()[:, 0], self.scheduler.rows[slot]
-            if observer is not None:
-                observer(row, logits[to_device((slot_of == slot) & chosen, self.device)])
+            if observer is not None and of_slot is not None:
+                first = sum(of_slot[:slot])
+                observer(row, logits[first : first + of_slot[slot]][commit[slot][masked[slot]]])
             if callback is not None:
                 callback(row, (column + self.starts[slot]).tolist(), self.text[slot][column].tolist())
 
@@ -355,4 +355,3 @@ class BlockRows:
         on_device = to_device(slots, self.device)
         self.noise = None if self.noise is None else self.noise[on_device]
         self.xt, self.before, self.priority = self.xt[on_device], self.before[on_device], self.priority[on_device]
-

@@ -20,7 +20,11 @@ Callback = Callable[[int, list[int], list[int]], None]
 """(row, absolute positions, tokens) at each commit."""
 
 Observer = Callable[[int, Tensor], None]
-"""(row, logits (n, vocabulary) of the tokens that are committed next), before the callback of that commit."""
+"""(row, logits (n, vocabulary) of the tokens that are committed next), before the callback of that commit.
+
+They are the network's own, before temperature, top-p, top-k and constraints. A row that ends drops its last ones, and a
+token that a constraint forces has none.
+"""
 
 
 @dataclass(frozen=True)

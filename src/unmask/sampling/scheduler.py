@@ -16,14 +16,15 @@ from unmask.core.decoding import prefill
 from unmask.core.network import Network, SlotCacheState
 from unmask.core.transfer import to_device
 from unmask.sampling.constraint import ConstraintState, constraint_of, forced_token
-from unmask.sampling.request import Request
+from unmask.sampling.request import Asked
 
 
 class Scheduler:
     """Which row is in which slot of the cache.
 
-    rows: of each slot, -1 for a free one. waiting: rows without a slot yet. most: rows that decode at a time. past: the cached part of the rows in the
-    slots, empty for a row that was just admitted. columns: of the cache, as many as the longest row will need.
+    rows: of each slot, -1 for a free one. waiting: rows without a slot yet. most: rows that decode at a time. past: the
+    cached part of the rows in the slots, empty for a row that was just admitted. columns: of the cache, as many as the
+    longest row will need.
     """
 
     def __init__(self, network: Network, waiting: deque[int], most: int, columns: int) -> None:
@@ -34,6 +35,11 @@ class Scheduler:
     def release(self, slot: int) -> None:
         """Free the slot of a row that has ended."""
         self.rows[slot] = -1
+
+    @property
+    def room(self) -> int:
+        """How many of the waiting rows `admit` has a slot for."""
+        return self.rows.count(-1) + (self.most - len(self.rows) if self.rows else 0)
 
     def drop(self, row: int) -> int | None:
         """Take a row out; its slot, None if it has none."""
@@ -80,17 +86,34 @@ class AutoregressiveRows:
     forward; num_forced: how many of its tokens needed none.
     """
 
-    def __init__(self, network: Network, prompts: Sequence[Tensor], request: Request, room: int = 0) -> None:
-        self.network, self.prompts, self.request = network, prompts, request
-        self.new_tokens: list[list[int]] = [[] for _ in prompts]
-        self.limits = [request.limit(len(prompt)) for prompt in prompts]
-        columns = max(map(self.end, range(len(prompts)))) + room
-        self.scheduler = Scheduler(network, len(prompts), request.batch_size, columns)
-        self.last = torch.zeros(len(self.scheduler.rows), 1, dtype=torch.long, device=network.device)
+    def __init__(self, network: Network, request: Asked, num_rows: int, room: int = 0) -> None:
+        self.network, self.request, self.spare_columns = network, request, room
+        self.prompts: list[Tensor] = [torch.zeros(0, dtype=torch.long)] * num_rows
+        self.new_tokens: list[list[int]] = [[] for _ in range(num_rows)]
+        self.limits = [0] * num_rows
+        self.waiting: deque[int] = deque()
         self.states: dict[int, ConstraintState] = {}
         self.backlog: dict[int, list[int]] = {}
-        self.num_forced = torch.zeros(len(prompts), dtype=torch.long)
-        self.num_prefill_forwards = torch.zeros(len(prompts), dtype=torch.long)
+        self.num_forced, self.num_prefill_forwards = torch.zeros(2, num_rows, dtype=torch.long)
+
+    def put(self, row: int, prompt: Tensor) -> None:
+        """Give a row, which has none or has ended, a new text, to be continued when a slot is free."""
+        self.prompts[row], self.new_tokens[row] = prompt, []
+        self.limits[row] = self.request.limit(len(prompt), row)
+        self.num_forced[row] = self.num_prefill_forwards[row] = 0
+        self.waiting.append(row)
+
+    def open_slots(self, most: int) -> None:
+        """Begin with a slot for each row that waits; most: rows that decode at a time."""
+        columns = max(map(self.end, range(len(self.prompts)))) + self.spare_columns
+        self.scheduler = Scheduler(self.network, self.waiting, most, columns)
+        self.last = torch.zeros(len(self.scheduler.rows), 1, dtype=torch.long, device=self.network.device)
+
+    def drop(self, row: int) -> None:
+        """End a row that is not wanted any more."""
+        self.scheduler.drop(row)
+        self.states.pop(row, None)
+        self.backlog.pop(row, None)
 
     def admit_rows(self) -> tuple[list[int], Tensor | None]:
         """`Scheduler.admit`, with the new rows' prompts prefilled up to their last tokens.
@@ -137,7 +160,7 @@ class AutoregressiveRows:
 
     def _kept(self, row: int, new: list[int]) -> int | None:
         """How many tokens the row keeps if its newest token ends it, else None."""
-        if new[-1] in self.request.end_token_ids or (row in self.states and self.states[row].ended):
+        if new[-1] in self.request.ends(row) or (row in self.states and self.states[row].ended):
             return len(new)
         kept = None if self.request.stop is None else self.request.stop(row, new)
         return len(new) if kept is None and len(new) == self.limits[row] else kept
@@ -159,17 +182,12 @@ class AutoregressiveRows:
         """(vocabulary,) bool: what the row's constraint allows next; None without one."""
         return self.states[row].allowed() if row in self.states else None
 
-    @property
-    def forced_or_none(self) -> Tensor | None:
-        """`SampledTokens.num_forced`."""
-        return None if self.request.constraint is None else self.num_forced
-
     def _begin_rows(self) -> None:
         """Begin the constraints of the rows that are admitted next; rows that end by forced tokens need no slot."""
         if self.request.constraint is None:
             return
         waiting, begun = self.scheduler.waiting, list[int]()
-        while waiting and len(begun) < self.scheduler.rows.count(-1):
+        while waiting and len(begun) < self.scheduler.room:
             row = waiting.popleft()
             constraint = constraint_of(self.request.constraint, row)
             if constraint is not None:

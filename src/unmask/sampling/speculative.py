@@ -26,9 +26,9 @@ from unmask.core.transfer import to_device
 from unmask.sampling.acceptance import Acceptance, Coupled, Noise
 from unmask.sampling.constraint import restrict
 from unmask.sampling.cycles import Cycle, Pace
-from unmask.sampling.request import Request, SampledTokens
+from unmask.sampling.request import Asked, Request, SampledTokens
 from unmask.sampling.scheduler import AutoregressiveRows
-from unmask.sampling.tokens import truncate
+from unmask.sampling.tokens import truncate_by_row
 
 
 @torch.inference_mode()
@@ -49,17 +49,13 @@ def sample_speculative(
     if pace is None:
         assert config.block_size is not None
         pace = Pace(Cycle(2, config.block_size))
-    state = _Speculation(network, config, prompts, request, pace, acceptance or Coupled())
-    while state.admit():
-        cycle = pace.choose(len(state.scheduler.rows))
-        if config.adapt_anchor:
-            state.draft(cycle.length)
-        else:
-            state.advance(cycle.length)
-        if cycle.forwards == 2 or config.adapt_anchor:
-            state.advance(1)
-        state.retire()
-    return state.sampled()
+    state = DraftedRows(network, config, request, len(prompts), pace, acceptance or Coupled())
+    for row, prompt in enumerate(prompts):
+        state.put(row, prompt)
+    state.open_slots(request.batch_size or len(prompts))
+    while state.step():
+        pass
+    return state.sampled(range(len(prompts)))
 
 
 class _Drafts(NamedTuple):
@@ -81,7 +77,7 @@ class _Drafts(NamedTuple):
         return _Drafts(self.tokens[:, :count], self.logits[:, :count], noise)
 
 
-class _Speculation(AutoregressiveRows):
+class DraftedRows(AutoregressiveRows):
     """Rows that grow by verified drafts; a cycle is one or two calls of `advance`, then `retire`.
 
     drafts: of all slots, for the positions after `last`; counts: how many of them are a slot's. lengths: of each slot,
@@ -94,20 +90,42 @@ class _Speculation(AutoregressiveRows):
         self,
         network: Network,
         config: DiffusionConfig,
-        prompts: Sequence[Tensor],
-        request: Request,
+        request: Asked,
+        num_rows: int,
         pace: Pace,
         acceptance: Acceptance,
     ) -> None:
-        super().__init__(network, prompts, request, room=pace.longest * (pace.longest + 1))
+        super().__init__(network, request, num_rows, room=pace.longest * (pace.longest + 1))
         self.config, self.pace, self.acceptance = config, pace, acceptance
-        slots = len(self.scheduler.rows)
         self.drafts: _Drafts | None = None
-        self.counts, self.gained, self.lengths = [0] * slots, [0] * slots, [pace.first_length] * slots
-        self.gains: list[list[int]] = [[] for _ in prompts]
+        self.gains: list[list[int]] = [[] for _ in range(num_rows)]
         self.allowed_behind: dict[int, list[Tensor | None]] = {}
-        self.num_forwards = torch.zeros(len(prompts), dtype=torch.long)
-        self.num_inputs = torch.zeros(len(prompts), dtype=torch.long)
+        self.num_forwards, self.num_inputs = torch.zeros(2, num_rows, dtype=torch.long)
+
+    def put(self, row: int, prompt: Tensor) -> None:
+        super().put(row, prompt)
+        self.gains[row] = []
+        self.allowed_behind.pop(row, None)
+        self.num_forwards[row] = self.num_inputs[row] = 0
+
+    def open_slots(self, most: int) -> None:
+        super().open_slots(most)
+        slots = len(self.scheduler.rows)
+        self.counts, self.gained, self.lengths = [0] * slots, [0] * slots, [self.pace.first_length] * slots
+
+    def step(self) -> bool:
+        """One cycle of all rows in slots; False when no row is left."""
+        if not self.admit():
+            return False
+        cycle = self.pace.choose(len(self.scheduler.rows))
+        if self.config.adapt_anchor:
+            self.draft(cycle.length)
+        else:
+            self.advance(cycle.length)
+        if cycle.forwards == 2 or self.config.adapt_anchor:
+            self.advance(1)
+        self.retire()
+        return True
 
     def admit(self) -> bool:
         """Prefill waiting rows into free slots; False when no row is left."""
@@ -184,6 +202,9 @@ class _Speculation(AutoregressiveRows):
         decided = torch.cat([accepted[:, None], next_token[:, None], tokens[:, 1:]], dim=1).cpu()
         past.lengths[slots] += decided[:, 0] + 1 + known
         self.last[to_device(torch.tensor(slots), self.last.device)] = next_token[:, None]
+        if self.request.observer is not None:
+            for row, of_row, n in zip(rows.tolist(), passed.ar_logits, decided[:, 0].tolist(), strict=True):
+                self.request.observer(row, of_row[: n + 1])
         self._record(slots, wanted, decided)
         self.drafts = None
         if int(wanted.max()):
@@ -200,8 +221,8 @@ class _Speculation(AutoregressiveRows):
         count, noise = position.shape[1] - 1, None
         p = restrict(p.flatten(0, 1), self._allowed_behind(rows.tolist(), count)).view(p.shape)
         tokens, q = (p.new_zeros(len(p), 0).long(), p[:, :0]) if drafts is None else (drafts.tokens, drafts.logits)
-        if self.request.temperature > 0:
-            p = self._truncate(p)
+        if self._samples(rows):
+            p = self._truncate(p, rows)
             noise = Noise(self.request.seed, rows, position, None if drafts is None else drafts.noise)
         assert tokens.shape[1] == count
         return self.acceptance(tokens, q, p, to_device(drafted, self.network.device), noise)
@@ -211,8 +232,8 @@ class _Speculation(AutoregressiveRows):
         if self.states:
             return self._draw_allowed(q, slots, rows, start)
         noise = None
-        if self.request.temperature > 0:
-            q = self._truncate(q)
+        if self._samples(rows):
+            q = self._truncate(q, rows)
             position = start[:, None] + torch.arange(q.shape[1])
             noise = Noise(self.request.seed, rows, position).tokens(q.shape[-1], q.device)
         return _Drafts((q if noise is None else q + noise).argmax(-1), q, noise)
@@ -226,19 +247,19 @@ class _Speculation(AutoregressiveRows):
         skipped = torch.tensor([len(self.backlog.get(row, ())) for row in rows.tolist()])
         index = (torch.arange(k) + skipped[:, None]).clamp_max(k - 1)
         q = q.gather(1, to_device(index, device)[..., None].expand(q.shape))
-        q = q.double() if self.request.temperature > 0 else q
+        q = q.double() if self._samples(rows) else q
         counts = (torch.tensor(self.counts)[slots] - skipped).clamp_min(0).tolist()
         states = [self.states.get(row) for row in rows.tolist()]
         masks = [[None if state is None else state.allowed()] for state in states]
         noise = None
-        if self.request.temperature > 0:
+        if self._samples(rows):
             position = (start + skipped)[:, None] + torch.arange(k)
             noise = Noise(self.request.seed, rows, position).tokens(q.shape[-1], device)
         drawn, made = [], [0] * len(rows)
         for j in range(k):
             q[:, j] = restrict(q[:, j], [mask[-1] for mask in masks])
             if noise is not None:
-                q[:, j] = self._truncate(q[:, j])
+                q[:, j] = self._truncate(q[:, j], rows)
             drawn.append((q[:, j] if noise is None else q[:, j] + noise[:, j]).argmax(-1))
             for i, token in enumerate(drawn[-1].tolist()):
                 state = states[i]
@@ -275,17 +296,18 @@ class _Speculation(AutoregressiveRows):
                 self.gains[row].append(self.gained[slot])
                 self.lengths[slot] = self.pace.next_length(self.lengths[slot], self.gained[slot])
 
-    def sampled(self) -> SampledTokens:
-        """The new tokens of all rows, once no row is left."""
-        for row, gains in enumerate(self.gains):
-            if not gains:  # forced from the first token to the last
-                gains.append(len(self.new_tokens[row]))
-        widest = max((gain for row in self.gains for gain in row), default=0)
-        histogram = torch.stack([torch.bincount(torch.tensor(row), minlength=widest + 1) for row in self.gains])
-        prefills = self.num_prefill_forwards
+    def sampled(self, rows: Sequence[int]) -> SampledTokens:
+        """The new tokens of rows that have ended."""
+        chosen, new_tokens = list(rows), [self.new_tokens[row] for row in rows]
+        # A row without cycles was forced from the first token to the last.
+        gains = [self.gains[row] or [len(new)] for row, new in zip(chosen, new_tokens, strict=True)]
+        widest = max((gain for of_row in gains for gain in of_row), default=0)
+        histogram = torch.stack([torch.bincount(torch.tensor(of_row), minlength=widest + 1) for of_row in gains])
+        forced = None if self.request.constraint is None else self.num_forced[chosen]
         return SampledTokens(
-            self.new_tokens, self.num_forwards, prefills, histogram, self.num_inputs, self.forced_or_none
-        )
+            new_tokens, self.num_forwards[chosen], self.num_prefill_forwards[chosen], histogram,
+            self.num_inputs[chosen], forced,
+        )  # fmt: skip
 
     def _allowed_behind(self, rows: list[int], count: int) -> list[Tensor | None]:
         """What each row's constraint allows behind its newest token and each of `count` drafts, row after row."""
@@ -296,8 +318,13 @@ class _Speculation(AutoregressiveRows):
         """The row in each of these slots."""
         return torch.tensor([self.scheduler.rows[slot] for slot in slots])
 
-    def _truncate(self, logits: Tensor) -> Tensor:
-        """Logits of the distributions to draw from, of any shape (..., vocabulary)."""
-        request = self.request
-        flat = truncate(logits.flatten(0, -2), request.temperature, request.top_p, request.top_k)
-        return flat.view(logits.shape)
+    def _samples(self, rows: Tensor) -> bool:
+        """Whether any of the rows is drawn and not greedy."""
+        return any(self.request.sampling(row).temperature > 0 for row in rows.tolist())
+
+    def _truncate(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Logits of the distributions to draw from, of shape (rows, ..., vocabulary)."""
+        flat = logits.flatten(0, -2)
+        each = len(flat) // len(rows)
+        how = [self.request.sampling(row) for row in rows.tolist() for _ in range(each)]
+        return truncate_by_row(flat, how).view(logits.shape)

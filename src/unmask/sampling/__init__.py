@@ -3,7 +3,8 @@
 from unmask.sampling.acceptance import Acceptance, Coupled, Rejection
 from unmask.sampling.autoregressive import sample_autoregressive
 from unmask.sampling.block import sample_blocks
-from unmask.sampling.canvas import Canvas, sample_bidirectional, sample_canvases
+from unmask.sampling.canvas import Canvas, sample_bidirectional
+from unmask.sampling.canvases import sample_canvases
 from unmask.sampling.commit import (
     Ancestral,
     Candidates,

@@ -7,9 +7,9 @@ no document's first token is predicted in training: the begin token, if the text
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,11 +29,14 @@ from unmask.sampling.commit import (
 )
 from unmask.sampling.guidance import guide
 from unmask.sampling.remask import Remask
-from unmask.sampling.request import Request, SampledTokens, Stop
-from unmask.sampling.tokens import choose_tokens, row_key
+from unmask.sampling.request import Asked, Request, SampledTokens
+from unmask.sampling.tokens import choose_by_row, row_key
 
 _UNCHANGED, _REMASKED = -1, -2
 """Instead of a token: the position stays as it is, or is masked again."""
+
+Kept = Callable[[int, list[int]], int | None]
+"""`Request.kept`: (row, its new tokens) -> how many of them stay if one of them ends it, else None."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,44 @@ def sample_bidirectional(
     is to be filled whole. Fixed tokens never change. Noise takes 8 bytes x open positions x vocabulary of memory at
     temperature > 0.
     """
+    return last_of(
+        canvas_steps(
+            network, config, canvases, request, max_denoising_steps=max_denoising_steps, select=select, remask=remask,
+            guidance_scale=guidance_scale, row_numbers=row_numbers,
+        )
+    )  # fmt: skip
+
+
+Steps = Generator[None, None, SampledTokens]
+"""Yields after each forward, and returns what was sampled."""
+
+
+def last_of(steps: Steps) -> SampledTokens:
+    """What the steps return, once all are made."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            sampled: SampledTokens = end.value
+            return sampled
+
+
+def canvas_steps(
+    network: Network,
+    config: DiffusionConfig,
+    canvases: Sequence[Canvas],
+    request: Asked,
+    *,
+    max_denoising_steps: int | Sequence[int] | None = None,
+    select: Selector | None = None,
+    remask: Remask | None = None,
+    guidance_scale: float = 1.0,
+    row_numbers: Sequence[int] | None = None,
+    kept: Kept | None = None,
+) -> Steps:
+    """`sample_bidirectional`, a forward at a time; kept: `Request.kept` of the request by default."""
     numbers = range(len(canvases)) if row_numbers is None else row_numbers
-    batch = _Batch(network, config, canvases, request, numbers, guidance_scale)
+    batch = _Batch(network, config, canvases, request, numbers, guidance_scale, kept or request.kept)
     budgets = _budgets(batch.masked, max_denoising_steps, select, remask)
     select = select or Threshold()
     rank_all = isinstance(select, ConfidenceAmongAll)
@@ -111,13 +150,14 @@ def sample_bidirectional(
             assert budgets is not None
             changes = batch.commit_and_remask(proposal, remask, int(budgets[0]))
         committed = batch.apply(changes)
-        batch.report(committed)
+        batch.report(committed, proposal)
         if remask is None or last:
             batch.end_rows(committed.any(-1) | last)
         if remask is None:
             batch.retire()
         elif last:
             break
+        yield
     return batch.sampled()
 
 
@@ -149,11 +189,12 @@ class _Batch:
         network: Network,
         config: DiffusionConfig,
         canvases: Sequence[Canvas],
-        request: Request,
+        request: Asked,
         numbers: Sequence[int],
         guidance_scale: float,
+        kept: Kept,
     ) -> None:
-        self.network, self.config, self.request = network, config, request
+        self.network, self.config, self.request, self.kept = network, config, request, kept
         self.numbers, self.guidance_scale, self.device = list(numbers), guidance_scale, network.device
         self.sizes = [len(canvas.tokens) for canvas in canvases]
         self.xt = torch.full((len(canvases), max(self.sizes)), config.mask_token_id)
@@ -184,7 +225,7 @@ class _Batch:
 
         rank_all: committed positions get a confidence too, and all have it at the sampling temperature, not at 1.
         """
-        request, masked, xt = self.request, self.masked[self.rows], self.xt[self.rows]
+        masked, xt = self.masked[self.rows], self.xt[self.rows]
         if not bool(masked.any()):
             return None
         wanted = self.open[self.rows] if rank_all else masked
@@ -194,13 +235,17 @@ class _Batch:
             unconditional = score(self.network, self.config, hidden, hidden, self.layout, wanted)
             logits = guide(logits, unconditional, self.guidance_scale)
         self.num_forwards[self.rows[masked.any(-1)]] += 1 if self.guidance_scale == 1 else 2
-        noise = None if request.temperature == 0 else self._noise(wanted, logits.shape[-1])
-        tokens = choose_tokens(logits, request.temperature, request.top_p, noise, request.top_k)
+        of_row = [self.request.sampling(self.numbers[row]) for row in self.rows.tolist()]
+        how = [of_row[i] for i in wanted.nonzero()[:, 0].tolist()]
+        sampled = any(kind.temperature > 0 for kind in of_row)
+        noise = self._noise(wanted, logits.shape[-1]) if sampled else None
+        tokens = choose_by_row(logits, how, noise)
         on_device = to_device(masked, self.device)
         if not rank_all:
             return _Proposal(on_device, logits, tokens, token_confidence(logits, on_device, tokens), None)
         ranked, still = to_device(wanted, self.device), to_device(masked[wanted].nonzero()[:, 0], self.device)
-        confidence = token_confidence(logits / (request.temperature or 1.0), ranked, tokens)
+        temperature = torch.tensor([kind.temperature or 1.0 for kind in how], dtype=logits.dtype)[:, None]
+        confidence = token_confidence(logits / to_device(temperature, self.device), ranked, tokens)
         return _Proposal(on_device, logits[still], tokens[still], confidence, ranked)
 
     def commit_by_rule(self, proposal: _Proposal | None, select: Selector, budgets: Tensor | None) -> Tensor:
@@ -248,14 +293,22 @@ class _Batch:
         self.step += 1
         return committed
 
-    def report(self, committed: Tensor) -> None:
-        """Pass the commits of each row to the callback."""
-        if self.request.callback is None:
+    def report(self, committed: Tensor, proposal: _Proposal | None) -> None:
+        """Pass the commits of each row, and what they were chosen from, to the callback and the observer."""
+        callback, observer = self.request.callback, self.request.observer
+        if callback is None and observer is None:
             return
+        ends = [] if proposal is None else proposal.masked.sum(-1).cumsum(0).tolist()
         for i, row in enumerate(self.rows.tolist()):
             position = committed[i].nonzero()[:, 0].tolist()
-            if position:
-                self.request.callback(self.numbers[row], position, self.xt[row][committed[i]].tolist())
+            if not position:
+                continue
+            if observer is not None and proposal is not None:
+                masked = proposal.masked[i]
+                of_row = proposal.logits[ends[i] - int(masked.sum()) : ends[i]]
+                observer(self.numbers[row], of_row[to_device(committed[i], self.device)[masked]])
+            if callback is not None:
+                callback(self.numbers[row], position, self.xt[row][committed[i]].tolist())
 
     def end_rows(self, candidates: Tensor) -> None:
         """End the candidate rows, (n,) bool, that an end token or `stop` ends before their first masked position."""
@@ -263,7 +316,7 @@ class _Batch:
             index = self.open_index[row]
             still_masked = self.masked[row][index].nonzero()[:, 0]
             known = int(still_masked[0]) if len(still_masked) else len(index)
-            kept = None if self.whole[row] else self.request.kept(row, self.xt[row][index[:known]].tolist())
+            kept = None if self.whole[row] else self.kept(self.numbers[row], self.xt[row][index[:known]].tolist())
             if kept is not None:
                 self.num_new[row], self.masked[row] = kept, False
 
@@ -313,93 +366,6 @@ class _Batch:
             self.noise[int(self.noise_row[i, j])] = gumbels([key], self.noise.shape[-1], self.device)[0]
 
 
-def sample_canvases(
-    network: Network,
-    config: DiffusionConfig,
-    prompts: Sequence[Tensor],
-    request: Request,
-    *,
-    canvas_size: int | None = None,
-    max_denoising_steps: int | None = None,
-    remask: Remask | None = None,
-    **options: Any,
-) -> SampledTokens:
-    """Continue ragged prompts by whole canvases of `canvas_size` new tokens, one after the other.
-
-    By default one canvas holds all max_new_tokens. A canvas sees all the text before it and nothing after itself.
-    max_denoising_steps: of each canvas. `options` go to `sample_bidirectional`.
-    """
-    size = min(canvas_size or request.max_new_tokens, request.max_new_tokens)
-    if max_denoising_steps is not None and max_denoising_steps > size and remask is None:
-        raise ValueError(_too_many(max_denoising_steps, size))
-    texts = _Texts(prompts, request, size)
-    for rows in texts.groups():
-        while rows:
-            canvases = texts.canvases(rows)
-            steps: int | list[int] | None = max_denoising_steps
-            if max_denoising_steps is not None and remask is None:
-                steps = [min(max_denoising_steps, texts.room(row)) for row in rows]
-            filled = sample_bidirectional(
-                network, config, canvases, replace(request, stop=texts.stop(rows)),
-                max_denoising_steps=steps, remask=remask, row_numbers=rows, **options,
-            )  # fmt: skip
-            rows = texts.extend(rows, filled)
-    return texts.sampled()
-
-
-class _Texts:
-    """Rows that grow by whole canvases of `size` tokens. Of each row: new_tokens; num_forwards; limits, in tokens."""
-
-    def __init__(self, prompts: Sequence[Tensor], request: Request, size: int) -> None:
-        self.prompts, self.request, self.size = prompts, request, size
-        self.new_tokens: list[list[int]] = [[] for _ in prompts]
-        self.limits = [request.limit(len(prompt)) for prompt in prompts]
-        self.num_forwards = torch.zeros(len(prompts), dtype=torch.long)
-
-    def groups(self) -> list[list[int]]:
-        """The rows that want tokens, batch_size of them at a time."""
-        rows = [row for row, limit in enumerate(self.limits) if limit > 0]
-        size = self.request.batch_size or max(1, len(rows))
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-    def room(self, row: int) -> int:
-        """Open positions of the row's next canvas."""
-        return min(self.size, self.limits[row] - len(self.new_tokens[row]))
-
-    def canvases(self, rows: list[int]) -> list[Canvas]:
-        """The next canvas of each of the rows: its text so far, and open positions."""
-        texts = [torch.cat([self.prompts[i].cpu(), torch.tensor(self.new_tokens[i], dtype=torch.long)]) for i in rows]
-        return [Canvas.around(text, self.room(row)) for row, text in zip(rows, texts, strict=True)]
-
-    def stop(self, rows: list[int]) -> Stop | None:
-        """The request's `stop`, for the tokens of the next canvases of these rows alone."""
-        stop = self.request.stop
-        if stop is None:
-            return None
-
-        def stop_of_canvas(i: int, new: list[int]) -> int | None:
-            before = self.new_tokens[rows[i]]
-            kept = stop(rows[i], [*before, *new])
-            return None if kept is None else max(0, kept - len(before))
-
-        return stop_of_canvas
-
-    def extend(self, rows: list[int], filled: SampledTokens) -> list[int]:
-        """Add the tokens of canvases that were filled in; which of the rows want another canvas."""
-        self.num_forwards[rows] += filled.num_forwards
-        unfinished = []
-        for row, new in zip(rows, filled.new_tokens, strict=True):
-            whole = len(new) == self.room(row)
-            self.new_tokens[row] = self.new_tokens[row] + new
-            ended = not whole or self.request.kept(row, self.new_tokens[row]) is not None
-            if not ended and self.room(row) > 0:
-                unfinished.append(row)
-        return unfinished
-
-    def sampled(self) -> SampledTokens:
-        return SampledTokens(self.new_tokens, self.num_forwards, torch.zeros(len(self.prompts), dtype=torch.long))
-
-
 def _progress(budgets: Tensor, step: int, device: torch.device) -> float | Tensor:
     """`step` as a share of each row's budget: one number if it is the same for all rows, else (rows, 1)."""
     different = budgets.unique().tolist()
@@ -422,7 +388,7 @@ def _budgets(
         raise ValueError("num_tokens 0 leaves nothing to fill in: ask for at least one token")
     if remask is None:
         if budgets is not None and int(budgets.max()) > largest:
-            raise ValueError(_too_many(int(budgets.max()), largest))
+            raise ValueError(too_many(int(budgets.max()), largest))
         return budgets
     if budgets is None:
         raise ValueError("remask needs max_denoising_steps: remasking would never end without a number of steps")
@@ -435,7 +401,7 @@ def _budgets(
     return budgets
 
 
-def _too_many(steps: int, tokens: int) -> str:
+def too_many(steps: int, tokens: int) -> str:
     return (
         f"max_denoising_steps {steps} exceeds the {tokens} tokens to fill in: a step commits at least one, "
         f"so use at most {tokens}"

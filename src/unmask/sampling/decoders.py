@@ -23,7 +23,8 @@ from unmask.plain_numbers import plain_fields
 from unmask.sampling.acceptance import Acceptance
 from unmask.sampling.autoregressive import sample_autoregressive
 from unmask.sampling.block import sample_blocks
-from unmask.sampling.canvas import Canvas, sample_bidirectional, sample_canvases
+from unmask.sampling.canvas import Canvas, sample_bidirectional
+from unmask.sampling.canvases import sample_canvases
 from unmask.sampling.commit import Ancestral, ConfidenceAmongAll, Selector, Threshold
 from unmask.sampling.constraint import check_unconstrained
 from unmask.sampling.cycles import Cycle, MeasuredPace, Pace, experience_of
@@ -209,13 +210,17 @@ class Speculative:
         self, network: Network, config: DiffusionConfig | None, prompts: Sequence[Tensor], request: Request
     ) -> SampledTokens:
         config = _converted(config, "speculative").with_block_size(self.block_size)
+        return sample_speculative(
+            network, config, prompts, request, pace=self.pace(network, config), acceptance=self.acceptance
+        )
+
+    def pace(self, network: Network, config: DiffusionConfig) -> Pace:
+        """Which cycles are made; config: with the block size that is decoded in."""
         assert config.block_size is not None
         length = self.draft_length if isinstance(self.draft_length, int) else config.block_size
         if self.cycle == "auto" or (self.cycle is None and self.draft_length is None):
-            pace: Pace = MeasuredPace(length, experience_of(network), spare_masks(config), apart=config.adapt_anchor)
-        else:
-            pace = Pace(Cycle(1 if self.cycle == "one" else 2, length), adaptive=self.draft_length == "auto")
-        return sample_speculative(network, config, prompts, request, pace=pace, acceptance=self.acceptance)
+            return MeasuredPace(length, experience_of(network), spare_masks(config), apart=config.adapt_anchor)
+        return Pace(Cycle(1 if self.cycle == "one" else 2, length), adaptive=self.draft_length == "auto")
 
 
 Decoder = Autoregressive | Blocks | WholeCanvas | Speculative

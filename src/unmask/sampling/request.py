@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -105,8 +106,8 @@ class RowRequests:
 
     batch_size = None
 
-    def __init__(self, num_rows: int, context_length: int | None) -> None:
-        self.context_length = context_length
+    def __init__(self, num_rows: int) -> None:
+        self.context_length: int | None = None
         self._of = [Request(1)] * num_rows
         self.seed: list[tuple[int, int]] = [(0, 0)] * num_rows
         self.constraint: list[Constraint | None] = [None] * num_rows
@@ -114,9 +115,13 @@ class RowRequests:
     def put(self, row: int, request: Request) -> None:
         """Give a row its request."""
         seed = request.seed[0] if isinstance(request.seed, Sequence) else request.seed
-        self._of[row] = request
+        self._of[row], self.context_length = request, request.context_length
         self.seed[row] = seed if isinstance(seed, tuple) else (seed, 0)
         self.constraint[row] = constraint_of(request.constraint, 0)
+
+    def end(self, row: int) -> None:
+        """End a row at its next tokens, and say nothing of them."""
+        self._of[row] = Request(1, stop=lambda _, new: len(new))
 
     @property
     def stop(self) -> Stop | None:
@@ -181,6 +186,12 @@ class SampledTokens:
     cycle_gains: Tensor | None = None
     num_inputs: Tensor | None = None
     num_forced: Tensor | None = None
+
+    def of_row(self, row: int) -> SampledTokens:
+        """That row alone."""
+        counts = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "new_tokens"}
+        alone: dict[str, Any] = {name: None if count is None else count[[row]] for name, count in counts.items()}
+        return SampledTokens([self.new_tokens[row]], **alone)
 
 
 def first_end(tokens: Sequence[int], end_token_ids: Sequence[int]) -> int | None:

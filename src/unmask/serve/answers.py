@@ -18,12 +18,16 @@ Finish = Literal["stop", "length"]
 
 
 class Counts(BaseModel):
-    """Of all choices: passes of the network after the prefill and in it, new tokens per forward, and the mode."""
+    """Of all choices: passes of the network after the prefill and in it, new tokens per forward, and the mode.
+
+    num_forced: with a response_format, new tokens that needed no forward.
+    """
 
     mode: str | None
     num_forwards: int
     num_prefill_forwards: int
     tokens_per_forward: float
+    num_forced: int | None = None
 
 
 class Usage(BaseModel):
@@ -132,6 +136,7 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
     model: str
     waiting: int
+    running: int
 
 
 FINGERPRINT = f"unmask-{__version__}"
@@ -146,14 +151,18 @@ class Row:
     finish: Finish
     num_forwards: int
     num_prefill_forwards: int
+    num_forced: int | None = None
+    logprobs: Any = None
 
 
 def usage_of(prompt_tokens: int, rows: Sequence[Row], mode: str | None) -> Usage:
     """The usage of some rows; a prompt counts once however many choices it has."""
     new, forwards = sum(len(row.tokens) for row in rows), sum(row.num_forwards for row in rows)
+    forced = [row.num_forced for row in rows if row.num_forced is not None]
     counts = Counts(
         mode=mode, num_forwards=forwards, num_prefill_forwards=sum(row.num_prefill_forwards for row in rows),
         tokens_per_forward=round(new / max(1, forwards), 4),
+        num_forced=sum(forced) if forced else None,
     )  # fmt: skip
     return Usage(prompt_tokens=prompt_tokens, completion_tokens=new, total_tokens=prompt_tokens + new, unmask=counts)
 
@@ -175,18 +184,23 @@ class Heading:
             "system_fingerprint": FINGERPRINT,
         }
         if self.kind == "chat":
-            chat = [ChatChoice(index=i, message=Said(content=row.text), finish_reason=row.finish)
+            chat = [ChatChoice(index=i, message=Said(content=row.text), finish_reason=row.finish, logprobs=row.logprobs)
                     for i, row in enumerate(rows)]  # fmt: skip
             return ChatAnswer(**fields, choices=chat, usage=usage)
-        texts = [TextChoice(index=i, text=echoed + row.text, finish_reason=row.finish)
+        texts = [TextChoice(index=i, text=echoed + row.text, finish_reason=row.finish, logprobs=row.logprobs)
                  for i, (row, echoed) in enumerate(zip(rows, before, strict=True))]  # fmt: skip
         return TextAnswer(**fields, choices=texts, usage=usage)
 
     def piece(
-        self, index: int, text: str | None, finish: Finish | None = None, commits: Sequence[Commit] | None = None
+        self,
+        index: int,
+        text: str | None,
+        finish: Finish | None = None,
+        commits: Sequence[Commit] | None = None,
+        logprobs: Any = None,
     ) -> dict[str, Any]:
         """A piece of a stream; text None: the first of a chat's choice, which gives the role alone."""
-        choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": finish}
+        choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": finish}
         if self.kind == "text":
             choice["text"] = text or ""
         elif text is None:

@@ -20,12 +20,13 @@ from unmask.sampling.request import given_or_new
 from unmask.serve import answers
 from unmask.serve.answers import Heading, Row, usage_of
 from unmask.serve.bodies import ChatBody, CompletionBody, EmbeddingBody, Generation, InfillBody
-from unmask.serve.calls import Asked, Call, ClientGoneError, Heard, Writing, asked, check_tokens, lengths, prompt_rows
+from unmask.serve.calls import Asked, Call, ClientGoneError, asked, check_tokens, lengths, prompt_rows
 from unmask.serve.engine import Engine
 from unmask.serve.errors import ANSWERS, ApiError, add_handlers, api_error
 from unmask.serve.guard import Guard
 from unmask.serve.metrics import Metrics
 from unmask.serve.options import ServeOptions
+from unmask.serve.writing import Heard, Scored, Writing
 from unmask.version import __version__
 
 PAGE = Path(__file__).with_name("page.html")
@@ -38,7 +39,7 @@ class Server:
 
     def __init__(self, lm: DiffusionLM, options: ServeOptions) -> None:
         self.lm, self.options = lm, options
-        self.engine = Engine(lm, max_queue=options.max_queue)
+        self.engine = Engine(lm, max_queue=options.max_queue, max_rows=options.max_rows)
         self.metrics = Metrics(self.engine)
         self.started = int(time.time())
 
@@ -46,8 +47,9 @@ class Server:
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """/v1/chat/completions."""
-        if body.logprobs or body.top_logprobs:
-            raise ApiError(400, "logprobs are not supported here: leave them out", param="logprobs")
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, f"top_logprobs {body.top_logprobs} needs logprobs: set it too", param="top_logprobs")
+        scored = Scored(body.top_logprobs or 0, chat=True) if body.logprobs else None
         if body.max_tokens is not None and body.max_completion_tokens is not None:
             raise ApiError(400, f"max_tokens {body.max_tokens} and max_completion_tokens are the same: give one",
                            param="max_tokens")  # fmt: skip
@@ -55,14 +57,18 @@ class Server:
 
         def rows() -> Asked:
             prompts = self.lm.prompt_ids([message.as_dict() for message in body.messages])
-            return self._asked(body, prompts, "max_completion_tokens", limit, CHAT_TOKENS)
+            return self._asked(body, prompts, "max_completion_tokens", limit, CHAT_TOKENS, scored)
 
         return await self._generate(body, request, rows, Heading("chat", body.model))
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         """/v1/completions."""
-        if body.logprobs is not None:
-            raise ApiError(400, "logprobs are not supported here: leave them out", param="logprobs")
+        scored = None if body.logprobs is None else Scored(body.logprobs, chat=False)
+        if scored is not None and (body.echo or body.suffix is not None):
+            raise ApiError(400, "logprobs are of new text: leave out echo and suffix", param="logprobs")
+        if body.response_format is not None and body.suffix is not None:
+            raise ApiError(400, "response_format goes with text that is continued: leave out suffix",
+                           param="response_format")  # fmt: skip
         if body.best_of not in (None, body.n or 1):
             raise ApiError(400, f"best_of {body.best_of} must be n, {body.n or 1}: all are returned", param="best_of")
         if body.suffix is not None:
@@ -70,15 +76,17 @@ class Server:
 
         def rows() -> Asked:
             prompts = prompt_rows(self.lm, body.prompt)
-            return self._asked(body, prompts, "max_tokens", body.max_tokens, TEXT_TOKENS)
+            return self._asked(body, prompts, "max_tokens", body.max_tokens, TEXT_TOKENS, scored)
 
         return await self._generate(body, request, rows, Heading("text", body.model), echo=bool(body.echo))
 
-    def _asked(self, body: Generation, prompts: list[Any], name: str, limit: int | None, usual: int) -> Asked:
+    def _asked(
+        self, body: Generation, prompts: list[Any], name: str, limit: int | None, usual: int, scored: Scored | None
+    ) -> Asked:
         most = self.options.max_new_tokens
         new = min(usual, most or usual) if limit is None else check_tokens(name, limit, most)
         self._check_choices(len(prompts), body.n or 1)
-        return asked(self.lm, body, prompts, new, body.stop_strings)
+        return asked(self.lm, body, prompts, new, scored)
 
     def _check_choices(self, num_prompts: int, n: int) -> None:
         most = self.options.max_choices
@@ -96,7 +104,7 @@ class Server:
                 raise ApiError(400, f"{name} is for streams: set stream, or leave it out", param=name)
         wanted = await run_in_threadpool(_or_bad_input, rows, type(body))
         call = self._call(body.timeout)
-        call.rows(wanted, stream=stream)
+        call.rows(wanted, stream=stream, confidence=bool(body.commits))
         before = [self.lm.new_text(p[:0], p.tolist()) if echo else "" for p in wanted.prompts]
         if stream:
             pieces = self._stream(body, call, wanted, heading, before)
@@ -104,7 +112,9 @@ class Server:
         ended: dict[int, Row] = {}
         writings = self._writings(wanted)
         async for event in self._until_gone(call, request):
-            if not isinstance(event, Heard):
+            if isinstance(event, Heard):
+                writings[event.row].heard(event)
+            else:
                 ended[event.row] = writings[event.row].ended(event.result)[1]
         every = [ended[row] for row in range(len(wanted.prompts))]
         usage = usage_of(lengths(wanted.prompts[:: body.n or 1]), every, wanted.mode)
@@ -112,7 +122,8 @@ class Server:
         return _json(heading.whole(every, usage, before))
 
     def _writings(self, wanted: Asked) -> list[Writing]:
-        return [Writing(self.lm, *row) for row in zip(wanted.prompts, wanted.requests, wanted.stops, strict=True)]
+        rows = zip(wanted.prompts, wanted.requests, wanted.stops, strict=True)
+        return [Writing(self.lm, *row, wanted.scored) for row in rows]
 
     async def _stream(
         self, body: Generation, call: Call, wanted: Asked, heading: Heading, before: list[str]
@@ -128,8 +139,8 @@ class Server:
             async for event in call.events():
                 writing, finish = writings[event.row], None
                 if isinstance(event, Heard):
-                    text = writing.heard(event.positions, event.tokens)
-                    commits = writing.commits(event.positions, event.tokens, None) if body.commits else None
+                    text = writing.heard(event)
+                    commits = writing.commits(event) if body.commits else None
                     if not text and commits is None:
                         continue
                 else:
@@ -138,10 +149,11 @@ class Server:
                 if first:
                     self.metrics.first.observe(time.monotonic() - began)
                     first = False
-                if text and finish:
-                    yield _event(heading.piece(event.row, text) | more)
+                if finish and (text or wanted.scored is not None):
+                    yield _event(heading.piece(event.row, text, logprobs=writing.rest_of_scores()) | more)
                     text = ""
-                yield _event(heading.piece(event.row, text, finish, commits) | more)
+                scores = None if finish else writing.scores_of_shown()
+                yield _event(heading.piece(event.row, text, finish, commits, scores) | more)
             usage = usage_of(lengths(wanted.prompts[:: body.n or 1]), list(ended.values()), wanted.mode)
             self.metrics.count(usage)
             if include:
@@ -285,6 +297,8 @@ class Server:
         except ClientGoneError:
             self.metrics.cancelled.inc()
             raise
+        except Exception as error:
+            raise api_error(error) from error
         finally:
             gone.cancel()
             call.cancel()
@@ -360,7 +374,8 @@ def _add_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/health", response_model=answers.Health)
     async def health() -> Any:
-        return answers.Health(model=server.options.name, waiting=server.engine.num_waiting)
+        return answers.Health(model=server.options.name, waiting=server.engine.num_waiting,
+                              running=server.engine.num_running)  # fmt: skip
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -73,12 +73,54 @@ class StreamOptions(Body):
     include_obfuscation: Literal[None, False] = None
 
 
+class NamedSchema(BaseModel):
+    """A JSON schema, as OpenAI's clients send it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class PlainText(Body):
+    type: Literal["text"]
+
+
+class AnyJson(Body):
+    type: Literal["json_object"]
+
+
+class SchemaJson(Body):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class RegexText(Body):
+    """The library's own: the text matches a regular expression."""
+
+    type: Literal["regex"]
+    regex: str
+
+
+class LarkText(Body):
+    """The library's own: the text is derived from the rule `start` of a Lark grammar."""
+
+    type: Literal["lark"]
+    lark: str
+
+
+ResponseFormat = Annotated[PlainText | AnyJson | SchemaJson | RegexText | LarkText, Field(discriminator="type")]
+
+
 class Generation(Decoding):
     """Fields of chat and of completions. commits: the pieces of a stream say which tokens were committed where."""
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     commits: bool | None = None
+    response_format: ResponseFormat | None = None
     presence_penalty: Nothing = None
     frequency_penalty: Nothing = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None

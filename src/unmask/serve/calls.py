@@ -1,4 +1,4 @@
-"""From a body to rows of the engine, and from what the engine says to text."""
+"""From a body to rows of the engine, and from what the engine says to events of one HTTP request."""
 
 from __future__ import annotations
 
@@ -13,24 +13,32 @@ import torch
 from torch import Tensor
 
 from unmask.data.prompts import StopStrings
+from unmask.hf.grammar import Lark, Regex
 from unmask.model import DiffusionLM
-from unmask.sampling import Autoregressive, Decoder, Request, SampledTokens, Speculative
+from unmask.sampling import Autoregressive, Blocks, Decoder, Request, Speculative, WholeCanvas
+from unmask.sampling.canvases import check_steps
+from unmask.sampling.constraint import Constraint, check_unconstrained
+from unmask.sampling.guidance import check_guided
 from unmask.sampling.request import given_or_new
-from unmask.serve.answers import Commit, Row
-from unmask.serve.bodies import Decoding
-from unmask.serve.engine import CancelledError, Engine, Job, QueueFullError
+from unmask.serve import bodies
+from unmask.serve.bodies import Generation
+from unmask.serve.engine import Engine, Job, QueueFullError, Work
 from unmask.serve.errors import BUSY, ApiError
-from unmask.streaming import FinalText
+from unmask.serve.writing import Heard, Listener, Scored
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Rows that a body asks for, each with the decoder and what it asks of it. prompts: (length,) int64 each."""
+    """Rows that a body asks for, each with the decoder and what it asks of it. prompts: (length,) int64 each.
+
+    scored: which log-probabilities are wanted.
+    """
 
     prompts: list[Tensor]
     decoder: Decoder
     requests: list[Request]
     stops: list[StopStrings]
+    scored: Scored | None
 
     @property
     def mode(self) -> str:
@@ -38,65 +46,58 @@ class Asked:
         return {Autoregressive: "ar", Speculative: "speculative"}.get(type(self.decoder), "diffusion")
 
 
-def asked(lm: DiffusionLM, body: Decoding, prompts: list[Tensor], max_new_tokens: int, stop: list[str]) -> Asked:
+def asked(
+    lm: DiffusionLM, body: Generation, prompts: list[Tensor], max_new_tokens: int, scored: Scored | None
+) -> Asked:
     """The rows of a body: n for each prompt. Raises ValueError for what the model or its decoder refuses."""
     decoder = lm.decoder(**body.decoder_options())
+    context = lm.network.context_length
     for prompt in prompts:
-        context = lm.network.context_length
         if context is not None and len(prompt) >= context:
             raise ApiError(
                 400, f"a prompt of {len(prompt)} tokens leaves no room in the model's context of {context}: shorten it",
                 code="context_length_exceeded",
             )  # fmt: skip
-    seed = given_or_new(body.seed)
+    seed, constraint = given_or_new(body.seed), constraint_of(lm, body.response_format)
     whole = Request(
-        max_new_tokens=max_new_tokens, seed=seed, end_token_ids=lm.end_token_ids,
-        context_length=lm.network.context_length, **body.sampling_options(),
+        max_new_tokens=max_new_tokens, seed=seed, end_token_ids=lm.end_token_ids, context_length=context,
+        constraint=constraint, **body.sampling_options(),
     )  # fmt: skip
+    _check(lm, decoder, whole, scored)
     rows = [prompt for prompt in prompts for _ in range(body.n or 1)]
-    stops = [StopStrings(lambda _, new, prompt=prompt: lm.new_text(prompt, new), stop) for prompt in rows]  # type: ignore[misc]
-    requests = [replace(whole, seed=[(seed, i)], stop=strings if stop else None) for i, strings in enumerate(stops)]
-    return Asked(rows, decoder, requests, stops)
+    strings = body.stop_strings
+    stops = [StopStrings(lambda _, new, prompt=prompt: lm.new_text(prompt, new), strings) for prompt in rows]  # type: ignore[misc]
+    requests = [replace(whole, seed=[(seed, i)], stop=stop if strings else None) for i, stop in enumerate(stops)]
+    return Asked(rows, decoder, requests, stops, scored)
 
 
-class Writing:
-    """The text of one row while it is decoded. text_of: text of a token alone."""
-
-    def __init__(self, lm: DiffusionLM, prompt: Tensor, request: Request, stop: StopStrings) -> None:
-        self._lm, self._prompt, self._request, self._stop = lm, prompt, request, stop
-        self._pieces: list[str] = []
-        self._final = FinalText(
-            partial(lm.new_text, prompt), len(prompt), self._pieces.append, request.end_token_ids, stop.strings
-        )
-
-    def heard(self, positions: list[int], tokens: list[int]) -> str:
-        """What became final with these commits."""
-        self._pieces.clear()
-        self._final(0, positions, tokens)
-        return "".join(self._pieces)
-
-    def ended(self, sampled: SampledTokens) -> tuple[str, Row]:
-        """What was not handed on yet, and the whole row."""
-        new = sampled.new_tokens[0]
-        text = self._stop.cut(self._lm.new_text(self._prompt, new))
-        finish = "length" if self._request.kept(0, new) is None else "stop"
-        row = Row(new, text, finish, int(sampled.num_forwards[0]), int(sampled.num_prefill_forwards[0]))  # type: ignore[arg-type]
-        return self._final.rest(text), row
-
-    def commits(self, positions: list[int], tokens: list[int], confidences: list[float] | None) -> list[Commit]:
-        """The commits, with the text of each token by itself."""
-        sure: list[Any] = confidences or [None] * len(tokens)
-        return [Commit(position=p, token=t, text=self._lm.tokenizer.decode([t]), confidence=c)
-                for p, t, c in zip(positions, tokens, sure, strict=True)]  # fmt: skip
+def _check(lm: DiffusionLM, decoder: Decoder, request: Request, scored: Scored | None) -> None:
+    """Raise for what would be refused once the row decodes."""
+    check_guided(decoder, is_drafter=lm.drafter is not None)
+    if isinstance(decoder, Blocks | WholeCanvas):
+        check_unconstrained(request.constraint)
+        if scored is not None:
+            raise ApiError(400, "logprobs are exact in modes 'ar' and 'speculative' alone, and this is 'diffusion', "
+                           "whose tokens are chosen before those to their left: set mode, or leave them out",
+                           param="logprobs")  # fmt: skip
+    if isinstance(decoder, WholeCanvas):
+        check_steps(decoder.max_denoising_steps, decoder.block_size, request.max_new_tokens, decoder.remask)
+    if scored is not None and request.constraint is not None:
+        raise ApiError(400, "logprobs do not go with response_format, whose forced tokens have none: leave one out",
+                       param="logprobs")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Heard:
-    """Commits of a row: positions in the text with its prompt, and tokens."""
-
-    row: int
-    positions: list[int]
-    tokens: list[int]
+def constraint_of(lm: DiffusionLM, given: Any) -> Constraint | None:
+    """What a response_format asks for; ValueError for a schema or grammar that is wrong."""
+    if given is None or isinstance(given, bodies.PlainText):
+        return None
+    if isinstance(given, bodies.SchemaJson):
+        return lm.constraint({} if given.json_schema.schema_ is None else given.json_schema.schema_)
+    if isinstance(given, bodies.RegexText):
+        return lm.constraint(Regex(given.regex))
+    if isinstance(given, bodies.LarkText):
+        return lm.constraint(Lark(given.lark))
+    return lm.constraint("json_object")
 
 
 @dataclass(frozen=True)
@@ -123,17 +124,20 @@ class Call:
         self._deadline, self._seconds = time.monotonic() + seconds, seconds
         self._jobs: list[Job] = []
 
-    def rows(self, wanted: Asked, *, stream: bool) -> None:
-        """Submit rows; stream: their commits are wanted. Raises ApiError where the queue is full."""
+    def rows(self, wanted: Asked, *, stream: bool, confidence: bool) -> None:
+        """Submit rows; stream: their commits are wanted, with their confidence. ApiError where the queue is full."""
+        top = None if not (confidence or wanted.scored) else wanted.scored.top if wanted.scored else 0
         for row, (prompt, request) in enumerate(zip(wanted.prompts, wanted.requests, strict=True)):
-            job = Job(partial(self._ended, row), prompt, wanted.decoder)
-            job.request = replace(request, callback=self._listener(job, row, stream))
-            self._jobs.append(job)
+            if stream or wanted.scored is not None:
+                listener = Listener(row, self._post, top)
+                request = replace(request, callback=listener, observer=None if top is None else listener.observe)
+            work = Work(prompt, wanted.decoder, request, self._engine.lm.diffusion)
+            self._jobs.append(Job(work, partial(self._ended, row)))
         self._submit()
 
     def call(self, function: Callable[[Callable[[], None]], Any]) -> None:
         """Submit one call, which gets a function that raises once nobody waits any more."""
-        self._jobs.append(Job(partial(self._ended, 0), call=function))
+        self._jobs.append(Job(function, partial(self._ended, 0)))
         self._submit()
 
     def leave(self) -> None:
@@ -142,8 +146,7 @@ class Call:
 
     def cancel(self) -> None:
         """Nobody waits any more."""
-        for job in self._jobs:
-            job.cancelled.set()
+        self._engine.cancel(self._jobs)
 
     async def events(self) -> AsyncIterator[Heard | Ended]:
         """What the engine says, until all jobs have ended. Raises what a job raised, and ApiError at the deadline."""
@@ -177,16 +180,7 @@ class Call:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
     def _ended(self, row: int, result: Any) -> None:
-        if not isinstance(result, CancelledError):
-            self._post(Ended(row, result))
-
-    def _listener(self, job: Job, row: int, stream: bool) -> Callable[[int, list[int], list[int]], None]:
-        def heard(_: int, positions: list[int], tokens: list[int]) -> None:
-            job.check()
-            if stream:
-                self._post(Heard(row, positions, tokens))
-
-        return heard
+        self._post(Ended(row, result))
 
 
 def prompt_rows(lm: DiffusionLM, prompt: Any) -> list[Tensor]:

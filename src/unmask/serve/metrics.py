@@ -31,6 +31,8 @@ class Metrics:
         )
         waiting = Gauge("unmask_rows_waiting", "Rows that wait for their turn.", registry=self.registry)
         waiting.set_function(lambda: engine.num_waiting)
+        running = Gauge("unmask_rows_running", "Rows that decode.", registry=self.registry)
+        running.set_function(lambda: engine.num_running)
 
     def count(self, usage: Usage) -> None:
         """Add what an answer used."""

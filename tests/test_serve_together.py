@@ -133,7 +133,7 @@ def test_logprobs_are_those_of_the_model(lm, client, mode: str) -> None:
     logits[:, lm.diffusion.mask_token_id] = -math.inf
     expected = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
     assert choice.logprobs.token_logprobs == pytest.approx(expected.tolist()[: len(choice.logprobs.tokens)], abs=1e-6)
-    assert all(len(top) == 2 for top in choice.logprobs.top_logprobs)
+    assert all(1 <= len(top) <= 2 for top in choice.logprobs.top_logprobs)  # half characters look alike
     pieces = list(client.completions.create(**asked, logprobs=2, stream=True))
     streamed = [p for piece in pieces for c in piece.choices if c.logprobs for p in c.logprobs.token_logprobs]
     assert streamed == choice.logprobs.token_logprobs

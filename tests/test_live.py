@@ -73,12 +73,12 @@ def test_rows_that_come_and_go_are_those_alone(decoder: Any, config: Any, most: 
             running[live.put(texts[i], Request(**{**vars(requests[i]), "callback": callback}))] = i
         for row, sampled in live.step().items():
             done[running.pop(row)] = sampled
-        if running and chance.random() < 0.1:
+        if running and chance.random() < 0.06:
             row = chance.choice(sorted(running))
             dropped.add(running.pop(row))
             live.drop(row)
     assert set(done) | dropped == set(range(len(texts)))
-    assert len(done) > 6
+    assert len(done) > 3
     for i, sampled in done.items():
         alone = decoder(net, config, [texts[i]], requests[i])
         assert sampled.new_tokens == alone.new_tokens, i

@@ -58,7 +58,7 @@ def request_of(i: int, stop: bool) -> Request:
 @pytest.mark.parametrize("most", [1, 5])
 def test_rows_that_come_and_go_are_those_alone(decoder: Any, config: Any, most: int) -> None:
     net, chance = network(tiny_llama()), random.Random(most)
-    texts = [random_tokens(1 + i * 5 % 17, seed=i) for i in range(18)]
+    texts = [random_tokens(1 + i * 5 % 17, seed=i) for i in range(10)]
     requests = [request_of(i, True) for i in range(len(texts))]
     live = LiveRows(decoder, net, config, most)
     waiting, running, done, dropped = list(range(len(texts))), {}, {}, set()
@@ -78,7 +78,7 @@ def test_rows_that_come_and_go_are_those_alone(decoder: Any, config: Any, most: 
             dropped.add(running.pop(row))
             live.drop(row)
     assert set(done) | dropped == set(range(len(texts)))
-    assert len(done) > 3
+    assert len(done) > 2
     for i, sampled in done.items():
         alone = decoder(net, config, [texts[i]], requests[i])
         assert sampled.new_tokens == alone.new_tokens, i

@@ -136,7 +136,7 @@ def test_logprobs_are_those_of_the_model(lm, client, mode: str) -> None:
     assert all(1 <= len(top) <= 2 for top in choice.logprobs.top_logprobs)  # half characters look alike
     pieces = list(client.completions.create(**asked, logprobs=2, stream=True))
     streamed = [p for piece in pieces for c in piece.choices if c.logprobs for p in c.logprobs.token_logprobs]
-    assert streamed == choice.logprobs.token_logprobs
+    assert streamed == pytest.approx(choice.logprobs.token_logprobs)  # cycles may differ, and so last bits
     offsets = [p for piece in pieces for c in piece.choices if c.logprobs for p in c.logprobs.text_offset]
     assert offsets == choice.logprobs.text_offset
     chat = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=6,

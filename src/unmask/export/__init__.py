@@ -16,6 +16,7 @@ from typing import Any
 
 from unmask.export.gguf import export_gguf
 from unmask.export.hf import export_hf
+from unmask.export.sglang import export_sglang
 from unmask.export.uno import export_uno
 from unmask.loading import load
 from unmask.model import DiffusionLM
@@ -24,6 +25,7 @@ from unmask.run_folder import ordinary_permissions, writing
 FORMATS: dict[str, Callable[..., dict[str, Any]]] = {
     "gguf": export_gguf,
     "hf": export_hf,
+    "sglang": export_sglang,
     "uno": export_uno,
 }
 """Functions of (model, folder to write to, its later path); one that can quantise has an argument `quantize` too.

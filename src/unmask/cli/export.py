@@ -16,7 +16,10 @@ def export(
     model: Annotated[str, typer.Argument(**name_of("Folder or hub id of the model."))],
     format: Annotated[
         str,
-        typer.Option(help="hf: for transformers alone. gguf: for llama.cpp. uno: a drafter, for SGLang and vLLM."),
+        typer.Option(
+            help="hf: for transformers alone. gguf: for llama.cpp. sglang: blocks of Qwen3, for SGLang and LMDeploy. "
+            "uno: a drafter, for SGLang and vLLM."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="A new folder.")],
     quantize: Annotated[

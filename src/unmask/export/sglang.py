@@ -119,7 +119,7 @@ def _check_mask_id(lm: DiffusionLM) -> None:
     if kind not in ("BPE", "WordPiece", "WordLevel"):
         raise ValueError(
             f"format 'sglang' needs the id {MASK_ID} for the mask token, and a tokenizer of type {kind} cannot "
-            "leave out the ids before it: use format 'hf'"
+            "leave out the ids before it: use format 'gguf'"
         )
 
 

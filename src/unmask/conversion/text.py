@@ -67,7 +67,7 @@ def _read_part(job: Job, parent: Parent, part: Part, progress: Callable[[int], N
         return open_for(part.prepared, encoder)
     if is_large(part.sources):
         with join().main_process_first():
-            corpus = cached(job.folder.path.parent, part.sources, encoder, settings.text_column, progress)
+            corpus = cached(job.folder.path.parent, part.sources, encoder, settings.text_column, progress, _noting(job))
         if corpus is not None:
             return corpus
     return _read_files(job, parent, part.sources, max_length=settings.max_length, progress=progress)

@@ -73,10 +73,11 @@ def cached(
     encoder: Encoder,
     text_column: str,
     progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Corpus | None:
     """The corpus of sources, prepared in a folder inside `folder` that is named after all that decides it.
 
-    None for sources of which that is not known.
+    None for sources of which that is not known. note: called with a line that says where a new folder is.
     """
     if any(isinstance(source, Records) and source.fingerprint is None for source in sources):
         return None
@@ -85,6 +86,8 @@ def cached(
     place = folder / f"prepared-{name}"
     if not is_prepared(place):
         prepare(place, sources, encoder, text_column, processes=default_processes(), progress=progress)
+        if note is not None:
+            note(f"the tokens are kept in {str(place)!r} for later runs: remove it when none needs them")
     check_longest(place, encoder)
     return open_prepared(place)
 

@@ -278,6 +278,8 @@ def test_cards_say_what_decodes_a_folder(exported: Any) -> None:
         card, before = (folder / "README.md").read_text(), (run / "README.md").read_text()
         assert card.count("pipeline_tag: text-generation\n") == 1
         assert card.count("\n- custom_generate\n") == 1
+        assert card.count("\nlibrary_name: transformers\n") == card.count("\ntags:\n") == 1
+        assert "\n- diffusion-language-model\n" in card
         assert "trust_remote_code=True" in card
         assert ("which this model was not trained for" in card) == ("pipeline_tag" not in before)
     assert "pipeline_tag" not in (exported[0][0] / "README.md").read_text()
@@ -289,6 +291,11 @@ def test_models_that_need_more_than_a_mask_are_refused_and_ar_models_need_no_cod
 ) -> None:
     export_model(tokenizer_and_model, "hf", tmp_path / "ar")
     assert not (tmp_path / "ar" / "custom_generate").exists()
+    assert (
+        (tmp_path / "ar" / "README.md")
+        .read_text()
+        .startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n## With transformers\n")
+    )
     lm = unmask.load(tokenizer_and_model)
     lm.diffusion = block_config(4)
     for name, value, reason in (("no_cache", "why", r"on a cache \(why\)"), ("first_long_position", 9, "LongRoPE")):

@@ -19,7 +19,8 @@ def export_hf(lm: DiffusionLM, folder: Path, place: str) -> dict[str, Any]:
         )
     lm.save_pretrained(folder)
     if lm.diffusion is None:
-        return {"python": f"AutoModelForCausalLM.from_pretrained({place!r})"}
+        (folder / "README.md").write_text(_card(lm, ["pipeline_tag: text-generation"], _PLAIN))
+        return {"python": f"AutoModelForCausalLM.from_pretrained({place!r})", "serve": f"transformers serve {place}"}
     _check_decodes(lm)
     if not lm.network.per_layer_type:  # the model ignores the windows of its config
         lm.model.config.diffusion["windows"] = False
@@ -28,7 +29,9 @@ def export_hf(lm: DiffusionLM, folder: Path, place: str) -> dict[str, Any]:
     code = folder / "custom_generate" / "generate.py"
     code.parent.mkdir()
     code.write_text(Path(custom_generate.__file__).read_text())
-    (folder / "README.md").write_text(_card(lm))
+    without = "" if lm.diffusion.serves_ar else ", which this model was not trained for"
+    use = _USE.format(mode=lm.default_mode, without=without)
+    (folder / "README.md").write_text(_card(lm, ["pipeline_tag: text-generation", "tags:", "- custom_generate"], use))
     return {
         "python": f"AutoModelForCausalLM.from_pretrained({place!r}, trust_remote_code=True).generate(...)",
         "serve": f"transformers serve {place} --trust-remote-code",
@@ -49,23 +52,29 @@ def _check_decodes(lm: DiffusionLM) -> None:
             raise ValueError(f"format 'hf' cannot decode {name}, which {reason}: serve it with this library")
 
 
-def _card(lm: DiffusionLM) -> str:
-    """The README of the model's run, if it has one, with how it is decoded without this library."""
+def _card(lm: DiffusionLM, entries: list[str], use: str) -> str:
+    """The README of the model's folder, if it has one, with these entries of its header, and how the model is used."""
     source = Path(getattr(lm.model.config, "_name_or_path", "")) / "README.md"
-    card = source.read_text() if source.is_file() else ""
-    header, body = ["library_name: transformers"], card
-    if card.startswith("---\n") and "\n---\n" in card[4:]:
-        front, _, body = card[4:].partition("\n---\n")
-        header = [line for line in front.splitlines() if not line.startswith("pipeline_tag:")]
-    if "tags:" not in header:
-        header.append("tags:")
-    causal = lm.diffusion is not None and lm.diffusion.serves_ar
-    without = "" if causal else ", which this model was not trained for"
-    use = _USE.format(mode=lm.default_mode, without=without)
-    at = header.index("tags:")
-    header[at : at + 1] = ["pipeline_tag: text-generation", "tags:", "- custom_generate"]
-    return "\n".join(["---", *header, "---", "", body.strip(), "", use]).replace("\n\n\n", "\n\n")
+    body, header = source.read_text() if source.is_file() else "", []
+    if body.startswith("---\n") and "\n---\n" in body:
+        front, _, body = body[4:].partition("\n---\n")
+        replaced = ("library_name:", "pipeline_tag:")
+        header = [line for line in front.splitlines() if not line.startswith(replaced)]
+    at = header.index("tags:") if "tags:" in header else len(header)
+    header[at : at + 1] = entries if "tags:" in entries else [*entries, *header[at : at + 1]]
+    return "\n".join(
+        ["---", "library_name: transformers", *header, "---", "", *([body.strip(), ""] if body else []), use]
+    )
 
+
+_PLAIN = """## With transformers
+
+```python
+from transformers import pipeline
+
+print(pipeline("text-generation", model="this folder")("...", max_new_tokens=64))
+```
+"""
 
 _USE = """## With transformers alone
 

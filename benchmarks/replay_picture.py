@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 
 import torch
+from unmask.cli.replay import token_pieces
 
 import unmask
-from unmask.cli.replay import token_pieces
 from unmask.lab.tasks import problems
 from unmask.sampling import Blocks, Threshold, Trace
 

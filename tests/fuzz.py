@@ -167,9 +167,10 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "block_sizes": st.just("2,4"), "batch_sizes": st.just("1,2"), "oracle": st.just(0),
     "prompt_tokens": small,
     "seeds": st.just("0"), "arms": st.just("bidirectional"),
+    "device": st.just("cpu"), "dtype": st.sampled_from(["float32", "float64"]),
 }  # fmt: skip
 FLAGS = {"as_json", "exact", "everything", "markdown", "skip_invalid", "watch", "compiled", "trust_remote_code",
-         "apply_chat_template", "confirm_run_unsafe_code", "resume"}  # fmt: skip
+         "apply_chat_template", "confirm_run_unsafe_code", "resume", "quiet", "verbose"}  # fmt: skip
 NUMBERS = (int, float)
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("temperature", "top_p", "guidance_scale", "confidence_threshold", "eta", "factor"), NUMBERS),

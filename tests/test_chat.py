@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -96,3 +98,45 @@ def test_fine_tuning_on_messages_and_talking(run, tokenizer_and_model: Path, tmp
     shown = in_a_terminal([sys.executable, "-m", "unmask.cli", "chat", str(tmp_path / "run")], b"A cat?\n/exit\n")
     assert shown.count("The cat was happy.") == 1  # streamed, and not printed again
     assert "> " in shown
+
+
+def test_words_about_the_conversation(run, chatty: Path) -> None:  # noqa: F811
+    expected = answers(chatty, "A cat?", mode="ar", max_new_tokens=8)[0]
+    typed = "/help\n/stats\n/nonsense\n/mode speculative\n/mode ar\nA cat?\n/stats\n/mode\n/exit\n"
+    code, out, err = run("chat", chatty, "--max-new-tokens", 8, "--seed", 0, stdin=typed)
+    assert (code, out) == (0, expected + "\n")
+    assert err.splitlines()[1] == "/help lists commands, /exit ends, Ctrl-C ends an answer"
+    for said in ("/mode NAME", "last answer: 0 tokens", "/nonsense is unknown: /help", "mode Autoregressive",
+                 "last answer: 8 tokens in 8 forwards (1.00 per forward)", "all answers: 8 tokens"):  # fmt: skip
+        assert said in err
+    assert "mode 'speculative'" in err  # which this model lacks
+    assert run("-q", "chat", chatty, "--max-new-tokens", 8, "--seed", 0, "--mode", "ar", stdin="A cat?\n")[1:] == (
+        out,
+        "",
+    )
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(run, chatty: Path, monkeypatch) -> None:  # noqa: F811
+    from unmask.streaming import FinalText
+
+    whole = answers(chatty, "A cat?", mode="ar", max_new_tokens=24)[0]
+    calls, call = [0], FinalText.__call__
+
+    def pressed(self, *place) -> None:
+        calls[0] += 1
+        if calls[0] == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        call(self, *place)
+
+    monkeypatch.setattr(FinalText, "__call__", pressed)
+    handler = signal.getsignal(signal.SIGINT)
+    code, out, err = run("chat", chatty, "--max-new-tokens", 24, "--seed", 0, "--mode", "ar",
+                         stdin="A cat?\n/reset\nA cat?\n/stats\n")  # fmt: skip
+    assert code == 0
+    assert out.endswith(whole + "\n")
+    stopped = out.removesuffix(whole + "\n").removesuffix("\n")
+    assert whole.startswith(stopped)
+    assert 0 < len(stopped) < len(whole)
+    assert "(stopped)" in err
+    assert "all answers: 24 tokens" in err
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -17,6 +17,7 @@ import typer
 import unmask
 from unmask import sampling
 from unmask.cli import app
+from unmask.conversion.trainer import ForTrainer
 from unmask.settings import TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,7 +118,7 @@ for _file in (ROOT / "src" / "unmask").rglob("*.py"):
     MODULES.setdefault(_name.rsplit(".", 1)[-1], []).append(_name)
 for _file in (ROOT / "benchmarks").glob("*.py"):
     MODULES.setdefault(_file.stem, []).append(_file.stem)
-OBJECTS = {"lm": unmask.DiffusionLM, "out": unmask.SampleOutput}
+OBJECTS = {"lm": unmask.DiffusionLM, "out": unmask.SampleOutput, "parts": ForTrainer}
 FILES = ("gguf", "html", "json", "jsonl", "md", "npy", "py", "safetensors", "toml", "txt")
 ELSEWHERE = ("generation_config", "tokenizer", "torch")
 """First words of names that are not this library's."""

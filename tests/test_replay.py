@@ -8,6 +8,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from rich.live import Live
 from test_cli import run  # noqa: F401
 
 import unmask
-from unmask.cli.replay import Watch, token_pieces, write_replay
+from unmask.cli.watch import Watch
+from unmask.replay_page import token_pieces, write_replay
 from unmask.sampling import Canvas, Confidence, Guess, Step, Threshold, Trace
 
 
@@ -187,3 +189,24 @@ def test_watch_on_a_terminal(converted: Path) -> None:
     shown = in_a_terminal([*command, "--max-new-tokens", "5", "--watch"])
     assert STORIES[0][:20] in shown
     assert "forwards" in shown
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "ar"}, {"confidence_threshold": 0.3, "seed": 1, "temperature": 0.7}])
+def test_an_output_replays_itself_in_a_notebook(converted: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    lm = unmask.load(converted)
+    replayed = unmask.replay(lm, "Once <b>upon", max_new_tokens=9, **options)
+    out = lm.generate("Once <b>upon", max_new_tokens=9, **options)
+    assert replayed.output.texts == out.texts
+    assert repr(out) in repr(replayed)
+    (frame,) = [attributes for tag, attributes in Page(replayed._repr_html_()).tags if tag == "iframe"]
+    assert dict(frame)["srcdoc"] == replayed.page
+    assert dict(frame)["sandbox"] == "allow-scripts"
+    data = json.loads(Page(replayed.page).scripts[0])
+    assert data["prompt"] == "Once <b>upon"
+    assert "".join(data["tokens"]).startswith(out.texts[0])
+    assert len(data["steps"]) > 1
+    assert replayed.save(tmp_path / "r.html").read_text(encoding="utf-8") == replayed.page
+    with pytest.raises(ValueError, match="let it end in"):
+        replayed.save(tmp_path / "r.txt")
+    with pytest.raises(ValueError, match="of one prompt, not of 2"):
+        unmask.replay(lm, ["a", "b"])

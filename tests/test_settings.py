@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, get_type_hints
 
 import pytest
 
@@ -22,7 +22,7 @@ from unmask.core import distances
 from unmask.lab.study import Study
 from unmask.recipe import check_data_settings, differences, load_recipe, recipe_names
 from unmask.resolve import Resolved, resolve
-from unmask.settings import DISTANCES, GROUPS, TABLE, OptimiserSettings, Settings, unmet
+from unmask.settings import DISTANCES, GROUPS, TABLE, OptimiserSettings, Settings, SettingsKeywords, unmet
 
 # --- the table
 
@@ -371,3 +371,11 @@ def test_the_page_of_settings_is_up_to_date() -> None:
 def test_the_table_knows_no_torch() -> None:
     code = "import sys, unmask.cli.recipes as r; r.settings_page(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_keywords_are_the_table() -> None:
+    """What editors complete: the same names in the same order, of the same types."""
+    assert SettingsKeywords.__annotations__.keys() == TABLE.keys()
+    for name, entry in TABLE.items():
+        assert SettingsKeywords.__annotations__[name].__forward_arg__ == entry.type, name
+    assert get_type_hints(unmask.adapt, include_extras=True)["settings"] == Unpack[SettingsKeywords]

@@ -11,12 +11,14 @@ from unmask.version import __version__
 if TYPE_CHECKING:
     from unmask.conversion import adapt
     from unmask.conversion.prepare import prepare
+    from unmask.conversion.trainer import for_trainer
     from unmask.evaluation.likelihood import LikelihoodOutput
     from unmask.hf import JsonSchema, Lark, Regex, UnsupportedModelError
     from unmask.loading import load
     from unmask.model import DiffusionLM
     from unmask.outputs import SampleOutput
     from unmask.recipe import recipes
+    from unmask.replay_page import replay
 
 __all__ = [
     "DiffusionLM",
@@ -28,9 +30,11 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "adapt",
+    "for_trainer",
     "load",
     "prepare",
     "recipes",
+    "replay",
 ]
 
 _HOMES = {
@@ -43,8 +47,10 @@ _HOMES = {
     "UnsupportedModelError": "unmask.hf",
     "load": "unmask.loading",
     "adapt": "unmask.conversion",
+    "for_trainer": "unmask.conversion.trainer",
     "prepare": "unmask.conversion.prepare",
     "recipes": "unmask.recipe",
+    "replay": "unmask.replay_page",
 }
 
 

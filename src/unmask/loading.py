@@ -36,6 +36,7 @@ def load(
     `[gguf]`) is dequantised. trust_remote_code: run Python code that the folder brings; without it such a folder is
     refused. Raises ValueError with the file or the weights that are not what they should be.
     """
+    _check_dtype(dtype)
     options: dict[str, Any] = {
         "device": device,
         "dtype": dtype,
@@ -55,6 +56,13 @@ def load(
         lm = _with(lm, layer_name, Path(layer), under, trust_remote_code)
     _warn_of_slow_precision(model)
     return lm.known_finite()
+
+
+def _check_dtype(dtype: torch.dtype | str | None) -> None:
+    """Raise ValueError for what is no type of weights."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype not in (None, "auto") and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype {str(dtype)!r} is no type of weights: use float32, bfloat16, float16 or float64")
 
 
 def _warn_of_slow_precision(model: torch.nn.Module) -> None:

@@ -11,6 +11,32 @@ from typing import Protocol
 
 LINE_SECONDS = 10.0
 
+_hushed = [False]
+_waiting: list[str] = []
+
+
+def hush(quiet: bool = True) -> None:
+    """Whether progress, notes and other lines about the work are left out from now on, as with -q."""
+    _hushed[0] = quiet
+
+
+def say(*lines: str) -> None:
+    """Lines on stderr about the work, after those of `announce`; without any, those alone."""
+    lines, _waiting[:] = (*_waiting, *lines), []
+    if not _hushed[0]:
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
+
+
+def announce(line: str) -> None:
+    """A line on stderr that waits until the work is seen to go on: what is refused says nothing but why."""
+    _waiting.append(line)
+
+
+def withdraw() -> None:
+    """Leave out the lines that still wait."""
+    _waiting.clear()
+
 
 class Advance(Protocol):
     """Called with what was done since the last call, and a text to show beside it."""
@@ -21,9 +47,10 @@ class Advance(Protocol):
 @contextmanager
 def progress(description: str, total: float | None, *, start: float = 0, show: bool = True) -> Iterator[Advance]:
     """Show progress towards `total` units of work (unknown if None), beginning at `start`."""
-    if not show:
+    if not show or _hushed[0]:
         yield _silent
         return
+    say()
     if not sys.stderr.isatty():
         lines = _Lines(description, total, start)
         yield lines.advance
@@ -56,7 +83,7 @@ def warn(line: str) -> None:
 
 def note(line: str) -> None:
     """A line on stderr about what is not as one may expect."""
-    print(f"note: {line}", file=sys.stderr, flush=True)
+    say(f"note: {line}")
 
 
 def _silent(_amount: float, _note: str = "") -> None:
@@ -89,4 +116,4 @@ class _Lines:
             self._print(f"{' 100%' if self.total else ''}  {self.note}")
 
     def _print(self, rest: str) -> None:
-        print(f"{self.description}{rest}".rstrip(), file=sys.stderr, flush=True)
+        say(f"{self.description}{rest}".rstrip())

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from unmask.plain_numbers import plain
@@ -33,13 +34,13 @@ def recipe_summary(name: str) -> str:
 
 
 def load_recipe(name: str, background: Mapping[str, Any] | None = None, **overrides: Any) -> Settings:
-    """Settings of a recipe with overrides.
+    """Settings of a recipe, by its name or a .toml file's, with overrides.
 
     An unknown name, a value of the wrong type or out of range, and an override that the run would not read are
     errors. background: values that replace the recipe's own. Of both the run takes those that it reads, so that what
     an override makes pointless needs not be taken back; to take it back is allowed.
     """
-    own = tomllib.loads(_text(name)) | dict(background or {})
+    own = _own(name) | dict(background or {})
     changed = {*(background or {}), *overrides}
     values: dict[str, Any] = {key: entry.default for key, entry in TABLE.items()}
     for key, value in (own | overrides).items():
@@ -58,7 +59,7 @@ def load_recipe(name: str, background: Mapping[str, Any] | None = None, **overri
             present = ", ".join(f"no {o}" if values[o] is None else f"{o}={shown(values[o])}" for o in others)
             raise ValueError(f"{key}={shown(values[key])} needs {needed}; {whose} has {present}")
         values[key] = entry.default
-    return Settings(recipe=name, **values)
+    return Settings(recipe=Path(name).stem if _is_file(name) else name, **values)
 
 
 PREPARED_DATA = "prepared data"
@@ -98,6 +99,29 @@ def under_current_names(stored: dict[str, Any]) -> dict[str, Any]:
         )
     renamed = {"draws": "num_masks"}
     return {renamed.get(name, name): value for name, value in stored.items() if name != "anneal_form"}
+
+
+def read_toml(path: str | Path, what: str) -> dict[str, Any]:
+    """The object in a TOML file; ValueError for a file that is none, which begins with `what`."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{what} {str(path)!r} cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} {str(path)!r} is no TOML: {error}") from error
+
+
+def _own(name: str) -> dict[str, Any]:
+    """What a recipe sets: one that is shipped, or a file, whose line recipe = NAME says on which it stands."""
+    if not _is_file(name):
+        return tomllib.loads(_text(name))
+    found = read_toml(name, "recipe file")
+    on = found.pop("recipe", None)
+    return found if on is None else tomllib.loads(_text(str(on))) | found
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(".toml")
 
 
 def _text(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from unmask.cli import (  # noqa: F401  (they add commands)
     adapt,
+    chat,
     env,
     evaluate,
     export,

@@ -2,82 +2,162 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-import sys
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from unmask.cli.app import Base, Json, TrustRemoteCode, app, name_of
+from unmask.cli.app import Json, app, name_of
+from unmask.cli.options import takes_options
 from unmask.plain_json import to_json
+from unmask.progress import say
+
+_located = name_of("")["callback"]
+
+
+def _model(name: str | None) -> str | None:
+    """Look a model's name up; with --config the first word may be a setting already."""
+    return name if name is None or _is_setting(name) else _located(name)
+
+
+def _recipe_names(incomplete: str) -> list[str]:
+    from unmask.recipe import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def _setting_names(incomplete: str) -> list[str]:
+    from unmask.settings import TABLE
+
+    return [f"{name}=" for name in TABLE if name.startswith(incomplete)]
 
 
 @app.command(
     epilog="Example: unmask adapt Qwen/Qwen3-0.6B-Base --data corpus.jsonl --output runs/q --max-tokens 50000000 "
     "block_size=16 mixed_precision=bf16"
 )
+@takes_options("base", "device", "trust_remote_code")
 def adapt(
-    model: Annotated[str, typer.Argument(**name_of("Folder or hub id of a causal language model."))],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder or hub id of a causal language model.", callback=_model, autocompletion=_setting_names
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="SETTING=VALUE of the recipe (see `unmask recipes NAME`).", autocompletion=_setting_names),
+    ] = None,
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--data",
             help="A .txt, .jsonl or .parquet file, a folder of them or of prepared data, or a hub id; several names "
             "follow each other, or are mixed as NAME:WEIGHT.",
         ),
-    ],
-    output: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics, final model.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="SETTING=VALUE of the recipe (see `unmask recipes NAME`).")
     ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run: checkpoints, metrics, final model.")] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Name of a recipe (see `unmask recipes`); by default a converted model's own, else tri-mode."
+            help="Name of a recipe (see `unmask recipes`), or a .toml file of settings; by default a converted model's "
+            "own, else tri-mode.",
+            autocompletion=_recipe_names,
         ),
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Clean, unpadded training tokens; without it, one pass over the data.")
     ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A .toml file with model, data, output, recipe and settings of the run.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the saved weights (setting save_dtype); they learn in float32.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Continue the run in the output folder.")] = False,
-    base: Base = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    *,
+    loading: dict[str, Any],
 ) -> None:
-    """Convert a model by training it on text."""
-    more, chosen = split_settings(settings or [])
-    if max_tokens is not None:
-        chosen["max_tokens"] = max_tokens
+    """Convert a model by training it on text. What the command line says goes before what --config says."""
+    words = [*([model] if model is not None and _is_setting(model) else []), *(settings or [])]
+    more, chosen = split_settings(words)
+    sources: list[str] = [*(data or []), *more]
+    own = {"model": None if model is None or _is_setting(model) else model, "data": sources or None,
+           "output": None if output is None else str(output), "recipe": recipe, "resume": resume or None,
+           "max_tokens": max_tokens, "save_dtype": dtype}  # fmt: skip
+    wanted = (read_run_file(config) if config is not None else {}) | chosen | loading
+    wanted |= {name: value for name, value in own.items() if value is not None}
+    for name, what in (("model", "MODEL"), ("data", "--data FILE"), ("output", "--output FOLDER")):
+        if not wanted.get(name):
+            raise ValueError(f"adapt lacks {what}: give it, or {name} = ... in the file of --config")
 
     import unmask
     from unmask.training.checkpoints import latest_checkpoint
     from unmask.training.ranks import join, leave
 
-    sources = [Path(name) if name else name for name in (*data, *more)]  # names, never texts
+    named = [wanted["data"]] if isinstance(wanted["data"], str) else list(wanted["data"])
+    wanted["data"] = [Path(name) if name else name for name in named]  # names, never texts
+    folder = Path(wanted.pop("output"))
     try:
-        unmask.adapt(
-            model, sources, recipe, output, resume=resume, base=base, trust_remote_code=trust_remote_code, **chosen
-        )
+        unmask.adapt(**wanted, output_dir=folder)
     except KeyboardInterrupt:
-        newest = latest_checkpoint(output) if output.is_dir() else None
+        newest = latest_checkpoint(folder) if folder.is_dir() else None
         what = "no checkpoint was saved yet" if newest is None else f"continue from {newest.name} with --resume"
-        print(f"interrupted: {what}", file=sys.stderr)
+        say(f"interrupted: {what}")
         raise
     is_main = join().is_main_process
     leave()
     if not is_main:
         return
-    run = json.loads((output / "run.json").read_text())
+    run = json.loads((folder / "run.json").read_text())
     if as_json:
         print(
-            to_json({"output": str(output), "tokens": run["tokens"], **run["evaluation"], "settings": run["settings"]})
+            to_json({"output": str(folder), "tokens": run["tokens"], **run["evaluation"], "settings": run["settings"]})
         )
         return
     for name, value in run["evaluation"].items():
-        print(f"held-out {name}: {value:.4f} nats per predicted token", file=sys.stderr)
-    print(f"saved to {output}")
+        say(f"held-out {name}: {value:.4f} nats per predicted token")
+    print(f"saved to {folder}")
+
+
+def read_run_file(path: Path) -> dict[str, Any]:
+    """The arguments of `adapt` in a TOML file: model, data, output, recipe, resume, options of loading, and settings.
+
+    Settings may stand in a table [settings] of their own. ValueError for a file that is none, and for what no run has.
+    """
+    from unmask.recipe import read_toml
+    from unmask.settings import TABLE
+
+    found = read_toml(path, "--config")
+    table = found.pop("settings", {})
+    if not isinstance(table, dict):
+        raise ValueError(f"--config {str(path)!r}: settings={table!r} must be a table [settings]")
+    kinds = {"model": str, "output": str, "recipe": str, "base": str, "device": str, "resume": bool,
+             "trust_remote_code": bool, "data": (str, list)}  # fmt: skip
+    for name, kind in kinds.items():
+        value = found.get(name)
+        if name in found and not isinstance(value, kind):  # type: ignore[arg-type]
+            raise ValueError(f"--config {str(path)!r}: {name}={value!r} has the wrong type")
+    for name in found:
+        if name not in (known := [*kinds, *TABLE]):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it may have {', '.join(kinds)}, and settings"
+            raise ValueError(f"--config {str(path)!r}: {name!r} is unknown: {hint}")
+    names = found.get("data", [])
+    if not isinstance(names, str) and not all(isinstance(name, str) for name in names):
+        raise ValueError(f"--config {str(path)!r}: data={names!r} must be a text or a list of texts")
+    if twice := sorted(found.keys() & table.keys()):
+        raise ValueError(f"--config {str(path)!r} sets {twice[0]} twice, inside [settings] and outside")
+    return found | table
+
+
+def _is_setting(word: str) -> bool:
+    name, separator, _ = word.partition("=")
+    return bool(separator) and name.isidentifier() and not Path(word).exists()
 
 
 def split_settings(items: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -96,6 +176,7 @@ def split_settings(items: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 @app.command(epilog="Example: unmask demo; unmask demo Qwen/Qwen3-0.6B-Base --data corpus.txt --output runs/q")
+@takes_options("base", "device", "trust_remote_code")
 def demo(
     model: Annotated[
         str | None, typer.Argument(**name_of("Folder or hub id; without it, the models of a checkout are shown."))
@@ -103,15 +184,14 @@ def demo(
     data: Annotated[list[str] | None, typer.Option("--data", help="Text to adapt MODEL on.")] = None,
     output: Annotated[Path, typer.Option(help="Where pages and the converted model go.")] = Path("runs/demo"),
     max_tokens: Annotated[int | None, typer.Option(help="Training tokens of MODEL's conversion: 400,000.")] = None,
-    base: Base = None,
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Show what a conversion does, on the models of a checkout; or convert MODEL on --data and show both."""
     given = {
         "--data": data,
         "--max-tokens": max_tokens,
-        "--base": base,
-        "--trust-remote-code": trust_remote_code or None,
+        **{f"--{name.replace('_', '-')}": value for name, value in loading.items()},
     }
     unread = [f"{name} {value}" for name, value in given.items() if value is not None]
     if model is None:
@@ -125,4 +205,4 @@ def demo(
         raise ValueError(f"unmask demo {model} needs text to convert it on: give --data FILE")
     from unmask.cli.demo import run_demo
 
-    run_demo(model, data, output, 400_000 if max_tokens is None else max_tokens, base, trust_remote_code)
+    run_demo(model, data, output, 400_000 if max_tokens is None else max_tokens, loading)

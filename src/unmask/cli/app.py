@@ -7,21 +7,79 @@ object on stdout; progress and logs go to stderr.
 from __future__ import annotations
 
 import difflib
+import inspect
 import io
 import logging
 import os
 import sys
+import traceback
 import warnings
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from unmask.progress import Note, note
+from unmask.progress import Note, hush, note, say, withdraw
 from unmask.version import __version__
 
-app = typer.Typer(
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class _App(typer.Typer):
+    """Commands that all have -q and -v."""
+
+    def command(self, *arguments: Any, **options: Any) -> Callable[[_Command], _Command]:
+        """As typer's."""
+        register = super().command(*arguments, **options)
+
+        def add(command: _Command) -> _Command:
+            register(_with_loudness(command))
+            return command
+
+        return add
+
+
+def _with_loudness(command: Callable[..., Any]) -> Callable[..., Any]:
+    def call(quiet: bool, verbose: bool, **arguments: Any) -> Any:
+        del quiet, verbose  # their callbacks have done it
+        return command(**arguments)
+
+    own = inspect.signature(command, eval_str=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    kept = [entry.replace(kind=kind) for entry in own.parameters.values()]
+    new = [inspect.Parameter(name, kind, default=False, annotation=what) for name, what in _LOUDNESS.items()]
+    call.__name__, call.__doc__, call.__module__ = command.__name__, command.__doc__, command.__module__
+    call.__signature__ = own.replace(parameters=[*kept, *new])  # type: ignore[attr-defined]
+    call.__annotations__ = {entry.name: entry.annotation for entry in [*kept, *new]}
+    return call
+
+
+def _be_quiet(quiet: bool) -> None:
+    if quiet:
+        hush()
+
+
+def _be_verbose(verbose: bool) -> None:
+    _verbose[0] = _verbose[0] or verbose
+
+
+_verbose = [False]
+"""Whether to show what other libraries say, and where errors come from."""
+
+Quiet = Annotated[
+    bool, typer.Option("-q", "--quiet", is_eager=True, callback=_be_quiet, help="Show results and errors alone.")
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "-v", "--verbose", is_eager=True, callback=_be_verbose,
+        help="Show what other libraries say too, and where errors come from.",
+    ),
+]  # fmt: skip
+_LOUDNESS: dict[str, Any] = {"quiet": Quiet, "verbose": Verbose}
+
+app = _App(
     help="Turn any pretrained autoregressive language model into a diffusion language model.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -47,9 +105,7 @@ def _located(name: str | None) -> str | None:
     return name
 
 
-Base = Annotated[
-    str | None, typer.Option("--base", **name_of("Where the base of a drafter or adapter lies, if not where it says."))
-]
+Base = Annotated[str | None, typer.Option(**name_of("Where a drafter's or adapter's base lies, if elsewhere."))]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model's folder brings.")
 ]
@@ -65,17 +121,23 @@ def _version(show: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    pass
+    del version, quiet, verbose  # their callbacks have done it
 
 
 def main() -> None:
     """Entry point of the `unmask` command."""
     _set_encodings()
+    hush(False)
+    withdraw()
+    _verbose[0] = False
     try:
         with warnings.catch_warnings():
             _show_notes()
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        say()
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -139,6 +201,8 @@ def _as_setting(error: Any) -> str:
 
 def _quiet_libraries() -> None:
     """Leave out what other libraries say of their own work, but for the bars of downloads."""
+    if _verbose[0]:
+        return
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -151,5 +215,7 @@ def _quiet_libraries() -> None:
 
 def _fail(message: str) -> None:
     line = " ".join(message.split()) or "bad input"
+    if _verbose[0]:
+        traceback.print_exc()
     print(f"unmask: error: {line}", file=sys.stderr)
     sys.exit(2)

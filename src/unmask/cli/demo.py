@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from unmask.progress import say
 
 if TYPE_CHECKING:
     from unmask.model import DiffusionLM
 
 
-def run_demo(model: str, data: list[str], output: Path, max_tokens: int, base: str | None = None,
-             trust: bool = False) -> None:  # fmt: skip
-    """Convert a model and show text and likelihood of both. base, trust: of `load`, which may run a folder's code."""
+def run_demo(model: str, data: list[str], output: Path, max_tokens: int, loading: dict[str, Any]) -> None:
+    """Convert a model and show text and likelihood of both. loading: base, device, trust_remote_code of `load`."""
     import unmask
     from unmask.data.readers import read_documents
     from unmask.data.sources import find_files
 
     converted = output / "converted"
-    _note(f"convert {model}")
+    say(f"convert {model}")
     lm = unmask.adapt(
         model,
         data,
         output_dir=converted,
         resume=True,
-        base=base,
-        trust_remote_code=trust,
         max_tokens=max_tokens,
         eval_every=50,
+        **loading,
     )
     files = find_files(data)
     held_out = [text for file in files[-1:] for text in read_documents(file)][-8:] if files else []
-    _show(unmask.load(model, base=base, trust_remote_code=trust), lm, held_out)
+    _show(unmask.load(model, **loading), lm, held_out)
     print(f'model          {converted}: try `unmask generate {converted} "..."`', flush=True)
 
 
@@ -57,7 +56,3 @@ def _show(base: DiffusionLM, lm: DiffusionLM, held_out: list[str]) -> None:
         nll, bound = summarise(base.nll(held_out)), summarise(lm.nelbo(held_out, seed=0))
         lines.append(f"bits per byte  {nll.bits_per_byte:.3f} (AR parent, exact) and {bound.bits_per_byte:.3f} (bound)")
     print("\n".join(lines), flush=True)
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from unmask.cli.app import Base, Json, TrustRemoteCode, app, name_of
-from unmask.cli.options import DECODER, TASKS, takes_decoding
+from unmask.cli.app import Json, app, name_of
+from unmask.cli.options import DECODER, LOADING, TASKS, opened, takes_options
 from unmask.limits import MOST_SAMPLES, check_whole
 from unmask.plain_json import to_json
 from unmask.progress import note
@@ -19,7 +19,7 @@ from unmask.progress import note
     epilog="Example: unmask evaluate runs/q --data test.jsonl --num-samples 16 --json; "
     "unmask evaluate runs/q --tasks arc_easy,hellaswag --limit 200 --output results/q"
 )
-@takes_decoding(*TASKS, *(name for name in DECODER if name != "block_size"))
+@takes_options(*TASKS, *(name for name in DECODER if name != "block_size"), *LOADING)
 def evaluate(
     model: Annotated[str, typer.Argument(**name_of("Folder or hub id."))],
     data: Annotated[
@@ -41,10 +41,9 @@ def evaluate(
         str | None,
         typer.Option(help="Instead of --data: tasks of lm-evaluation-harness, or task files, with commas between."),
     ] = None,
-    base: Base = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     *,
+    loading: dict[str, Any],
     decoder: dict[str, Any],
     of_tasks: dict[str, Any],
 ) -> None:
@@ -52,15 +51,13 @@ def evaluate(
 
     Options of decoding are those of tasks.
     """
-    of_tasks = {name: value for name, value in of_tasks.items() if value is not False}
     bound: dict[str, Any] = {"num_samples": num_samples, "exact": exact, "block_size": block_size, "seed": seed}
-    load_options: dict[str, Any] = {"base": base, "trust_remote_code": trust_remote_code}
     if tasks is not None:
         if data or more or max_documents is not None:
             raise ValueError(f"--tasks {tasks} brings its own documents: leave --data, and take fewer with --limit")
         if parent is not None:
             raise ValueError(f"--parent {parent} is for --data: run the tasks on the parent itself, and compare")
-        results = _run_tasks(model, load_options, tasks, of_tasks, bound | decoder)
+        results = _run_tasks(model, loading, tasks, of_tasks, bound | decoder)
         if as_json:
             figures = {name: value for name, value in results.items() if name not in ("samples", "configs")}
             print(to_json(figures, default=str))
@@ -76,7 +73,7 @@ def evaluate(
     if not data:
         raise ValueError("evaluate needs --data FILE, or --tasks NAME of lm-evaluation-harness")
     texts = _documents([*data, *(more or [])], max_documents, text_column, skip_invalid)
-    figures = _likelihoods(model, load_options, texts, bound, parent)
+    figures = _likelihoods(model, loading, texts, bound, parent)
     print(to_json(figures) if as_json else _as_text(figures))
 
 
@@ -99,20 +96,19 @@ def _documents(files: Sequence[str], limit: int | None, text_column: str, skip_i
 
 
 def _likelihoods(
-    model: str, load_options: dict[str, Any], texts: list[str], bound: dict[str, Any], parent: str | None = None
+    model: str, loading: dict[str, Any], texts: list[str], bound: dict[str, Any], parent: str | None = None
 ) -> dict[str, Any]:
     """The figures of --json: nats per predicted token and bits per byte, None where the checkpoint has no such mode.
 
     parent: a model whose figures stand beside them, with what both write.
     """
-    import unmask
     from unmask.evaluation.likelihood import summarise
 
-    lm = unmask.load(model, **load_options)
+    lm = opened(model, loading, "likelihood")
     exact, block_size = bound["exact"], bound["block_size"]
     if lm.diffusion is None and (exact or block_size is not None):
         raise ValueError(f"model {model!r} is an untouched AR model and has no blocks: leave --block-size and --exact")
-    of_parent = None if parent is None else _load_parent(parent, lm, load_options["trust_remote_code"])
+    of_parent = None if parent is None else _load_parent(parent, lm, loading)
     nll = summarise(lm.nll(texts, show_progress=True))
     nelbo = None if lm.diffusion is None else summarise(lm.nelbo(texts, show_progress=True, **bound))
     figures = {
@@ -129,12 +125,11 @@ def _likelihoods(
     return figures if of_parent is None else figures | _beside(parent, of_parent, lm, texts)
 
 
-def _load_parent(name: str, lm: Any, trust_remote_code: bool) -> Any:
+def _load_parent(name: str, lm: Any, loading: dict[str, Any]) -> Any:
     """The parent; ValueError for a model that `lm` cannot be compared with."""
-    import unmask
     from unmask.evaluation.beside import check_same_vocabulary
 
-    parent = unmask.load(name, trust_remote_code=trust_remote_code)
+    parent = opened(name, {key: value for key, value in loading.items() if key != "base"}, "mode ar")
     check_same_vocabulary(parent.tokenizer, lm.tokenizer, f"parent {name!r}", "the model")
     return parent
 
@@ -198,7 +193,7 @@ def _parent_as_text(figures: dict[str, Any]) -> list[str]:
 
 
 def _run_tasks(
-    model: str, load_options: dict[str, Any], tasks: str, of_tasks: dict[str, Any], scoring: dict[str, Any]
+    model: str, loading: dict[str, Any], tasks: str, of_tasks: dict[str, Any], scoring: dict[str, Any]
 ) -> dict[str, Any]:
     """`evaluate --tasks`: `scoring` are the options of the bound and of decoding."""
     try:
@@ -208,9 +203,7 @@ def _run_tasks(
         raise ValueError(f'--tasks needs lm-evaluation-harness ({error}): pip install "unmask[eval]"') from error
     loaded = load_tasks([name.strip() for name in tasks.split(",")], of_tasks.pop("tasks_folder", None))
 
-    import unmask
-
-    lm = unmask.load(model, **load_options)
+    lm = opened(model, loading)
     output = of_tasks.pop("output", None)
     size = {name: of_tasks.pop(name) for name in ("batch_size", "max_length") if name in of_tasks}
     results = run_tasks(HarnessLM(lm, show_progress=True, **scoring, **size), loaded, **of_tasks)
@@ -220,6 +213,7 @@ def _run_tasks(
 
 
 @app.command(epilog="Example: unmask embed runs/q sentences.jsonl --output sentences.npy")
+@takes_options(*LOADING)
 def embed(
     model: Annotated[str, typer.Argument(**name_of("Folder or hub id."))],
     file: Annotated[Path, typer.Argument(help="A .txt, .jsonl or .parquet file of texts.")],
@@ -230,9 +224,9 @@ def embed(
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files.")] = "text",
     skip_invalid: Annotated[bool, typer.Option(help="Leave broken documents out instead of stopping.")] = False,
-    base: Base = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Texts as vectors: the mean of the last hidden states, one vector a document, in the file's order."""
     from unmask.data.readers import read_documents
@@ -246,9 +240,7 @@ def embed(
     if not texts:
         raise ValueError(f"file {str(file)!r} holds no documents")
 
-    import unmask
-
-    lm = unmask.load(model, base=base, trust_remote_code=trust_remote_code)
+    lm = opened(model, loading, "embed")
     vectors = lm.embed(texts, pattern, show_progress=True)
     write_embeddings(output, texts, vectors)
     used = pattern or lm.embedding_pattern

@@ -1,4 +1,4 @@
-"""Commands that write text: generate, chat, infill."""
+"""Commands that write text: generate, infill."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from unmask.cli.app import Base, Json, TrustRemoteCode, app, name_of
-from unmask.cli.options import CONSTRAINT, DECODER, SAMPLING, takes_decoding
+from unmask.cli.app import Json, app, name_of
+from unmask.cli.options import CONSTRAINT, DECODER, LOADING, SAMPLING, mode_of, opened, packed, takes_options
 from unmask.plain_json import to_json
+from unmask.progress import say
 
 
 @app.command(epilog='Example: unmask generate runs/q "Once upon a time" --max-new-tokens 64 --confidence-threshold 0.8')
-@takes_decoding(*DECODER, *SAMPLING, *CONSTRAINT)
+@takes_options(*DECODER, *SAMPLING, *CONSTRAINT, *LOADING)
 def generate(
     model: Annotated[str, typer.Argument(**name_of("Folder or hub id."))],
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
@@ -26,10 +27,9 @@ def generate(
     watch: Annotated[
         bool, typer.Option("--watch", help="Show on the terminal how the text is denoised, coloured by confidence.")
     ] = False,
-    base: Base = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     *,
+    loading: dict[str, Any],
     decoder: dict[str, Any],
     sampling: dict[str, Any],
 ) -> None:
@@ -42,19 +42,22 @@ def generate(
         raise ValueError("--watch draws on a terminal, and standard output is none: leave it out, or use --replay FILE")
     text = sys.stdin.read().removeprefix("\ufeff") if prompt == "-" else prompt
 
-    import unmask
-    from unmask.cli.replay import check_page, watching, write_replay
+    from unmask.cli.watch import watching
+    from unmask.replay_page import check_page, summary, write_replay
     from unmask.sampling import Trace
 
     if replay is not None:
         check_page(replay)
 
-    lm = unmask.load(model, base=base, trust_remote_code=trust_remote_code)
-    _pack(lm)
+    lm = opened(model, loading, mode_of(decoder))
+    packed(lm)
     chosen: Any = lm.decoder(**decoder)
     given = lm.prompt_ids(text)[0].tolist()
-    live = None
+    live: Any = _went_on
+    if watch:
+        say()
     if sys.stdout.isatty() and not (as_json or watch):
+        say()
         _write(text)
         live = lm.live_text(lm.prompt_ids(text)[0], _write, sampling.get("stop_strings"))
     trace = None
@@ -68,80 +71,32 @@ def generate(
         new = out.sequences[0, len(given) : len(given) + int(out.num_new_tokens[0])].tolist()
         if watcher is not None:
             watcher.finish(new)
-    made = (
-        f"{int(out.num_new_tokens[0])} tokens in {int(out.num_forwards[0])} forwards "
-        f"({float(out.tokens_per_forward[0]):.2f} per forward)"
-    )
+    made = summary(out)
     if replay is not None and trace is not None:
         write_replay(replay, lm.tokenizer, given, new, trace.steps, title=Path(model).name, summary=made,
                      prompt_text=text)  # fmt: skip
-        print(f"replay in {replay}", file=sys.stderr)
+        say(f"replay in {replay}")
     if as_json:
         print(to_json({"text": out.texts[0], "mode": decoder.get("mode", lm.default_mode), **_counts(out)}))
         return
     if watcher is None:
-        print(live.rest(out.texts[0]) if live is not None else text + out.texts[0])
-    print(made, file=sys.stderr)
+        print(text + out.texts[0] if live is _went_on else live.rest(out.texts[0]))
+    say(made)
+    if float(out.tokens_per_forward[0]) <= 1 < int(out.num_new_tokens[0]):
+        say(_how_to_get_more(lm, decoder))
 
 
-@app.command(epilog="Example: unmask chat runs/q --confidence-threshold 0.8")
-@takes_decoding(*DECODER, *SAMPLING, *CONSTRAINT)
-def chat(
-    model: Annotated[str, typer.Argument(**name_of("Folder or hub id of a model with a chat template."))],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile decoding: a slow first answer, faster ones on a GPU.")
-    ] = False,
-    base: Base = None,
-    trust_remote_code: TrustRemoteCode = False,
-    *,
-    decoder: dict[str, Any],
-    sampling: dict[str, Any],
-) -> None:
-    """Talk to a fine-tuned model; /reset forgets the conversation, /exit ends it."""
-    import unmask
-    from unmask.data.supervised import check_template
-
-    lm = unmask.load(model, base=base, trust_remote_code=trust_remote_code)
-    check_template(lm.tokenizer)
-    _pack(lm)
-    chosen = lm.decoder(**decoder)
-    if compiled:
-        lm.compile()
-    messages: list[dict[str, str]] = []
-    while (line := _ask("> ")) is not None:
-        if line == "/exit":
-            break
-        if line == "/reset":
-            messages.clear()
-        if not line or line == "/reset":
-            continue
-        asked = [*messages, {"role": "user", "content": line}]
-        try:
-            live = lm.live_text(lm.prompt_ids(asked)[0], _write, sampling.get("stop_strings"))
-            out = lm.generate(asked, chosen, max_new_tokens=max_new_tokens, callback=live, **sampling)
-        except ValueError as error:  # too long by now, or a template that refuses: the conversation can go on
-            print(f"unmask: {' '.join(str(error).split())} (/reset begins anew)", file=sys.stderr)
-            continue
-        print(live.rest(out.texts[0]), flush=True)
-        messages = [*asked, {"role": "assistant", "content": out.texts[0].strip()}]
-
-
-def _pack(lm: Any) -> None:
-    """Pack the weights on a CPU, where the copy is small beside the memory that is free."""
-    import psutil
-
-    num_bytes = sum(p.numel() * p.element_size() for p in lm.model.parameters())
-    if 4 * num_bytes < psutil.virtual_memory().available:
-        lm.pack()
-
-
-def _ask(sign: str) -> str | None:
-    """A line from standard input, without white space around it; None at its end."""
-    try:
-        return (input(sign) if sys.stdin.isatty() else input()).strip()
-    except EOFError:
-        return None
+def _how_to_get_more(lm: Any, decoder: dict[str, Any]) -> str:
+    """What would make more than one token a forward."""
+    if lm.diffusion is None:
+        return "one token a forward, as AR models write: `unmask adapt` turns this one into one that writes several"
+    mode = decoder.get("mode", lm.default_mode)
+    if mode == "ar":
+        return f"one token a forward, as --mode ar asks: without it, the mode is {lm.default_mode}"
+    if mode == "speculative":
+        return "no draft was accepted: train longer, or try --mode diffusion, whose text is another"
+    threshold = decoder.get("confidence_threshold", 0.9)
+    return f"no second token of a forward was surer than {threshold}: a lower --confidence-threshold commits more"
 
 
 def _counts(out: Any) -> dict[str, Any]:
@@ -158,12 +113,17 @@ def _counts(out: Any) -> dict[str, Any]:
     return counts if cycles is None else counts | {"tokens_per_cycle": round(float(cycles[0]), 4)}
 
 
+def _went_on(_row: int, _positions: list[int], _tokens: list[int]) -> None:
+    """The first commit: nothing was refused."""
+    say()
+
+
 def _write(text: str) -> None:
     print(text, end="", flush=True)
 
 
 @app.command(epilog='Example: unmask infill runs/d --text "Tom had<gap:8> dog. They were<gap:4> friends."')
-@takes_decoding("block_size", "max_denoising_steps", "confidence_threshold", "guidance_scale", *SAMPLING)
+@takes_options("block_size", "max_denoising_steps", "confidence_threshold", "guidance_scale", *SAMPLING, *LOADING)
 def infill(
     model: Annotated[str, typer.Argument(**name_of("Folder or hub id of a converted model."))],
     text: Annotated[
@@ -181,10 +141,9 @@ def infill(
     num_samples: Annotated[
         int | None, typer.Option(help="Forwards that score a candidate length, by default 8.")
     ] = None,
-    base: Base = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     *,
+    loading: dict[str, Any],
     decoder: dict[str, Any],
     sampling: dict[str, Any],
 ) -> None:
@@ -198,9 +157,7 @@ def infill(
     if text is None and missing:
         raise ValueError(f"{missing[0]} is missing: give --text with gaps, or --prefix, --suffix and --num-tokens")
 
-    import unmask
-
-    lm = unmask.load(model, base=base, trust_remote_code=trust_remote_code)
+    lm = opened(model, loading, "infill")
     asked: dict[str, Any] = {"prefix": text}
     if num_tokens:
         asked = {
@@ -216,4 +173,4 @@ def infill(
         print(to_json({"text": out.texts[0], **around, "fills": out.fills[0], "filled": out.filled[0], **_counts(out)}))
         return
     print(out.filled[0])
-    print(f"{int(out.num_new_tokens[0])} tokens in {int(out.num_forwards[0])} forwards", file=sys.stderr)
+    say(f"{int(out.num_new_tokens[0])} tokens in {int(out.num_forwards[0])} forwards")

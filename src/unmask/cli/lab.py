@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from unmask.cli.app import Base, Json, Temperature, TrustRemoteCode, app, name_of
+from unmask.cli.app import Json, Temperature, app, name_of
+from unmask.cli.options import LOADING, takes_options
 from unmask.limits import MOST_ROUNDS, check_whole
 from unmask.plain_json import to_json
 from unmask.version import __version__
@@ -18,6 +20,7 @@ from unmask.version import __version__
     epilog="Example: unmask frontier runs/q --data test.jsonl --thresholds 0.5,0.7,0.9 --rule entropy-bound=0.1,0.5 "
     "--output results/q"
 )
+@takes_options(*LOADING)
 def frontier(
     model: Annotated[str, typer.Argument(**name_of("Folder or hub id of a converted model."))],
     data: Annotated[
@@ -47,9 +50,9 @@ def frontier(
     output: Annotated[
         Path | None, typer.Option(help="Folder for run.json, rows.jsonl and the figure; continued where it stopped.")
     ] = None,
-    base: Base = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Quality against tokens per forward and speed, always beside the AR parent in the same run."""
     files = [*(data or []), *(more or [])]
@@ -74,8 +77,7 @@ def frontier(
         task=task,
         parent=parent,
         output=output,
-        base=base,
-        trust_remote_code=trust_remote_code,
+        **loading,
     )
     if as_json:
         print(to_json({"rows": [asdict(row) for row in rows], "aup": areas(rows), "settings": run}))
@@ -84,6 +86,7 @@ def frontier(
 
 
 @app.command(epilog="Example: unmask bench decode --json; unmask bench train runs/q --rounds 3")
+@takes_options(*LOADING)
 def bench(
     what: Annotated[str, typer.Argument(help="train or decode.")],
     model: Annotated[str | None, typer.Argument(**name_of("Folder or hub id instead of random weights."))] = None,
@@ -94,16 +97,16 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile our decoding passes (a GPU replays them as CUDA graphs).")
     ] = False,
-    base: Base = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Speed and memory beside the plain AR baseline of the same model, as ratios from one run."""
     if what not in ("train", "decode"):
         raise ValueError(f"bench {what!r} is unknown: use train or decode")
     check_whole("--rounds", rounds, most=MOST_ROUNDS)
-    if base is not None and model is None:
-        raise ValueError(f"--base {base} is for a drafter or an adapter: give its folder, or leave it out")
+    if "base" in loading and model is None:
+        raise ValueError(f"--base {loading['base']} is for a drafter or an adapter: give its folder, or leave it out")
     if compiled and what == "train":
         raise ValueError("--compile is for decoding: leave it out of bench train")
     if model is not None and shape is not None:
@@ -118,14 +121,14 @@ def bench(
 
     torch.set_num_threads(1)
     cases: Any = (
-        bench_train(measured, rounds, base=base, trust_remote_code=trust_remote_code)
+        bench_train(measured, rounds, **loading)
         if what == "train"
-        else bench_decode(measured, rounds, compiled=compiled, base=base, trust_remote_code=trust_remote_code)
+        else bench_decode(measured, rounds, compiled=compiled, **loading)
     )
     settings = {
         "shape": measured,
         "rounds": rounds,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": loading.get("device", "cuda" if torch.cuda.is_available() else "cpu"),
         "threads": 1,
         "unmask": __version__,
         "torch": torch.__version__,
@@ -134,15 +137,18 @@ def bench(
     if as_json:
         print(to_json({"cases": [asdict(case) for case in cases], "settings": settings}))
         return
-    print("  ".join(f"{name} {value}" for name, value in settings.items()))
-    for case in cases:
-        print(f"{case.case:20} ratio {case.ratio:.3f}   ours {case.value:.4g}, AR {case.baseline:.4g} {case.unit}")
+    first = next(cases)  # what is refused prints nothing else
+    print("  ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
+    for case in itertools.chain([first], cases):
+        figures = f"ours {case.value:.4g}, AR {case.baseline:.4g} {case.unit}"
+        print(f"{case.case:20} ratio {case.ratio:.3f}   {figures}", flush=True)
 
 
 @app.command(
     epilog="Example: unmask study attention stories260k --data train.txt --eval valid.txt --output runs/attention "
     "--max-tokens 600000 --seeds 0,1,2"
 )
+@takes_options("base", "device", "trust_remote_code")
 def study(
     name: Annotated[
         str | None, typer.Argument(help="A study that ships with unmask, or a .toml file; without it, list them.")
@@ -158,9 +164,9 @@ def study(
     max_tokens: Annotated[int | None, typer.Option(help="Training tokens of every arm.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds with commas between, as 0,1,2.")] = None,
     arms: Annotated[str | None, typer.Option(help="Only these arms, with commas between.")] = None,
-    base: Base = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Compare recipes and settings on one parent at equal tokens; an interrupted study goes on when run again."""
     from unmask.lab.study import choose, load_study, run_study, study_names
@@ -175,7 +181,7 @@ def study(
     )  # fmt: skip
     if model is None or not data or not evaluation or output is None:
         raise ValueError(f"study {name!r} needs a MODEL, --data, --eval and --output")
-    rows = run_study(chosen, model, data, evaluation, output, base=base, trust_remote_code=trust_remote_code)
+    rows = run_study(chosen, model, data, evaluation, output, **loading)
     if as_json:
         print(to_json({"study": chosen.name, "output": str(output), "rows": rows}))
     else:

@@ -1,4 +1,4 @@
-"""The options of decoding, once for all commands: `generate`, `chat`, `infill` and `evaluate --tasks` take theirs here.
+"""Options that several commands share: of loading a model, of decoding, of tasks; and the model that they open.
 
 None of them has a default of its own: what is not given is left to the library, and what is given to a mode that does
 not read it is refused by the library, with the mode's name.
@@ -13,6 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from unmask.cli.app import Base, TrustRemoteCode
+from unmask.progress import announce
+
+LOADING: dict[str, Any] = {
+    "base": Base,
+    "device": Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default a GPU if there is one.")],
+    "dtype": Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default the folder's own.")],
+    "trust_remote_code": TrustRemoteCode,
+}
+"""Options of `unmask.load`."""
 
 DECODER: dict[str, Any] = {
     "mode": Annotated[
@@ -71,20 +82,22 @@ TASKS: dict[str, Any] = {
 }
 """Options of `evaluate --tasks` besides those of decoding; a task says itself how it samples."""
 
-_TABLES = {"decoder": DECODER, "sampling": SAMPLING | CONSTRAINT, "of_tasks": TASKS}
+_TABLES = {"loading": LOADING, "decoder": DECODER, "sampling": SAMPLING | CONSTRAINT, "of_tasks": TASKS}
 """The parameter of a command that gets the options of a table, by name."""
 
 
-def takes_decoding(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add these options of the tables to a command, which gets those that were given, a dictionary for each table.
 
-    `decoder` holds keywords of `DiffusionLM.decoder`, `sampling` of `DiffusionLM.generate`, `of_tasks` of the harness.
+    `loading` holds keywords of `unmask.load`, `decoder` of `DiffusionLM.decoder`, `sampling` of `DiffusionLM.generate`,
+    `of_tasks` of the harness.
     """
-    added = {name: (DECODER | SAMPLING | CONSTRAINT | TASKS)[name] for name in names}
+    added = {name: (LOADING | DECODER | SAMPLING | CONSTRAINT | TASKS)[name] for name in names}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def call(**arguments: Any) -> None:
-            given = {name: value for name in names if (value := arguments.pop(name)) is not None}
+            asked = {name: arguments.pop(name) for name in names}
+            given = {name: value for name, value in asked.items() if value is not None and value is not False}
             for table in tables:
                 of_table = {_KEYWORDS.get(name, name): value for name, value in given.items() if name in _TABLES[table]}
                 arguments[table] = _READ[table](of_table)
@@ -150,6 +163,37 @@ def _with_length(decoder: dict[str, Any]) -> dict[str, Any]:
 
 
 _READ: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "decoder": _with_length, "sampling": _with_constraint, "of_tasks": dict
+    "loading": dict, "decoder": _with_length, "sampling": _with_constraint, "of_tasks": dict
 }  # fmt: skip
 """How the options of a table become keywords."""
+
+
+def opened(name: str, loading: dict[str, Any], how: str | None = None) -> Any:
+    """The `DiffusionLM` of a command, which a line on stderr describes.
+
+    loading: keywords of `unmask.load`. how: what it is used for, such as "mode ar"; by default its best mode.
+    """
+    import unmask
+
+    lm = unmask.load(name, **loading)
+    parameters = sum(p.numel() for p in lm.model.parameters())
+    what = "an AR model" if lm.diffusion is None else f"{lm.diffusion.recipe}, {lm.diffusion.shape}"
+    dtype = str(lm.model.dtype).removeprefix("torch.")
+    announce(
+        f"{name}: {parameters:,} parameters, {what}; {how or f'mode {lm.default_mode}'}, {lm.network.device}, {dtype}"
+    )
+    return lm
+
+
+def mode_of(decoder: dict[str, Any]) -> str | None:
+    """How a model is used whose mode was given."""
+    return f"mode {decoder['mode']}" if "mode" in decoder else None
+
+
+def packed(lm: Any) -> None:
+    """Pack the weights on a CPU, where the copy is small beside the memory that is free."""
+    import psutil
+
+    num_bytes = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    if 4 * num_bytes < psutil.virtual_memory().available:
+        lm.pack()

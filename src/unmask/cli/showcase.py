@@ -216,7 +216,7 @@ def _write_stock(lm: DiffusionLM, prompt: str, ids: Tensor, new_tokens: int, sho
 def task_scores(asked: Sequence[Problem], output: Path) -> tuple[list[Score], str, Path]:
     """The ways to decode on problems with known answers; a gap filled with both sides in view; a replay."""
     import unmask
-    from unmask.cli.replay import write_replay
+    from unmask.replay_page import write_replay
     from unmask.sampling import Blocks, Speculative, Threshold, Trace
 
     _title(f"a 0.9M model that solves {', '.join(TASKS)}: {len(asked)} problems, one at a time")

@@ -6,18 +6,20 @@ hold_out (text), convert (learner), claim_folder (run), learn and finish (learne
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from unmask.conversion.job import load_parent, plan
 from unmask.conversion.learner import convert, finish, learn, parent_nll, parent_text
+from unmask.conversion.reports import Callback
 from unmask.conversion.run import claim_folder, describe, holds_finished
 from unmask.conversion.run_record import training_folder
 from unmask.conversion.text import hold_out, read_text
 from unmask.loading import load
 from unmask.model import DiffusionLM
-from unmask.training.ranks import join
+from unmask.settings import SettingsKeywords
+from unmask.training.ranks import join, use_device
 
 
 def adapt(
@@ -29,8 +31,10 @@ def adapt(
     resume: bool = False,
     show_progress: bool = True,
     base: str | Path | None = None,
+    device: str | None = None,
     trust_remote_code: bool = False,
-    **settings: Any,
+    callbacks: Sequence[Callback] = (),
+    **settings: Unpack[SettingsKeywords],
 ) -> DiffusionLM:
     """Turn a causal LM into what `recipe` says, by training it on `data`, and save it to `output_dir`.
 
@@ -39,11 +43,15 @@ def adapt(
     of `datasets`, a list of texts or of records (dicts), or "self" (with self_prompts): text that the model itself
     writes. recipe: tri-mode by default; without one a converted model keeps its recipe, attention, shift and block
     size. settings: replace those of the recipe. resume: continue the run in output_dir from its newest checkpoint; a
-    finished run is loaded and returned, or extended by a larger max_tokens. base, trust_remote_code: of `load`. Returns
-    the adapted model, in eval mode. Raises ValueError for what cannot work, mostly before output_dir is written to.
+    finished run is loaded and returned, or extended by a larger max_tokens. base, trust_remote_code: of `load`. device:
+    where it trains, by default a GPU if there is one; with several processes their launcher decides. callbacks: called
+    with the `Progress` of each log step, on the main process; one that returns False ends the run there, saved and
+    finished. Returns the adapted model, in eval mode. Raises ValueError for what cannot work, mostly before
+    output_dir is written to.
     """
+    use_device(device)
     folder = training_folder(Path(output_dir))
-    job = plan(model, data, recipe, settings, folder, resume, show_progress, base, trust_remote_code)
+    job = plan(model, data, recipe, {**settings}, folder, resume, show_progress, base, trust_remote_code, callbacks)
     parent = load_parent(job)
     text = read_text(job, parent)
     run = describe(job, parent, text)

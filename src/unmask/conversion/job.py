@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from unmask.resolve import Resolved, resolve
 from unmask.run_folder import RunFolder
 from unmask.settings import Settings
 from unmask.training.loop import check_machine, check_tracker
-from unmask.training.ranks import check_launcher, join
+from unmask.training.ranks import check_launcher, chosen_device, join
 from unmask.training.teacher import load_teacher
 
 
@@ -36,6 +37,7 @@ class Job:
     sources: names for run.json. parts: what of the data makes one corpus, or with self_prompts the files whose
     documents the model continues; None for a hub id and a stream. stream: a `datasets.IterableDataset`.
     held_out_files: those of eval_data. earlier: run.json of the run that this one continues, None for a new run.
+    callbacks: called at log steps, see `reports`. began: when the job did, `time.perf_counter`.
     """
 
     model: str | Path | DiffusionLM
@@ -50,6 +52,8 @@ class Job:
     show_progress: bool
     base: str | Path | None
     trust_remote_code: bool
+    callbacks: Sequence[Callable[..., object]]
+    began: float
 
 
 def plan(
@@ -62,6 +66,7 @@ def plan(
     show_progress: bool,
     base: str | Path | None,
     trust_remote_code: bool,
+    callbacks: Sequence[Callable[..., object]] = (),
 ) -> Job:
     """Resolve the recipe, find the data files and read the folder; ValueError for an error in any of them.
 
@@ -101,7 +106,8 @@ def plan(
     shown = show_progress and join().is_main_process
     stream = None if isinstance(given, Records) else given
     return Job(
-        model, settings, sources, parts, stream, held_out, folder, earlier, resume, shown, base, trust_remote_code
+        model, settings, sources, parts, stream, held_out, folder, earlier, resume, shown, base, trust_remote_code,
+        tuple(callbacks), time.perf_counter(),
     )  # fmt: skip
 
 
@@ -137,12 +143,14 @@ def _sources(data: Any, split: str) -> tuple[tuple[str, ...], Any]:
 class Parent:
     """The model to adapt, and the settings with the values that its size decides.
 
-    fingerprint, teacher_fingerprint: hashes of weights. end_token_id: the token that ends a document. teacher: the AR
-    model that the setting names, None if it names the parent itself or nothing.
+    dtype: that its folder says its weights have, None where nothing does. fingerprint, teacher_fingerprint: hashes
+    of weights. end_token_id: the token that ends a document. teacher: the AR model that the setting names, None if
+    it names the parent itself or nothing.
     """
 
     lm: DiffusionLM
     name: str
+    dtype: str | None
     fingerprint: str
     settings: Resolved
     end_token_id: int | None
@@ -183,7 +191,16 @@ def load_parent(job: Job) -> Parent:
     if settings.teacher is not None:
         teacher_fingerprint = fingerprint if teacher is None else hf.fingerprint(teacher.model)
     end_token_id = _end_token_id(lm, settings.end_token)
-    return Parent(lm, name, fingerprint, resolved, end_token_id, teacher, teacher_fingerprint)
+    return Parent(lm, name, _dtype_of(job), fingerprint, resolved, end_token_id, teacher, teacher_fingerprint)
+
+
+def _dtype_of(job: Job) -> str | None:
+    """The type that the folder of the parent says its weights have."""
+    if isinstance(job.model, DiffusionLM):
+        return None
+    config = read_config(job.model, job.base)
+    found = config.get("dtype") or config.get("torch_dtype")
+    return None if found is None else str(found)
 
 
 def _check_rank(lm: DiffusionLM, settings: Settings) -> None:
@@ -198,7 +215,7 @@ def _check_rank(lm: DiffusionLM, settings: Settings) -> None:
 def _load(job: Job) -> DiffusionLM:
     """The model; with several ranks on the device of this one."""
     ranks = join()
-    device = ranks.device if ranks.num_processes > 1 else None
+    device = ranks.device if ranks.num_processes > 1 or chosen_device() else None
     if isinstance(job.model, DiffusionLM):
         lm = job.model
         if job.settings.quantize is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import transformers
 from unmask import hf
 from unmask.conversion.continuing import changes
 from unmask.conversion.job import Job, Parent
-from unmask.conversion.model_card import model_card
+from unmask.conversion.model_card import Made, model_card
+from unmask.conversion.reports import reports, texts_of
 from unmask.conversion.text import Data, write_own_text, writes_while_learning
 from unmask.core.drafter import DrafterConfig
 from unmask.core.finite import check_weights
@@ -24,7 +25,7 @@ from unmask.evaluation.held_out import Spread, evaluator, held_out_nll
 from unmask.goals import too_few
 from unmask.hf import lora
 from unmask.model import DiffusionLM
-from unmask.progress import progress
+from unmask.progress import note, progress, say
 from unmask.resolve import RULE_TEXT, Resolved, diffusion_config
 from unmask.run_folder import ordinary_permissions, writing
 from unmask.training.batches import TrainingData
@@ -74,7 +75,7 @@ def convert(job: Job, parent: Parent) -> Learner:
         config = diffusion_config(settings, mask_token_id, __version__)
     changed = changes(lm.diffusion, config)
     if changed and job.show_progress:
-        print(f"note: this run changes what {parent.name!r} was converted to: {changed}", file=sys.stderr)
+        note(f"this run changes what {parent.name!r} was converted to: {changed}")
     hf.without_dropout(lm.model)
     tuner = _add_lora(lm, settings)
     teacher = None
@@ -106,15 +107,18 @@ def learn(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainState:
     """Train from the newest checkpoint, or from the start; the state after the last step."""
     lm, settings, num_steps = learner.lm, parent.settings, data.rows.num_steps
     if job.show_progress:
+        dtypes = f"{_named(lm.model.dtype)}, {parent.dtype} in the parent" if parent.dtype else _named(lm.model.dtype)
+        dtypes += "" if settings.save_dtype is None else f", saved as {settings.save_dtype}"
+        say(f"{parent.name}: {type(lm.model).__name__}, recipe {settings.recipe}, on {join().device}, weights {dtypes}")
         announce(settings, num_steps)
         num_parameters = sum(p.numel() for p in parent.lm.model.parameters())
-        note = too_few(settings.recipe, num_parameters, data.rows.num_tokens) if parent.lm.diffusion is None else None
-        if note is not None:
-            print(f"note: {note}", file=sys.stderr)
+        few = too_few(settings.recipe, num_parameters, data.rows.num_tokens) if parent.lm.diffusion is None else None
+        if few is not None:
+            note(few)
     newest = latest_checkpoint(job.folder.path) if job.resume else None
     start = 0 if newest is None else read_state(newest).step
     if start and job.show_progress:
-        print(f"resuming from step {start}", file=sys.stderr)
+        say(f"resuming from step {start}")
     with (
         progress("train", num_steps, start=start, show=job.show_progress) as advance,
         in_training(lm.model, settings, lm.drafter),
@@ -128,10 +132,14 @@ def learn(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainState:
             job.folder,
             resume=job.resume,
             evaluate=_evaluator(learner, settings, data),
-            report=reporter(advance, start),
+            report=reports(job, lm, data, reporter(advance, start), start),
             replicate=replication(lm.model, settings),
             teacher=learner.teacher,
         )
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _training_network(lm: DiffusionLM, settings: Resolved, forward: Any) -> Network:
@@ -217,6 +225,8 @@ def _evaluator(learner: Learner, settings: Resolved, data: Data) -> Evaluator | 
 def finish(job: Job, parent: Parent, learner: Learner, data: Data, state: TrainState, run: dict[str, Any]) -> None:
     """Evaluate once more, merge adapters, save the model and its card, and mark the run as finished."""
     lm, settings, folder = learner.lm, parent.settings, job.folder
+    if settings.save_dtype is not None and not is_sharded(lm.model):
+        lm.to(getattr(torch, settings.save_dtype))  # before figures are taken: they are of what is saved
     with agreeing():
         check_weights(lm.model, f"the model after {state.step} steps at learning rate {settings.learning_rate}")
     evaluate = _evaluator(learner, settings, data)
@@ -224,10 +234,12 @@ def finish(job: Job, parent: Parent, learner: Learner, data: Data, state: TrainS
     compared = _compared(learner, data, figures, run["parent_nll"])
     if compared and job.show_progress:
         values = ", ".join(f"{value:.4f} ({name})" for name, value in compared.items())
-        print(f"held-out text, nats per token: {values}", file=sys.stderr)
-    card = model_card(parent.name, lm, settings, state.tokens, compared, _samples(lm, run["parent_text"]))
+        say(f"held-out text, nats per token: {values}")
+    written = _samples(lm, run["parent_text"])
     if is_sharded(lm.model):
         assemble(lm.model, *([] if lm.drafter is None else [lm.drafter]))
+        if settings.save_dtype is not None:
+            lm.to(getattr(torch, settings.save_dtype))
     as_adapter = learner.tuner is not None and not settings.lora_merge
     with main_alone() as is_main:
         if is_main and as_adapter:
@@ -244,6 +256,8 @@ def finish(job: Job, parent: Parent, learner: Learner, data: Data, state: TrainS
         with writing(folder.path):
             if not as_adapter:
                 lm.save_pretrained(folder.path)
-            (folder.path / "README.md").write_text(card)
+            rows, texts = folder.read_rows(), texts_of(folder).read_rows() if settings.sample_texts else ()
+            made = Made(compared, written, state.tokens, time.perf_counter() - job.began, rows, texts)
+            (folder.path / "README.md").write_text(model_card(job, parent, lm, made), encoding="utf-8")
             ordinary_permissions(folder.path)
         folder.write(run | {"finished": True, "tokens": state.tokens, "evaluation": figures})

@@ -1,42 +1,102 @@
-"""README.md of a trained model: its parent, its training, and how to load it."""
+"""README.md of a trained model: what it is, what the run measured, how it was made, and how to load it."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
+from huggingface_hub import try_to_load_from_cache
+
+from unmask.conversion.job import Job, Parent
 from unmask.model import DiffusionLM
-from unmask.resolve import Resolved
+from unmask.recipe import load_recipe, recipe_names
+from unmask.settings import shown
 
-_TAGS = "tags:\n- diffusion-language-model\n- block-diffusion\n- unmask\n"
+_TAGS = ["diffusion-language-model", "block-diffusion", "unmask"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_KEPT_OF_BASE = ("license", "license_name", "license_link", "language")
 
 
-def model_card(
-    parent: str, lm: DiffusionLM, settings: Resolved, tokens: int, figures: dict[str, float], samples: str = ""
-) -> str:
-    """The text of the card.
+class Made(NamedTuple):
+    """What a run made. figures: nats per token of held-out text, by name. samples: lines of text of both models.
 
-    parent: its name. tokens: of training. figures: nats per token of held-out text. samples: text of both models.
+    tokens, seconds: of training, seconds of its last session. rows: of metrics.jsonl. texts: of samples.jsonl.
     """
-    rows: list[tuple[str, Any]] = [
-        ("parent", parent),
-        *_conversion(lm),
-        ("recipe", settings.recipe),
-        ("training tokens", f"{tokens:,}"),
-        ("learning rate", settings.learning_rate),
-        ("rows per step x length", f"{settings.batch_size} x {settings.max_length}"),
-        *((f"held-out text, nats per token: {name}", f"{value:.4f}") for name, value in figures.items()),
+
+    figures: dict[str, float]
+    samples: str
+    tokens: int
+    seconds: float
+    rows: Sequence[dict[str, Any]]
+    texts: Sequence[dict[str, Any]] = ()
+
+
+def model_card(job: Job, parent: Parent, lm: DiffusionLM, made: Made) -> str:
+    """The text of the card."""
+    parts = [
+        _front_matter(job, parent.name, lm),
+        _summary(lm),
+        _result(made),
+        _fenced(made.samples, "After the beginning of a held-out text, greedily:") if made.samples else "",
+        _curve(made),
+        _how(job, parent, lm, made),
+        '```python\nimport unmask\n\nlm = unmask.load("this folder")\nprint(lm.generate("...").texts[0])\n```\n',
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    shown = f"After the beginning of a held-out text, greedily:\n\n```\n{samples}\n```\n\n" if samples else ""
-    tags = "" if lm.diffusion is None else _TAGS
+    return "\n\n".join(part for part in parts if part)
+
+
+def _front_matter(job: Job, parent: str, lm: DiffusionLM) -> str:
+    """What the hub reads. Texts are quoted as in JSON, which YAML reads: no name can break out of its line."""
+    fields: dict[str, Any] = {"library_name": "transformers"}
     # A pipeline decodes from left to right: a drafter cannot, and others lost that unless their clean half is causal.
-    writes = lm.drafter is None and (lm.diffusion is None or lm.diffusion.serves_ar)
-    task = "pipeline_tag: text-generation\n" if writes else ""
-    return (
-        f"---\nlibrary_name: transformers\n{task}base_model: {parent}\n{tags}---\n\n"
-        f"{_summary(lm)}\n\n| | |\n|---|---|\n{table}\n\n{shown}"
-        '```python\nimport unmask\n\nlm = unmask.load("this folder")\nprint(lm.generate("...").texts[0])\n```\n'
-    )
+    if lm.drafter is None and (lm.diffusion is None or lm.diffusion.serves_ar):
+        fields["pipeline_tag"] = "text-generation"
+    if _on_the_hub(parent):
+        fields["base_model"] = parent
+    fields |= {name: value for name, value in front_matter_of(parent).items() if name in _KEPT_OF_BASE}
+    datasets = [name for name in job.sources if job.parts is None and job.stream is None and _on_the_hub(name)]
+    if datasets:
+        fields["datasets"] = datasets
+    if lm.diffusion is not None:
+        fields["tags"] = _TAGS
+    return "---\n" + "".join(_yaml(name, value) for name, value in fields.items()) + "---"
+
+
+def _yaml(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return f"{name}:\n" + "".join(f"- {json.dumps(str(item))}\n" for item in value)
+    return f"{name}: {json.dumps(str(value))}\n"
+
+
+def _on_the_hub(name: str) -> bool:
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def front_matter_of(name: str) -> dict[str, Any]:
+    """The plain fields of the front matter of a model's card, in its folder or the hub's cache; empty without any."""
+    found: Any = Path(name) / "README.md"
+    if not found.is_file():
+        found = try_to_load_from_cache(name, "README.md") if _on_the_hub(name) else None
+    if not isinstance(found, str | Path):
+        return {}
+    match = re.match(r"---\r?\n(.*?)\r?\n---", Path(found).read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    fields: dict[str, Any] = {}
+    name_of_list = None
+    for line in match[1].splitlines() if match else []:
+        item, pair = re.match(r"\s*-\s+(.+)", line), re.match(r"(\w+):\s*(.*)", line)
+        if item and name_of_list is not None:
+            fields.setdefault(name_of_list, []).append(item[1].strip().strip("\"'"))
+        elif pair:
+            name_of_list = None if pair[2] else pair[1]
+            if pair[2]:
+                fields[pair[1]] = pair[2].strip().strip("\"'")
+    return fields
 
 
 def _summary(lm: DiffusionLM) -> str:
@@ -52,15 +112,93 @@ def _summary(lm: DiffusionLM) -> str:
     return f"A masked diffusion language model made from an autoregressive one. {loading}"
 
 
-def _conversion(lm: DiffusionLM) -> list[tuple[str, Any]]:
-    """Rows of the table that describe the conversion; none for an AR model."""
-    config = lm.diffusion
-    if config is None:
-        return []
-    clean = f", clean half {config.clean_attention}" if config.clean_attention else ""
-    return [
-        ("attention", config.attention + clean),
-        ("block size", config.block_size or "whole canvas"),
-        ("token shift", "yes" if config.shift else "no"),
-        ("mask token", f"`{lm.tokenizer.mask_token}` (id {config.mask_token_id})"),
+def _result(made: Made) -> str:
+    """Parent and result on held-out text."""
+    if not made.figures:
+        return ""
+    rows = [("held-out text", "nats per token")]
+    rows += [(name, f"{value:.4f}") for name, value in made.figures.items()]
+    return _table(rows)
+
+
+def _curve(made: Made) -> str:
+    """The loss along training, at most a dozen rows, and what the model wrote meanwhile."""
+    losses = [row for row in made.rows if row.get("loss") is not None]
+    chosen = losses[:: max(1, -(-len(losses) // 12))]
+    if losses and chosen[-1] is not losses[-1]:
+        chosen.append(losses[-1])
+    names = [name for name in ("nll", "nelbo") if any(name in row for row in made.rows)]
+    evaluated = {name: {row["step"]: row[name] for row in made.rows if name in row} for name in names}
+    rows = [("step", "tokens", "loss, nats per token", *(f"held-out {name}" for name in names))]
+    for row in chosen:
+        of_step = [evaluated[name].get(row["step"]) for name in names]
+        figures = ["" if value is None else f"{value:.4f}" for value in of_step]
+        rows.append((f"{row['step']:,}", f"{row['tokens']:,}", f"{row['loss']:.4f}", *figures))
+    text = _table(rows) if losses else ""
+    if made.texts:
+        lines = "\n".join(f"step {row['step']}: {row['text']!r}" for row in made.texts)
+        text += "\n\n" + _fenced(lines, "What it wrote while it learnt:")
+    return text
+
+
+def _how(job: Job, parent: Parent, lm: DiffusionLM, made: Made) -> str:
+    """The run in a table, and its command."""
+    settings, config = parent.settings, lm.diffusion
+    rows: list[tuple[str, Any]] = [("how it was made", ""), ("parent", parent.name), ("data", ", ".join(job.sources))]
+    if config is not None:
+        clean = f", clean half {config.clean_attention}" if config.clean_attention else ""
+        rows += [
+            ("attention", config.attention + clean),
+            ("block size", config.block_size or "whole canvas"),
+            ("token shift", "yes" if config.shift else "no"),
+            ("mask token", f"{lm.tokenizer.mask_token} (id {config.mask_token_id})"),
+        ]
+    of_parent = "" if parent.dtype in (None, _name(lm.model.dtype)) else f" (the parent's are {parent.dtype})"
+    rows += [
+        ("weights", _name(lm.model.dtype) + of_parent),
+        ("recipe", settings.recipe),
+        ("training tokens", f"{made.tokens:,}"),
+        ("learning rate", settings.learning_rate),
+        ("rows per step x length", f"{settings.batch_size} x {settings.max_length}"),
+        ("device", _device(lm.network.device)),
+        ("time of the last session", f"{made.seconds / 60:.1f} min"),
     ]
+    return _table(rows) + "\n\n" + _fenced(command_of(job, parent.name), "")
+
+
+def command_of(job: Job, parent: str) -> str:
+    """The command that repeats the run."""
+    settings = asdict(job.settings)
+    known = settings.pop("recipe") in recipe_names()
+    plain = asdict(load_recipe(job.settings.recipe if known else "tri-mode"))
+    chosen = {name: value for name, value in settings.items() if value != plain[name]}
+    data = [word for name in job.sources for word in ("--data", name)]
+    words = ["unmask", "adapt", parent, *data, "--output", str(job.folder.path), "--recipe"]
+    words.append(job.settings.recipe if known else "tri-mode")
+    for name, value in chosen.items():
+        words.append(f"{name}={value if isinstance(value, str) else 'none' if value is None else shown(value)}")
+    return shlex.join(words)
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _table(rows: Sequence[tuple[Any, ...]]) -> str:
+    """A table in Markdown, whatever its cells hold."""
+    lines = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(value).split()))
+
+
+def _fenced(text: str, heading: str) -> str:
+    """A block that no text can end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return (f"{heading}\n\n" if heading else "") + f"{fence}\n{text}\n{fence}"

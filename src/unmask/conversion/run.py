@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from unmask.conversion.text import num_held_out
 from unmask.data.corpus import Corpus
 from unmask.data.mixture import Mixture
 from unmask.data.streams import RecordStream
+from unmask.progress import note
 from unmask.settings import to_plain
 from unmask.training.checkpoints import latest_checkpoint
 from unmask.training.ranks import join
@@ -67,7 +67,8 @@ def claim_folder(job: Job, run: dict[str, Any]) -> Iterator[None]:
             )
         job.folder.write(run)
         if _is_longer(job, run):
-            print(f"note: the run goes on to max_tokens={run['settings']['max_tokens']}; its learning rates and other "
-                  "schedules are stretched over the new total, so that it differs from one run of that length",
-                  file=sys.stderr)  # fmt: skip
+            note(
+                f"the run goes on to max_tokens={run['settings']['max_tokens']}; its learning rates and other "
+                "schedules are stretched over the new total, so that it differs from one run of that length"
+            )
         yield

@@ -14,7 +14,7 @@ IN_MEMORY = "a model in memory"
 
 FREE = ("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "micro_batch_size",
         "max_nonfinite_steps", "rank_timeout", "sync_each_micro_batch", "eval_data", "eval_documents",
-        "eval_samples")  # fmt: skip
+        "eval_samples", "sample_texts", "save_dtype")  # fmt: skip
 """Settings that may change when a run is resumed."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +157,7 @@ def hold_out(job: Job, parent: Parent, text: Corpus | Mixture | RecordStream) ->
     data = Data(text, packed_documents(settings, text, to_write=to_write), held_out)
     if job.show_progress:
         for line in _said_of(job, data, settings.max_length):
-            print(line, file=sys.stderr)
+            say(line)
     return data
 
 

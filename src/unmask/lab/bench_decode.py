@@ -8,7 +8,7 @@ that the samplers count: every pass after the prefill, cache writes included.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,24 +183,23 @@ _CASES: tuple[tuple[str, Callable[..., Decoder], dict[str, Any]], ...] = (
 """(case, what makes its decoder, with which options)."""
 
 
-def bench_decode(shape: str, rounds: int = 3, *, compiled: bool = False, **options: Any) -> list[DecodeCase]:
-    """Decoding: `ratio` is our tokens per second over those of AR `generate()` (higher is better).
+def bench_decode(shape: str, rounds: int = 3, *, compiled: bool = False, **options: Any) -> Iterator[DecodeCase]:
+    """Decoding, as it is done: `ratio` is our tokens per second over those of AR `generate()` (higher is better).
 
     compiled: our passes, those of our own AR too. options: of `make_model`.
     """
     model = make_model(shape, **options)
     baseline = {batch: generate_decoder(model, batch=batch) for batch in (1, 8)}
-    cases = []
     for case, make_decoder, settings in _CASES:
         ours = make_decoder(model, **settings, compiled=compiled)
         recorded = settings | {"new": NEW, "compiled": compiled}
-        cases.append(compare(case, ours, baseline[settings["batch"]], rounds, recorded))
+        yield compare(case, ours, baseline[settings["batch"]], rounds, recorded)
     lookup = generate_decoder(model, batch=1, lookup=8)
-    cases.append(compare("b1_prompt_lookup", lookup, baseline[1], rounds, {"batch": 1, "lookup": 8, "new": NEW}))
-    cases.append(_lengths(model, max(1, rounds - 1), compiled))
+    yield compare("b1_prompt_lookup", lookup, baseline[1], rounds, {"batch": 1, "lookup": 8, "new": NEW})
+    yield _lengths(model, max(1, rounds - 1), compiled)
     if model.device.type == "cuda":
-        cases += [weight_bound(model, compiled), *throughput(model, rounds, compiled=compiled)]
-    return cases
+        yield weight_bound(model, compiled)
+        yield from throughput(model, rounds, compiled=compiled)
 
 
 def throughput(

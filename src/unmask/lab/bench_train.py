@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,15 +55,21 @@ _SHAPES: dict[str, dict[str, int | bool]] = {
 
 
 def make_model(
-    shape: str, *, base: str | None = None, trust_remote_code: bool = False, changes: Mapping[str, Any] | None = None
+    shape: str,
+    *,
+    base: str | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    changes: Mapping[str, Any] | None = None,
 ) -> Any:
     """A random Qwen3 of a named shape, or the model of a name; of a drafter, its base. changes: of the shape."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    place = hf.present_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     if shape not in _SHAPES:
         if len(shape) <= 4:
             raise ValueError(f"shape {shape!r} is unknown: use one of {', '.join(_SHAPES)}, or give a model")
-        lm = load(shape, dtype=dtype, base=base, trust_remote_code=trust_remote_code)
+        lm = load(shape, place, dtype, base=base, trust_remote_code=trust_remote_code)
         if lm.drafter is not None:
             lm.drafter.detach()
         return lm.model
@@ -71,7 +77,7 @@ def make_model(
         raise ValueError(f"base={base!r} is for a drafter's or an adapter's folder, and {shape!r} is a shape")
     torch.manual_seed(0)
     config = Qwen3Config(**(_SHAPES[shape] | {"max_position_embeddings": 4096} | dict(changes or {})))
-    with torch.device(device):  # billions of random numbers take long on a CPU
+    with torch.device(place):  # billions of random numbers take long on a CPU
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
@@ -252,20 +258,18 @@ class TrainCase(Case):
     settings: dict[str, Any]
 
 
-def bench_train(shape: str, rounds: int = 5, **options: Any) -> list[Case]:
-    """Training steps: `ratio` is ours over AR's (lower is better). options: of `make_model`."""
-    cases: list[Case] = []
+def bench_train(shape: str, rounds: int = 5, **options: Any) -> Iterator[Case]:
+    """Training steps: `ratio` is ours over AR's (lower is better); each as it is done. options: of `make_model`."""
     for name, step in TRAIN_CASES.items():
         steps, n = step.steps(shape, **options), step.num_masks
         ours, baseline, ratio, wall_ratio = measure(steps["diffusion"], steps["ar"], rounds)
         unit = "seconds per step" if n == 1 else "seconds per mask, AR's per step"
         speed = step.rows * step.length / (ours / n)
-        cases.append(TrainCase(name, ours / n, baseline, ratio / n, unit, wall_ratio / n, speed, asdict(step)))
+        yield TrainCase(name, ours / n, baseline, ratio / n, unit, wall_ratio / n, speed, asdict(step))
     baseline = _peak_growth(shape, "block_step", "ar", **options)
     for name, measured in MEMORY_CASES.items():
         ours = _peak_growth(shape, measured, "diffusion", **options)
-        cases.append(Case(name, ours, baseline, ours / baseline, "MiB of peak growth"))
-    return cases
+        yield Case(name, ours, baseline, ours / baseline, "MiB of peak growth")
 
 
 def _peak_growth(shape: str, case: str, which: str, **options: Any) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -33,7 +32,7 @@ from unmask.lab.tasks import check
 from unmask.loading import load
 from unmask.model import DiffusionLM
 from unmask.plain_json import to_json
-from unmask.progress import progress
+from unmask.progress import progress, say
 from unmask.recipe import differences, load_recipe
 from unmask.resolve import resolve
 from unmask.run_folder import RunFolder
@@ -165,12 +164,14 @@ def run_study(
     *,
     show_progress: bool = True,
     base: str | None = None,
+    device: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
     """Train what is not trained yet, measure what is not measured yet, write the report; the lines of rows.jsonl."""
     files = local_files(list(eval_data), "eval data")
     find_files(list(data))
-    parent = load(model, dtype=torch.float32, base=base, trust_remote_code=trust_remote_code)
+    loading: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    parent = load(model, dtype=torch.float32, base=base, **loading)
     if parent.diffusion is not None:
         raise ValueError(f"model {str(model)!r} is converted already: a study compares conversions of one AR parent")
     folder = RunFolder(output, "study.json", "rows.jsonl", ("study", "arms"), beside=("runs",))
@@ -183,8 +184,8 @@ def run_study(
             for arm, seed in study.runs():
                 run = output / "runs" / f"{arm}-{seed}"
                 if _finished(run) is None:
-                    _train(study, arm, seed, parent, model, data, run, show_progress, base, trust_remote_code)
-                _measure_run(study, arm, seed, run, results, trust_remote_code)
+                    _train(study, arm, seed, parent, model, data, run, show_progress, base, loading)
+                _measure_run(study, arm, seed, run, results, loading)
                 advance(1, f"{arm}-{seed}")
                 write_report(output)
     return results.rows
@@ -214,14 +215,14 @@ class _Results:
                 self._done.add((arm, seed, tokens, name))
 
 
-def _measure_run(study: Study, arm: str, seed: int, run: Path, results: _Results, trust_remote_code: bool) -> None:
+def _measure_run(study: Study, arm: str, seed: int, run: Path, results: _Results, loading: dict[str, Any]) -> None:
     """All measures of a finished run, and those along training at its earlier checkpoints."""
     tokens = _finished(run) or 0
     names = list(dict.fromkeys([*study.measures, *study.along]))
     unmeasured = [point for point in _points(run) if results.lacks(arm, seed, point[0], study.along)]
     if not unmeasured and not results.lacks(arm, seed, tokens, names):
         return
-    lm = load(run, trust_remote_code=trust_remote_code)
+    lm = load(run, **loading)
     results.measure(lm, arm, seed, tokens, names)
     for tokens_of_point, weights in unmeasured:
         if _load_weights(lm, weights):
@@ -238,7 +239,7 @@ def _train(
     folder: Path,
     show_progress: bool,
     base: str | None,
-    trust_remote_code: bool,
+    loading: dict[str, Any],
 ) -> None:
     settings = study.run_settings(arm, seed)
     sized = resolve(settings, sum(p.numel() for p in parent.model.parameters()), parent.network.context_length)
@@ -248,10 +249,10 @@ def _train(
     of_run = differences(settings) | {"save_every": every, "keep_checkpoints": study.points + 1}
     of_run |= {"eval_every": 10**9, "eval_documents": 4}
     if show_progress:
-        print(f"study {study.name}: train {arm} with seed {seed}", file=sys.stderr)
+        say(f"study {study.name}: train {arm} with seed {seed}")
     adapt(
         model, list(data), settings.recipe, folder, resume=True, show_progress=show_progress,
-        base=base, trust_remote_code=trust_remote_code, **of_run,
+        base=base, **loading, **of_run,
     )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -47,7 +46,7 @@ from unmask.loading import load, recorded_base
 from unmask.model import DiffusionLM
 from unmask.model_name import locate
 from unmask.plain_numbers import plain_fields
-from unmask.progress import Advance, progress
+from unmask.progress import Advance, note, progress
 from unmask.run_folder import RunFolder
 from unmask.sampling import Confidence, EntropyBound, Factor, Random, Selector, Threshold
 from unmask.sampling.tokens import check_sampling
@@ -163,17 +162,17 @@ def run_frontier(
     sweep: Sweep,
     *,
     base: str | None = None,
-    trust_remote_code: bool = False,
     data: Sequence[str] = (),
     task: str | None = None,
     parent: str | None = None,
     output: Path | None = None,
     show_progress: bool = True,
+    **loading: Any,
 ) -> tuple[list[FrontierRow], dict[str, Any]]:
-    """Rows and run.json of a model on documents' beginnings, or on the problems of a task."""
+    """Rows and run.json of a model on documents' beginnings, or on the problems of a task. loading: of `load`."""
     files = local_files(data, "data") if data else []
     of_task = [] if task is None else problems([task], "test", sweep.num_prompts, sweep.seed)
-    lm, ar = load_pair(model, parent, base, trust_remote_code)
+    lm, ar = load_pair(model, parent, base, **loading)
     continuations, score = None, None
     if of_task:
         prompts = [torch.tensor(open_ids(ar.tokenizer, problem.prompt)) for problem in of_task]
@@ -203,19 +202,22 @@ def _draw(folder: RunFolder, model: str, parent: str, rows: Sequence[FrontierRow
         title = f"{Path(model).name}, made from {Path(parent).name}"
         plots.frontier([asdict(row) for row in rows], folder.path / "frontier", title=title)
     except ValueError as error:
-        print(f"note: no figure: {error}", file=sys.stderr)
+        note(f"no figure: {error}")
 
 
 def load_pair(
-    model: str, parent: str | None = None, base: str | None = None, trust_remote_code: bool = False
+    model: str, parent: str | None = None, base: str | None = None, **loading: Any
 ) -> tuple[DiffusionLM, DiffusionLM]:
-    """A converted checkpoint and the AR model it was made from: `parent`, or its `base`, or what its folder records."""
-    lm = load(model, base=base, trust_remote_code=trust_remote_code)
+    """A converted checkpoint and the AR model it was made from: `parent`, or its `base`, or what its folder records.
+
+    loading: options of `load`, of both.
+    """
+    lm = load(model, base=base, **loading)
     if lm.diffusion is None:
         raise ValueError(f"model {model!r} is an untouched AR model, whose frontier is one point: adapt it first")
     name = parent or base or _recorded_parent(model)
     try:
-        ar = load(name, trust_remote_code=trust_remote_code)
+        ar = load(name, **loading)
     except (ValueError, OSError) as error:
         raise ValueError(f"parent {name!r} does not load, give the AR model with --parent: {error}") from error
     if ar.diffusion is not None and not ar.diffusion.serves_ar:

@@ -5,6 +5,7 @@ for a run to read it. Groups are dataclasses that `Settings` inherits: names are
 SETTING=VALUE, recipes and run.json are flat, and a function may ask for one group.
 """
 
+from unmask.settings.keywords import SettingsKeywords
 from unmask.settings.method import DISTANCES, CorruptionSettings
 from unmask.settings.table import (
     GROUPS,
@@ -27,6 +28,7 @@ __all__ = [
     "OptimiserSettings",
     "RunSettings",
     "Settings",
+    "SettingsKeywords",
     "check_value",
     "condition",
     "limits_of",

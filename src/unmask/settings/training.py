@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unmask.limits import MOST_SAMPLES
-from unmask.settings.field import DIFFUSION, SET, above, setting
+from unmask.settings.field import DIFFUSION, SET, Need, above, setting
 
 LORA_TRAINABLE = ("embeddings", "norms", "head")
 
@@ -56,6 +56,9 @@ class EvaluationSettings:
         2, "masks of each document", above=0, most=MOST_SAMPLES, attention=DIFFUSION, eval_documents=above(0))
     eval_every: int | None = setting(
         None, "steps between evaluations; unset: a tenth of the run", above=0, eval_documents=above(0))
+    sample_texts: bool = setting(
+        False, "at each evaluation write on from the beginning of a held-out document: shown, kept in samples.jsonl",
+        eval_documents=above(0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,9 @@ class RunSettings:
     quantize: str | None = setting(
         None, "pack the frozen weights of the parent: nf4 (4 bits) or int8, both of bitsandbytes; adapters beside them "
         "learn", one_of=("nf4", "int8"), either=({"objective": "distill"}, {"lora_rank": SET}))
+    save_dtype: str | None = setting(
+        None, "type of the final weights; unset: that in which they learnt, float32",
+        one_of=("float32", "bfloat16", "float16"), quantize=Need(" unset", lambda value: value is None))
     gradient_checkpointing: bool = setting(
         False, "compute layers again in the backward pass, for memory", objective=("diffusion", "joint"))
     compile_layers: bool = setting(False, "compile the layers with torch.compile", objective=("diffusion", "joint"))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
-import sys
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -19,7 +19,11 @@ from safetensors.torch import load_file
 
 from unmask.data.packing import PackState
 from unmask.plain_json import to_json
+from unmask.progress import note
 from unmask.run_folder import RunFolder, ordinary_permissions, sync, write_text, writing
+
+# Tied weights are saved once, and tied again when they are loaded.
+logging.getLogger("accelerate.utils.other").addFilter(lambda line: "Removed shared tensor" not in line.getMessage())
 
 MANIFEST = "files.json"
 """In a checkpoint: size and CRC-32 of each of its files."""
@@ -128,7 +132,7 @@ def newest_whole(output_dir: Path, *, quiet: bool = False) -> Path | None:
         if fault is None:
             return path
         if not quiet:
-            print(f"note: {path} is damaged ({fault}) and passed over", file=sys.stderr)
+            note(f"{path} is damaged ({fault}) and passed over")
     return None
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
-from unmask.progress import Advance
+from unmask.progress import Advance, note, say
 from unmask.resolve import RULE_TEXT, Resolved
 from unmask.settings import to_plain
 from unmask.training.loop import Progress
@@ -16,10 +15,12 @@ def announce(settings: Resolved, total_steps: int) -> None:
     blocks = ("block_size",) if settings.attention in ("two_stream", "block_causal") else ()
     names = (*blocks, "max_length", "batch_size", "learning_rate", "min_learning_rate_ratio", "half_life")
     values = to_plain(settings)
-    print(f"{RULE_TEXT}: " + ", ".join(f"{name}={values[name]}" for name in names), file=sys.stderr)
+    say(f"{RULE_TEXT}: " + ", ".join(f"{name}={values[name]}" for name in names))
     if settings.anneal_steps > total_steps:
-        print(f"note: anneal_steps={settings.anneal_steps} is more than the {total_steps} steps of this run, which "
-              "ends before attention is fully open", file=sys.stderr)  # fmt: skip
+        note(
+            f"anneal_steps={settings.anneal_steps} is more than the {total_steps} steps of this run, which ends before "
+            "attention is fully open"
+        )
 
 
 def reporter(advance: Advance, start: int) -> Callable[[Progress], None]:
@@ -29,9 +30,9 @@ def reporter(advance: Advance, start: int) -> Callable[[Progress], None]:
     def report(p: Progress) -> None:
         nonlocal done
         figures = "".join(f"  {k} {v:.4g}" for k, v in p.evaluation.items() if k in ("nelbo", "nll"))
-        note = (f"step {p.step}/{p.total_steps}  loss {p.loss:.4f}{figures}  lr {p.learning_rate:.2e}  "
+        shown = (f"step {p.step}/{p.total_steps}  loss {p.loss:.4f}{figures}  lr {p.learning_rate:.2e}  "
                 f"{p.tokens_per_second:,.0f} tokens/s  gradient {p.gradient_norm:.3g}  {p.memory:.1f} GiB")  # fmt: skip
-        advance(p.step - done, note)
+        advance(p.step - done, shown)
         done = p.step
 
     return report

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -31,6 +30,7 @@ from unmask.core.network import DiffusionConfig, Network
 from unmask.core.objectives import predictable
 from unmask.data.packing import PackState
 from unmask.hf.layers import compile_layers
+from unmask.progress import note
 from unmask.resolve import Resolved, at_step
 from unmask.run_folder import RunFolder
 from unmask.settings import OptimiserSettings, RunSettings
@@ -83,7 +83,7 @@ def train(
     *,
     resume: bool = False,
     evaluate: Evaluator | None = None,
-    report: Callable[[Progress], None] | None = None,
+    report: Callable[[Progress], object] | None = None,
     replicate: Callable[[Any], Any] | None = None,
     teacher: hf.HFNetwork | None = None,
 ) -> TrainState:
@@ -91,10 +91,10 @@ def train(
 
     Checkpoints go to checkpoint-<step> in the folder, figures to its metrics.jsonl. config: None trains the AR
     model. resume: continue the newest whole checkpoint, on the same hardware bit for bit as if never interrupted.
-    evaluate: called every `eval_every` steps, on every process. report: called with each log step. replicate: makes a
-    network that shares the weights and has gradients of its own; with it the threads of a CPU share the rows of a
-    micro-batch. teacher: the frozen AR model of the joint objective. Raises ValueError for a checkpoint that does not
-    fit, and when a step or the weights are not finite.
+    evaluate: called every `eval_every` steps on every process. report: called with each log step; False ends the
+    run. replicate: makes a network that shares the weights and has gradients of its own; with it the threads of a
+    CPU share the rows of a micro-batch. teacher: the frozen AR model of the joint objective. Raises ValueError for
+    a checkpoint that does not fit, and when a step or the weights are not finite.
     """
     with StopRequest() as request:
         run = _Run(model, make_network, settings, config, data.num_steps, folder, teacher, replicate, request)
@@ -103,8 +103,7 @@ def train(
     run.close()
     if run.watch.stopping and run.state.tokens < data.num_tokens:
         if run.accelerator.is_main_process:
-            print(f"note: SIGTERM stopped the run after step {run.state.step}, which is saved: go on with --resume",
-                  file=sys.stderr)  # fmt: skip
+            note(f"SIGTERM stopped the run after step {run.state.step}, which is saved: go on with --resume")
         raise SystemExit(STOPPED)
     return run.state
 
@@ -114,7 +113,7 @@ def _train(
     settings: Resolved,
     data: TrainingData,
     evaluate: Evaluator | None,
-    report: Callable[[Progress], None] | None,
+    report: Callable[[Progress], object] | None,
 ) -> None:
     """The steps of a run until its tokens are seen or it is asked to stop; the last one is saved."""
     eval_every = settings.eval_every or max(1, data.num_steps // 10)
@@ -127,11 +126,14 @@ def _train(
         if evaluating or saving:
             run.check_weights()
         figures = run.evaluate(evaluate) if evaluate is not None and evaluating else {}
+        stopped = False
         if run.state.step % settings.log_every == 0 or evaluating or ended:
-            run.log(figures, report)
-        if saving:
+            stopped = not run.log(figures, report)
+        if stopped and not saving:
+            run.check_weights()
+        if saving or stopped:
             run.save()
-        if run.watch.stopping:
+        if stopped or run.watch.stopping:
             break
 
 
@@ -272,12 +274,16 @@ class _Run:
         self.logged_at += time.perf_counter() - before
         return figures
 
-    def log(self, figures: dict[str, float], report: Callable[[Progress], None] | None) -> None:
-        """Write a row of metrics.jsonl, the mean loss since the last row and `figures`, and report it."""
+    def log(self, figures: dict[str, float], report: Callable[[Progress], object] | None) -> bool:
+        """Write a row of metrics.jsonl, the mean loss since the last row and `figures`, and report it.
+
+        Returns whether the run goes on, on every rank: no report was False.
+        """
         self.watch.settle()
         state, rate = self.state, self.last_rate
         loss = float(self.accelerator.reduce(self.summed)) / max(1.0, float(self.counted))
         speed = self.tokens_since_log / max(1e-9, time.perf_counter() - self.logged_at)
+        goes_on = torch.ones((), device=self.accelerator.device)
         if self.accelerator.is_main_process:
             row = {"step": state.step, "tokens": state.tokens, "loss": loss, "learning_rate": rate, **figures}
             self.folder.append(row)
@@ -285,11 +291,14 @@ class _Run:
                 self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=state.step)
             if report is not None:
                 steps = max(self.total_steps, state.step)
-                report(Progress(state.step, steps, state.tokens, loss, rate, speed, figures, self.watch.norm,
-                                _memory(self.accelerator.device)))  # fmt: skip
+                progress = Progress(state.step, steps, state.tokens, loss, rate, speed, figures, self.watch.norm,
+                                    _memory(self.accelerator.device))  # fmt: skip
+                goes_on.fill_(report(progress) is not False)
         self.summed.zero_()
         self.counted.zero_()
         self.logged_at, self.tokens_since_log = time.perf_counter(), 0
+        ranks = self.accelerator.num_processes
+        return bool(goes_on) if ranks == 1 else bool(self.accelerator.reduce(goes_on) == ranks)
 
     def save(self) -> None:
         """Write a checkpoint. The main process takes the sums of all ranks, as it does after a resume."""

@@ -16,7 +16,10 @@ from typing import Any, TypeVar
 import accelerate
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from torch import Tensor
+
+from unmask.hf import present_device
 
 T = TypeVar("T")
 
@@ -60,6 +63,30 @@ def check_launcher() -> None:
             "FSDP_CPU_RAM_EFFICIENT_LOADING=true leaves other processes than the first without the weights that they "
             "check: set fsdp_cpu_ram_efficient_loading: false"
         )
+
+
+_CHOSEN = "ACCELERATE_TORCH_DEVICE"
+
+
+def chosen_device() -> str | None:
+    """The device that runs of this process were told to train on."""
+    return os.environ.get(_CHOSEN)
+
+
+def use_device(device: str | None) -> None:
+    """Train on this device from now on, None on the best; ValueError for one that is not there.
+
+    Raises ValueError with several processes, whose launcher gives each its own.
+    """
+    if device == chosen_device():
+        return
+    if any(int(os.environ.get(name) or 1) > 1 for name in _WORLD_SIZES):
+        raise ValueError(f"device={device!r}: this run has several processes, and their launcher gives each a device")
+    if device is None:
+        del os.environ[_CHOSEN]
+    else:
+        os.environ[_CHOSEN] = str(present_device(device))
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def leave() -> None:

@@ -1,0 +1,95 @@
+"""The likely mistakes: each is one line with the value and the fix, and nothing is lost or left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_cli import run  # noqa: F401  (a fixture)
+
+ADAPT = ("adapt", "{parent}", "--data", "{stories}", "--output", "{new}")
+SMALL = ("--max-tokens", "100", "max_length=32", "block_size=4", "batch_size=2")
+MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    # what is missing
+    "no data": (("adapt", "{parent}", "--output", "{new}"), ("--data FILE",)),
+    "no output": (("adapt", "{parent}", "--data", "{stories}"), ("--output FOLDER",)),
+    "no model": (("adapt", "--data", "{stories}", "--output", "{new}"), ("MODEL",)),
+    "a data file that is not there": (
+        ("adapt", "{parent}", "--data", "corpsu.txt", "--output", "{new}"), ("corpsu.txt",)),
+    "an empty data file": (("adapt", "{parent}", "--data", "{empty}", "--output", "{new}"), ("{empty}",)),
+    "evaluate without data": (("evaluate", "{parent}"), ("--data FILE",)),
+    "a parent folder that is not there": (("generate", "./no/such", "x"), ("./no/such",)),
+    "a folder without a model": (("generate", "{folder}", "x"), ("{folder}", "config.json")),
+    # misspelt
+    "a command": (("genrate", "{parent}", "x"), ("genrate", "generate")),
+    "an option": (("generate", "{parent}", "x", "--max-new-token", "3"), ("--max-new-tokens",)),
+    "a recipe": ((*ADAPT, "--recipe", "tri-mod"), ("'tri-mod'", "'tri-mode'")),
+    "a setting": ((*ADAPT, "blok_size=4"), ("'blok_size'", "'block_size'")),
+    "a setting as an option": ((*ADAPT, "--block-size", "4"), ("block_size=4",)),
+    "a value of a setting": ((*ADAPT, "attention=two-stream"), ("two-stream", "two_stream")),
+    "a task": (("evaluate", "{parent}", "--tasks", "arc_esy"), ("arc_esy",)),
+    "a mode": (("generate", "{converted}", "x", "--mode", "difusion"), ("difusion", "diffusion")),
+    "a device": (("generate", "{parent}", "x", "--device", "cuda:9"), ("cuda:9",)),
+    "a device to train on": ((*ADAPT, "--device", "cuda:9"), ("cuda:9",)),
+    "a type": (("generate", "{parent}", "x", "--dtype", "float7"), ("float7", "float16")),
+    "a type to save in": ((*ADAPT, "--dtype", "bf16"), ("bf16", "bfloat16")),
+    "a study": (("study", "atention"), ("atention", "attention")),
+    "a shape": (("bench", "decode", "--shape", "tny"), ("tny", "tiny")),
+    # does not go together
+    "a wrong column": (("adapt", "{parent}", "--data", "{records}", "--output", "{new}", *SMALL), ("'text'", "words")),
+    "a column of evaluate": (("evaluate", "{parent}", "--data", "{records}"), ("'text'", "words")),
+    "a mode that the model lacks": (("generate", "{parent}", "x", "--mode", "diffusion"), ("diffusion", "adapt")),
+    "infilling with an AR model": (("infill", "{parent}", "--text", "A <gap:2> b"), ("adapt",)),
+    "chat without a template": (("chat", "{parent}"), ("chat template",)),
+    "a block that does not divide": ((*ADAPT, "max_length=30", "block_size=4"), ("max_length=30", "block_size=4")),
+    "rows beyond the context": ((*ADAPT, "max_length=4096", "block_size=4"), ("4096", "128")),
+    "a prompt beyond the context": (("generate", "{parent}", "{long}"), ("128",)),
+    "a threshold above 1": (("generate", "{converted}", "x", "--confidence-threshold", "90"), ("90",)),
+    "a setting of another recipe": ((*ADAPT, "--recipe", "bd3lm", "alpha=0.5"), ("alpha=0.5", "objective='joint'")),
+    "a number as a word": ((*ADAPT, "learning_rate=fast"), ("learning_rate='fast'", "float")),
+    "output that holds a run": (
+        ("adapt", "{parent}", "--data", "{stories}", "--output", "{converted_run}"), ("--resume",)),
+    "output that holds something else": (
+        ("adapt", "{parent}", "--data", "{stories}", "--output", "{folder}"), ("{folder}",)),
+    "resume with other settings": (
+        ("adapt", "{parent}", "--data", "{stories}", "--output", "{converted_run}", "--recipe",
+         "efficient-dlm", "--resume", "seed=77"), ("choose another folder",)),
+    "a replay that is no page": (("generate", "{converted}", "x", "--replay", "{folder}/page.txt"), (".html",)),
+    "a recipe file that is not there": ((*ADAPT, "--recipe", "mine.toml"), ("mine.toml",)),
+    "a run file that is not there": (("adapt", "--config", "run.toml"), ("run.toml",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_with_the_fix(
+    run,  # noqa: F811
+    tokenizer_and_model: Path,
+    converted: Path,
+    stories: Path,
+    tmp_path: Path,
+    mistake: str,
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("kept")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "records.jsonl").write_text('{"words": "Once upon a time"}\n' * 3)
+    places = {
+        "parent": str(tokenizer_and_model), "converted": str(converted), "stories": str(stories),
+        "new": str(tmp_path / "new"), "folder": str(folder), "empty": str(tmp_path / "empty.txt"),
+        "records": str(tmp_path / "records.jsonl"),
+        "converted_run": str(converted), "long": "Once upon a time " * 99,
+    }  # fmt: skip
+    before = {path: path.read_bytes() for path in converted.rglob("*") if path.is_file()}
+    words, fixes = MISTAKES[mistake]
+    code, out, err = run(*(word.format(**places) for word in words))
+    assert (code, out) == (2, ""), err
+    *earlier, line = err.splitlines()
+    assert line.startswith("unmask: error: ")
+    assert all(before.startswith("tokenise") for before in earlier), err
+    for fix in fixes:
+        assert fix.format(**places) in line
+    assert len(line) < 700
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert {path: path.read_bytes() for path in converted.rglob("*") if path.is_file()} == before

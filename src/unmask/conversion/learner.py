@@ -32,7 +32,7 @@ from unmask.training.batches import TrainingData
 from unmask.training.checkpoints import TrainState, latest_checkpoint, read_state
 from unmask.training.console import announce, reporter
 from unmask.training.loop import Evaluator, in_training, train
-from unmask.training.ranks import agreeing, main_alone
+from unmask.training.ranks import agreeing, join, main_alone
 from unmask.training.rollouts import rewritten_text
 from unmask.training.sharded import assemble, by_main, is_sharded, spread
 from unmask.training.teacher import freeze

@@ -19,7 +19,7 @@ from unmask.data.streams import RecordStream, open_hub
 from unmask.evaluation.held_out import held_out_documents
 from unmask.evaluation.likelihood import Document
 from unmask.model import DiffusionLM
-from unmask.progress import note, progress, warn
+from unmask.progress import note, progress, say, warn
 from unmask.resolve import Resolved
 from unmask.settings import Settings
 from unmask.training.batches import TrainingData, packed_documents

@@ -24,6 +24,7 @@ import unmask
 from unmask.cli import app
 from unmask.core.attention import Layout, bidirectional, causal, drafting
 from unmask.core.decoding import begin
+from unmask.export import export_model
 from unmask.export.gguf import QUANTISATIONS, export_gguf
 from unmask.model import DiffusionLM
 
@@ -211,6 +212,8 @@ def test_other_packings_are_refused_by_name(words: Any, tmp_path: Path) -> None:
     lm = DiffusionLM(tiny_model(tf.LlamaConfig(**sizes(words))), words)
     with pytest.raises(ValueError, match=r"quantize 'q4_k' cannot be written here: use q8_0, .*llama-quantize"):
         export(lm, tmp_path, quantize="q4_k")
+    with pytest.raises(ValueError, match=r"quantize 'q4_k' cannot be written"):  # before a model is looked for
+        export_model("nowhere/at/all", "gguf", tmp_path / "out", quantize="q4_k")
 
 
 # --- conversions

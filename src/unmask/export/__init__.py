@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from unmask.export.gguf import export_gguf
+from unmask.export.gguf import check_quantize, export_gguf
 from unmask.export.hf import export_hf
 from unmask.export.sglang import export_sglang
 from unmask.export.uno import export_uno
@@ -71,6 +71,7 @@ def _writer(format: str, quantize: str | None) -> Callable[..., dict[str, Any]]:
     if quantize is not None and format not in able:
         instead = f", or use format {' or '.join(able)}" if able else ""
         raise ValueError(f"quantize {quantize!r} is not read by format {format!r}: leave it out{instead}")
+    check_quantize(quantize)  # before a model is loaded
     return FORMATS[format]
 
 

@@ -35,7 +35,7 @@ def export_gguf(lm: DiffusionLM, folder: Path, place: str, *, quantize: str | No
     from unmask.export.gguf_tensors import family_of
     from unmask.export.gguf_tokenizer import vocabulary_of
 
-    _check_quantize(quantize)
+    check_quantize(quantize)
     if getattr(lm.model.config, "quantization_config", None) is not None:
         raise ValueError(
             "this model was loaded quantised: load it without quantization_config, and export it with --quantize"
@@ -71,7 +71,8 @@ def mask_rows(lm: DiffusionLM) -> Tensor | None:
     return torch.cat([masks.new_zeros(lm.drafter.mask_token_id - len(embedding.weight), masks.shape[1]), masks])
 
 
-def _check_quantize(quantize: str | None) -> None:
+def check_quantize(quantize: str | None) -> None:
+    """Raise ValueError for a packing that cannot be written."""
     if quantize is not None and quantize not in QUANTISATIONS:
         raise ValueError(
             f"quantize {quantize!r} cannot be written here: use {', '.join(QUANTISATIONS)}; for others export without "
@@ -143,7 +144,7 @@ def _readme(name: str, use: str, lines: dict[str, str], notes: list[str]) -> str
     runs = "\n".join(f"## {title}\n\n```\n{line}\n```\n" for title, line in lines.items())
     known = "".join(f"- {note}\n" for note in notes)
     return (
-        f"# {name} as GGUF\n\n{use} Written by unmask {__version__}.\n\n{runs}"
-        + (f"\n## Where llama.cpp differs\n\n{known}" if known else "")
+        f"# {Path(name).name} as GGUF\n\n{use} Written by unmask {__version__}.\n\n{runs}"
+        + (f"\n## Notes\n\n{known}" if known else "")
         + "\n`examples/llama_cpp.py` of unmask's repository decodes blocks and drafts, with libllama in LIBRARIES.\n"
     )

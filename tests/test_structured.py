@@ -208,10 +208,12 @@ def test_a_schema_comes_as_users_have_it() -> None:
     schema = person.model_json_schema()
     expected = lm.generate("A", constraint=schema, seed=1, temperature=1.0).texts
     assert person.model_validate_json(expected[0])
-    for spec in (person, unmask.JsonSchema(json.dumps(schema)), lm.constraint(person), [schema]):
+    openai = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}}
+    for spec in (person, unmask.JsonSchema(json.dumps(schema)), lm.constraint(person), [schema], openai):
         assert lm.generate("A", constraint=spec, seed=1, temperature=1.0).texts == expected
     assert lm.generate("A", constraint=re.compile("(no){2}")).texts == ["nono"]
-    assert lm.generate("A", constraint="json_object", max_new_tokens=3).texts[0].startswith("{")
+    for anything in ("json_object", {"type": "json_object"}):
+        assert lm.generate("A", constraint=anything, max_new_tokens=3).texts[0].startswith("{")
     free = lm.generate("A", max_new_tokens=9)
     assert free.num_forced is None
     assert lm.generate("A", constraint=[None], max_new_tokens=9).texts == free.texts
@@ -222,7 +224,8 @@ def test_a_schema_comes_as_users_have_it() -> None:
     (unmask.Regex("(a"), "unclosed"),
     (unmask.Lark("start: foo"), "unknown name"), ("json", "give a JSON schema"), (3, "give a JSON schema"),
     (unmask.JsonSchema("{"), "is no JSON"), ({"const": {1, 2}}, "is no JSON"), ([{}, {}], "a list of 2 for 1 prompts"),
-    ([], "a list of 0 for 1 prompts"), (True, "give a JSON schema"),
+    ([], "a list of 0 for 1 prompts"), ({"type": "json_schema"}, "has no schema"), ({"type": "text"}, "Invalid type"),
+     (True, "give a JSON schema"),
 ], ids=str)  # fmt: skip
 def test_bad_constraints_are_refused(spec: Any, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)) as error:
@@ -233,8 +236,8 @@ def test_bad_constraints_are_refused(spec: Any, said: str) -> None:
 def test_modes_without_an_order_refuse_constraints() -> None:
     for attention, clean in (("bidirectional", None), ("two_stream", "block_causal")):
         lm = model_of("byte_level", attention=attention, clean_attention=clean)
-        with pytest.raises(ValueError, match=r"left to right.*use mode 'ar'"):
-            lm.generate("A", mode="diffusion", constraint=PERSON)
+        with pytest.raises(ValueError, match=r"^constraint \{'type': 'object'.*left to right.*use mode 'ar'"):
+            lm.generate("A", mode="diffusion", constraint=PERSON if clean else lm.constraint(PERSON))
         with pytest.raises(ValueError, match=r"left to right.*use mode 'ar'"):
             lm.infill("A", "B", 4, constraint=PERSON)
         assert lm.generate("A", mode="ar", constraint={"enum": [7]}).texts == ["7"]

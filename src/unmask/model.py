@@ -203,9 +203,9 @@ class DiffusionLM:
     def constraint(self, spec: Any) -> Constraint:
         """What `generate` makes of its `constraint`, to be used again: the first of a tokenizer takes a second.
 
-        spec: a JSON schema (a dictionary, or a Pydantic model), "json_object", `unmask.Regex("...")`, or
-        `unmask.Lark("...")`; `unmask.JsonSchema` has options. Needs the extra [grammar]. Raises ValueError for one
-        that is wrong, or that llguidance cannot hold.
+        spec: a JSON schema (a dictionary, or a Pydantic model), "json_object", `unmask.Regex("...")`,
+        `unmask.Lark("...")`, `unmask.JsonSchema`, which has options, or what OpenAI calls a response_format. Needs the
+        extra [grammar]. Raises ValueError for one that is wrong, or that llguidance cannot hold.
         """
         num_tokens = self.model.get_input_embeddings().weight.shape[0]
         mask = None if self.diffusion is None else self.diffusion.mask_token_id

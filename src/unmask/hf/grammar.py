@@ -46,7 +46,7 @@ class Lark:
 
 ConstraintSpec = Any
 """A `JsonSchema`, `Regex` or `Lark`; or in short: a schema as a dictionary, a Pydantic model, `re.compile(...)`, or
-"json_object" for any JSON object."""
+"json_object" for any JSON object; or the `response_format` of OpenAI's clients."""
 
 
 def grammar_constraint(
@@ -80,18 +80,22 @@ def grammar_constraint(
     banned = (set() if isinstance(spec, Lark) else special) - set(end_token_ids)  # a Lark grammar may name special ones
     banned |= set() if mask_token_id is None else {mask_token_id}
     matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0)
-    return Grammar(matcher, num_tokens, frozenset(end_token_ids), frozenset(banned), plain_ids)
+    return Grammar(spec, matcher, num_tokens, frozenset(end_token_ids), frozenset(banned), plain_ids)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Grammar:
     """A `Constraint` of the sampler: a grammar over the tokens of one vocabulary; banned: tokens that are no text."""
 
+    spec: ConstraintSpec
     matcher: Any
     num_tokens: int
     end_token_ids: frozenset[int]
     banned: frozenset[int]
     plain_ids: Callable[[str], list[int]]
+
+    def __repr__(self) -> str:
+        return _shown(self.spec)
 
     def begin(self) -> GrammarState:
         return GrammarState(self, self.matcher.deep_copy())
@@ -154,7 +158,7 @@ def _grammar(matcher: Any, spec: ConstraintSpec) -> str:
     elif isinstance(spec, str) and spec == "json_object":
         spec = JsonSchema({"type": "object"})
     elif isinstance(spec, dict):
-        spec = JsonSchema(spec)
+        spec = JsonSchema(_schema_of(spec))
     elif hasattr(spec, "model_json_schema"):
         spec = JsonSchema(spec.model_json_schema())
     if isinstance(spec, Regex):
@@ -173,6 +177,18 @@ def _grammar(matcher: Any, spec: ConstraintSpec) -> str:
         raise ValueError(f"constraint {_shown(spec)} is no JSON: {error}") from None
     spaces = {"whitespace_flexible": True} if spec.any_whitespace else _AS_DUMPED
     return str(matcher.grammar_from_json_schema(schema, overrides=spaces))
+
+
+def _schema_of(given: dict[str, Any]) -> Any:
+    """A schema, which may come as the `response_format` of OpenAI's clients."""
+    if given == {"type": "json_object"}:
+        return {"type": "object"}
+    if given.get("type") != "json_schema":
+        return given
+    inside = given.get("json_schema")
+    if not isinstance(inside, dict) or "schema" not in inside:
+        raise ValueError(f"constraint {_shown(given)} has no schema: give {{'json_schema': {{'schema': ...}}}}")
+    return inside["schema"]
 
 
 _AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

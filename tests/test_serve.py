@@ -14,6 +14,7 @@ from serving import running
 from test_chat import TEMPLATE
 
 import unmask
+from unmask.cli.serve import _listening
 
 PROMPTS = ["Once there was a cat", "The dog was very", "", "Once"]
 
@@ -204,6 +205,13 @@ def test_models_health_and_metrics(address: str, client) -> None:
     metrics = httpx.get(f"{address}/metrics").text
     assert "unmask_tokens_total" in metrics
     assert httpx.get(f"{address}/openapi.json").status_code == 200
+
+
+def test_a_taken_port_is_bad_input() -> None:
+    with _listening("127.0.0.1", 0) as first, pytest.raises(ValueError, match="--port"):
+        _listening("127.0.0.1", first.getsockname()[1])
+    with pytest.raises(ValueError, match="odd.invalid"):
+        _listening("odd.invalid", 0)
 
 
 def test_an_api_key_is_asked_for(lm) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -51,5 +53,16 @@ def serve(
         known, api_key=api_key or os.environ.get("UNMASK_API_KEY"), max_queue=max_queue, max_rows=max_rows,
         max_new_tokens=max_new_tokens, max_body=max_body, deadline=deadline,
     )  # fmt: skip
-    lm = unmask.load(model, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code)
-    uvicorn.run(create_app(lm, options), host=host, port=port, log_level="warning")
+    with _listening(host, port) as listening:  # before the model is loaded, which takes longer
+        lm = unmask.load(model, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code)
+        at = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        print(f"serving {known!r} at {at} (clients of OpenAI's: base_url={at}/v1)", file=sys.stderr, flush=True)
+        uvicorn.Server(uvicorn.Config(create_app(lm, options), log_level="warning")).run(sockets=[listening])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket at this address; ValueError where there can be none."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--host {host!r} --port {port} cannot be listened on ({error}): give another") from error

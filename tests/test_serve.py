@@ -210,7 +210,7 @@ def test_models_health_and_metrics(address: str, client) -> None:
 def test_a_taken_port_is_bad_input() -> None:
     with _listening("127.0.0.1", 0) as first, pytest.raises(ValueError, match="--port"):
         _listening("127.0.0.1", first.getsockname()[1])
-    with pytest.raises(ValueError, match="odd.invalid"):
+    with pytest.raises(ValueError, match="odd"):
         _listening("odd.invalid", 0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,6 +79,9 @@ def adapt(
         str | None, typer.Option(help="Type of the saved weights (setting save_dtype); they learn in float32.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue the run in the output folder.")] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Read model and data, say what the run would do, write nothing.")
+    ] = False,
     as_json: Json = False,
     *,
     loading: dict[str, Any],
@@ -92,7 +96,7 @@ def adapt(
     wanted = (read_run_file(config) if config is not None else {}) | chosen | loading
     wanted |= {name: value for name, value in own.items() if value is not None}
     for name, what in (("model", "MODEL"), ("data", "--data FILE"), ("output", "--output FOLDER")):
-        if not wanted.get(name):
+        if not wanted.get(name) and not (dry and name == "output"):
             raise ValueError(f"adapt lacks {what}: give it, or {name} = ... in the file of --config")
 
     import unmask
@@ -101,7 +105,12 @@ def adapt(
 
     named = [wanted["data"]] if isinstance(wanted["data"], str) else list(wanted["data"])
     wanted["data"] = [Path(name) if name else name for name in named]  # names, never texts
-    folder = Path(wanted.pop("output"))
+    folder = Path(wanted.pop("output", ""))
+    if dry:
+        if resume:
+            raise ValueError("--dry-run writes nothing, so there is nothing to --resume: leave one of them out")
+        _print_dry_run(wanted, as_json)
+        return
     try:
         unmask.adapt(**wanted, output_dir=folder)
     except KeyboardInterrupt:
@@ -122,6 +131,30 @@ def adapt(
     for name, value in run["evaluation"].items():
         say(f"held-out {name}: {value:.4f} nats per predicted token")
     print(f"saved to {folder}")
+
+
+def _print_dry_run(wanted: dict[str, Any], as_json: bool) -> None:
+    """What a run of these arguments of `adapt` would do."""
+    from unmask.conversion.dry_run import dry_run
+
+    found = dry_run(**wanted)
+    if as_json:
+        print(to_json(asdict(found) | {"memory": found.memory._asdict()}))
+        return
+    settings = found.settings
+    print(f"{settings['recipe']}: {found.steps:,} steps of {settings['batch_size']} rows of {settings['max_length']:,} "
+          f"tokens, {found.tokens:,} training tokens, learning rate {settings['learning_rate']:g}")  # fmt: skip
+    documents = "a stream" if found.documents is None else f"{found.documents:,} documents"
+    print(f"{documents} to train on, {found.held_out:,} held out")
+    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in found.memory._asdict().items() if value)
+    print(f"memory on one device, estimated: {sum(found.memory) / 1e9:.2f} GB ({parts})")
+    for number, row in enumerate(found.rows, 1):
+        shown = row if len(row) <= SHOWN else f"{row[: SHOWN // 2]} ... {row[-SHOWN // 2 :]}"
+        print(f"row {number}: {shown!r}")
+
+
+SHOWN = 400
+"""Characters of a row that a dry run prints."""
 
 
 def read_run_file(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from ranks import break_down, run_case
 from test_ranks import CASES, assert_same_run, full, logged, on_ranks
 
+import unmask
 from unmask.recipe import load_recipe
 from unmask.resolve import resolve
 from unmask.training.guards import STOPPED, naming_memory
@@ -96,3 +97,18 @@ def test_configurations_are_those_that_accelerate_reads(path: Path, monkeypatch:
         monkeypatch.setenv(key.upper(), str(given).lower())
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str("fsdp" in path.name).lower())
     check_launcher()
+
+
+def test_attention_is_computed_as_asked(case: dict[str, Any], work: Path) -> None:
+    """Another implementation, the same run up to rounding in float32."""
+    short = {name: value for name, value in case.items() if name != "save_every"} | {"max_tokens": 400}
+    losses = []
+    for name in ("sdpa", "eager"):
+        lm = unmask.adapt(
+            **short | {"output_dir": str(work / name), "attn_implementation": name, "show_progress": False}
+        )
+        assert lm.model.config._attn_implementation == name
+        losses.append([row["loss"] for row in logged(work / name) if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    with pytest.raises(ValueError, match=r"attn_implementation='sdpa' is chosen when .* with 'eager'"):
+        unmask.adapt(**short | {"model": lm, "output_dir": str(work / "other"), "attn_implementation": "sdpa"})

@@ -65,14 +65,19 @@ def full(case: dict[str, Any], parent: Path, stories: Path, folder: Path) -> dic
     return {name: value for name, value in case.items() if value is not None}
 
 
-def launch(ranks: int, command: list[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a Python command on so many processes."""
+def command_of(ranks: int, command: list[str]) -> list[str]:
+    """What runs a Python command on so many processes."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    whole = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    return [*launcher, "--master_port", str(port), *command]
+
+
+def launch(ranks: int, command: list[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a Python command on so many processes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*whole, *command], capture_output=True, text=True, timeout=240, env=environment)
+    done = subprocess.run(command_of(ranks, command), capture_output=True, text=True, timeout=240, env=environment)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 

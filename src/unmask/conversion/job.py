@@ -218,6 +218,12 @@ def _load(job: Job) -> DiffusionLM:
     device = ranks.device if ranks.num_processes > 1 or chosen_device() else None
     if isinstance(job.model, DiffusionLM):
         lm = job.model
+        asked, loaded = job.settings.attn_implementation, lm.model.config.get_text_config()._attn_implementation
+        if asked not in (None, loaded):
+            raise ValueError(
+                f"attn_implementation={asked!r} is chosen when a model is loaded, and this one is in memory with "
+                f"{loaded!r}: give its folder or hub id, or load it with attn_implementation"
+            )
         if job.settings.quantize is not None:
             raise ValueError(
                 f"quantize={job.settings.quantize!r} packs weights while they are read, and this model is in memory: "
@@ -225,7 +231,8 @@ def _load(job: Job) -> DiffusionLM:
             )
     else:
         lm = load(job.model, dtype=torch.float32, device=device, quantization_config=job.settings.quantize,
-                  base=job.base, trust_remote_code=job.trust_remote_code)  # fmt: skip
+                  attn_implementation=job.settings.attn_implementation, base=job.base,
+                  trust_remote_code=job.trust_remote_code)  # fmt: skip
     if device is not None and hf.quantisation_of(lm.model) is None:
         lm.model.to(device)
     return lm

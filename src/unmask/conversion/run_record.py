@@ -13,8 +13,8 @@ IN_MEMORY = "a model in memory"
 """The name in run.json of a parent that was passed as an object and has no name."""
 
 FREE = ("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "micro_batch_size",
-        "max_nonfinite_steps", "rank_timeout", "sync_each_micro_batch", "eval_data", "eval_documents",
-        "eval_samples", "sample_texts", "save_dtype")  # fmt: skip
+        "max_nonfinite_steps", "rank_timeout", "attn_implementation", "sync_each_micro_batch", "eval_data",
+        "eval_documents", "eval_samples", "sample_texts", "save_dtype")  # fmt: skip
 """Settings that may change when a run is resumed."""
 
 

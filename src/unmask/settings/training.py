@@ -75,6 +75,9 @@ class RunSettings:
     save_dtype: str | None = setting(
         None, "type of the final weights; unset: that in which they learnt, float32",
         one_of=("float32", "bfloat16", "float16"), quantize=Need(" unset", lambda value: value is None))
+    attn_implementation: str | None = setting(
+        None, "how attention is computed; flex_attention skips the pairs that a mask hides, for GPUs; unset: what the "
+        "model is loaded with, mostly sdpa", one_of=("sdpa", "eager", "flex_attention"))
     gradient_checkpointing: bool = setting(
         False, "compute layers again in the backward pass, for memory", objective=("diffusion", "joint"))
     compile_layers: bool = setting(False, "compile the layers with torch.compile", objective=("diffusion", "joint"))

@@ -121,9 +121,9 @@ def _train(
     batches = data.batches(run.state.step, run.state.data)
     while run.state.tokens < data.num_tokens and (batch := next(batches, None)) is not None:
         run.step(*batch)
-        ended = run.state.tokens >= data.num_tokens or run.watch.stopping
+        ended = run.state.tokens >= data.num_tokens
         evaluating = evaluate is not None and run.state.step % eval_every == 0 and not ended
-        saving = run.state.step % settings.save_every == 0 or ended
+        saving = run.state.step % settings.save_every == 0 or ended or run.watch.stopping
         if evaluating or saving:
             run.check_weights()
         figures = run.evaluate(evaluate) if evaluate is not None and evaluating else {}

@@ -305,3 +305,21 @@ def test_models_that_need_more_than_a_mask_are_refused_and_ar_models_need_no_cod
         with pytest.raises(ValueError, match=f"cannot decode LlamaForCausalLM, which .*{reason}"):
             export_model(lm, "hf", tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ar"]
+
+
+def test_a_window_that_the_model_does_not_read_is_not_read_here(tokenizer_and_model: Path, tmp_path: Path) -> None:
+    """Llama has no windows, whatever its config says."""
+    lm = unmask.load(tokenizer_and_model)
+    lm.model.config.sliding_window = 5
+    lm.diffusion = replace(block_config(4), mask_token_id=lm.model.config.vocab_size - 1)
+    lm.network = as_network(lm.model, lm.diffusion.mask_token_id)
+    assert not lm.network.per_layer_type
+    export_model(lm, "hf", tmp_path / "hf")
+    assert "windows" not in lm.model.config.diffusion
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float64)
+    assert model.config.sliding_window == 5
+    lm.to(torch.float64)
+    lm.network = as_network(lm.model, lm.diffusion.mask_token_id)
+    ids = random_tokens(14)
+    expected = lm.generate(ids, mode="diffusion", max_new_tokens=20).sequences
+    assert generate(ids[None], model=model, max_new_tokens=20).tolist() == expected.tolist()

@@ -1,0 +1,52 @@
+"""The site: it builds without a warning, its links lead somewhere, and its quickstart prints what the page shows."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from unmask.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="needs the extra [docs]")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+    from mkdocs.utils import CountHandler
+
+    counter = CountHandler()
+    counter.setLevel(logging.WARNING)
+    logging.getLogger("mkdocs").addHandler(counter)
+    try:
+        build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
+    finally:
+        logging.getLogger("mkdocs").removeHandler(counter)
+    assert not counter.get_counts()
+    assert (tmp_path / "quickstart.html").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_relative_links_lead_to_files(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+SHOWN = re.findall(r"```console\n\$ unmask (.*?)\n(.*?)\n```", (ROOT / "docs" / "quickstart.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(("line", "output"), SHOWN, ids=[line.split()[1] for line, _ in SHOWN])
+def test_the_quickstart_prints_what_it_shows(line: str, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    done = CliRunner().invoke(app, shlex.split(line), catch_exceptions=False)
+    assert done.exit_code == 0
+    assert sorted(done.output.split("\n")) == sorted([*output.split("\n"), ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,16 @@ def test_a_stream_reports_the_commits(lm, client) -> None:
     known = {commit["position"] - first: commit["token"] for commit in commits}
     new = out.sequences[0, first:].tolist()
     assert [known[i] for i in range(len(new))] == new
+
+
+def test_the_texts_of_commits_have_their_spaces(shared: Path) -> None:
+    lm = unmask.load(shared / "models/stories260k")  # SentencePiece: the text of a token alone has no space before it
+    body = {"model": "tiny", "prompt": "Once upon", "max_tokens": 12, "stream": True, "commits": True}
+    with running(lm) as address:
+        pieces = httpx.post(f"{address}/v1/completions", json=body, timeout=60).text.splitlines()
+    choices = [json.loads(piece[6:])["choices"][0] for piece in pieces if piece.startswith("data: {")]
+    texts = [commit["text"] for choice in choices for commit in choice.get("commits") or []]
+    assert "".join(texts) == lm.generate("Once upon", max_new_tokens=12).texts[0]
 
 
 def test_gaps_are_filled_as_infill_does(lm, address: str, client) -> None:

@@ -383,6 +383,4 @@ def _add_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        if not PAGE.is_file():
-            return JSONResponse({"unmask": __version__, "model": server.options.name, "docs": "/docs"})
         return FileResponse(PAGE, media_type="text/html")

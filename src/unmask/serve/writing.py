@@ -116,11 +116,11 @@ class Writing:
         return self._next(self._within(self._shown))
 
     def commits(self, event: Heard) -> list[Commit]:
-        """The commits, with the text of each token by itself."""
+        """The commits, with the text that each token has after another one, a space before a word included."""
         sure: list[Any] = [score.logprob for score in event.scores]
         sure += [None] * (len(event.tokens) - len(sure))
         return [
-            Commit(position=p, token=t, text=self._lm.tokenizer.decode([t]),
+            Commit(position=p, token=t, text=self._lm.new_text(torch.tensor([t]), [t]),
                    confidence=None if c is None else float(torch.tensor(c).exp()))
             for p, t, c in zip(event.positions, event.tokens, sure, strict=True)
         ]  # fmt: skip

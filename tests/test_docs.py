@@ -54,13 +54,14 @@ def test_python_blocks_run(
     page: Path, text: str, info: str, converted: Path, tokenizer_and_model: Path, stories: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """In a folder with a converted model `runs/q` and text; `python compile-only: why` is compiled alone."""
+    """In a folder with `models`, a converted `runs/q` and text; `python compile-only: why` is compiled alone."""
     code = compile(text, f"{page.name}", "exec")
     if "compile-only" in info:
         assert len(info.partition("compile-only:")[2].strip()) > 5, "say why it is not run"
         return
     monkeypatch.chdir(tmp_path)
     shutil.copytree(converted, tmp_path / "runs" / "q")
+    (tmp_path / "models").symlink_to(ROOT / "models")
     shutil.copyfile(stories, tmp_path / "corpus.jsonl" if stories.suffix == ".jsonl" else tmp_path / stories.name)
     plain = unmask.adapt
 

@@ -29,6 +29,8 @@ p.note, figcaption { color: var(--soft); }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
+.wide td:first-child { min-width: 9rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
 .pair div { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; white-space: pre-wrap; }
 .wide { overflow-x: auto; }

@@ -103,6 +103,17 @@ def test_what_goes_wrong_is_said(page: Any) -> None:
     assert "select" in page.text_content("#fill-error")
 
 
+def test_escape_stops_and_the_next_text_is_whole(page: Any) -> None:
+    page.fill("#tokens", "12")
+    begin, escape = "document.querySelector('#write').requestSubmit()", "new KeyboardEvent('keydown', {key: 'Escape'})"
+    page.evaluate(f"() => {{ {begin}; document.dispatchEvent({escape}); }}")
+    page.wait_for_selector("#ways .counts:has-text('stopped')")
+    assert page.query_selector("[data-mode=ar] .token") is None
+    assert page.text_content("#write-error") == ""
+    page.click("#go")
+    page.wait_for_selector("[data-mode=ar] .counts:has-text('12 tokens')")
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_cut_off(page: Any, width: int, scheme: str) -> None:

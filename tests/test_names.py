@@ -131,6 +131,7 @@ def names_of_commands() -> dict[str, list[str]]:
         "study": ["attention", "MODEL", "--data", "no.txt", "--eval", "no.txt", "--output", "out"],
         "demo": ["MODEL"],
         "prepare": ["no.txt", "--model", "MODEL", "--output", "out"],
+        "plan": ["MODEL", "--tokens", "1M"],
         "serve": ["MODEL"],
         "export": ["MODEL", "--format", "uno", "--output", "out"],
     }

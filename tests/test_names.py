@@ -148,6 +148,8 @@ def test_every_command_refuses_a_name_at_once_and_in_one_line(
 ) -> None:
     if option == "--parent" and command not in ("frontier", "evaluate"):
         pytest.skip("nothing beside its model")
+    if option == "--base" and command == "plan":
+        pytest.skip("reads a configuration, which a drafter's folder has not")
     line = [
         ("./no" if not option else "runs/model") if word == "MODEL" else word for word in names_of_commands()[command]
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 import shlex
@@ -50,3 +51,16 @@ def test_the_quickstart_prints_what_it_shows(line: str, output: str, monkeypatch
     done = CliRunner().invoke(app, shlex.split(line), catch_exceptions=False)
     assert done.exit_code == 0
     assert sorted(done.output.split("\n")) == sorted([*output.split("\n"), ""])
+
+
+def test_the_figures_are_those_of_the_predicates() -> None:
+    spec = importlib.util.spec_from_file_location("patterns", ROOT / "docs" / "site" / "patterns.py")
+    assert spec is not None
+    assert spec.loader is not None
+    patterns = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(patterns)
+    files = {f"pattern_{name}.svg": patterns.drawn(*figure) for name, figure in patterns.FIGURES.items()}
+    images = ROOT / "docs" / "images"
+    assert files == {file.name: file.read_text() for file in images.glob("pattern_*.svg")}
+    page = (ROOT / "docs" / "patterns.md").read_text()
+    assert set(re.findall(r"images/(\w+\.svg)", page)) == set(files)

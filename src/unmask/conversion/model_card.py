@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from unmask.conversion.job import Job, Parent
 from unmask.model import DiffusionLM
+from unmask.plain_json import to_json
 from unmask.recipe import load_recipe, recipe_names
 from unmask.settings import shown
 
@@ -70,8 +70,8 @@ def _front_matter(job: Job, parent: str, lm: DiffusionLM) -> str:
 
 def _yaml(name: str, value: Any) -> str:
     if isinstance(value, list):
-        return f"{name}:\n" + "".join(f"- {json.dumps(str(item))}\n" for item in value)
-    return f"{name}: {json.dumps(str(value))}\n"
+        return f"{name}:\n" + "".join(f"- {to_json(str(item))}\n" for item in value)
+    return f"{name}: {to_json(str(value))}\n"
 
 
 def _on_the_hub(name: str) -> bool:

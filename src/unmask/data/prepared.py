@@ -82,7 +82,7 @@ def cached(
     if any(isinstance(source, Records) and source.fingerprint is None for source in sources):
         return None
     origin = made_of(sources, encoder, text_column)
-    name = hashlib.sha256(json.dumps([_FORMAT, origin], sort_keys=True).encode()).hexdigest()[:16]
+    name = hashlib.sha256(to_json([_FORMAT, origin], sort_keys=True).encode()).hexdigest()[:16]
     place = folder / f"prepared-{name}"
     if not is_prepared(place):
         prepare(place, sources, encoder, text_column, processes=default_processes(), progress=progress)
@@ -219,4 +219,4 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         vocabulary = {t: i for t, i in tokenizer.get_vocab().items() if t != tokenizer.mask_token}
         kept = {k: repr(v) for k, v in tokenizer.init_kwargs.items() if "mask" not in k and "path" not in k}
         parts += [sorted(vocabulary.items()), sorted(kept.items())]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(to_json(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -173,7 +173,7 @@ def _move_mask_token(path: Path, token: str) -> None:
         if added["content"] == token:
             added["id"] = MASK_ID
     described["model"]["vocab"][token] = MASK_ID
-    path.write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
+    path.write_text(to_json(described, ensure_ascii=False), encoding="utf-8")
 
 
 def _write_config(folder: Path, lm: DiffusionLM, config: DiffusionConfig, rows: int) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unmask.plain_json import to_json
+
 
 @dataclass(frozen=True)
 class JsonSchema:
@@ -171,8 +173,8 @@ def _grammar(matcher: Any, spec: ConstraintSpec) -> str:
             "Regex('...') or Lark('...')"
         )
     try:
-        schema = spec.schema if isinstance(spec.schema, str) else json.dumps(spec.schema)
-        schema = json.dumps(json.loads(schema))
+        schema = spec.schema if isinstance(spec.schema, str) else to_json(spec.schema)
+        schema = to_json(json.loads(schema))
     except (TypeError, ValueError) as error:
         raise ValueError(f"constraint {_shown(spec)} is no JSON: {error}") from None
     spaces = {"whitespace_flexible": True} if spec.any_whitespace else _AS_DUMPED

@@ -211,16 +211,17 @@ class Speculative:
     ) -> SampledTokens:
         config = _converted(config, "speculative").with_block_size(self.block_size)
         return sample_speculative(
-            network, config, prompts, request, pace=self.pace(network, config), acceptance=self.acceptance
+            network, config, prompts, request, pace=pace_of(self, network, config), acceptance=self.acceptance
         )
 
-    def pace(self, network: Network, config: DiffusionConfig) -> Pace:
-        """Which cycles are made; config: with the block size that is decoded in."""
-        assert config.block_size is not None
-        length = self.draft_length if isinstance(self.draft_length, int) else config.block_size
-        if self.cycle == "auto" or (self.cycle is None and self.draft_length is None):
-            return MeasuredPace(length, experience_of(network), spare_masks(config), apart=config.adapt_anchor)
-        return Pace(Cycle(1 if self.cycle == "one" else 2, length), adaptive=self.draft_length == "auto")
+
+def pace_of(decoder: Speculative, network: Network, config: DiffusionConfig) -> Pace:
+    """Which cycles a decoder makes; config: with the block size that is decoded in."""
+    assert config.block_size is not None
+    length = decoder.draft_length if isinstance(decoder.draft_length, int) else config.block_size
+    if decoder.cycle == "auto" or (decoder.cycle is None and decoder.draft_length is None):
+        return MeasuredPace(length, experience_of(network), spare_masks(config), apart=config.adapt_anchor)
+    return Pace(Cycle(1 if decoder.cycle == "one" else 2, length), adaptive=decoder.draft_length == "auto")
 
 
 Decoder = Autoregressive | Blocks | WholeCanvas | Speculative

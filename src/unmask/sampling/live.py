@@ -17,7 +17,7 @@ from unmask.sampling.block import BlockRows
 from unmask.sampling.canvas import Canvas, Steps, canvas_steps
 from unmask.sampling.canvases import check_steps, text_steps
 from unmask.sampling.constraint import check_unconstrained
-from unmask.sampling.decoders import Autoregressive, Blocks, Decoder, Speculative, WholeCanvas
+from unmask.sampling.decoders import Autoregressive, Blocks, Decoder, Speculative, WholeCanvas, pace_of
 from unmask.sampling.request import Request, RowRequests, SampledTokens
 from unmask.sampling.speculative import DraftedRows
 
@@ -128,7 +128,7 @@ class _SlotRows:
         assert self._config is not None
         config = self._config.with_block_size(decoder.block_size)
         if isinstance(decoder, Speculative):
-            pace, acceptance = decoder.pace(self._network, config), decoder.acceptance or Coupled()
+            pace, acceptance = pace_of(decoder, self._network, config), decoder.acceptance or Coupled()
             return DraftedRows(self._network, config, requests, self._most, pace, acceptance)
         return BlockRows(
             self._network, config, requests, self._most, select=decoder.select, window=decoder.window,

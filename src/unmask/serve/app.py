@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,6 +15,7 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from unmask.model import DiffusionLM
+from unmask.plain_json import to_json
 from unmask.sampling.request import given_or_new
 from unmask.serve import answers
 from unmask.serve.answers import Heading, Row, usage_of
@@ -323,7 +323,7 @@ def _json(answer: BaseModel) -> JSONResponse:
 
 def _event(piece: dict[str, Any] | None) -> str:
     """A server-sent event; None is the last one."""
-    return f"data: {'[DONE]' if piece is None else json.dumps(piece, ensure_ascii=False)}\n\n"
+    return f"data: {'[DONE]' if piece is None else to_json(piece, ensure_ascii=False)}\n\n"
 
 
 def create_app(lm: DiffusionLM, options: ServeOptions) -> FastAPI:

@@ -79,6 +79,7 @@ class SettingsKeywords(TypedDict, total=False):
     mixed_precision: str
     quantize: str | None
     save_dtype: str | None
+    attn_implementation: str | None
     gradient_checkpointing: bool
     compile_layers: bool
     sync_each_micro_batch: bool

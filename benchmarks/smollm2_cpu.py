@@ -197,6 +197,8 @@ def speed(bench: Bench) -> None:
     for name in bench.options.forms:
         cycle, length = name.split("-")
         ways[name] = partial(bench.speculative, decoder=Speculative(draft_length=int(length), cycle=cycle))
+    if bench.options.ways is not None:
+        ways = {name: way for name, way in ways.items() if name in ("generate", *bench.options.ways)}
     for domain, prompts in bench.prompts(bench.options.answers).items():
         taken: dict[str, list[float]] = {name: [] for name in ways}
         made, forwards, parted = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
@@ -309,6 +311,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=6, help="prompts of a domain for speed and yield")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--forms", nargs="+", default=["two-3", "two-4", "two-8", "one-2", "one-3", "one-4"])
+    parser.add_argument("--ways", nargs="+", help="of `speed`: some of them, beside generate()")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0])
     bench = Bench(parser.parse_args())
     for stage in bench.options.stages.split(","):

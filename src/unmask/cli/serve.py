@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from unmask.cli.app import Base, TrustRemoteCode, app, name_of
+from unmask.cli.options import packed
 
 
 @app.command(epilog="Example: unmask serve runs/q --port 8000")
@@ -55,6 +56,7 @@ def serve(
     )  # fmt: skip
     with _listening(host, port) as listening:  # before the model is loaded, which takes longer
         lm = unmask.load(model, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code)
+        packed(lm)
         at = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         print(f"serving {known!r} at {at} (clients of OpenAI's: base_url={at}/v1)", file=sys.stderr, flush=True)
         uvicorn.Server(uvicorn.Config(create_app(lm, options), log_level="warning")).run(sockets=[listening])

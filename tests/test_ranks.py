@@ -78,7 +78,7 @@ def launch(ranks: int, command: list[str], *, check: bool = True) -> subprocess.
     """Run a Python command on so many processes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command_of(ranks, command), capture_output=True, text=True, timeout=240, env=environment)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
+    assert not check or done.returncode == 0, done.stderr[-20_000:]
     return done
 
 

@@ -241,6 +241,7 @@ class _Run:
         averaged = accelerator.num_processes if accelerator.distributed_type in _SHARDED else 1
         scale = averaged / max(1, count)
         total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        every = settings.sync_each_micro_batch
         for micro, rows, last in _micro_batches(batch, accelerator, settings.micro_batch_size):
             if count and not self.sharded and not bool(predictable(micro.layout, micro.loss_mask).any()):
                 continue  # at the end of the data a rank may have padding alone
@@ -248,7 +249,7 @@ class _Run:
                 loss_of = functools.partial(step_loss, settings=settings, config=self.config, step=step)
                 total += self.threads.run(loss_of, micro, rows, scale)
                 continue
-            with accelerator.autocast(), _sync(accelerator, self.wrapped, last or settings.sync_each_micro_batch):
+            with accelerator.autocast(), _sync(accelerator, self.wrapped, last or every):
                 loss = step_loss(self.network, settings, self.config, micro, step, rows, self.teacher,
                                  sharded=self.sharded)  # fmt: skip
                 accelerator.backward(loss.sum * scale)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import unmask
-from unmask import cli
 from unmask.core.attention import Layout, bidirectional
 from unmask.core.network import DiffusionConfig
 from unmask.evaluation.likelihood import continuation_nelbo
@@ -297,19 +295,6 @@ def test_what_is_no_text_with_gaps_is_a_type_error(lm: unmask.DiffusionLM, text:
 def test_an_untouched_model_says_what_it_lacks(tokenizer_and_model: Path) -> None:
     with pytest.raises(ValueError, match="infill needs a converted checkpoint"):
         unmask.load(tokenizer_and_model).infill("a <gap:4> b")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["unmask", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out = capsys.readouterr()
-        return int(ended.value.code or 0), out.out, out.err
-
-    return call
 
 
 def test_the_command_fills_a_text(run: Any, whole: Path) -> None:

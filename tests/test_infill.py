@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import unmask
-from unmask import cli
 from unmask.core.attention import Layout, bidirectional
 from unmask.core.network import DiffusionConfig
 from unmask.evaluation.likelihood import Document, continuation_nelbo, nelbo
@@ -211,20 +208,6 @@ def test_more_bad_requests(lm, blocks, tokenizer_and_model: Path) -> None:
 
 
 # --- the command
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["unmask", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out = capsys.readouterr()
-        return int(ended.value.code or 0), out.out, out.err
-
-    return call
 
 
 @pytest.mark.parametrize("folder", ["whole", "converted"])

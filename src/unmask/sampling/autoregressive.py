@@ -12,7 +12,7 @@ from unmask.core.decoding import with_backlog
 from unmask.core.network import Network
 from unmask.sampling.constraint import restrict
 from unmask.sampling.request import Request, SampledTokens
-from unmask.sampling.scheduler import AutoregressiveRows
+from unmask.sampling.scheduler import AutoregressiveRows, decode_all
 from unmask.sampling.tokens import choose_by_row, token_noise
 
 
@@ -26,10 +26,7 @@ def sample_autoregressive(network: Network, prompts: Sequence[Tensor], request: 
     state = TokenRows(network, request, len(prompts))
     for row, prompt in enumerate(prompts):
         state.put(row, prompt)
-    state.open_slots(request.batch_size or len(prompts))
-    while state.step():
-        pass
-    return state.sampled(range(len(prompts)))
+    return decode_all(state, len(prompts), request.batch_size)
 
 
 class TokenRows(AutoregressiveRows):

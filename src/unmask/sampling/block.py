@@ -22,7 +22,7 @@ from unmask.sampling.canvas import Canvas
 from unmask.sampling.commit import Candidates, Selector, Threshold, token_confidence
 from unmask.sampling.guidance import GuidedNetwork
 from unmask.sampling.request import Asked, Request, SampledTokens, first_end
-from unmask.sampling.scheduler import Scheduler
+from unmask.sampling.scheduler import Scheduler, decode_all
 from unmask.sampling.tokens import choose_by_row, choose_tokens, row_key, token_noise
 
 
@@ -61,10 +61,7 @@ def sample_blocks(
     )  # fmt: skip
     for row, prompt in enumerate(prompts):
         batch.put(row, prompt, None if canvases is None else canvases[row])
-    batch.open_slots(request.batch_size or len(prompts))
-    while batch.step():
-        pass
-    return batch.sampled(range(len(prompts)))
+    return decode_all(batch, len(prompts), request.batch_size)
 
 
 class BlockRows:

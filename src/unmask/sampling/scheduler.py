@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from unmask.core.decoding import prefill
 from unmask.core.network import Network, SlotCacheState
 from unmask.core.transfer import to_device
 from unmask.sampling.constraint import ConstraintState, constraint_of, forced_token
-from unmask.sampling.request import Asked
+from unmask.sampling.request import Asked, SampledTokens
 
 
 class Scheduler:
@@ -75,6 +76,27 @@ class Scheduler:
         if taken:
             self.past.keep_slots(kept_slots)
         return [taken.index(slot) for slot in new], kept_slots
+
+
+class Rows(Protocol):
+    """Rows that wait for slots, decode and end."""
+
+    def open_slots(self, most: int) -> None:
+        """Begin; most: rows that decode at a time."""
+
+    def step(self) -> bool:
+        """One forward, or a cycle of them; False when no row is left."""
+
+    def sampled(self, rows: Sequence[int]) -> SampledTokens:
+        """What these rows have become."""
+
+
+def decode_all(rows: Rows, num_rows: int, batch_size: int | None) -> SampledTokens:
+    """Decode the rows 0 .. num_rows - 1, which all wait, to their ends; batch_size: how many at a time, else all."""
+    rows.open_slots(batch_size or num_rows)
+    while rows.step():
+        pass
+    return rows.sampled(range(num_rows))
 
 
 class AutoregressiveRows:

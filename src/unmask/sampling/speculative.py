@@ -27,7 +27,7 @@ from unmask.sampling.acceptance import Acceptance, Coupled, Noise
 from unmask.sampling.constraint import restrict
 from unmask.sampling.cycles import Cycle, Pace
 from unmask.sampling.request import Asked, Request, SampledTokens
-from unmask.sampling.scheduler import AutoregressiveRows
+from unmask.sampling.scheduler import AutoregressiveRows, decode_all
 from unmask.sampling.tokens import truncate_by_row
 
 
@@ -52,10 +52,7 @@ def sample_speculative(
     state = DraftedRows(network, config, request, len(prompts), pace, acceptance or Coupled())
     for row, prompt in enumerate(prompts):
         state.put(row, prompt)
-    state.open_slots(request.batch_size or len(prompts))
-    while state.step():
-        pass
-    return state.sampled(range(len(prompts)))
+    return decode_all(state, len(prompts), request.batch_size)
 
 
 class _Drafts(NamedTuple):

@@ -263,7 +263,9 @@ def beside(bench: Bench) -> None:
         compared(bench, "drafter that learnt nothing", bench.lm, one, 0.0)
         for name, up in bench.lm.drafter.up.items():
             up.copy_(kept[name])
-    compared(bench, "8-bit weights", unmask.load(bench.options.checkpoint, quantization_config="int8"), one, 0.0)
+    if bench.options.base is not None:
+        eight_bit = unmask.load(bench.options.checkpoint, base=bench.options.base, quantization_config="int8")
+        compared(bench, "8-bit weights", eight_bit, one, 0.0)
 
 
 def compared(
@@ -302,6 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--base", help="a folder of the base in float32, for `beside` with 8-bit weights")
     parser.add_argument("--output", type=Path, default=Path("results/smollm2"))
     parser.add_argument("--stages", default="rows,speed,beside,yield,text")
     parser.add_argument("--threads", type=int, default=2)

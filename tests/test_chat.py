@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from conftest import in_a_terminal
-from test_cli import run  # noqa: F401  (a fixture)
 from transformers import AutoTokenizer
 
 import unmask
@@ -42,7 +41,7 @@ def answers(folder: Path, *conversation: str, **options: object) -> list[str]:
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])
-def test_a_conversation_is_that_of_generate(run, chatty: Path, mode: str) -> None:  # noqa: F811
+def test_a_conversation_is_that_of_generate(run, chatty: Path, mode: str) -> None:
     options = ["--max-new-tokens", 8, "--seed", 0, "--mode", mode]
     expected = answers(chatty, "A cat?", "A dog?", mode=mode, max_new_tokens=8)
     code, out, err = run("chat", chatty, *options, stdin="A cat?\n\n  A dog?  \n/exit\nnever\n")
@@ -53,7 +52,7 @@ def test_a_conversation_is_that_of_generate(run, chatty: Path, mode: str) -> Non
     assert out == 2 * (expected[0] + "\n")
 
 
-def test_a_conversation_that_grows_too_long_can_begin_anew(run, chatty: Path) -> None:  # noqa: F811
+def test_a_conversation_that_grows_too_long_can_begin_anew(run, chatty: Path) -> None:
     long = "Once there was " * 60
     code, out, err = run("chat", chatty, "--max-new-tokens", 4, "--seed", 0, stdin=f"{long}\nA cat?\n")
     assert code == 0
@@ -71,7 +70,7 @@ def test_a_conversation_that_grows_too_long_can_begin_anew(run, chatty: Path) ->
         (["chat", "{chatty}", "--confidence-threshold", "2"], "2"),
     ],
 )
-def test_bad_requests_end_at_once(run, converted: Path, chatty: Path, arguments: list[str], bad: str) -> None:  # noqa: F811
+def test_bad_requests_end_at_once(run, converted: Path, chatty: Path, arguments: list[str], bad: str) -> None:
     places = {"converted": converted, "chatty": chatty}
     code, out, err = run(*(a.format(**places) for a in arguments), stdin="hello\n")
     assert (code, out) == (2, "")
@@ -80,7 +79,7 @@ def test_bad_requests_end_at_once(run, converted: Path, chatty: Path, arguments:
     assert bad in last
 
 
-def test_fine_tuning_on_messages_and_talking(run, tokenizer_and_model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_fine_tuning_on_messages_and_talking(run, tokenizer_and_model: Path, tmp_path: Path) -> None:
     """The whole way on the command line: chat.jsonl, adapt, chat."""
     folder = tmp_path / "parent"
     unmask.load(tokenizer_and_model).save_pretrained(folder)
@@ -100,7 +99,7 @@ def test_fine_tuning_on_messages_and_talking(run, tokenizer_and_model: Path, tmp
     assert "> " in shown
 
 
-def test_words_about_the_conversation(run, chatty: Path) -> None:  # noqa: F811
+def test_words_about_the_conversation(run, chatty: Path) -> None:
     expected = answers(chatty, "A cat?", mode="ar", max_new_tokens=8)[0]
     typed = "/help\n/stats\n/nonsense\n/mode speculative\n/mode ar\nA cat?\n/stats\n/mode\n/exit\n"
     code, out, err = run("chat", chatty, "--max-new-tokens", 8, "--seed", 0, stdin=typed)
@@ -116,7 +115,7 @@ def test_words_about_the_conversation(run, chatty: Path) -> None:  # noqa: F811
     )
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_conversation(run, chatty: Path, monkeypatch) -> None:  # noqa: F811
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(run, chatty: Path, monkeypatch) -> None:
     from unmask.streaming import FinalText
 
     whole = answers(chatty, "A cat?", mode="ar", max_new_tokens=24)[0]

@@ -12,7 +12,6 @@ import torch
 from conftest import STORIES, SUPPORTED, random_tokens, tiny_model
 from scipy.stats import spearmanr
 from sts import Pair, read_pairs, spearman, sts_spearman
-from test_cli import run  # noqa: F401 - a fixture
 
 import unmask
 from unmask.core.attention import Layout, bidirectional, block_causal, causal
@@ -65,7 +64,7 @@ def test_a_drafters_adapters_leave_embeddings_alone(tokenizer_and_model: Path, s
     torch.testing.assert_close(lm.embed(STORIES[:2], "causal"), base.embed(STORIES[:2]))
 
 
-def test_files_hold_one_vector_a_document(run, converted: Path, stories: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_files_hold_one_vector_a_document(run, converted: Path, stories: Path, tmp_path: Path) -> None:
     expected = unmask.load(converted).embed(STORIES).numpy()
     code, out, err = run("embed", converted, stories, "--output", tmp_path / "v.npy", "--json")
     assert code == 0, err
@@ -96,7 +95,7 @@ def test_files_hold_one_vector_a_document(run, converted: Path, stories: Path, t
     ],
 )
 def test_bad_input_is_one_clear_line(
-    run, arguments: list[str], bad: str, tokenizer_and_model: Path, stories: Path, tmp_path: Path  # noqa: F811
+    run, arguments: list[str], bad: str, tokenizer_and_model: Path, stories: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     (tmp_path / "d.npy").mkdir()
     (tmp_path / "empty.txt").write_text("")

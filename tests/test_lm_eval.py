@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import STORIES
-from test_cli import ROOT, run  # noqa: F401 - a fixture
+from test_cli import ROOT
 from test_special_texts import prefixing_tokenizer
 from test_tokenizers import family, tiny_llama_of
 
@@ -311,7 +311,7 @@ def test_every_recipe_and_mode_runs(recipe: str, tokenizer_and_model: Path, stor
 # --- the command
 
 
-def test_evaluate_tasks_from_the_command_line(run, converted: Path, ending: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_evaluate_tasks_from_the_command_line(run, converted: Path, ending: Path, tmp_path: Path) -> None:
     out_folder = tmp_path / "out"
     code, out, err = run("evaluate", converted, "--tasks", "mood,end,story", "--tasks-folder", ending, "--limit", 4,
                          "--num-samples", 2, "--num-fewshot", 1, "--confidence-threshold", 0.5, "--output", out_folder,
@@ -368,7 +368,7 @@ def test_chat_templates_are_applied(converted: Path, ending: Path) -> None:
     ],
 )
 def test_bad_input_is_one_clear_line(
-    run, arguments: list[str], bad: str, tokenizer_and_model: Path, ending: Path, stories: Path,  # noqa: F811
+    run, arguments: list[str], bad: str, tokenizer_and_model: Path, ending: Path, stories: Path,
 ) -> None:  # fmt: skip
     (ending / "broken.yaml").write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: no.jsonl}\n")
     (ending / "empty.yaml").write_text(

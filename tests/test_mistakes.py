@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_cli import run  # noqa: F401  (a fixture)
 
 ADAPT = ("adapt", "{parent}", "--data", "{stories}", "--output", "{new}")
 SMALL = ("--max-tokens", "100", "max_length=32", "block_size=4", "batch_size=2")
@@ -62,7 +61,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_with_the_fix(
-    run,  # noqa: F811
+    run,
     tokenizer_and_model: Path,
     converted: Path,
     stories: Path,

@@ -16,7 +16,6 @@ from conftest import STORIES, block_config, in_a_terminal, network, random_token
 from decode import sample_autoregressive, sample_bidirectional, sample_blocks
 from rich.console import Console
 from rich.live import Live
-from test_cli import run  # noqa: F401
 
 import unmask
 from unmask.cli.watch import Watch
@@ -129,7 +128,7 @@ def test_pieces_join_to_the_text_whatever_the_tokens_cut(tokenizer_and_model: Pa
     assert token_pieces(tokenizer, prompt, [*tokenizer(" dog")["input_ids"], 1])[-1] == "</s>"
 
 
-def test_command_writes_the_page(run, converted: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_command_writes_the_page(run, converted: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     prompt = STORIES[0][:20] + "</script>"
     code, out, err = run("generate", converted, prompt, "--max-new-tokens", 9, "--replay", page, "--json")
@@ -147,7 +146,7 @@ def test_command_writes_the_page(run, converted: Path, tmp_path: Path) -> None: 
     assert all(step["commits"][0][1] is None for step in data["steps"])
 
 
-def test_bad_values_are_named(run, converted: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_bad_values_are_named(run, converted: Path, tmp_path: Path) -> None:
     code, _, err = run("generate", converted, "a", "--replay", tmp_path / "no" / "page.html")
     assert code == 2
     assert "is no file in a folder that exists" in err

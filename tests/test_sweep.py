@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import STORIES
-from test_cli import run  # noqa: F401
 
 import unmask
 from unmask.lab import sweep
@@ -27,7 +26,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_command_writes_rows_beside_the_parent_and_goes_on(run, converted, texts, tmp_path, monkeypatch) -> None:  # noqa: F811
+def test_command_writes_rows_beside_the_parent_and_goes_on(run, converted, texts, tmp_path, monkeypatch) -> None:
     output = tmp_path / "f"
     arguments = ("frontier", converted, "--data", texts, *SMALL, "--output", output, "--json")
     # stop after a few rows
@@ -90,7 +89,7 @@ def test_command_writes_rows_beside_the_parent_and_goes_on(run, converted, texts
     assert "Traceback" not in err
 
 
-def test_a_table_without_a_folder(run, converted, texts) -> None:  # noqa: F811
+def test_a_table_without_a_folder(run, converted, texts) -> None:
     code, out, _ = run("frontier", converted, "--data", texts, *SMALL, "--thresholds", "0.5")
     assert code == 0
     lines = out.splitlines()
@@ -98,7 +97,7 @@ def test_a_table_without_a_folder(run, converted, texts) -> None:  # noqa: F811
     assert [line.split()[0] for line in lines[1:]] == ["data", "ar", "ar", "prompt_lookup", "Threshold", "Threshold"]
 
 
-def test_a_task_gives_accuracies_and_areas(run, converted) -> None:  # noqa: F811
+def test_a_task_gives_accuracies_and_areas(run, converted) -> None:
     code, out, err = run(
         "frontier", converted, "--task", "copy", *SMALL, "--thresholds", "0.5", "--oracle", 1, "--json"
     )
@@ -128,7 +127,7 @@ def test_a_causal_clean_half_speculates_and_a_canvas_has_no_blocks(converted: Pa
     assert canvas == [*baselines, ("diffusion", 2), ("diffusion", 4), ("oracle", None)]
 
 
-def test_a_drafter_is_compared_with_its_base(run, tokenizer_and_model: Path, texts: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_drafter_is_compared_with_its_base(run, tokenizer_and_model: Path, texts: Path, tmp_path: Path) -> None:
     folder = tmp_path / "drafter"
     unmask.adapt(tokenizer_and_model, texts, "drafter", folder, show_progress=False, max_tokens=300, max_length=64,
                  block_size=4, batch_size=4)  # fmt: skip
@@ -185,14 +184,14 @@ def test_rules_are_parsed() -> None:
         (("--parent", "nowhere/at/all"), "model folder 'nowhere/at/all' does not exist"),
     ],
 )
-def test_bad_values_are_named(run, converted, texts, arguments, message) -> None:  # noqa: F811
+def test_bad_values_are_named(run, converted, texts, arguments, message) -> None:
     code, out, err = run("frontier", converted, "--data", texts, *arguments)
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.strip().splitlines()) == 1 or "Loading weights" in err
 
 
-def test_task_and_data_and_parents_that_do_not_fit(run, converted, tokenizer_and_model, texts, tmp_path) -> None:  # noqa: F811
+def test_task_and_data_and_parents_that_do_not_fit(run, converted, tokenizer_and_model, texts, tmp_path) -> None:
     def error(*arguments: object) -> str:
         code, _, err = run("frontier", *arguments)
         assert code == 2

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from test_cli import run  # noqa: F401
 
 import unmask
 from unmask.conversion.model_card import _front_matter
@@ -37,13 +36,13 @@ def test_the_command_alone_and_the_package_as_a_module_print_help() -> None:
         (("--nothing", "16"), "No such option: --nothing"),
     ],
 )
-def test_a_setting_as_an_option_is_shown_as_a_setting(run, arguments, message) -> None:  # noqa: F811
+def test_a_setting_as_an_option_is_shown_as_a_setting(run, arguments, message) -> None:
     code, out, err = run("adapt", ".", "--data", "x", "--output", "y", *arguments)
     assert (code, out) == (2, "")
     assert err.strip().endswith(message)
 
 
-def test_env_names_versions_and_devices(run) -> None:  # noqa: F811
+def test_env_names_versions_and_devices(run) -> None:
     code, out, _ = run("env", "--json")
     assert code == 0
     found = json.loads(out)
@@ -52,7 +51,7 @@ def test_env_names_versions_and_devices(run) -> None:  # noqa: F811
     assert f"torch            {found['torch']}" in run("env")[1]
 
 
-def test_a_run_says_how_to_go_on_and_where_it_goes_on(run, tokenizer_and_model, stories, tmp_path, monkeypatch) -> None:  # noqa: F811
+def test_a_run_says_how_to_go_on_and_where_it_goes_on(run, tokenizer_and_model, stories, tmp_path, monkeypatch) -> None:
     from unmask.training import loop
 
     same = ["adapt", tokenizer_and_model, "--data", stories, "--output", tmp_path / "run", "--max-tokens", 400,
@@ -73,7 +72,7 @@ def test_a_run_says_how_to_go_on_and_where_it_goes_on(run, tokenizer_and_model, 
     assert err.strip().endswith("interrupted: continue from checkpoint-2 with --resume")
 
 
-def test_a_resumed_run_names_its_step(run, tokenizer_and_model, stories, tmp_path) -> None:  # noqa: F811
+def test_a_resumed_run_names_its_step(run, tokenizer_and_model, stories, tmp_path) -> None:
     same = ["adapt", tokenizer_and_model, "--data", stories, "--output", tmp_path / "run", "max_length=32",
             "block_size=4", "batch_size=2", "save_every=2"]  # fmt: skip
     assert run(*same, "--max-tokens", 200)[0] == 0
@@ -103,7 +102,7 @@ def test_no_bars_and_warnings_of_other_libraries(tokenizer_and_model: Path) -> N
         ("infill", "--text", "A <gap:2> b"),
     ],
 )
-def test_quiet_leaves_results_alone(run, converted, stories, arguments) -> None:  # noqa: F811
+def test_quiet_leaves_results_alone(run, converted, stories, arguments) -> None:
     name, *rest = [stories if word == "STORIES" else word for word in arguments]
     code, out, err = run(name, converted, *rest)
     assert code == 0
@@ -114,7 +113,7 @@ def test_quiet_leaves_results_alone(run, converted, stories, arguments) -> None:
     assert (code, out, err.count("\n")) == (2, "", 1)
 
 
-def test_verbose_shows_where_an_error_comes_from(run, tokenizer_and_model) -> None:  # noqa: F811
+def test_verbose_shows_where_an_error_comes_from(run, tokenizer_and_model) -> None:
     wrong = ("generate", tokenizer_and_model, "Once", "--mode", "diffusion")
     code, _, err = run(*wrong)
     assert (code, err.count("\n")) == (2, 1)
@@ -128,7 +127,7 @@ def test_verbose_shows_where_an_error_comes_from(run, tokenizer_and_model) -> No
     (("--mode", "ar"), "without it, the mode is diffusion"),
     (("--confidence-threshold", "1"), "surer than 1.0: a lower --confidence-threshold commits more"),
 ])  # fmt: skip
-def test_one_token_a_forward_says_what_would_change_that(run, converted, mode, says) -> None:  # noqa: F811
+def test_one_token_a_forward_says_what_would_change_that(run, converted, mode, says) -> None:
     code, _, err = run("generate", converted, "Once", "--max-new-tokens", 4, *mode)
     assert code == 0
     assert err.strip().endswith(says)
@@ -137,7 +136,7 @@ def test_one_token_a_forward_says_what_would_change_that(run, converted, mode, s
 
 @pytest.mark.parametrize("command", ["generate", "chat", "infill", "evaluate", "embed", "frontier", "bench"])
 @pytest.mark.parametrize(("option", "value"), [("--device", "cuda:7"), ("--device", "gpu"), ("--dtype", "float7")])
-def test_a_device_or_a_type_that_is_not_there_is_one_line(run, converted, stories, command, option, value) -> None:  # noqa: F811
+def test_a_device_or_a_type_that_is_not_there_is_one_line(run, converted, stories, command, option, value) -> None:
     rest = {
         "generate": (converted, "Once"), "chat": (converted,), "infill": (converted, "--text", "A <gap:2> b"),
         "evaluate": (converted, "--data", stories), "embed": (converted, stories, "--output", "x.npy"),
@@ -148,7 +147,7 @@ def test_a_device_or_a_type_that_is_not_there_is_one_line(run, converted, storie
     assert value in err
 
 
-def test_a_dtype_is_taken(run, converted) -> None:  # noqa: F811
+def test_a_dtype_is_taken(run, converted) -> None:
     _, _, err = run("generate", converted, "Once", "--max-new-tokens", 2, "--dtype", "float64", "--device", "cpu")
     assert "cpu, float64" in err
 
@@ -166,7 +165,7 @@ def test_completion_knows_commands_recipes_and_settings() -> None:
     assert completed("unmask adapt . --data x block_s", 5) == ["block_size="]
 
 
-def test_a_run_from_a_file(run, tokenizer_and_model, stories, tmp_path) -> None:  # noqa: F811
+def test_a_run_from_a_file(run, tokenizer_and_model, stories, tmp_path) -> None:
     """The file's values and the command line's give the run that the command line alone gives."""
     settings = ("max_length=32", "block_size=4", "batch_size=2", "max_tokens=200")
     assert run("adapt", tokenizer_and_model, "--data", stories, "--output", tmp_path / "a", "--recipe", "bd3lm",
@@ -197,7 +196,7 @@ def test_a_run_from_a_file(run, tokenizer_and_model, stories, tmp_path) -> None:
     assert "run.toml" in run("adapt", "--config", tmp_path / "no-run.toml")[2]
 
 
-def test_a_recipe_of_ones_own(run, tokenizer_and_model, stories, tmp_path) -> None:  # noqa: F811
+def test_a_recipe_of_ones_own(run, tokenizer_and_model, stories, tmp_path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text("recipe = 'bd3lm'\nmax_length = 32\nbatch_size = 2\nmax_tokens = 200\n")
     command = ("adapt", tokenizer_and_model, "--data", stories, "--recipe", recipe)
@@ -218,7 +217,7 @@ def test_a_recipe_of_ones_own(run, tokenizer_and_model, stories, tmp_path) -> No
     assert "mine.toml" in run(*command, "--output", tmp_path / "b")[2]
 
 
-def test_a_run_folder_has_a_page_that_people_read(run, tokenizer_and_model, stories, tmp_path) -> None:  # noqa: F811
+def test_a_run_folder_has_a_page_that_people_read(run, tokenizer_and_model, stories, tmp_path) -> None:
     """Parent and result, texts, curve, command, duration, device, data, licence; its command repeats the run."""
     parent = tmp_path / "par: ent #1 | `x`"
     shutil.copytree(tokenizer_and_model, parent)

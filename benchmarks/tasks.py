@@ -79,11 +79,14 @@ def thresholds(*values: float) -> dict[str, Decoder]:
 
 
 def drafts(*lengths: int) -> dict[str, Decoder]:
-    return {f"drafts of {n}": Speculative(draft_length=n) for n in lengths}
+    """Cycles of a draft and its verification, and cycles of one forward that does both."""
+    return {f"drafts of {n}": Speculative(draft_length=n) for n in lengths} | {
+        f"drafts of {n}, one forward a cycle": Speculative(draft_length=n, cycle="one") for n in lengths
+    }
 
 
-DEFAULT = "threshold 0.9"
-"""The library's, timed beside what is chosen."""
+ALSO_TIMED = ("threshold 0.9", "drafts of 10")
+"""Decoders timed beside what is chosen: the library's default, and cycles of two forwards, which pass fewer rows."""
 CURVE = thresholds(1.0, 0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.0)
 
 
@@ -112,7 +115,7 @@ HEADLINE = {
         drafts(4, 8, 10), tokens=3_000_000,
     ),
 }  # fmt: skip
-BUDGETS = {"one-block": (500_000, 1_000_000, 2_000_000)}
+BUDGETS = {"one-block": (500_000, 1_000_000, 2_000_000), "tri-mode": (1_000_000, 6_000_000)}
 """Further budgets, each a run of its own that ends with its learning rate at the floor."""
 
 ORDERS: dict[str, Decoder] = {
@@ -295,7 +298,7 @@ class Bench:
         return problems(self.family.tasks, split, 200 * len(self.family.tasks))
 
     def measure(self, name: str, arm: Arm, seed: int = 0, tokens: int | None = None, *, timed: bool = False) -> None:
-        """Train the arm, read it in all its decoders on both splits, and time that chosen on valid and the default."""
+        """Train the arm, read it in all its decoders on both splits, and time that chosen on valid and `ALSO_TIMED`."""
         tokens = arm.tokens if tokens is None else tokens
         lm = self.convert(name, arm, seed, tokens)
         key = {"family": self.family.name, "arm": name, "seed": seed, "tokens": tokens}
@@ -308,7 +311,7 @@ class Bench:
         if not timed:
             return
         chosen = self.chosen(key, list(arm.decoders))
-        for decoder in dict.fromkeys([chosen, *(name for name in arm.decoders if name == DEFAULT)]):
+        for decoder in dict.fromkeys([chosen, *(name for name in arm.decoders if name in ALSO_TIMED)]):
             for batch_size, asked in ((1, "judged"), (8, "judged"), (1, "all")):
                 self.timed(key | {"decoder": decoder, "batch_size": batch_size, "asked": asked}, lm, arm)
 

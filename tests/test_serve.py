@@ -16,6 +16,7 @@ from test_chat import TEMPLATE
 
 import unmask
 from unmask.cli.serve import _listening
+from unmask.progress import Note
 
 PROMPTS = ["Once there was a cat", "The dog was very", "", "Once"]
 
@@ -108,14 +109,20 @@ def test_a_stream_reports_the_commits(lm, client) -> None:
     assert [known[i] for i in range(len(new))] == new
 
 
-def test_the_texts_of_commits_have_their_spaces(shared: Path) -> None:
+def test_the_texts_of_commits_and_scores_have_their_spaces(shared: Path) -> None:
     lm = unmask.load(shared / "models/stories260k")  # SentencePiece: the text of a token alone has no space before it
-    body = {"model": "tiny", "prompt": "Once upon", "max_tokens": 12, "stream": True, "commits": True}
+    plain: dict[str, Any] = {"model": "tiny", "prompt": "Once upon", "max_tokens": 12}
+    body = plain | {"stream": True, "commits": True}
     with running(lm) as address:
         pieces = httpx.post(f"{address}/v1/completions", json=body, timeout=60).text.splitlines()
+        scored = httpx.post(f"{address}/v1/completions", json=plain | {"logprobs": 2}, timeout=60).json()["choices"][0]
     choices = [json.loads(piece[6:])["choices"][0] for piece in pieces if piece.startswith("data: {")]
     texts = [commit["text"] for choice in choices for commit in choice.get("commits") or []]
-    assert "".join(texts) == lm.generate("Once upon", max_new_tokens=12).texts[0]
+    expected = lm.generate("Once upon", max_new_tokens=12).texts[0]
+    assert "".join(texts) == expected
+    assert "".join(scored["logprobs"]["tokens"]) == expected
+    tops = scored["logprobs"]["top_logprobs"]
+    assert all(token in top for token, top in zip(scored["logprobs"]["tokens"], tops, strict=True))
 
 
 def test_gaps_are_filled_as_infill_does(lm, address: str, client) -> None:
@@ -131,6 +138,16 @@ def test_gaps_are_filled_as_infill_does(lm, address: str, client) -> None:
     expected = lm.infill(text, seed=3)
     assert answered["choices"][0] == {"index": 0, "fills": expected.fills[0], "text": expected.filled[0]}
     assert answered["usage"]["unmask"]["num_forwards"] == int(expected.num_forwards[0])
+
+
+def test_text_that_a_gap_does_not_see_is_said(lm, address: str) -> None:
+    whole = {"model": "tiny", "prefix": "Once there", "suffix": " was a happy little cat in the wood.", "num_tokens": 2}
+    with pytest.warns(Note, match="not seen") as warned:
+        lm.infill(whole["prefix"], whole["suffix"], 2)
+    notes = httpx.post(f"{address}/infill", json=whole).json()["usage"]["unmask"]["notes"]
+    assert notes == [str(warned[0].message)]
+    seen = httpx.post(f"{address}/infill", json=whole | {"attention": "bidirectional"}).json()
+    assert seen["usage"]["unmask"]["notes"] == []
 
 
 def test_embeddings_are_those_of_embed(lm, client) -> None:

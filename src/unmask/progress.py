@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 LINE_SECONDS = 10.0
@@ -76,9 +77,27 @@ class Note(UserWarning):
     """Something that is not as one may expect, and no error; the command shows it as a line."""
 
 
+_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
+
+
+@contextmanager
+def collect_notes() -> Iterator[list[str]]:
+    """The lines of `warn` in this thread, for whoever asked from elsewhere; they are not warnings then."""
+    lines: list[str] = []
+    token = _collected.set(lines)
+    try:
+        yield lines
+    finally:
+        _collected.reset(token)
+
+
 def warn(line: str) -> None:
     """Warn of what the library does otherwise than one may expect."""
-    warnings.warn(line, Note, stacklevel=3)
+    lines = _collected.get()
+    if lines is None:
+        warnings.warn(line, Note, stacklevel=3)
+    else:
+        lines.append(line)
 
 
 def note(line: str) -> None:

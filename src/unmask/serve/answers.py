@@ -20,7 +20,8 @@ Finish = Literal["stop", "length"]
 class Counts(BaseModel):
     """Of all choices: passes of the network after the prefill and in it, new tokens per forward, and the mode.
 
-    num_forced: with a response_format, new tokens that needed no forward.
+    num_forced: with a response_format, new tokens that needed no forward. notes: what was not as one may expect, such
+    as text behind a gap that a block does not see.
     """
 
     mode: str | None
@@ -28,6 +29,7 @@ class Counts(BaseModel):
     num_prefill_forwards: int
     tokens_per_forward: float
     num_forced: int | None = None
+    notes: list[str] = []
 
 
 class Usage(BaseModel):

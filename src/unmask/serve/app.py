@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 
 from unmask.model import DiffusionLM
 from unmask.plain_json import to_json
+from unmask.progress import collect_notes
 from unmask.sampling.request import given_or_new
 from unmask.serve import answers
 from unmask.serve.answers import Heading, Row, usage_of
@@ -223,18 +224,19 @@ class Server:
         seed = given_or_new(body.seed)
 
         def fill(check: Callable[[], None]) -> Any:
-            return self.lm.infill(
-                text, suffix, num_tokens, seed=seed, stop_strings=body.stop_strings or None,
-                callback=lambda *_: check(), **body.sampling_options(), **options, **more,
-            )  # fmt: skip
+            with collect_notes() as notes:
+                return self.lm.infill(
+                    text, suffix, num_tokens, seed=seed, stop_strings=body.stop_strings or None,
+                    callback=lambda *_: check(), **body.sampling_options(), **options, **more,
+                ), notes  # fmt: skip
 
-        out = await self._called(fill, body, request)
+        out, notes = await self._called(fill, body, request)
         new = int(out.num_new_tokens.sum())
         prompt_tokens = out.sequences.shape[1] - int(out.num_new_tokens.max())  # all rows have the same text
         forwards = int(out.num_forwards.sum())
         counts = answers.Counts(
             mode="diffusion", num_forwards=forwards, num_prefill_forwards=int(out.num_prefill_forwards.sum()),
-            tokens_per_forward=round(new / max(1, forwards), 4),
+            tokens_per_forward=round(new / max(1, forwards), 4), notes=notes,
         )  # fmt: skip
         usage = answers.Usage(
             prompt_tokens=prompt_tokens, completion_tokens=new, total_tokens=prompt_tokens + new, unmask=counts

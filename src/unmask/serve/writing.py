@@ -116,14 +116,18 @@ class Writing:
         return self._next(self._within(self._shown))
 
     def commits(self, event: Heard) -> list[Commit]:
-        """The commits, with the text that each token has after another one, a space before a word included."""
+        """The commits, with the text of each token."""
         sure: list[Any] = [score.logprob for score in event.scores]
         sure += [None] * (len(event.tokens) - len(sure))
         return [
-            Commit(position=p, token=t, text=self._lm.new_text(torch.tensor([t]), [t]),
+            Commit(position=p, token=t, text=self._token_text(t),
                    confidence=None if c is None else float(torch.tensor(c).exp()))
             for p, t, c in zip(event.positions, event.tokens, sure, strict=True)
         ]  # fmt: skip
+
+    def _token_text(self, token: int) -> str:
+        """What a token adds to a text: SentencePiece leaves out the space before a word where it comes first."""
+        return self._lm.new_text(torch.tensor([token]), [token])
 
     def _next(self, end: int) -> Any:
         begin, self._sent = self._sent, max(self._sent, end)
@@ -146,17 +150,17 @@ class Writing:
         """Log-probabilities of tokens begin .. end - 1, as OpenAI has them; None where they are not wanted."""
         if self._scored is None:
             return None
-        scores, text = self._scores[begin:end], self._lm.tokenizer.decode
+        scores, text = self._scores[begin:end], self._token_text
         if self._scored.chat:
             return {"content": [
-                _entry(text([s.token]), s.logprob) | {"top_logprobs": [_entry(text([t]), p) for t, p in s.top]}
+                _entry(text(s.token), s.logprob) | {"top_logprobs": [_entry(text(t), p) for t, p in s.top]}
                 for s in scores
             ], "refusal": None}  # fmt: skip
         tokens = [score.token for score in self._scores]
         return {
-            "tokens": [text([s.token]) for s in scores],
+            "tokens": [text(s.token) for s in scores],
             "token_logprobs": [_finite(s.logprob) for s in scores],
-            "top_logprobs": [{text([t]): _finite(p) for t, p in s.top} for s in scores] if self._scored.top else None,
+            "top_logprobs": [{text(t): _finite(p) for t, p in s.top} for s in scores] if self._scored.top else None,
             "text_offset": [len(self._text_of(tokens[:i])) for i in range(begin, end)],
         }
 

@@ -103,32 +103,36 @@ class Bench:
 
 
 def text(bench: Bench) -> None:
-    """Greedy texts against stock `generate()`; where they part, how near its two best tokens were."""
+    """Greedy texts against stock `generate()`, a row a domain; where they part, how near its two best tokens were."""
     if bench.options.pack:
         bench.lm.pack()
-    prompts = [row for rows in bench.prompts(bench.options.texts // 4).values() for row in rows]
     ways: dict[str, Callable[[torch.Tensor], tuple[list[int], int]]] = {
         "ar": bench.autoregressive,
         "two": lambda p: bench.speculative(p, Speculative()),
         "one": lambda p: bench.speculative(p, Speculative(cycle="one", draft_length=3)),
     }
-    equal = dict.fromkeys(ways, 0)
-    gaps: dict[str, list[float]] = {name: [] for name in ways}
-    for prompt in prompts:
-        expected, _ = bench.stock(prompt)
-        for name, way in ways.items():
-            got, _ = way(prompt)
-            if got == expected:
-                equal[name] += 1
-                continue
-            at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), -1)
-            with torch.inference_mode():
-                logits = bench.model(torch.tensor([[*prompt.tolist(), *expected[:at]]])).logits[0, -1]
-            best = logits.topk(2).values
-            gaps[name].append(float(best[0] - best[1]))
-    for name in ways:
-        bench.keep("text", way=name, prompts=len(prompts), equal=equal[name], gaps_where_parted=gaps[name],
+    for domain, prompts in bench.prompts(bench.options.texts // 4).items():
+        equal = dict.fromkeys(ways, 0)
+        gaps: dict[str, list[float]] = {name: [] for name in ways}
+        for prompt in prompts:
+            expected, _ = bench.stock(prompt)
+            for name, way in ways.items():
+                got, _ = way(prompt)
+                if got == expected:
+                    equal[name] += 1
+                else:
+                    gaps[name].append(tie(bench, prompt, expected, got))
+        bench.keep("text", domain=domain, prompts=len(prompts), equal=equal, gaps_where_parted=gaps,
                    packed=bench.network.packed is not None)  # fmt: skip
+
+
+def tie(bench: Bench, prompt: torch.Tensor, expected: list[int], got: list[int]) -> float:
+    """Between the two best logits where two answers part."""
+    at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), -1)
+    with torch.inference_mode():
+        logits = bench.model(torch.tensor([[*prompt.tolist(), *expected[:at]]])).logits[0, -1]
+    best = logits.topk(2).values
+    return float(best[0] - best[1])
 
 
 def rows(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,11 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
 
-from unmask.lab import plots
+from matplotlib.figure import Figure
+
+from unmask import plots
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def text_of(svg: Path) -> str:
@@ -31,19 +36,100 @@ def frontier_rows(**extra: object) -> list[dict]:
     return rows
 
 
-def test_frontier_names_every_line_and_axis(tmp_path: Path) -> None:
+def test_frontier_says_what_is_what(tmp_path: Path) -> None:
     png, svg = plots.frontier(frontier_rows(), tmp_path / "frontier.png", title="a < b & c")
     assert png.read_bytes()[:4] == b"\x89PNG"
     text = text_of(svg)
-    for word in ("AR parent", "Threshold, blocks of 8", "oracle, blocks of 8", "real text", "batch 1", "batch 8",
+    for word in (">AR parent<", ">threshold 0.5<", ">0.9<", ">real text<", ">better<", "AR parent, batch 1<",
+                 "nats per token", "a &lt; b &amp; c"):  # fmt: skip
+        assert word in text, word
+    assert "oracle" not in text  # it has no time
+
+
+def test_frontier_without_times_is_over_tokens_per_forward(tmp_path: Path) -> None:
+    text = text_of(plots.frontier([row | {"speed_over_ar": None} for row in frontier_rows()], tmp_path / "f")[1])
+    assert ">tokens per forward<" in text
+    assert ">oracle<" in text
+
+
+def test_details_name_every_line_and_axis(tmp_path: Path) -> None:
+    rows = frontier_rows()
+    text = text_of(plots.frontier_details(rows, tmp_path / "d", title="a < b & c")[1])
+    for word in (">AR parent<", ">threshold<", ">oracle<", ">real text<", ">batch 1<", ">batch 8<",
                  "tokens per forward", "nats per token", "a &lt; b &amp; c"):  # fmt: skip
         assert word in text, word
+    rows += [row | {"block_size": 16} for row in rows if row["mode"] == "diffusion"]
+    text = text_of(plots.frontier_details(rows, tmp_path / "d")[1])
+    assert ">threshold, blocks of 16<" in text
 
 
 def test_frontier_of_a_task_shows_accuracy(tmp_path: Path) -> None:
     rows = frontier_rows()
     assert "accuracy" not in text_of(plots.frontier(rows, tmp_path / "a")[1])
     assert "accuracy" in text_of(plots.frontier([row | {"accuracy": 0.5} for row in rows], tmp_path / "b")[1])
+
+
+@pytest.mark.parametrize("near", [0.0, 0.01, 0.3])
+def test_labels_cover_neither_each_other_nor_a_mark(
+    tmp_path: Path, near: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured on the figure as it is saved, at points that lie near each other or all at one place."""
+    lines = [plots.Line(f"rule number {i}", [(1.3 + near * i % 0.7, 1.0 + near * (i * 3 % 8) / 8)], ["0.25"])
+             for i in range(8)]  # fmt: skip
+    lines.append(plots.Line("line", [(1.1 + x / 40, 0.8 + x / 50) for x in range(8)], [f"0.{x}" for x in range(8)]))
+    seen = saved_figures(monkeypatch)
+    _, svg = plots.trade_off(
+        lines, tmp_path / "f", parent=(1.0, 0.9), x_label="x", y_label="y", levels={"real text": 1.1}
+    )
+    (axes,) = seen[0].axes
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text() not in ("", "better")]
+    assert len(boxes) >= 11
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert axes.get_window_extent().containsx(box.x0)
+        assert axes.get_window_extent().containsx(box.x1)
+        for x, y in [point for line in lines for point in line.points]:
+            across, up = axes.transData.transform((x, y))
+            assert not (box.x0 - 2 < across < box.x1 + 2 and box.y0 - 2 < up < box.y1 + 2)
+    for line in lines:
+        assert f">{line.name} " in text_of(svg)
+
+
+def saved_figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved from now on."""
+    seen: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *arguments: object, **options: object) -> None:
+        seen.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return seen
+
+
+def test_an_svg_has_every_colour_of_its_own_in_dark(tmp_path: Path) -> None:
+    """Text and lines of one scheme on the paper of the other could not be read."""
+    drawn = [plots.frontier(frontier_rows(), tmp_path / "f"), plots.frontier_details(frontier_rows(), tmp_path / "d"),
+             plots.curves([{"x": 1, "y": 2}, {"x": 2, "y": 3}], tmp_path / "c", x="x", y="y"),
+             plots.bars([{"x": "a", "y": 2}], tmp_path / "b", by="x", y="y")]  # fmt: skip
+    for _, svg in drawn:
+        text = text_of(svg)
+        rules = dict(re.findall(r'\[style\*="((?:fill|stroke): #\w+)"\]\{(\w+:#\w+)!important\}', text))
+        body = text.partition("</style>")[2]
+        used = set(re.findall(r"(?:fill|stroke): #\w{6}", body)) - {"fill: #ffffff", "stroke: #ffffff"}
+        assert used == set(rules)
+        assert not re.search(r"<text(?![^>]*fill)", body)  # a text without a colour is black in both schemes
+
+
+def test_the_figures_of_the_docs_are_those_of_the_rows(tmp_path: Path) -> None:
+    """By their words: bytes differ between versions of matplotlib."""
+    subprocess.run([sys.executable, ROOT / "docs" / "site" / "figures.py", tmp_path], check=True)
+    kept = {file.name: file for file in (ROOT / "docs" / "images").glob("measured_*")}
+    drawn = {file.name: file for file in tmp_path.iterdir()}
+    assert set(drawn) == set(kept)
+    for name, file in drawn.items():
+        assert re.findall(r">([^<>]+)</text>", text_of(file)) == re.findall(r">([^<>]+)</text>", text_of(kept[name]))
 
 
 def test_same_rows_same_bytes(tmp_path: Path) -> None:
@@ -83,7 +169,7 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
 
 def test_plots_need_no_torch_and_say_what_is_missing() -> None:
     code = (
-        "import sys; from unmask.lab import plots\nassert 'torch' not in sys.modules\n"
+        "import sys; from unmask import plots\nassert 'torch' not in sys.modules\n"
         "sys.modules['matplotlib'] = None\n"
         "try: plots.require_matplotlib()\nexcept ValueError as error: print(error)"
     )

@@ -55,8 +55,9 @@ def test_command_writes_rows_beside_the_parent_and_goes_on(run, converted, texts
     assert len(found["rows"]) == 1 + 2 + 1 + 3 * 2 + 1
     assert found["aup"] == {}
     assert found["settings"] == json.loads((output / "run.json").read_text())
-    assert (output / "frontier.png").exists()
-    assert (output / "frontier.svg").exists()
+    for name in ("frontier.png", "frontier.svg", "frontier-details.png", "frontier-details.svg"):
+        assert (output / name).exists()
+    assert "converted with efficient-dlm" in (output / "frontier.svg").read_text()
     by = {(r["mode"], r["rule"], r["value"], r["batch_size"]): r for r in found["rows"]}
     assert by["ar", None, None, 1]["speed_over_ar"] == by["ar", None, None, 1]["tokens_per_forward"] == 1
     assert by["data", None, None, None]["tokens_per_forward"] is None

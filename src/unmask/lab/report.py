@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from unmask.lab import plots
+from unmask import plots
 from unmask.plain_json import to_json
 
 LOWER, HIGHER = "lower is better", "higher is better"

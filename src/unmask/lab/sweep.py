@@ -26,7 +26,7 @@ from unmask.conversion.run_record import IN_MEMORY
 from unmask.data.plain_text import open_ids
 from unmask.data.readers import read_documents
 from unmask.data.sources import local_files
-from unmask.lab import plots
+from unmask.lab.figures import draw_frontier
 from unmask.lab.frontier import (
     FrontierRow,
     Score,
@@ -46,7 +46,7 @@ from unmask.loading import load, recorded_base
 from unmask.model import DiffusionLM
 from unmask.model_name import locate
 from unmask.plain_numbers import plain_fields
-from unmask.progress import Advance, note, progress
+from unmask.progress import Advance, progress
 from unmask.run_folder import RunFolder
 from unmask.sampling import Confidence, EntropyBound, Factor, Random, Selector, Threshold
 from unmask.sampling.tokens import check_sampling
@@ -192,17 +192,8 @@ def run_frontier(
         rows = run_sweep(lm, ar, prompts, sweep, continuations=continuations, score=score, earlier=earlier,
                          folder=folder, show_progress=show_progress)  # fmt: skip
         if folder is not None:
-            _draw(folder, model, run["parent"], rows)
+            draw_frontier(folder.path, model, run["parent"], rows)
     return rows, run
-
-
-def _draw(folder: RunFolder, model: str, parent: str, rows: Sequence[FrontierRow]) -> None:
-    """The figure of the rows, in their folder."""
-    try:
-        title = f"{Path(model).name}, made from {Path(parent).name}"
-        plots.frontier([asdict(row) for row in rows], folder.path / "frontier", title=title)
-    except ValueError as error:
-        note(f"no figure: {error}")
 
 
 def load_pair(

@@ -23,6 +23,8 @@ SETTINGS = [
     ("tri-mode-published", {"complementary": True, "random_offset": True}),
     ("diffullama", {"anneal_steps": 9}),
     ("fast-dllm-v2", {}),
+    ("drafter", {"drafter_rank": 2}),
+    ("drafter", {"drafter_rank": 2, "noise": "uniform", "mask_per_place": False}),
 ]
 
 
@@ -69,7 +71,7 @@ def test_the_loss_of_a_batch_is_that_of_adapt(
         mine.backward()
         gradient = [p.grad.clone() for p in parts.model.parameters() if p.grad is not None]
         parts.model.zero_grad()
-        network = unmask.DiffusionLM(parts.model, parts.tokenizer, parts.lm.diffusion)._network(None)
+        network = parts.lm._network(None)
         of_batch = replace(parts.settings, batch_size=4)
         theirs = step_loss(network, of_batch, parts.lm.diffusion, batch, step, torch.arange(4), parts.teacher)
         (theirs.sum / theirs.count).backward()
@@ -127,6 +129,46 @@ def test_a_script_of_the_trainer_makes_a_model_that_loads(
     assert unmask.load(tmp_path / "saved").generate("Once", max_new_tokens=6).texts == wanted
 
 
+def test_a_script_of_the_trainer_makes_a_drafter(
+    tokenizer_and_model: Path, examples: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """The Trainer trains and saves the drafter alone, and goes on from what it saved."""
+
+    def trained(folder: str, steps: int, resume: Path | None = None) -> Any:
+        parts = parts_of(tokenizer_and_model, "drafter", drafter_rank=2)
+        before = {name: p.clone() for name, p in parts.lm.model.named_parameters()}
+        trainer = Trainer(
+            parts.model, TrainingArguments(**arguments(tmp_path / folder, save_strategy="steps", save_steps=1,
+                                                       max_steps=2, lr_scheduler_type="constant")),
+            train_dataset=examples, eval_dataset=examples[:4], data_collator=parts.collator,
+            compute_loss_func=parts.loss, processing_class=parts.tokenizer,
+        )  # fmt: skip
+        trainer.args.max_steps = steps
+        parts.step = 0 if resume is None else 1
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        assert parts.step == steps
+        assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+        assert all(torch.equal(p, before[name]) for name, p in parts.lm.model.named_parameters())
+        return parts
+
+    parts = trained("a", 2)
+    assert all(p.any() for p in parts.lm.drafter.up.values())
+    saved = tmp_path / "a" / "checkpoint-2" / "model.safetensors"
+    assert saved.stat().st_size < sum(4 * p.numel() for p in parts.lm.drafter.parameters()) + 10_000
+    again = trained("b", 2, tmp_path / "a" / "checkpoint-1")
+    for a, b in zip(parts.lm.drafter.parameters(), again.lm.drafter.parameters(), strict=True):
+        assert torch.equal(a, b)
+    parts.lm.save_pretrained(tmp_path / "saved")
+    lm = unmask.load(tmp_path / "saved")
+    assert lm.generate("Once", max_new_tokens=6).num_forwards == parts.lm.generate("Once", max_new_tokens=6).num_forwards
+    assert lm.generate("Once", max_new_tokens=6).texts == lm.generate("Once", "ar", max_new_tokens=6).texts
+    for folder, says in ((tmp_path / "saved", "is a drafter on a frozen base"), (tmp_path / "blocks", "is converted")):
+        if folder.name == "blocks":
+            parts_of(tokenizer_and_model, "bd3lm").lm.save_pretrained(folder)
+        with pytest.raises(ValueError, match=says):
+            unmask.for_trainer(folder, recipe="drafter", max_length=32)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's, of transformers
 def test_a_script_of_trl_converts_with_adapters(tokenizer_and_model: Path, tmp_path: Path) -> None:
     trl, datasets, peft = (pytest.importorskip(name) for name in ("trl", "datasets", "peft"))
@@ -151,7 +193,7 @@ def test_a_script_of_trl_converts_with_adapters(tokenizer_and_model: Path, tmp_p
     [
         ({"learning_rate": 1e-3}, "learning_rate=0.001 is the Trainer's"),
         ({"lora_rank": 4}, "lora_rank=4 is the Trainer's"),
-        ({"recipe": "drafter"}, "trains a drafter on a frozen model: use unmask.adapt"),
+        ({"recipe": "drafter", "drafter_rank": 999}, "drafter_rank=999 exceeds the widest weight"),
         ({"recipe": "ar"}, "trains no diffusion model"),
         ({"recipe": "bd3m"}, "did you mean 'bd3lm'"),
         ({"blok_size": 4}, "did you mean 'block_size'"),

@@ -167,13 +167,10 @@ def load_parent(job: Job) -> Parent:
         raise ValueError("lora_merge=false: an adapter needs the name of its base, and this model is in memory only")
     _check_learns(lm, settings, name)
     fingerprint = hf.fingerprint(lm.model)
-    if lm.drafter is not None:
-        raise ValueError(f"model {name!r} is a drafter on a frozen base: adapt the base itself")
+    check_base(lm, settings, name)
     check_mask_stays(lm, settings, name)
     if settings.mask_token is not None and lm.diffusion is None:
         hf.check_mask_token(lm.model, lm.tokenizer, settings.mask_token)
-    if settings.objective == "distill" and lm.diffusion is not None:
-        raise ValueError(f"model {name!r} is converted already: a drafter needs an untouched AR model as its base")
     if settings.random_offset and not hf.sees_position_differences(lm.model):
         raise ValueError(
             f"random_offset=true moves a document's positions, which {type(lm.model).__name__} sees as such: it needs "
@@ -185,7 +182,7 @@ def load_parent(job: Job) -> Parent:
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     num_parameters = lm.model.num_parameters()  # packed weights hold several in one number
     resolved = resolve(settings, num_parameters, lm.network.context_length, vocabulary)
-    _check_rank(lm, settings)
+    check_rank(lm, settings)
     check_machine(resolved, ranks.num_processes, ranks.device)
     teacher_fingerprint = None
     if settings.teacher is not None:
@@ -203,7 +200,15 @@ def _dtype_of(job: Job) -> str | None:
     return None if found is None else str(found)
 
 
-def _check_rank(lm: DiffusionLM, settings: Settings) -> None:
+def check_base(lm: DiffusionLM, settings: Settings, name: str) -> None:
+    """Raise ValueError for a drafter where its base is wanted, and for a drafter on a converted model."""
+    if lm.drafter is not None:
+        raise ValueError(f"model {name!r} is a drafter on a frozen base: adapt the base itself")
+    if settings.objective == "distill" and lm.diffusion is not None:
+        raise ValueError(f"model {name!r} is converted already: a drafter needs an untouched AR model as its base")
+
+
+def check_rank(lm: DiffusionLM, settings: Settings) -> None:
     """Raise ValueError for adapters of a rank above the sides of every weight matrix: more rank adds nothing."""
     widest = max(max(p.shape[-2:]) for n, p in lm.model.named_parameters() if p.ndim >= 2)
     name = "drafter_rank" if settings.objective == "distill" else "lora_rank"

@@ -16,7 +16,7 @@ from unmask.conversion.job import Job, Parent
 from unmask.conversion.model_card import Made, model_card
 from unmask.conversion.reports import reports, texts_of
 from unmask.conversion.text import Data, write_own_text, writes_while_learning
-from unmask.core.drafter import DrafterConfig
+from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.core.finite import check_weights
 from unmask.core.network import Network
 from unmask.data.corpus import Corpus
@@ -58,12 +58,7 @@ def convert(job: Job, parent: Parent) -> Learner:
     lm, settings = parent.lm, parent.settings
     config, drafter = lm.diffusion, None
     if settings.objective == "distill":
-        of_mask = settings.block_size if settings.mask_per_place else 1
-        mask_rows = of_mask if settings.noise == "mask" else 0
-        shape = DrafterConfig(settings.drafter_rank, settings.drafter_scale, settings.drafter_targets, mask_rows)
-        drafter = hf.add_drafter(lm.model, lm.tokenizer, shape, token=settings.mask_token)
-        vocabulary = lm.model.get_input_embeddings().weight.shape[0]
-        config = diffusion_config(settings, drafter.mask_token_id, __version__, vocabulary)
+        drafter, config = new_drafter(lm, settings)
     elif settings.attention != "ar":
         if config is not None:
             mask_token_id = config.mask_token_id
@@ -85,6 +80,16 @@ def convert(job: Job, parent: Parent) -> Learner:
     adapted = DiffusionLM(lm.model, lm.tokenizer, config, drafter=drafter, base=base)
     learning = lm.model if drafter is None else drafter
     return Learner(adapted, tuner, teacher, _record(learning))
+
+
+def new_drafter(lm: DiffusionLM, settings: Resolved) -> tuple[Drafter, DiffusionConfig]:
+    """A drafter that has learnt nothing yet, hooked on the model, and what the model becomes with it."""
+    of_mask = settings.block_size if settings.mask_per_place else 1
+    mask_rows = of_mask if settings.noise == "mask" else 0
+    shape = DrafterConfig(settings.drafter_rank, settings.drafter_scale, settings.drafter_targets, mask_rows)
+    drafter = hf.add_drafter(lm.model, lm.tokenizer, shape, token=settings.mask_token)
+    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+    return drafter, diffusion_config(settings, drafter.mask_token_id, __version__, vocabulary)
 
 
 def _add_lora(lm: DiffusionLM, settings: Resolved) -> Any:

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from unmask import hf
 from unmask.conversion.continuing import check_mask_stays, recipe_settings
+from unmask.conversion.job import check_base, check_rank
+from unmask.conversion.learner import new_drafter
+from unmask.conversion.run_record import IN_MEMORY
 from unmask.core.attention import PADDING, Layout
 from unmask.core.batch import Batch
 from unmask.core.network import DiffusionConfig, Network
@@ -48,7 +51,8 @@ COLUMNS = ("completion_mask", "assistant_masks", "seq_lengths")
 class ForTrainer:
     """A model that becomes a diffusion model in another's training loop.
 
-    lm: the converted model, to decode with and to save. settings: of the recipe. teacher: of the joint objective.
+    lm: the converted model, to decode with and to save. model: what the Trainer gets, the stock model or a drafter
+    alone. settings: of the recipe. teacher: of the joint objective.
     collator: `data_collator`, examples -> a batch. loss: `compute_loss_func`. step: micro-batches that were learnt so
     far, of which noise is a function: set it when a training is resumed.
     """
@@ -59,11 +63,7 @@ class ForTrainer:
     collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
     loss: Callable[..., Tensor]
     step: int = 0
-
-    @property
-    def model(self) -> Any:
-        """The stock model that the Trainer gets."""
-        return self.lm.model
+    model: Any = None
 
     @property
     def tokenizer(self) -> Any:
@@ -80,8 +80,8 @@ def for_trainer(
     """Prepare a model for the Trainer of transformers or TRL: mask token, collator and loss of a recipe.
 
     model: folder, hub id, `DiffusionLM`, or a model of transformers with its `tokenizer`. recipe, settings: as in
-    `adapt`; those of data, optimiser, evaluation and the run are the Trainer's, but for `seed` and `max_length`. The
-    drafter's objective, and blocks that grow, need `adapt`. Raises ValueError for what cannot work.
+    `adapt`; those of data, optimiser, evaluation and the run are the Trainer's, but for `seed` and `max_length`. A
+    drafter's frozen base is no part of what the Trainer trains and saves. Blocks that grow need `adapt`. Raises ValueError for what cannot work.
     """
     lm, overrides = _model(model, tokenizer), {**settings}
     ours = {"seed", "max_length"}
@@ -90,28 +90,31 @@ def for_trainer(
             if name in overrides and name not in ours and group.__name__ in OF_THE_TRAINER:
                 raise ValueError(f"{name}={overrides[name]!r} is the Trainer's: set it in its arguments or its data")
     chosen = recipe_settings(lm, recipe, overrides)
-    if chosen.objective == "distill" or lm.drafter is not None:
-        raise ValueError(f"recipe {chosen.recipe!r} trains a drafter on a frozen model: use unmask.adapt")
     if chosen.attention == "ar":
         raise ValueError(f"recipe {chosen.recipe!r} trains no diffusion model: the Trainer's own loss does that")
     if chosen.first_block_size is not None:
         raise ValueError(f"first_block_size={chosen.first_block_size} follows the steps of a run: use unmask.adapt")
-    name = str(getattr(lm.model.config, "_name_or_path", ""))
+    name = str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
+    check_base(lm, chosen, name)
     check_mask_stays(lm, chosen, name)
     if chosen.random_offset and not hf.sees_position_differences(lm.model):
         raise ValueError(f"random_offset=true needs rotary positions, which {type(lm.model).__name__} lacks")
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     resolved = resolve(chosen, lm.model.num_parameters(), lm.network.context_length, vocabulary)
+    check_rank(lm, chosen)
     other = load_teacher(lm, chosen.teacher)
-    config = diffusion_config(resolved, _mask_token(lm, resolved), __version__)
-    teacher = None if chosen.teacher is None else freeze(other or lm, lm, config.mask_token_id)
+    adapted = _drafted(lm, resolved, name) if chosen.objective == "distill" else _converted(lm, resolved)
+    assert adapted.diffusion is not None
+    teacher = None if chosen.teacher is None else freeze(other or lm, lm, adapted.diffusion.mask_token_id)
     hf.without_dropout(lm.model)
-    adapted = DiffusionLM(lm.model, lm.tokenizer, config)
-    hf.write_diffusion(lm.model, config)
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else next(iter(adapted.end_token_ids), 0)
     collator = functools.partial(collate, pad=pad, max_length=resolved.max_length)
     parts = ForTrainer(adapted, resolved, teacher, collator, loss)
-    _step_as_forward(parts)
+    if adapted.drafter is None:
+        parts.model = lm.model
+        _step_as_forward(parts)
+    else:
+        parts.model = DrafterStep(parts)
     return parts
 
 
@@ -128,6 +131,20 @@ def _model(model: Any, tokenizer: Any) -> DiffusionLM:
         raise ValueError("give the model before adapters are added, and peft_config to the Trainer")
     hf.probe(model)
     return DiffusionLM(model, tokenizer, hf.read_diffusion(model))
+
+
+def _converted(lm: DiffusionLM, settings: Resolved) -> DiffusionLM:
+    config = diffusion_config(settings, _mask_token(lm, settings), __version__)
+    hf.write_diffusion(lm.model, config)
+    return DiffusionLM(lm.model, lm.tokenizer, config)
+
+
+def _drafted(lm: DiffusionLM, settings: Resolved, name: str) -> DiffusionLM:
+    """The model, frozen, with a new drafter."""
+    base = hf.Base.of(name, lm.model)
+    drafter, config = new_drafter(lm, settings)
+    lm.model.requires_grad_(False)
+    return DiffusionLM(lm.model, lm.tokenizer, config, drafter=drafter, base=base)
 
 
 def _mask_token(lm: DiffusionLM, settings: Resolved) -> int:
@@ -218,7 +235,7 @@ _EVALUATING = 2**40
 
 def _step_as_forward(parts: ForTrainer) -> None:
     """Give the model a forward that is a step where it gets a batch of `collate`, and what it was otherwise."""
-    model, config = parts.lm.model, parts.lm.diffusion
+    model = parts.lm.model
     plain = getattr(model.forward, "plain", model.forward)
     network = parts.lm._network(plain)
 
@@ -228,12 +245,8 @@ def _step_as_forward(parts: ForTrainer) -> None:
             loss_mask is None or options.get("labels") is not None
         ):  # TRL has figures of the next token from a second one
             return plain(*arguments, **options)
-        assert config is not None
         batch = _batch(options["input_ids"], options["position_ids"], options["attention_mask"], loss_mask)
-        step = parts.step if model.training else _EVALUATING + zlib.crc32(batch.x0.numpy().tobytes())
-        parts.step += model.training
-        found = step_of(network, parts.settings, config, batch, step, parts.teacher)
-        return {"loss_sum": found.sum, "count": found.count.to(found.sum.device)}
+        return _next_step(parts, network, batch, model.training)
 
     # The Trainer drops columns of the data that the forward does not name.
     columns = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in COLUMNS]
@@ -242,6 +255,44 @@ def _step_as_forward(parts: ForTrainer) -> None:
     forward.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     forward.plain = plain  # type: ignore[attr-defined]
     model.forward = forward
+
+
+def _next_step(parts: ForTrainer, network: Network, batch: Batch, training: bool) -> dict[str, Tensor]:
+    """The loss of a micro-batch, which is counted if it is learnt."""
+    assert parts.lm.diffusion is not None
+    step = parts.step if training else _EVALUATING + zlib.crc32(batch.x0.numpy().tobytes())
+    parts.step += training
+    found = step_of(network, parts.settings, parts.lm.diffusion, batch, step, parts.teacher)
+    return {"loss_sum": found.sum, "count": found.count.to(found.sum.device)}
+
+
+class DrafterStep(torch.nn.Module):
+    """A drafter alone as a model whose forward is a step: its base is no submodule, so nothing trains or saves it."""
+
+    def __init__(self, parts: ForTrainer) -> None:
+        super().__init__()
+        self.drafter, self._parts = parts.lm.drafter, parts
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        loss_mask: Tensor,
+        labels: Tensor | None = None,
+        *,
+        completion_mask: Tensor | None = None,
+        assistant_masks: Tensor | None = None,
+        seq_lengths: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss of a batch of `collate`; the other names keep columns that the Trainer would drop."""
+        del labels, completion_mask, assistant_masks, seq_lengths
+        lm, device = self._parts.lm, next(self.parameters()).device
+        if lm.network.device != device:  # where the Trainer has moved this
+            lm.to(device)
+        return _next_step(
+            self._parts, lm.network, _batch(input_ids, position_ids, attention_mask, loss_mask), self.training
+        )
 
 
 def _batch(ids: Tensor, position: Tensor, real: Tensor, learnt: Tensor) -> Batch:

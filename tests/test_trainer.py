@@ -160,8 +160,9 @@ def test_a_script_of_the_trainer_makes_a_drafter(
         assert torch.equal(a, b)
     parts.lm.save_pretrained(tmp_path / "saved")
     lm = unmask.load(tmp_path / "saved")
-    assert lm.generate("Once", max_new_tokens=6).num_forwards == parts.lm.generate("Once", max_new_tokens=6).num_forwards
-    assert lm.generate("Once", max_new_tokens=6).texts == lm.generate("Once", "ar", max_new_tokens=6).texts
+    mine, loaded = (each.generate("Once", max_new_tokens=6) for each in (parts.lm, lm))
+    assert loaded.num_forwards == mine.num_forwards
+    assert loaded.texts == lm.generate("Once", "ar", max_new_tokens=6).texts
     for folder, says in ((tmp_path / "saved", "is a drafter on a frozen base"), (tmp_path / "blocks", "is converted")):
         if folder.name == "blocks":
             parts_of(tokenizer_and_model, "bd3lm").lm.save_pretrained(folder)

@@ -80,8 +80,9 @@ def for_trainer(
     """Prepare a model for the Trainer of transformers or TRL: mask token, collator and loss of a recipe.
 
     model: folder, hub id, `DiffusionLM`, or a model of transformers with its `tokenizer`. recipe, settings: as in
-    `adapt`; those of data, optimiser, evaluation and the run are the Trainer's, but for `seed` and `max_length`. A
-    drafter's frozen base is no part of what the Trainer trains and saves. Blocks that grow need `adapt`. Raises ValueError for what cannot work.
+    `adapt`; those of data, optimiser, evaluation and the run are the Trainer's, but for `seed` and `max_length`. The
+    Trainer trains and saves a drafter alone, without its frozen base. Blocks that grow need `adapt`. Raises ValueError
+    for what cannot work.
     """
     lm, overrides = _model(model, tokenizer), {**settings}
     ours = {"seed", "max_length"}

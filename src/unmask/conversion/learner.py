@@ -18,7 +18,7 @@ from unmask.conversion.reports import reports, texts_of
 from unmask.conversion.text import Data, write_own_text, writes_while_learning
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.core.finite import check_weights
-from unmask.core.network import Network
+from unmask.core.network import DiffusionConfig, Network
 from unmask.data.corpus import Corpus
 from unmask.evaluation.beside import beginnings, write
 from unmask.evaluation.held_out import Spread, evaluator, held_out_nll

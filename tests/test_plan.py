@@ -90,8 +90,28 @@ def test_adapters_learn_little_and_a_teacher_is_a_second_model() -> None:
     assert trainable(sizes, drafter) == 28 * 16 * (2 * 1024 + 2 * 2048 + 2 * 2048 + 3 * 4096)
     assert passes(drafter) == 2
     kept = memory_of(sizes, settings_of("tri-mode", sizes), LAYOUTS[0], 1, 1)
-    assert kept.teacher == kept.weights
+    assert kept.teacher == kept.weights / 2  # in bfloat16, as passes are
     assert memory_of(sizes, drafter, LAYOUTS[0], 1, 1).teacher == 0
+
+
+def test_types_of_weights_and_moments_that_are_asked_for_are_counted() -> None:
+    sizes = qwen3_600m()
+    count, maps = sizes.num_parameters, sum(rows * columns for rows, columns in sizes.maps)
+
+    def parts(recipe: str, **chosen: Any) -> tuple[float, ...]:
+        return memory_of(sizes, settings_of(recipe, sizes, **chosen), LAYOUTS[0], 1, 1)[:3]
+
+    assert parts("efficient-dlm") == (4 * count, 4 * count, 8 * count)
+    assert parts("efficient-dlm", optimizer="adamw-8bit") == (4 * count, 4 * count, 2 * count)
+    assert parts("efficient-dlm", dtype="bfloat16") == (2 * count, 2 * count, 4 * count)
+    assert parts("efficient-dlm", dtype="bfloat16", optimizer="adamw-8bit") == (2 * count, 2 * count, 2 * count)
+    plain, half = (parts("drafter", dtype=dtype) for dtype in (None, "bfloat16"))
+    assert half[0] == plain[0] / 2
+    assert half[1:] == plain[1:]  # adapters are float32
+    assert parts("drafter", quantize="nf4")[0] == pytest.approx(4 * (count - maps) + maps / 2)
+    for chosen in ({"optimizer": "adamw-8bit"}, {"dtype": "bfloat16"}, {"quantize": "int8", "lora_rank": 8}):
+        layouts = [e.layout for e in estimates(sizes, settings_of("efficient-dlm", sizes, **chosen), 8, 1e12, 1e9)]
+        assert layouts == [layout for layout in LAYOUTS if not layout.sharded]
 
 
 def test_experts_that_a_token_does_not_meet_cost_no_time() -> None:

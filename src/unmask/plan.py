@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 from unmask.goals import GOALS, SIZES
 from unmask.hf.sizes import Sizes
-from unmask.resolve import Resolved
+from unmask.resolve import Resolved, against_shards
 
-WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
-"""Bytes a parameter: weights, their gradients and the two moments of AdamW, in float32."""
+FLOAT32, HALF = 4, 2
+"""Bytes of a number. What learns has its weight, a gradient and two moments of AdamW, all of the same type."""
+PACKED = {"nf4": 0.5, "int8": 1.0}
+"""Bytes of a weight that a quantisation packs."""
 RATE = 685.0
 """TFLOP/s of a large matrix product on the H200 whose tokens per second are known."""
 RECOMPUTED = 4 / 3
@@ -84,18 +86,23 @@ def memory_of(sizes: Sizes, settings: Resolved, layout: Layout, devices: int, ro
     """Bytes on each device, with so many rows of `max_length` at once."""
     share = devices if layout.sharded else 1
     learning = trainable(sizes, settings)
-    teacher = sizes.num_parameters if settings.teacher == "parent" and learning == sizes.num_parameters else 0
-    half = settings.mixed_precision in ("bf16", "fp16")
-    number = 2 if half else 4
+    of_weights = learns = HALF if settings.dtype == "bfloat16" else FLOAT32
+    weights: float = of_weights * sizes.num_parameters
+    if learning < sizes.num_parameters:
+        learns = FLOAT32  # adapters
+    if settings.quantize is not None:
+        weights -= (of_weights - PACKED[settings.quantize]) * sum(rows * columns for rows, columns in sizes.maps)
+    number = HALF if settings.mixed_precision in ("bf16", "fp16") else of_weights
+    teacher = settings.teacher == "parent" and learning == sizes.num_parameters
     tokens = rows * settings.max_length * passes(settings)
     kept = sizes.num_layers * sizes.per_token
     if layout.checkpointing:
         kept = sizes.num_layers * sizes.hidden + sizes.per_token
     return Memory(
-        WEIGHT * sizes.num_parameters / share,
-        GRADIENT * learning / share,
-        MOMENTS * learning / share,
-        WEIGHT * teacher / share,
+        weights / share,
+        learns * learning / share,
+        (2 * learns if settings.optimizer == "adamw" else 2) * learning / share,
+        number * sizes.num_parameters * teacher / share,
         number * kept * tokens,
         2 * number * sizes.largest_layer if layout.sharded else 0.0,
     )
@@ -112,10 +119,10 @@ def rate_of(sizes: Sizes, settings: Resolved, tflops: float = RATE) -> float:
 def estimates(
     sizes: Sizes, settings: Resolved, devices: int, device_bytes: float, num_tokens: float, tflops: float = RATE
 ) -> list[Estimate]:
-    """Every layout that so many devices have, the simplest first."""
+    """Every layout that so many devices have, and that the settings go with, the simplest first."""
     found = []
     for layout in LAYOUTS:
-        if layout.sharded and devices == 1:
+        if layout.sharded and (devices == 1 or against_shards(settings) is not None):
             continue
         most = max(1, min(settings.micro_batch_size, settings.batch_size // devices))
         tried = [(rows, memory_of(sizes, settings, layout, devices, rows)) for rows in range(most, 0, -1)]

@@ -6,6 +6,7 @@ A recipe knows no model and no text: numbers in, numbers out.
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
@@ -92,13 +93,17 @@ def differences(settings: Settings) -> dict[str, Any]:
 
 
 def under_current_names(stored: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an older run.json under their names of today; ValueError for a run that used a retired one."""
+    """Settings of an older run.json under their names of today, those that it lacks with their defaults.
+
+    Raises ValueError for a run that used a retired one.
+    """
     if stored.get("anneal_form", "entries") != "entries":
         raise ValueError(
             f"anneal_form={stored['anneal_form']!r} is no longer offered: finish the run with the version that began it"
         )
     renamed = {"draws": "num_masks"}
-    return {renamed.get(name, name): value for name, value in stored.items() if name != "anneal_form"}
+    plain = {name: "inf" if entry.default == math.inf else entry.default for name, entry in TABLE.items()}
+    return plain | {renamed.get(name, name): value for name, value in stored.items() if name != "anneal_form"}
 
 
 def read_toml(path: str | Path, what: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the parent's size decides of a run: batch, lengths, learning rate."""
+"""What the parent's size decides of a run: batch, lengths, learning rate; and what the device decides: precision."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from unmask.core.network import DiffusionConfig
-from unmask.settings import Settings
+from unmask.settings import RunSettings, Settings
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -20,6 +20,7 @@ class Resolved(Settings):
     max_length: int
     batch_size: int
     micro_batch_size: int
+    mixed_precision: str
     half_life: float
     learning_rate: float
     min_learning_rate_ratio: float
@@ -78,6 +79,7 @@ def resolve(
         "max_length": length,
         "batch_size": batch,
         "micro_batch_size": max(1, round(ruled["micro_batch_tokens"] / length)),
+        "mixed_precision": "no",
         "half_life": 0.1 / s if s else math.inf,
         "learning_rate": float(f"{ruled[rate]:.2g}"),
         "min_learning_rate_ratio": ruled["min_learning_rate_ratio"],
@@ -86,6 +88,50 @@ def resolve(
     chosen = {name: value for name, value in vars(settings).items() if value is not None}
     values = vars(settings) | of_size | chosen
     return Resolved(**values | {"micro_batch_size": min(values["micro_batch_size"], batch)})
+
+
+FAST_FROM = (8, 0)
+"""Capability of the first GPUs with bfloat16 and TF32 (NVIDIA's Ampere)."""
+
+Capability = tuple[int, int]
+
+
+def of_device(settings: Settings, device: str, capability: Capability | None, *, takes_flex: bool) -> dict[str, str]:
+    """The faster values of settings that are unset, on a device of this type and capability; empty on a CPU.
+
+    takes_flex: the model computes attention by FlexAttention, loaded with SDPA. Attention that opens step by step has
+    a mask without whole blocks to skip, and one to make in each step: it stays with SDPA.
+    """
+    fast = {}
+    if device == "cuda" and capability is not None and capability >= FAST_FROM:
+        if settings.mixed_precision is None:
+            fast["mixed_precision"] = "bf16"
+        if settings.attn_implementation is None and takes_flex and settings.anneal_steps == 1:
+            fast["attn_implementation"] = "flex_attention"
+    return fast
+
+
+def uses_tf32(settings: RunSettings, device: str, capability: Capability | None) -> bool:
+    """Whether products that stay float32 beside a shorter type are in TF32, with 10 of their 23 bits."""
+    ampere = device == "cuda" and capability is not None and capability >= FAST_FROM
+    return ampere and settings.mixed_precision in ("bf16", "fp16")
+
+
+def against_shards(settings: Settings) -> str | None:
+    """Why a run with these settings does not spread its parameters over processes (FSDP2); None if it can."""
+    if settings.quantize is not None:
+        return f"quantize={settings.quantize!r}: packed weights are not sharded (FSDP2): use configs/ddp.yaml"
+    if settings.optimizer != "adamw":
+        return (
+            f"optimizer={settings.optimizer!r}: bitsandbytes does not know sharded parameters (FSDP2), which spread "
+            "the moments over the processes anyway: use optimizer=adamw, or configs/ddp.yaml"
+        )
+    if settings.dtype == "bfloat16" and settings.objective != "distill" and settings.lora_rank is None:
+        return (
+            "dtype='bfloat16': FSDP2 keeps weights that learn in float32, spread over the processes: leave dtype out, "
+            "and have passes in bfloat16 with mixed_precision=bf16"
+        )
+    return None
 
 
 def _length(asked: int | None, block: int, ruled: int, context_length: int | None) -> int:

@@ -76,7 +76,10 @@ def adapt(
         Path | None, typer.Option(help="A .toml file with model, data, output, recipe and settings of the run.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Type of the saved weights (setting save_dtype); they learn in float32.")
+        str | None,
+        typer.Option(
+            help="Type of the saved weights (setting save_dtype); the setting dtype is theirs during the run."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue the run in the output folder.")] = False,
     dry: Annotated[

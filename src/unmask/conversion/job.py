@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +21,12 @@ from unmask.loading import load, read_config
 from unmask.model import DiffusionLM
 from unmask.model_name import locate
 from unmask.recipe import PREPARED_DATA, check_data_settings
-from unmask.resolve import Resolved, resolve
+from unmask.resolve import Resolved, against_shards, of_device, resolve
 from unmask.run_folder import RunFolder
 from unmask.settings import Settings
-from unmask.training.loop import check_machine, check_tracker
-from unmask.training.ranks import check_launcher, chosen_device, join
+from unmask.training.devices import check_machine, check_tracker
+from unmask.training.optimizer import check_optimizer
+from unmask.training.ranks import capability_of, check_launcher, chosen_device, is_sharding, join
 from unmask.training.teacher import load_teacher
 
 
@@ -78,10 +78,10 @@ def plan(
     sources, given = _sources(data, settings.split)
     check_tracker(settings.report_to)
     check_launcher()
-    if settings.quantize is not None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise ValueError(
-            f"quantize={settings.quantize!r}: packed weights are not sharded (FSDP2): use configs/ddp.yaml"
-        )
+    check_optimizer(settings.optimizer)
+    reason = against_shards(settings) if is_sharding() else None
+    if reason is not None:
+        raise ValueError(reason)
     if settings.lora_rank is not None:
         lora.require_peft()
     own = sources == ("self",)
@@ -176,19 +176,30 @@ def load_parent(job: Job) -> Parent:
             f"random_offset=true moves a document's positions, which {type(lm.model).__name__} sees as such: it needs "
             "a model with rotary positions"
         )
-    teacher = load_teacher(lm, settings.teacher, trust_remote_code=job.trust_remote_code)
     if settings.block_size is None and lm.diffusion is not None:
         settings = replace(settings, block_size=lm.diffusion.block_size)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+    settings = replace(settings, **_of_device(job, lm, ranks.device))
     num_parameters = lm.model.num_parameters()  # packed weights hold several in one number
     resolved = resolve(settings, num_parameters, lm.network.context_length, vocabulary)
     check_rank(lm, settings)
     check_machine(resolved, ranks.num_processes, ranks.device)
+    teacher = load_teacher(lm, resolved, trust_remote_code=job.trust_remote_code)
     teacher_fingerprint = None
     if settings.teacher is not None:
         teacher_fingerprint = fingerprint if teacher is None else hf.fingerprint(teacher.model)
     end_token_id = _end_token_id(lm, settings.end_token)
     return Parent(lm, name, _dtype_of(job), fingerprint, resolved, end_token_id, teacher, teacher_fingerprint)
+
+
+def _of_device(job: Job, lm: DiffusionLM, device: torch.device) -> dict[str, Any]:
+    """Values of settings that are unset: of the run that goes on, else what is fast on this device."""
+    before = None if job.earlier is None else job.earlier["settings"]["mixed_precision"]
+    settings = job.settings
+    if settings.mixed_precision is None and before is not None:
+        settings = replace(settings, mixed_precision=before)
+    fast = of_device(settings, device.type, capability_of(device), takes_flex=hf.takes_flex(lm.model))
+    return {"mixed_precision": settings.mixed_precision} | fast
 
 
 def _dtype_of(job: Job) -> str | None:
@@ -223,24 +234,34 @@ def _load(job: Job) -> DiffusionLM:
     device = ranks.device if ranks.num_processes > 1 or chosen_device() else None
     if isinstance(job.model, DiffusionLM):
         lm = job.model
-        asked, loaded = job.settings.attn_implementation, lm.model.config.get_text_config()._attn_implementation
-        if asked not in (None, loaded):
-            raise ValueError(
-                f"attn_implementation={asked!r} is chosen when a model is loaded, and this one is in memory with "
-                f"{loaded!r}: give its folder or hub id, or load it with attn_implementation"
-            )
-        if job.settings.quantize is not None:
-            raise ValueError(
-                f"quantize={job.settings.quantize!r} packs weights while they are read, and this model is in memory: "
-                "give its folder or hub id, or load it with quantization_config"
-            )
+        _check_loaded(lm, job.settings)
     else:
-        lm = load(job.model, dtype=torch.float32, device=device, quantization_config=job.settings.quantize,
-                  attn_implementation=job.settings.attn_implementation, base=job.base,
-                  trust_remote_code=job.trust_remote_code)  # fmt: skip
+        lm = load(job.model, dtype=job.settings.dtype or "float32", device=device,
+                  quantization_config=job.settings.quantize, attn_implementation=job.settings.attn_implementation,
+                  base=job.base, trust_remote_code=job.trust_remote_code)  # fmt: skip
     if device is not None and hf.quantisation_of(lm.model) is None:
         lm.model.to(device)
     return lm
+
+
+def _check_loaded(lm: DiffusionLM, settings: Settings) -> None:
+    """Raise ValueError for settings of loading that a model in memory does not have."""
+    present = {
+        "attn_implementation": lm.model.config.get_text_config()._attn_implementation,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+    }
+    for name, loaded in present.items():
+        asked = getattr(settings, name)
+        if asked not in (None, loaded):
+            raise ValueError(
+                f"{name}={asked!r} is chosen when a model is loaded, and this one is in memory with {loaded!r}: give "
+                f"its folder or hub id, or load it with {name}"
+            )
+    if settings.quantize is not None:
+        raise ValueError(
+            f"quantize={settings.quantize!r} packs weights while they are read, and this model is in memory: "
+            "give its folder or hub id, or load it with quantization_config"
+        )
 
 
 def _check_learns(lm: DiffusionLM, settings: Settings, name: str) -> None:

@@ -16,7 +16,7 @@ from unmask.conversion.job import Job, Parent
 from unmask.conversion.model_card import Made, model_card
 from unmask.conversion.reports import reports, texts_of
 from unmask.conversion.text import Data, write_own_text, writes_while_learning
-from unmask.core.drafter import Drafter, DrafterConfig
+from unmask.core.drafter import HALF, Drafter, DrafterConfig
 from unmask.core.finite import check_weights
 from unmask.core.network import DiffusionConfig, Network
 from unmask.data.corpus import Corpus
@@ -26,13 +26,13 @@ from unmask.goals import too_few
 from unmask.hf import lora
 from unmask.model import DiffusionLM
 from unmask.progress import note, progress, say
-from unmask.resolve import RULE_TEXT, Resolved, diffusion_config
+from unmask.resolve import RULE_TEXT, Resolved, diffusion_config, uses_tf32
 from unmask.run_folder import ordinary_permissions, writing
 from unmask.training.batches import TrainingData
 from unmask.training.checkpoints import TrainState, latest_checkpoint, read_state
 from unmask.training.console import announce, reporter
 from unmask.training.loop import Evaluator, in_training, train
-from unmask.training.ranks import agreeing, join, main_alone
+from unmask.training.ranks import agreeing, capability_of, join, main_alone
 from unmask.training.rollouts import rewritten_text
 from unmask.training.sharded import assemble, by_main, is_sharded, spread
 from unmask.training.teacher import freeze
@@ -75,7 +75,7 @@ def convert(job: Job, parent: Parent) -> Learner:
     tuner = _add_lora(lm, settings)
     teacher = None
     if settings.teacher is not None and config is not None:
-        teacher = freeze(parent.teacher or lm, lm, config.mask_token_id)
+        teacher = freeze(parent.teacher, lm, config.mask_token_id, settings)
     base = None if drafter is None else hf.Base.of(parent.name, lm.model)
     adapted = DiffusionLM(lm.model, lm.tokenizer, config, drafter=drafter, base=base)
     learning = lm.model if drafter is None else drafter
@@ -88,6 +88,8 @@ def new_drafter(lm: DiffusionLM, settings: Resolved) -> tuple[Drafter, Diffusion
     mask_rows = of_mask if settings.noise == "mask" else 0
     shape = DrafterConfig(settings.drafter_rank, settings.drafter_scale, settings.drafter_targets, mask_rows)
     drafter = hf.add_drafter(lm.model, lm.tokenizer, shape, token=settings.mask_token)
+    if lm.model.dtype in HALF:
+        drafter.float()
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     return drafter, diffusion_config(settings, drafter.mask_token_id, __version__, vocabulary)
 
@@ -112,9 +114,8 @@ def learn(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainState:
     """Train from the newest checkpoint, or from the start; the state after the last step."""
     lm, settings, num_steps = learner.lm, parent.settings, data.rows.num_steps
     if job.show_progress:
-        dtypes = f"{_named(lm.model.dtype)}, {parent.dtype} in the parent" if parent.dtype else _named(lm.model.dtype)
-        dtypes += "" if settings.save_dtype is None else f", saved as {settings.save_dtype}"
-        say(f"{parent.name}: {type(lm.model).__name__}, recipe {settings.recipe}, on {join().device}, weights {dtypes}")
+        say(f"{parent.name}: {type(lm.model).__name__}, recipe {settings.recipe}, on {join().device}, "
+            f"weights {_dtypes(parent, lm)}, {_passes(lm, settings)}")  # fmt: skip
         announce(settings, num_steps)
         num_parameters = sum(p.numel() for p in parent.lm.model.parameters())
         few = too_few(settings.recipe, num_parameters, data.rows.num_tokens) if parent.lm.diffusion is None else None
@@ -143,8 +144,24 @@ def learn(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainState:
         )
 
 
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _dtypes(parent: Parent, lm: DiffusionLM) -> str:
+    """In words, the type in which the weights are, were and will be."""
+    settings, here = parent.settings, str(lm.model.dtype).removeprefix("torch.")
+    words = [here, *([f"{parent.dtype} in the parent"] if parent.dtype else [])]
+    if lm.model.dtype in HALF and settings.objective != "distill":
+        kept = "adapters in float32" if settings.lora_rank is not None else "no float32 copy, small updates are lost"
+        words.append(kept)
+    return ", ".join([*words, *([f"saved as {settings.save_dtype}"] if settings.save_dtype else [])])
+
+
+def _passes(lm: DiffusionLM, settings: Resolved) -> str:
+    """In words, how passes of training compute."""
+    precision, device = settings.mixed_precision, join().device
+    words = "passes in the type of the weights" if precision == "no" else f"passes in {precision}"
+    if uses_tf32(settings, device.type, capability_of(device)):
+        words += ", what stays float32 in TF32"
+    own = lm.model.config.get_text_config()._attn_implementation
+    return f"{words}, attention by {settings.attn_implementation or own}"
 
 
 def _training_network(lm: DiffusionLM, settings: Resolved, forward: Any) -> Network:

@@ -103,10 +103,10 @@ def for_trainer(
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     resolved = resolve(chosen, lm.model.num_parameters(), lm.network.context_length, vocabulary)
     check_rank(lm, chosen)
-    other = load_teacher(lm, chosen.teacher)
+    other = load_teacher(lm, resolved)
     adapted = _drafted(lm, resolved, name) if chosen.objective == "distill" else _converted(lm, resolved)
     assert adapted.diffusion is not None
-    teacher = None if chosen.teacher is None else freeze(other or lm, lm, adapted.diffusion.mask_token_id)
+    teacher = None if chosen.teacher is None else freeze(other, lm, adapted.diffusion.mask_token_id, resolved)
     hf.without_dropout(lm.model)
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else next(iter(adapted.end_token_ids), 0)
     collator = functools.partial(collate, pad=pad, max_length=resolved.max_length)

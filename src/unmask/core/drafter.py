@@ -22,6 +22,9 @@ from unmask.core.transfer import to_device
 from unmask.limits import check_number, check_whole
 from unmask.plain_numbers import plain_fields
 
+HALF = (torch.bfloat16, torch.float16)
+"""Types in which the small updates of adapters would be rounded away: these learn in float32 beside such weights."""
+
 
 @dataclass(frozen=True)
 class DrafterConfig:
@@ -150,7 +153,8 @@ class Drafter(nn.Module):
             noisy = self._noisy
             if noisy is None:
                 return out
-            x, down, up = args[0], self.down[key], self.up[key]
+            x = args[0]
+            down, up = self.down[key].to(x.dtype), self.up[key].to(x.dtype)  # the base may be in half precision
             if x.shape[:-1] not in (noisy.shape, (noisy.shape.numel(),)):
                 raise ValueError(
                     f"drafter_targets: {name!r} gets {tuple(x.shape[:-1])} rows of a pass of {tuple(noisy.shape)}, "

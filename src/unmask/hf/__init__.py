@@ -24,7 +24,7 @@ from unmask.hf.checkpoint import (
 from unmask.hf.drafters import add_drafter, drafter_on
 from unmask.hf.grammar import Grammar, JsonSchema, Lark, Regex, grammar_constraint
 from unmask.hf.hub import push
-from unmask.hf.layers import checkpoint_layers
+from unmask.hf.layers import checkpoint_layers, takes_flex
 from unmask.hf.masks import UnsupportedModelError
 from unmask.hf.network import FastPaths, HFNetwork, replicate
 from unmask.hf.probes import as_network, probe, probe_fast_paths, probe_network, sees_position_differences
@@ -77,6 +77,7 @@ __all__ = [
     "save_drafter",
     "save_pretrained",
     "sees_position_differences",
+    "takes_flex",
     "without_dropout",
     "write_diffusion",
 ]  # fmt: skip

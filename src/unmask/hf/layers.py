@@ -48,6 +48,28 @@ def plain_layers(model: Any) -> Iterator[None]:
             layer._compiled_call_impl = call
 
 
+def takes_flex(model: Any) -> bool:
+    """Whether a model that was loaded with SDPA could attend by FlexAttention, whose heads have at least 16 numbers."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+    return bool(getattr(model, "_supports_flex_attn", False)) and config._attn_implementation == "sdpa" and width >= 16
+
+
+@contextmanager
+def attending_by(implementation: str | None, *models: Any) -> Iterator[None]:
+    """Within the context models compute attention by this implementation; None: by the one that they have."""
+    configs = [model.config.get_text_config() for model in models]
+    before = [config._attn_implementation for config in configs]
+    for config in configs if implementation is not None else ():
+        config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
+
+
 def checkpoint_layers(model: Any, *, on: bool = True) -> None:
     """Make the backward pass compute layers again instead of keeping their intermediate results."""
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # until 5.23

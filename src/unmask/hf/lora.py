@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
+from unmask.core.drafter import HALF
 from unmask.core.noise import uniform
 from unmask.hf.folders import read_object, read_tensors, reading
 from unmask.hf.quantised import check_bare, quantisation_of
@@ -50,8 +51,8 @@ def add_lora(model: Any, rank: int, alpha: float, trainable: tuple[str, ...], se
     """Freeze the model except `trainable` and new adapters, W + (alpha / rank) B A (2106.09685, eq. 3).
 
     B starts at 0, so the model's function is unchanged; A is uniform within 1 / sqrt(inputs), a function of
-    the seed and the layer's name. trainable: any of "embeddings", "norms", "head". Returns PEFT's tuner, for
-    `merge` and `save_adapter`.
+    the seed and the layer's name. Both are float32 beside weights in half precision. trainable: any of "embeddings",
+    "norms", "head". Returns PEFT's tuner, for `merge` and `save_adapter`.
     """
     peft = require_peft()
     check_bare(model)
@@ -72,6 +73,8 @@ def add_lora(model: Any, rank: int, alpha: float, trainable: tuple[str, ...], se
     )
     tuner = peft.tuners.lora.LoraModel(model, config, "default")
     for name, parameter in model.named_parameters():
+        if ".lora_" in name and parameter.dtype in HALF:
+            parameter.data = parameter.data.float()
         if ".lora_A." in name and not parameter.is_meta:
             draws = 2 * uniform(*parameter.shape, key=("lora", seed, name)) - 1
             parameter.data.copy_(draws / math.sqrt(parameter.shape[1]))

@@ -64,6 +64,7 @@ class SettingsKeywords(TypedDict, total=False):
     learning_rate: float | None
     min_learning_rate_ratio: float | None
     warmup_ratio: float
+    optimizer: str
     weight_decay: float
     beta1: float
     beta2: float
@@ -76,7 +77,8 @@ class SettingsKeywords(TypedDict, total=False):
     sample_texts: bool
     seed: int
     micro_batch_size: int | None
-    mixed_precision: str
+    mixed_precision: str | None
+    dtype: str | None
     quantize: str | None
     save_dtype: str | None
     attn_implementation: str | None

@@ -37,6 +37,9 @@ class OptimiserSettings:
     min_learning_rate_ratio: float | None = setting(
         None, "a cosine falls to this part of the learning rate", least=0, most=1, of_size=True)
     warmup_ratio: float = setting(0.02, "part of the steps in which the learning rate rises", least=0, most=1)
+    optimizer: str = setting(
+        "adamw", "adamw, or adamw-8bit: its two moments take 2 bytes a parameter instead of 8 (bitsandbytes)",
+        one_of=("adamw", "adamw-8bit"))
     weight_decay: float = setting(0.01, "decay of matrices; vectors have none", least=0)
     beta1: float = setting(0.9, "AdamW's decay of the mean", least=0, below=1)
     beta2: float = setting(0.95, "AdamW's decay of the variance", least=0, below=1)
@@ -67,17 +70,23 @@ class RunSettings:
 
     seed: int = setting(0, "of the order of the data, the noise and new weights")
     micro_batch_size: int | None = setting(None, "rows that run at once on one device", above=0, of_size=True)
-    mixed_precision: str = setting(
-        "no", "no (float32), or the type that passes compute in", one_of=("no", "bf16", "fp16"))
+    mixed_precision: str | None = setting(
+        None, "no (float32), or the type that passes compute in, what stays float32 then in TF32; unset: bf16 on GPUs "
+        "from capability 8.0 on, else no", one_of=("no", "bf16", "fp16"))
+    dtype: str | None = setting(
+        None, "type of the weights during the run; unset: float32, or that of a model in memory. bfloat16 is half the "
+        "memory, and weights that learn lose updates below about 1/256 of them, for want of a float32 copy; adapters "
+        "are float32", one_of=("float32", "bfloat16"))
     quantize: str | None = setting(
         None, "pack the frozen weights of the parent: nf4 (4 bits) or int8, both of bitsandbytes; adapters beside them "
         "learn", one_of=("nf4", "int8"), either=({"objective": "distill"}, {"lora_rank": SET}))
     save_dtype: str | None = setting(
-        None, "type of the final weights; unset: that in which they learnt, float32",
+        None, "type of the final weights; unset: that in which they learnt",
         one_of=("float32", "bfloat16", "float16"), quantize=Need(" unset", lambda value: value is None))
     attn_implementation: str | None = setting(
         None, "how attention is computed; flex_attention skips the pairs that a mask hides, for GPUs; unset: what the "
-        "model is loaded with, mostly sdpa", one_of=("sdpa", "eager", "flex_attention"))
+        "model is loaded with, mostly sdpa, and on GPUs from capability 8.0 on flex_attention in training steps",
+        one_of=("sdpa", "eager", "flex_attention"))
     gradient_checkpointing: bool = setting(
         False, "compute layers again in the backward pass, for memory", objective=("diffusion", "joint"))
     compile_layers: bool = setting(False, "compile the layers with torch.compile", objective=("diffusion", "joint"))

@@ -12,15 +12,12 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import accelerate
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType
 from torch import Tensor
 
 from unmask import hf
@@ -30,11 +27,11 @@ from unmask.core.finite import StepWatch, check_weights
 from unmask.core.network import DiffusionConfig, Network
 from unmask.core.objectives import predictable
 from unmask.data.packing import PackState
-from unmask.hf.layers import compile_layers
+from unmask.hf.layers import attending_by, compile_layers
 from unmask.progress import note
 from unmask.resolve import Resolved, at_step
 from unmask.run_folder import RunFolder
-from unmask.settings import OptimiserSettings, RunSettings
+from unmask.settings import RunSettings
 from unmask.training import resharding
 from unmask.training.batches import TrainingData
 from unmask.training.checkpoints import (
@@ -45,8 +42,10 @@ from unmask.training.checkpoints import (
     read_state,
     save_checkpoint,
 )
+from unmask.training.devices import SHARDED, accelerator_of, prepare, products_of, syncing
 from unmask.training.guards import STOPPED, StepClock, StopRequest, naming_memory
-from unmask.training.ranks import add_gradients, agreeing, join, share_weights
+from unmask.training.optimizer import make_optimizer, step_if
+from unmask.training.ranks import add_gradients, agreeing
 from unmask.training.sharded import is_sharded, run_first, shard, whole
 from unmask.training.step import learning_rate_at, step_loss
 from unmask.training.threads import ThreadedBackward
@@ -157,12 +156,12 @@ class _Run:
         replicate: Callable[[Any], Any] | None,
         request: StopRequest,
     ) -> None:
-        self.accelerator = accelerator = _accelerator(settings, folder)
+        self.accelerator = accelerator = accelerator_of(settings, folder)
         if settings.report_to:
             accelerator.init_trackers("unmask", config={k: str(v) for k, v in asdict(settings).items()})
         self.model, self.settings, self.config = model, settings, config
         self.total_steps, self.folder, self.teacher = total_steps, folder, teacher
-        self.wrapped, self.optimizer = _prepare(accelerator, model, _optimizer(model, settings))
+        self.wrapped, self.optimizer = prepare(accelerator, model, make_optimizer(model, settings))
         if hf.quantisation_of(model) is not None:
             hold_learnt_alone(accelerator)
         self.sharded = is_sharded(self.wrapped)
@@ -213,17 +212,14 @@ class _Run:
         with naming_memory(self.settings, self.state.step + 1, accelerator.num_processes):
             loss = self._backward(batch, count)
         self.clock.reach(f"the end of {place_of_step}")
-        if accelerator.distributed_type not in _SHARDED:
+        if accelerator.distributed_type not in SHARDED:
             add_gradients(self.wrapped.parameters())
         norm = whole(accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.max_grad_norm))
         told = torch.stack([loss, loss.new_full((), float(self.request.asked))])
         whole_loss, stop = accelerator.reduce(told) if accelerator.num_processes > 1 else told
         scaled = accelerator.scaler is not None
         finite = self.watch.look(self.state.step + 1, rate, whole_loss, norm, scaled=scaled, stop=stop)
-        if not scaled:  # the optimiser's fused kernel reads this on the device and skips the step
-            optimizer.optimizer.found_inf = (~finite).float()
-        optimizer.step()
-        optimizer.zero_grad()
+        step_if(optimizer, finite, scaled=scaled)
         self.state = replace(
             self.state, step=self.state.step + 1, tokens=self.state.tokens + batch.num_tokens, data=place
         )
@@ -238,7 +234,7 @@ class _Run:
         """Add this rank's gradients, divided by `count`, the tokens of the step; return its loss sum, float64."""
         accelerator, step = self.accelerator, self.state.step
         settings = at_step(self.settings, step, self.total_steps)
-        averaged = accelerator.num_processes if accelerator.distributed_type in _SHARDED else 1
+        averaged = accelerator.num_processes if accelerator.distributed_type in SHARDED else 1
         scale = averaged / max(1, count)
         total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         every = settings.sync_each_micro_batch
@@ -249,12 +245,19 @@ class _Run:
                 loss_of = functools.partial(step_loss, settings=settings, config=self.config, step=step)
                 total += self.threads.run(loss_of, micro, rows, scale)
                 continue
-            with accelerator.autocast(), _sync(accelerator, self.wrapped, last or every):
+            with self._computing(), syncing(accelerator, self.wrapped, last or every):
                 loss = step_loss(self.network, settings, self.config, micro, step, rows, self.teacher,
                                  sharded=self.sharded)  # fmt: skip
                 accelerator.backward(loss.sum * scale)
             total += loss.sum.detach()
         return total
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Within the context passes compute in the precision, and attend in the way, that the settings say."""
+        models = [self.model, *([] if self.teacher is None else [self.teacher.model])]
+        with self.accelerator.autocast(), attending_by(self.settings.attn_implementation, *models):
+            yield
 
     @property
     def learning_rate(self) -> float:
@@ -354,7 +357,8 @@ def in_training(model: Any, settings: RunSettings, drafter: Drafter | None = Non
                 hf.checkpoint_layers(model)
             if settings.compile_layers:
                 compile_layers(model)
-            yield
+            with products_of(settings):
+                yield
         finally:
             model.eval()
             model.zero_grad()
@@ -379,71 +383,3 @@ def _trained_alone(model: Any, drafter: Drafter | None) -> Iterator[None]:
         del model.drafter
         for name in learning:  # perhaps another one than it was, see `sharded`
             model.get_parameter(name).requires_grad_(True)
-
-
-def _optimizer(model: Any, settings: OptimiserSettings) -> torch.optim.Optimizer:
-    """AdamW, without weight decay on vectors (norms, biases)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=1.0, betas=(settings.beta1, settings.beta2), fused=True)
-
-
-def _accelerator(settings: RunSettings, folder: RunFolder) -> accelerate.Accelerator:
-    """Accelerate's object for this run; a second run in the process may have another precision."""
-    AcceleratorState._reset_state()
-    processes = join()
-    if processes.distributed_type == DistributedType.FSDP:  # of an earlier run; Accelerate comes to it from this one:
-        processes._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    return accelerate.Accelerator(
-        mixed_precision=settings.mixed_precision, log_with=settings.report_to, project_dir=str(folder.path)
-    )
-
-
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-"""Kinds of processes for which Accelerate's wrapper averages the gradients over ranks."""
-
-
-def _prepare(accelerator: accelerate.Accelerator, model: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-    """Model and optimiser on the device, prepared by Accelerate, with the model's own forward."""
-    forward = model.__dict__.get("forward")
-    if accelerator.distributed_type in _SHARDED:
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
-    else:
-        wrapped, optimizer = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(optimizer)
-        share_weights(model)
-    # A step enters autocast itself. Accelerate's wrapper of the forward would stay on the model after the run, and
-    # Accelerate's function that removes it removes the model's decorators too, which return the cache.
-    for name in ("forward", "_original_forward"):
-        model.__dict__.pop(name, None)
-    if forward is not None:  # of a hook, on a model that is spread over devices
-        model.forward = forward
-    return wrapped, optimizer
-
-
-def check_tracker(name: str | None) -> None:
-    """Raise ValueError for a tracker that Accelerate does not know, or whose package is not installed."""
-    if name is None or name == "all":
-        return
-    if name not in LOGGER_TYPE_TO_CLASS:
-        raise ValueError(f"report_to={name!r} is unknown: use one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
-    if name not in get_available_trackers():
-        raise ValueError(f"report_to={name!r} needs a package that is not installed: pip install {name}")
-
-
-def check_machine(settings: Resolved, ranks: int, device: torch.device) -> None:
-    """Raise ValueError if the processes cannot share a step's rows evenly, or the device lacks the precision."""
-    if settings.mixed_precision == "fp16" and device.type == "cpu":
-        raise ValueError("mixed_precision='fp16' needs a GPU: use 'bf16' or 'no' on a CPU")
-    if settings.batch_size % ranks:
-        raise ValueError(
-            f"batch_size={settings.batch_size} is no multiple of the {ranks} processes: give one that is, such as "
-            f"batch_size={ranks * max(1, round(settings.batch_size / ranks))}"
-        )
-
-
-def _sync(accelerator: accelerate.Accelerator, model: Any, last: bool) -> Any:
-    """A context in which gradients are exchanged between ranks with the last micro-batch only."""
-    return nullcontext() if last else accelerator.no_sync(model)

@@ -42,14 +42,23 @@ def join() -> accelerate.PartialState:
     return accelerate.PartialState(cpu=on_cpu, **({"timeout": _TIMEOUT} if launched else {}))
 
 
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """The CUDA capability of a GPU; None for any other device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def is_sharding() -> bool:
+    """Whether Accelerate's launcher was asked to spread parameters over the processes (FSDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+
+
 def check_launcher() -> None:
     """Raise ValueError for what Accelerate's launcher was asked to do and this library does not."""
     for name, what in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
                        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config")):  # fmt: skip
         if os.environ.get(name, "").lower() in ("1", "true", "yes"):
             raise ValueError(f"{name}={os.environ[name]}: {what} is not supported; use configs/ddp.yaml or fsdp2.yaml")
-    sharding = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
-    if not sharding:
+    if not is_sharding():
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError(f"FSDP_VERSION={os.environ.get('FSDP_VERSION')}: only FSDP2 is supported: fsdp_version: 2")

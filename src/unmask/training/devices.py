@@ -1,0 +1,88 @@
+"""Where and how a run computes: Accelerate's object, model and optimiser as it prepares them, precision, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import accelerate
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedType
+
+from unmask.resolve import Resolved, uses_tf32
+from unmask.run_folder import RunFolder
+from unmask.settings import RunSettings
+from unmask.training.ranks import capability_of, join, share_weights
+
+
+def accelerator_of(settings: RunSettings, folder: RunFolder) -> accelerate.Accelerator:
+    """Accelerate's object for this run; a second run in the process may have another precision."""
+    AcceleratorState._reset_state()
+    processes = join()
+    if processes.distributed_type == DistributedType.FSDP:  # of an earlier run; Accelerate comes to it from this one:
+        processes._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return accelerate.Accelerator(
+        mixed_precision=settings.mixed_precision, log_with=settings.report_to, project_dir=str(folder.path)
+    )
+
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Kinds of processes for which Accelerate's wrapper averages the gradients over ranks."""
+
+
+def prepare(accelerator: accelerate.Accelerator, model: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """Model and optimiser on the device, prepared by Accelerate, with the model's own forward."""
+    forward = model.__dict__.get("forward")
+    if accelerator.distributed_type in SHARDED:
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+    else:
+        wrapped, optimizer = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(optimizer)
+        share_weights(model)
+    # A step enters autocast itself. Accelerate's wrapper of the forward would stay on the model after the run, and
+    # Accelerate's function that removes it removes the model's decorators too, which return the cache.
+    for name in ("forward", "_original_forward"):
+        model.__dict__.pop(name, None)
+    if forward is not None:  # of a hook, on a model that is spread over devices
+        model.forward = forward
+    return wrapped, optimizer
+
+
+def check_tracker(name: str | None) -> None:
+    """Raise ValueError for a tracker that Accelerate does not know, or whose package is not installed."""
+    if name is None or name == "all":
+        return
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise ValueError(f"report_to={name!r} is unknown: use one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+    if name not in get_available_trackers():
+        raise ValueError(f"report_to={name!r} needs a package that is not installed: pip install {name}")
+
+
+def check_machine(settings: Resolved, ranks: int, device: torch.device) -> None:
+    """Raise ValueError if the processes cannot share a step's rows evenly, or the device lacks the precision."""
+    if settings.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError("mixed_precision='fp16' needs a GPU: use 'bf16' or 'no' on a CPU")
+    if settings.batch_size % ranks:
+        raise ValueError(
+            f"batch_size={settings.batch_size} is no multiple of the {ranks} processes: give one that is, such as "
+            f"batch_size={ranks * max(1, round(settings.batch_size / ranks))}"
+        )
+
+
+def syncing(accelerator: accelerate.Accelerator, model: Any, last: bool) -> Any:
+    """A context in which gradients are exchanged between ranks with the last micro-batch only."""
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+@contextmanager
+def products_of(settings: RunSettings) -> Iterator[None]:
+    """Within the context products that stay float32 are in TF32 where `uses_tf32`."""
+    before, device = torch.get_float32_matmul_precision(), join().device
+    if uses_tf32(settings, device.type, capability_of(device)):
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

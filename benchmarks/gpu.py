@@ -1,165 +1,202 @@
-"""The whole set for one GPU: training steps, decoding, and how near they come to what the device can do.
+"""What `adapt` and `generate` do on one GPU: training steps, decoding, embeddings, in rows and a report.
 
-    python benchmarks/gpu.py [results/gpu]                              (H200, bf16)
-    python benchmarks/gpu.py rows --device cpu --shape tiny --decode-shape tiny --length 256   (a rehearsal)
+    PYTHONPATH=src python benchmarks/gpu.py RESULTS                    (needs torch and transformers, nothing else)
+    PYTHONPATH=src python benchmarks/gpu.py RESULTS --device cpu       (a rehearsal on a tiny model)
 
-Writes rows.jsonl and README.md, a table, into the folder, row by row. After a share of --minutes no new case begins
-(compiling takes most of the time), and the table says what was left out.
-Arithmetic is counted as needed (`needed_flops`) and set against the rate of one large matrix product.
+Each row goes to RESULTS/rows.jsonl as it is done, and RESULTS/report.md is written anew. After --seconds the run ends
+in the middle of a case; the same command again goes on with the cases that have no row, then with those that failed.
+Cases run in a process of their own: one that fails, crashes or hangs costs its row alone, which then has the error.
+All weights are random, and so is the text: docs/performance.md says what the rows mean.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
+import queue
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
+from gpu_cases import CASES, Case, listed
+from gpu_report import report
 
-from unmask.hf.layers import compile_layers
-from unmask.lab import bench_train as bench
-from unmask.lab.bench_decode import DecodeCase, throughput, weight_bound
-from unmask.version import __version__
-
-LENGTH, BLOCK = 4096, 16
-
-
-def needed_flops(config: Any, kind: str, block_size: int, rows: int, length: int) -> float:
-    """Floating-point operations that a step needs: those of matrix products, forward and twice that backward.
-
-    Counted are the pairs that the pattern allows, the head on half of the tokens (as many as are masked on
-    average) for diffusion and on all of them for "ar", and of the last layer the rows that reach the head.
-    """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    width = config.head_dim * config.num_attention_heads
-    keys = hidden * 2 * config.head_dim * config.num_key_value_heads
-    rest = hidden * width * 2 + 3 * hidden * config.intermediate_size
-    before = (length + block_size) / 2  # keys that a token of a block sees on average, its own block included
-    streams, pairs, read = {
-        "ar": (1, (length + 1) / 2, 1.0),
-        "bidirectional": (1, length, 0.5),
-        "two_stream": (2, before, 0.5),
-    }[kind]
-    whole = (layers - 1) * streams * (keys + rest + 2 * width * pairs)
-    last = streams * keys + read * (rest + 2 * width * pairs)
-    return 6.0 * rows * length * (whole + last + read * hidden * config.vocab_size)
-
-
-def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
-    """Floating-point operations a second of one large square matrix product, the best of a few."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2.0 * size**3 / min(bench.clocks(lambda: a @ b)[torch.cuda.is_available()] for _ in range(8))
-
-
-def training(shape: str, length: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Steps beside AR's, with the share of the matrix-product rate that the needed arithmetic reaches.
-
-    First with the model's layers as they are, then with compiled ones, on both sides.
-    """
-    model = bench.make_model(shape)
-    device = model.device.type
-    rate = matmul_rate(device, model.dtype, 8192 if device == "cuda" else 1024)
-    yield {"case": "matmul", "value": rate / 1e12, "unit": "TFLOP/s"}
-    rows = max(1, 8192 // length) if device == "cuda" else 1
-    for compiled in (False, True):
-        if compiled:
-            compile_layers(model)
-        for kind in ("two_stream", "bidirectional") if compiled else ("two_stream", "bidirectional", "drafter"):
-            steps = bench.train_steps(model, kind, BLOCK, rows, length)
-            ours, baseline, ratio, _ = bench.measure(steps["diffusion"], steps["ar"], rounds)
-            row = {"case": f"{kind}_{length}", "value": ours, "baseline": baseline, "ratio": ratio,
-                   "unit": "s per step", "compiled": compiled, "tokens_per_second": rows * length / ours}  # fmt: skip
-            for name, which, seconds in (("share_of_matmul", kind, ours), ("ar_share_of_matmul", "ar", baseline)):
-                if which != "drafter":
-                    needed = needed_flops(model.config, which, BLOCK, rows, length)
-                    row[name] = needed / seconds / rate
-            if device == "cuda":
-                row["peak_gib"] = {which: _peak(step) for which, step in steps.items()}
-            yield row
-
-
-def _peak(step: Callable[[], None]) -> float:
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated() / 2**30
-
-
-def decoding(shape: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """One denoising forward beside reading the weights, then batches of 1, 8 and 64 beside `generate()` and our AR.
-
-    Compiled where launching kernels takes longer than running them; a batch of 64 computes long enough.
-    """
-    model = bench.make_model(shape)
-    for compiled in (False, True):
-        yield _row(weight_bound(model, compiled))
-    for batch, compiled in ((1, True), (8, True), (64, False), (1, False)):
-        for case in throughput(model, rounds, (batch,), compiled=compiled):
-            yield _row(case)
-
-
-def _row(case: DecodeCase) -> dict[str, Any]:
-    return asdict(case) | {"compiled": case.settings["compiled"]}
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    lines = ["| case | compiled | ours | AR | ratio | unit | share of matmul rate (AR's) |", "|---" * 7 + "|"]
-    for row in rows:
-        if "error" in row:
-            lines.append(f"| {row['case']} | | failed: {row['error']} | | | | |")
-            continue
-        numbers = [f"{row[key]:.4g}" if row.get(key) is not None else "" for key in ("value", "baseline", "ratio")]
-        share = f"{row['share_of_matmul']:.2f} ({row['ar_share_of_matmul']:.2f})" if "share_of_matmul" in row else ""
-        compiled = "yes" if row.get("compiled") else ""
-        lines.append(f"| {row['case']} | {compiled} | {' | '.join(numbers)} | {row.get('unit', '')} | {share} |")
-    return "\n".join(lines)
+Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("results/gpu"))
-    parser.add_argument("--shape", default="0.6b", help="of the training steps")
-    parser.add_argument("--decode-shape", default="4b")
-    parser.add_argument("--length", type=int, default=LENGTH)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("train", "decode"))
-    parser.add_argument("--minutes", type=float, default=7.5, help="after which no case begins; a third for training")
+    options = _options()
+    if options.worker:
+        from gpu_worker import work
+
+        work(options)
+        return
+    found = [case for case in listed(options.device) if options.only in case.name]
+    if options.list:
+        print("\n".join(case.name for case in found))
+        return
+    if not found:
+        raise SystemExit(f"--only {options.only!r} is in no case's name: --list prints the names")
+    rows = Rows(options.folder)
+    until = time.monotonic() + options.seconds
+    while (waiting := rows.waiting(found)) and time.monotonic() < until:
+        if not run(waiting, rows, until, options):
+            break
+    failed = sum("error" in row for row in rows.by_name.values())
+    left = [case.name for case in found if case.name not in rows.by_name]
+    then = f"; the same command again goes on with the {len(left)} that are left" if left else ""
+    print(f"{len(rows.by_name)} rows, {failed} of them failed: {options.folder / 'report.md'}{then}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument(
+        "folder", type=Path, metavar="RESULTS", help="of rows.jsonl and report.md; goes on where it was"
+    )
+    parser.add_argument("--seconds", type=float, default=500, help="after which the run ends")
+    parser.add_argument("--case-seconds", type=float, default=12, help="of a case, after which no round begins")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--only", default="", help="run the cases whose name holds this, such as train/1b")
+    parser.add_argument("--new", type=int, help="new tokens of a text; 128, 12 on a CPU")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and end")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no GPU here: run with --device cpu --shape tiny --decode-shape tiny --length 256")
-    if options.device == "cpu":
-        torch.set_num_threads(1)
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, one thread"
-    options.folder.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-        "train": lambda: training(options.shape, options.length, options.rounds),
-        "decode": lambda: decoding(options.decode_shape, options.rounds),
-    }
-    rows: list[dict[str, Any]] = []
-    began = time.perf_counter()
+    options.new = options.new or (128 if options.device == "cuda" else 12)
+    if options.new < 1 or options.seconds <= 0 or options.case_seconds <= 0:
+        raise SystemExit(f"--new {options.new}, --seconds {options.seconds:g} and --case-seconds "
+                         f"{options.case_seconds:g} must be above 0")  # fmt: skip
+    return options
 
-    def keep(row: dict[str, Any]) -> None:
-        rows.append(row)
-        seconds = time.perf_counter() - began
-        (options.folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        (options.folder / "README.md").write_text(f"# {name}\n\n{table(rows)}\n\nMeasured in {seconds:.0f} s.\n")
-        print(f"{seconds:6.0f} s  {row}", flush=True)
 
-    for part, cases in parts.items():
-        if options.only not in (None, part):
-            continue
-        until = began + 60 * options.minutes * (1 / 3 if (part, options.only) == ("train", None) else 1)
-        try:
-            for row in cases():
-                keep(row | {"part": part, "device": name, "torch": torch.__version__, "unmask": __version__})
-                if time.perf_counter() > until:
-                    keep({"case": part, "error": f"no time for cases after {rows[-1]['case']}"})
-                    break
-        except Exception as error:  # the other half is worth having
-            keep({"case": part, "error": f"{type(error).__name__}: {error}"})
+class Rows:
+    """The rows of a folder, the newest of each case; those of another machine or version are refused."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "rows.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.by_name: dict[str, Row] = {}
+        for row in filter(None, map(_read, lines)):
+            if "made" not in row:
+                raise SystemExit(f"{self.path} holds rows of another kind ({row}): give another folder")
+            self.by_name[row["case"]] = row
+        self.tried: set[str] = set()
+        self._write()
+
+    def begin(self, made: Row) -> None:
+        """Raise SystemExit if a row was made otherwise."""
+        for row in self.by_name.values():
+            for what, value in made.items():
+                if row["made"].get(what) != value:
+                    raise SystemExit(
+                        f"{self.path} holds rows with {what} {row['made'].get(what)!r}, and here it is {value!r}: give "
+                        "another folder"
+                    )
+
+    def waiting(self, cases: list[Case]) -> list[Case]:
+        """Cases without a row, then those that failed in an earlier run."""
+        again = [case for case in cases if "error" in self.by_name.get(case.name, {}) and case.name not in self.tried]
+        return [case for case in cases if case.name not in self.by_name] + again
+
+    def add(self, row: Row) -> None:
+        self.by_name[row["case"]] = row
+        self.tried.add(row["case"])
+        self._write()
+
+    def _write(self) -> None:
+        order = {case.name: place for place, case in enumerate(CASES)}
+        rows = sorted(self.by_name.values(), key=lambda row: order.get(row["case"], len(order)))
+        for path, text in (
+            (self.path, "".join(json.dumps(row) + "\n" for row in rows)),
+            (self.folder / "report.md", report(rows)),
+        ):
+            partial = path.with_suffix(".partial")
+            partial.write_text(text)
+            partial.replace(path)
+
+
+def _read(line: str) -> Row | None:
+    """A row; None for a line that was cut."""
+    try:
+        row: Row = json.loads(line)
+        return row
+    except ValueError:
+        return None
+
+
+def run(cases: list[Case], rows: Rows, until: float, options: argparse.Namespace) -> bool:
+    """Run cases in one process until it ends; whether another one may go on.
+
+    The process says which case it begins and how long that may take. One that takes longer is killed.
+    """
+    process = subprocess.Popen(
+        [sys.executable, __file__, *sys.argv[1:], "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    said = _lines(process)
+    made: Row = {}
+    before = len(rows.tried)
+    inside, deadline, began = "", until, time.monotonic()
+    try:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps({"until": until, "cases": [case.name for case in cases]}))
+        process.stdin.close()
+        while True:
+            try:
+                line = said.get(timeout=max(0.0, min(deadline, until) - time.monotonic()))
+            except queue.Empty:
+                if deadline >= until:  # the whole run's: the case goes again next time
+                    return False
+                error = f"took longer than {deadline - began:.0f} s and was stopped"
+                rows.add({"case": inside, "error": error, "made": made})
+                return True
+            if line is None:
+                break
+            if "made" in line:
+                made = line["made"]
+                rows.begin(made)
+            elif "begin" in line:
+                inside, began = line["begin"], time.monotonic()
+                deadline = began + line["seconds"]
+            else:
+                rows.add(line["row"] | {"made": made})
+                inside, deadline = "", until
+                print(f"{time.monotonic() - until + options.seconds:6.0f} s  {_short(line['row'])}", flush=True)
+    finally:
+        process.kill()
+        process.wait()
+    if inside:
+        rows.add({"case": inside, "error": f"its process ended with status {process.returncode}", "made": made})
+    elif len(rows.tried) == before:
+        raise SystemExit(process.returncode or 1)  # it has said why
+    return True
+
+
+def _lines(process: subprocess.Popen[str]) -> queue.Queue[Row | None]:
+    """What a process says, line by line, None at its end; a thread reads it, so that one may wait for a while."""
+    said: queue.Queue[Row | None] = queue.Queue()
+
+    def read() -> None:
+        for line in process.stdout or ():
+            row = _read(line)
+            if row is not None:
+                said.put(row)
+        process.wait()
+        said.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    return said
+
+
+def _short(row: Row) -> str:
+    kept = {name: value for name, value in row.items() if name not in ("case", "made") and value is not None}
+    return row["case"] + "  " + ", ".join(f"{name} {_figure(value)}" for name, value in kept.items())
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

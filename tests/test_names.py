@@ -136,7 +136,7 @@ def names_of_commands() -> dict[str, list[str]]:
         "export": ["MODEL", "--format", "uno", "--output", "out"],
     }
     assert {command.callback.__name__ for command in app.registered_commands if command.callback} == {
-        *rest, "recipes", "env",
+        *rest, "recipes", "env", "merge",
     }  # fmt: skip
     return rest
 

@@ -1,6 +1,6 @@
 """The folder of a resumable run: a record, rows, a lock, and files that are written whole or not at all.
 
-`adapt`, `run_frontier` and `run_study` each keep one, from which an interrupted run continues.
+`adapt`, `run_frontier`, `run_study` and parts each keep one, from which an interrupted run continues.
 """
 
 from __future__ import annotations

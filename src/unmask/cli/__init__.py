@@ -8,6 +8,7 @@ from unmask.cli import (  # noqa: F401  (they add commands)
     export,
     generate,
     lab,
+    merge,
     plan,
     prepare,
     recipes,

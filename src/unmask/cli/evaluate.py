@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from unmask.cli.app import Json, app, name_of
-from unmask.cli.options import DECODER, LOADING, TASKS, opened, takes_options
+from unmask.cli.options import DECODER, LOADING, TASKS, Part, opened, show_part, takes_options
 from unmask.limits import MOST_SAMPLES, check_whole
+from unmask.parts import Shard, write_part
 from unmask.plain_json import to_json
 from unmask.progress import note
+from unmask.run_folder import RunFolder, write_text
 
 
 @app.command(
@@ -41,6 +44,7 @@ def evaluate(
         str | None,
         typer.Option(help="Instead of --data: tasks of lm-evaluation-harness, or task files, with commas between."),
     ] = None,
+    shard: Part = None,
     as_json: Json = False,
     *,
     loading: dict[str, Any],
@@ -52,19 +56,19 @@ def evaluate(
     Options of decoding are those of tasks.
     """
     bound: dict[str, Any] = {"num_samples": num_samples, "exact": exact, "block_size": block_size, "seed": seed}
+    output = of_tasks.pop("output", None)
+    if output is not None and output.exists() and not output.is_dir():
+        raise ValueError(f"--output {str(output)!r} is a file: choose a folder")
+    part = None if shard is None else Shard.parse(shard)
+    if part is not None and output is None:
+        raise ValueError(f"--shard {shard} needs --output, the folder of all parts, where this one is kept")
     if tasks is not None:
         if data or more or max_documents is not None:
             raise ValueError(f"--tasks {tasks} brings its own documents: leave --data, and take fewer with --limit")
         if parent is not None:
             raise ValueError(f"--parent {parent} is for --data: run the tasks on the parent itself, and compare")
-        results = _run_tasks(model, loading, tasks, of_tasks, bound | decoder)
-        if as_json:
-            figures = {name: value for name, value in results.items() if name not in ("samples", "configs")}
-            print(to_json(figures, default=str))
-        else:
-            from unmask.evaluation.harness import table
-
-            print(table(results))
+        results = _run_tasks(model, loading, tasks, of_tasks, bound, decoder, output, part)
+        _show(results, part, show_tasks, as_json)
         return
     for name, value in (of_tasks | decoder).items():
         raise ValueError(f"--{name.replace('_', '-')} {value} is for --tasks: leave it out, or name tasks")
@@ -72,89 +76,102 @@ def evaluate(
     check_whole("--block-size", block_size)
     if not data:
         raise ValueError("evaluate needs --data FILE, or --tasks NAME of lm-evaluation-harness")
-    texts = _documents([*data, *(more or [])], max_documents, text_column, skip_invalid)
-    figures = _likelihoods(model, loading, texts, bound, parent)
+    files = [*data, *(more or [])]
+    documents = _documents(files, max_documents, text_column, skip_invalid, part)
+    figures = _likelihoods(model, loading, documents, [Path(file).name for file in files], bound, parent, output, part)
+    _show(figures, part, show_figures, as_json)
+
+
+def _show(found: dict[str, Any] | RunFolder, part: Shard | None, show: Callable[..., None], as_json: bool) -> None:
+    if isinstance(found, RunFolder):
+        assert part is not None
+        show_part(found.path, part, as_json)
+    else:
+        show(found, as_json)
+
+
+def show_figures(figures: dict[str, Any], as_json: bool) -> None:
+    """Print the likelihoods of documents."""
     print(to_json(figures) if as_json else _as_text(figures))
 
 
-def _documents(files: Sequence[str], limit: int | None, text_column: str, skip_invalid: bool) -> list[str]:
-    """The first `limit` documents of the files."""
+def show_tasks(results: dict[str, Any], as_json: bool) -> None:
+    """Print the figures of tasks."""
+    from unmask.evaluation.harness import table
+
+    figures = {name: value for name, value in results.items() if name not in ("samples", "configs")}
+    print(to_json(figures, default=str) if as_json else table(results))
+
+
+def _documents(
+    files: Sequence[str], limit: int | None, text_column: str, skip_invalid: bool, part: Shard | None = None
+) -> Any:
+    """The first `limit` documents of the files, or those of a part of them."""
     from unmask.data.readers import read_documents
     from unmask.data.sources import local_files
+    from unmask.evaluation.figures import part_of
 
     check_whole("--max-documents", limit)
     paths = local_files(files, "data")
-    texts: list[str] = []
-    for path in paths:
-        for text in read_documents(path, text_column=text_column, skip_invalid=skip_invalid, note=note):
-            if limit is not None and len(texts) >= limit:
-                break
-            texts.append(text)
-        if not texts:
-            raise ValueError(f"data file {str(path)!r} holds no documents")
-    return texts
+
+    def texts() -> Iterator[str]:
+        found = False
+        for path in paths:
+            for text in read_documents(path, text_column=text_column, skip_invalid=skip_invalid, note=note):
+                found = True
+                yield text
+            if not found:
+                raise ValueError(f"data file {str(path)!r} holds no documents")
+
+    return part_of(islice(texts(), limit), part or Shard())
 
 
 def _likelihoods(
-    model: str, loading: dict[str, Any], texts: list[str], bound: dict[str, Any], parent: str | None = None
-) -> dict[str, Any]:
-    """The figures of --json: nats per predicted token and bits per byte, None where the checkpoint has no such mode.
+    model: str, loading: dict[str, Any], documents: Any, data: list[str], bound: dict[str, Any],
+    parent: str | None, output: Path | None, part: Shard | None,
+) -> dict[str, Any] | RunFolder:  # fmt: skip
+    """The figures of --json, or the folder of a part.
 
     parent: a model whose figures stand beside them, with what both write.
     """
-    from unmask.evaluation.likelihood import summarise
+    from unmask.evaluation.figures import describe, figures, measure, written_beside
 
     lm = opened(model, loading, "likelihood")
-    exact, block_size = bound["exact"], bound["block_size"]
-    if lm.diffusion is None and (exact or block_size is not None):
+    if lm.diffusion is None and (bound["exact"] or bound["block_size"] is not None):
         raise ValueError(f"model {model!r} is an untouched AR model and has no blocks: leave --block-size and --exact")
-    of_parent = None if parent is None else _load_parent(parent, lm, loading)
-    nll = summarise(lm.nll(texts, show_progress=True))
-    nelbo = None if lm.diffusion is None else summarise(lm.nelbo(texts, show_progress=True, **bound))
-    figures = {
-        "nll": nll.nats_per_token,
-        "nelbo": nelbo and nelbo.nats_per_token,
-        "nelbo_standard_error": nelbo and (0.0 if exact else nelbo.standard_error),
-        "nll_bits_per_byte": nll.bits_per_byte,
-        "nelbo_bits_per_byte": nelbo and nelbo.bits_per_byte,
-        "num_documents": nll.num_documents,
-        "num_tokens": nll.num_tokens,
-        "num_samples": bound["num_samples"] if nelbo and not exact else None,
-        "block_size": (block_size or lm.diffusion.block_size) if lm.diffusion else None,
-    }
-    return figures if of_parent is None else figures | _beside(parent, of_parent, lm, texts)
+    ar = None if parent is None else _load_parent(parent, lm, loading)
+    record = describe(model, lm, documents, data, bound, parent, ar)
+
+    def written() -> dict[str, Any] | None:
+        return None if ar is None else written_beside(ar, lm, documents.first)
+
+    if part is not None:
+
+        def fill(folder: RunFolder) -> dict[str, Any]:
+            folder.write_rows(measure(lm, ar, documents, bound))
+            return {"written": written()} if part.number == 1 else {}
+
+        assert output is not None
+        return write_part(output, part, record, fill)
+    found = figures(record, measure(lm, ar, documents, bound), written())
+    if output is not None:
+        write_figures(output, found)
+    return found
+
+
+def write_figures(output: Path, figures: dict[str, Any]) -> None:
+    """results.json of the likelihoods of documents."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "results.json", to_json(figures, indent=2) + "\n")
 
 
 def _load_parent(name: str, lm: Any, loading: dict[str, Any]) -> Any:
     """The parent; ValueError for a model that `lm` cannot be compared with."""
-    from unmask.evaluation.beside import check_same_vocabulary
+    from unmask.evaluation.figures import check_parent
 
     parent = opened(name, {key: value for key, value in loading.items() if key != "base"}, "mode ar")
-    check_same_vocabulary(parent.tokenizer, lm.tokenizer, f"parent {name!r}", "the model")
+    check_parent(parent, name, lm)
     return parent
-
-
-def _beside(name: str | None, parent: Any, lm: Any, texts: list[str]) -> dict[str, Any]:
-    """The parent's figures, and what it and `lm` write after the beginnings of the texts."""
-    from unmask.evaluation.beside import beginnings, write
-    from unmask.evaluation.likelihood import summarise
-
-    nll = summarise(parent.nll(texts, show_progress=True))
-    of_parent = {"model": name, "nll": nll.nats_per_token, "nll_bits_per_byte": nll.bits_per_byte}
-    prompts = beginnings(
-        [document.ids for document in lm._documents(texts)], lm.diffusion and lm.diffusion.mask_token_id
-    )
-    if not len(prompts):
-        return {"parent": of_parent}
-    both = {"parent": write(parent, prompts, "ar"), "model": write(lm, prompts)}
-    of_parent |= {"text": both["parent"].text, "tokens_per_forward": both["parent"].tokens_per_forward}
-    return {
-        "parent": of_parent,
-        "prompt": lm.tokenizer.decode(prompts[0]),
-        "text": both["model"].text,
-        "mode": lm.default_mode,
-        "tokens_per_forward": both["model"].tokens_per_forward,
-    }
 
 
 def _as_text(figures: dict[str, Any]) -> str:
@@ -193,23 +210,35 @@ def _parent_as_text(figures: dict[str, Any]) -> list[str]:
 
 
 def _run_tasks(
-    model: str, loading: dict[str, Any], tasks: str, of_tasks: dict[str, Any], scoring: dict[str, Any]
-) -> dict[str, Any]:
-    """`evaluate --tasks`: `scoring` are the options of the bound and of decoding."""
+    model: str, loading: dict[str, Any], tasks: str, of_tasks: dict[str, Any], bound: dict[str, Any],
+    decoder: dict[str, Any], output: Path | None, part: Shard | None,
+) -> dict[str, Any] | RunFolder:  # fmt: skip
+    """`evaluate --tasks`: its results, or the folder of a part."""
     try:
         from unmask.evaluation.harness import load_tasks, run_tasks, write_results
         from unmask.evaluation.lm_eval import HarnessLM
+        from unmask.evaluation.task_parts import answers, describe
     except ImportError as error:
         raise ValueError(f'--tasks needs lm-evaluation-harness ({error}): pip install "unmask[eval]"') from error
-    loaded = load_tasks([name.strip() for name in tasks.split(",")], of_tasks.pop("tasks_folder", None))
+    names, folder = [name.strip() for name in tasks.split(",")], of_tasks.pop("tasks_folder", None)
+    loaded = load_tasks(names, folder)
 
     lm = opened(model, loading)
-    output = of_tasks.pop("output", None)
     size = {name: of_tasks.pop(name) for name in ("batch_size", "max_length") if name in of_tasks}
-    results = run_tasks(HarnessLM(lm, show_progress=True, **scoring, **size), loaded, **of_tasks)
-    if output is not None:
-        write_results(results, output)
-    return results
+    harness = HarnessLM(lm, show_progress=True, **bound, **decoder, **size)
+    if part is None:
+        results = run_tasks(harness, loaded, **of_tasks)
+        if output is not None:
+            write_results(results, output)
+        return results
+
+    def fill(place: RunFolder) -> dict[str, Any]:
+        rows, costs = answers(harness, loaded, part, **of_tasks)
+        place.write_rows(rows)
+        return {"costs": costs}
+
+    assert output is not None
+    return write_part(output, part, describe(model, harness, names, folder, of_tasks, loading), fill)
 
 
 @app.command(epilog="Example: unmask embed runs/q sentences.jsonl --output sentences.npy")

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from unmask.cli.app import Json, Temperature, app, name_of
-from unmask.cli.options import LOADING, takes_options
+from unmask.cli.options import LOADING, Part, show_part, takes_options
 from unmask.limits import MOST_ROUNDS, check_whole
+from unmask.parts import Shard
 from unmask.plain_json import to_json
 from unmask.version import __version__
 
@@ -50,6 +51,7 @@ def frontier(
     output: Annotated[
         Path | None, typer.Option(help="Folder for run.json, rows.jsonl and the figure; continued where it stopped.")
     ] = None,
+    shard: Part = None,
     as_json: Json = False,
     *,
     loading: dict[str, Any],
@@ -59,9 +61,14 @@ def frontier(
     if bool(files) == (task is not None):
         raise ValueError(f"--data {files} and --task {task}: give documents to begin with, or one task, and not both")
 
+    part = None if shard is None else Shard.parse(shard)
+    if part is not None and output is None:
+        raise ValueError(f"--shard {shard} needs --output, the folder of all parts, where this one is kept")
+
     import torch
 
-    from unmask.lab.sweep import Sweep, areas, parse_rules, run_frontier, table, whole_numbers
+    from unmask.lab.frontier_folder import run_frontier
+    from unmask.lab.sweep import Sweep, parse_rules, whole_numbers
 
     torch.set_num_threads(1)
     sweep = Sweep(
@@ -77,8 +84,19 @@ def frontier(
         task=task,
         parent=parent,
         output=output,
+        shard=part,
         **loading,
     )
+    if part is not None and output is not None:
+        show_part(output / part.folder_name, part, as_json)
+    else:
+        show_frontier(rows, run, as_json)
+
+
+def show_frontier(rows: Any, run: dict[str, Any], as_json: bool) -> None:
+    """Print the rows of a frontier."""
+    from unmask.lab.sweep import areas, table
+
     if as_json:
         print(to_json({"rows": [asdict(row) for row in rows], "aup": areas(rows), "settings": run}))
     else:

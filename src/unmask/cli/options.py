@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from unmask.cli.app import Base, TrustRemoteCode
+from unmask.parts import Shard
+from unmask.plain_json import to_json
 from unmask.progress import announce
 
 LOADING: dict[str, Any] = {
@@ -78,9 +80,25 @@ TASKS: dict[str, Any] = {
     ],
     "apply_chat_template": Annotated[bool | None, typer.Option(help="Tasks: as messages in the chat template.")],
     "confirm_run_unsafe_code": Annotated[bool | None, typer.Option(help="Tasks: run code that the model wrote.")],
-    "output": Annotated[Path | None, typer.Option(help="Tasks: folder for results.json and every sample.")],
+    "output": Annotated[
+        Path | None, typer.Option(help="Folder for results.json, the samples of tasks, and parts of --shard.")
+    ],
 }
 """Options of `evaluate --tasks` besides those of decoding; a task says itself how it samples."""
+
+Part = Annotated[
+    str | None,
+    typer.Option(help="Do part i/n of the work, 1/n to n/n, for `unmask merge`; --output is the folder of all parts."),
+]
+
+
+def show_part(folder: Path, part: Shard, as_json: bool) -> None:
+    """Say that a part is finished, and how all are put together."""
+    if as_json:
+        print(to_json({"part": str(part), "folder": str(folder)}))
+    else:
+        print(f"{folder} is finished; when all parts are: unmask merge {folder.parent}")
+
 
 _TABLES = {"loading": LOADING, "decoder": DECODER, "sampling": SAMPLING | CONSTRAINT, "of_tasks": TASKS}
 """The parameter of a command that gets the options of a table, by name."""

@@ -15,7 +15,6 @@ from typing import Any
 from lm_eval import evaluator, utils
 from lm_eval.tasks import TaskManager
 
-from unmask.evaluation.lm_eval import HarnessLM
 from unmask.limits import LARGEST, check_number, check_whole
 from unmask.plain_json import to_json
 
@@ -47,7 +46,7 @@ def load_tasks(names: Sequence[str], folder: str | None = None) -> dict[str, Any
 
 
 def run_tasks(
-    model: HarnessLM,
+    model: Any,
     tasks: dict[str, Any],
     *,
     limit: float | None = None,
@@ -59,6 +58,7 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Run what `load_tasks` gave; the harness's results, and beside them `model` (estimator, samples ...) and `costs`.
 
+    model: a `HarnessLM`, or what has its tokenizer, information and costs.
     As `lm_eval.simple_evaluate` with its own defaults, but for 1,000 bootstrap draws where a standard error
     has no formula. limit: documents of each task, or their share if below 1. gen_kwargs: in place of a task's
     own settings of generation, as a dict or "name=value,...".

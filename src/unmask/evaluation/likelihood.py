@@ -60,10 +60,13 @@ class Document:
     loss_mask: Tensor | None = None
 
 
-def documents_of(tokenizer: Any, texts: Sequence[str], mask_token_id: int | None) -> list[Document]:
+def documents_of(
+    tokenizer: Any, texts: Sequence[str], mask_token_id: int | None, numbers: Sequence[int] | None = None
+) -> list[Document]:
     """Exactly tokenizer(text) of each text, with the UTF-8 bytes that each token spells.
 
-    Raises ValueError for no texts, and for a text that holds the mask token, which has probability 0.
+    numbers: of the texts in a larger set, from 0. Raises ValueError for no texts, and for a text that holds the mask
+    token, which has probability 0.
     """
     if not texts:
         raise ValueError("texts is empty: give at least one document")
@@ -71,7 +74,8 @@ def documents_of(tokenizer: Any, texts: Sequence[str], mask_token_id: int | None
     for i, (ids, num_bytes) in enumerate(_ids_and_bytes(tokenizer, texts)):
         if mask_token_id in ids:
             raise ValueError(
-                f"document {i + 1} holds the mask token {tokenizer.mask_token!r} as a word of its own, "
+                f"document {(i if numbers is None else numbers[i]) + 1} holds the mask token "
+                f"{tokenizer.mask_token!r} as a word of its own, "
                 "which has probability 0: take it out, or convert with a mask token of its own"
             )
         documents.append(Document(torch.from_numpy(ids.astype("int64")), torch.from_numpy(num_bytes.astype("int64"))))

@@ -25,7 +25,10 @@ def draw_frontier(folder: Path, model: str, parent: str, rows: Sequence[Frontier
 
 def _title(model: str, parent: str) -> str:
     """What was measured, in words: the parent's name, and the recipe where the model's folder records one."""
-    record = Path(locate(model)) / "run.json"
+    try:
+        record = Path(locate(model)) / "run.json"
+    except ValueError:  # parts may be put together where the model is not
+        record = Path()
     recipe = json.loads(record.read_text()).get("settings", {}).get("recipe") if record.is_file() else None
     name = Path(parent).name
     return f"{name}, converted with {recipe}" if recipe else f"{Path(model).name}, made from {name}"

@@ -1,56 +1,39 @@
-"""`unmask frontier`: many ways of decoding one checkpoint, each timed in turn with its AR parent, into one folder.
+"""Many ways of decoding one checkpoint, each timed in turn with its AR parent: the rows of a frontier.
 
-The folder holds run.json (what was measured, on what), rows.jsonl (a line a setting and batch size, written as it is
-made, so that a run cut short goes on where it stopped) and the figure. Texts do not depend on the batch size:
-each is written and judged once and then timed at every batch size.
+Texts do not depend on the batch size: each is written and judged once and then timed at every batch size.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-import transformers
 from torch import Tensor
 
 from unmask import hf
-from unmask.conversion.run_record import IN_MEMORY
-from unmask.data.plain_text import open_ids
-from unmask.data.readers import read_documents
-from unmask.data.sources import local_files
-from unmask.lab.figures import draw_frontier
 from unmask.lab.frontier import (
     FrontierRow,
     Score,
     Setting,
     accuracy_under_parallelism,
     block_size_of,
-    check_vocabulary,
     data_row,
     decode,
     frontier_row,
     judge,
 )
 from unmask.lab.oracle import speed_of_light
-from unmask.lab.tasks import problems
 from unmask.limits import LARGEST, MOST_ROUNDS, check_seed, check_whole
-from unmask.loading import load, recorded_base
 from unmask.model import DiffusionLM
-from unmask.model_name import locate
+from unmask.parts import Shard
 from unmask.plain_numbers import plain_fields
-from unmask.progress import Advance, progress
+from unmask.progress import progress
 from unmask.run_folder import RunFolder
 from unmask.sampling import Confidence, EntropyBound, Factor, Random, Selector, Threshold
 from unmask.sampling.tokens import check_sampling
-from unmask.version import __version__
 
 _RULES: dict[str, Callable[[float], Selector]] = {
     "threshold": Threshold,
@@ -138,141 +121,41 @@ def _whole(name: str, value: float) -> int:
     return int(value)
 
 
-# --- prompts, parent, folder
+Key = tuple[str, str | None, float | None, int | None, int | None]
+"""Mode, rule, value, block size and batch size of a row: which one it is."""
 
 
-def beginnings(tokenizer: Any, texts: Iterable[str], sweep: Sweep) -> tuple[list[Tensor], list[list[int]]]:
-    """The first tokens of the first documents that are long enough, and the tokens that follow them there."""
-    prompts, continuations = [], []
-    length = sweep.prompt_tokens + sweep.max_new_tokens
-    for text in texts:
-        ids = open_ids(tokenizer, text)
-        if len(ids) >= length:
-            prompts.append(torch.tensor(ids[: sweep.prompt_tokens]))
-            continuations.append(ids[sweep.prompt_tokens : length])
-        if len(prompts) == sweep.num_prompts:
-            break
-    if not prompts:
-        raise ValueError(f"no document has prompt_tokens + max_new_tokens = {length} tokens: ask for fewer")
-    return prompts, continuations
+class Unit(NamedTuple):
+    """Rows that are measured together, a part of a sweep. setting: None for the data and the oracle."""
+
+    model: DiffusionLM
+    setting: Setting | None
+    keys: tuple[Key, ...]
 
 
-def run_frontier(
-    model: str,
-    sweep: Sweep,
-    *,
-    base: str | None = None,
-    data: Sequence[str] = (),
-    task: str | None = None,
-    parent: str | None = None,
-    output: Path | None = None,
-    show_progress: bool = True,
-    **loading: Any,
-) -> tuple[list[FrontierRow], dict[str, Any]]:
-    """Rows and run.json of a model on documents' beginnings, or on the problems of a task. loading: of `load`."""
-    files = local_files(data, "data") if data else []
-    of_task = [] if task is None else problems([task], "test", sweep.num_prompts, sweep.seed)
-    lm, ar = load_pair(model, parent, base, **loading)
-    continuations, score = None, None
-    if of_task:
-        prompts = [torch.tensor(open_ids(ar.tokenizer, problem.prompt)) for problem in of_task]
-
-        def score(texts: list[str]) -> list[bool]:
-            return [problem.check(text) for problem, text in zip(of_task, texts, strict=False)]
-    else:
-        texts = (text for file in files for text in read_documents(file))
-        prompts, continuations = beginnings(ar.tokenizer, texts, sweep)
-    context, longest = lm.network.context_length, max(map(len, prompts)) + sweep.max_new_tokens
-    if context is not None and longest > context:
-        raise ValueError(f"prompt and max_new_tokens make {longest} tokens, more than the model's context of {context}")
-    run = describe(model, lm, ar, prompts, sweep, [f"task {task}"] if task else [Path(file).name for file in files])
-    folder = None if output is None else RunFolder(output, "run.json", "rows.jsonl", ("model_fingerprint",), None)
-    with nullcontext() if folder is None else folder.claimed():
-        earlier = [] if folder is None else earlier_rows(folder, run)
-        rows = run_sweep(lm, ar, prompts, sweep, continuations=continuations, score=score, earlier=earlier,
-                         folder=folder, show_progress=show_progress)  # fmt: skip
-        if folder is not None:
-            draw_frontier(folder.path, model, run["parent"], rows)
-    return rows, run
+def plan(lm: DiffusionLM, parent: DiffusionLM, sweep: Sweep, *, data: bool) -> list[Unit]:
+    """All rows of a sweep in their order, baselines first. data: whether the data have a row."""
+    assert lm.diffusion is not None
+    settings = [(parent, Setting("ar")), (parent, Setting("prompt_lookup", batch_size=1))]
+    for block_size in sweep.block_sizes:
+        if lm.diffusion.serves_ar:
+            settings.append((lm, Setting("speculative", block_size=block_size)))
+        settings += [(lm, Setting("diffusion", rule, block_size)) for rule in sweep.rules]
+    units = [Unit(parent, None, (("data", None, None, None, None),))] if data else []
+    for model, setting in settings:
+        sizes = (1,) if setting.mode == "prompt_lookup" else sweep.batch_sizes
+        what = (setting.mode, setting.rule, setting.value, block_size_of(lm, setting))
+        units.append(Unit(model, setting, tuple((*what, size) for size in sizes)))
+    blocks = [size or lm.diffusion.block_size for size in sweep.block_sizes] if sweep.oracle else []
+    if blocks and lm.diffusion.attention == "bidirectional":
+        blocks = [lm.diffusion.block_size]  # one canvas, whatever it is cut into
+    units += [Unit(lm, None, (("oracle", None, None, size, None),)) for size in blocks]
+    return list({unit.keys: unit for unit in units}.values())
 
 
-def load_pair(
-    model: str, parent: str | None = None, base: str | None = None, **loading: Any
-) -> tuple[DiffusionLM, DiffusionLM]:
-    """A converted checkpoint and the AR model it was made from: `parent`, or its `base`, or what its folder records.
-
-    loading: options of `load`, of both.
-    """
-    lm = load(model, base=base, **loading)
-    if lm.diffusion is None:
-        raise ValueError(f"model {model!r} is an untouched AR model, whose frontier is one point: adapt it first")
-    name = parent or base or _recorded_parent(model)
-    try:
-        ar = load(name, **loading)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"parent {name!r} does not load, give the AR model with --parent: {error}") from error
-    if ar.diffusion is not None and not ar.diffusion.serves_ar:
-        raise ValueError(
-            f"parent {name!r} is converted itself, and its AR mode is no language model: give the original AR model "
-            "with --parent"
-        )
-    check_vocabulary(lm, ar)
-    return lm, ar
-
-
-def _recorded_parent(model: str) -> str:
-    name, run = recorded_base(model), Path(locate(model)) / "run.json"
-    if not name and run.is_file():
-        name = json.loads(run.read_text()).get("parent", {}).get("name")
-    if not name or name == IN_MEMORY:
-        raise ValueError(f"model {model!r} records no AR parent to compare with: give it with --parent")
-    return str(name)
-
-
-def earlier_rows(folder: RunFolder, run: dict[str, Any]) -> list[FrontierRow]:
-    """The rows that an earlier run of the same measurement left; ValueError for those of another one."""
-    before = folder.read()
-    if before is None:
-        folder.write(run)
-        return []
-    if before["model_fingerprint"] != run["model_fingerprint"]:
-        raise ValueError(
-            f"output folder {str(folder.path)!r} holds results of another model, {before['model']!r} "
-            f"(fingerprint {before['model_fingerprint']}, not {run['model_fingerprint']}): choose another folder"
-        )
-    compared = {key: value for key, value in run.items() if key not in ("model", "parent", "versions")}
-    folder.refuse_another("another frontier", before, compared)
-    return [FrontierRow(**row) for row in folder.read_rows()]
-
-
-def describe(
-    model: str, lm: DiffusionLM, parent: DiffusionLM, prompts: Sequence[Tensor], sweep: Sweep, sources: list[str]
-) -> dict[str, Any]:
-    """What run.json says: everything that rows of one folder must have in common."""
-    device = lm.network.device.type
-    clock = "CPU seconds of one thread" if device == "cpu" and torch.get_num_threads() == 1 else "wall clock"
-    fingerprint = hf.fingerprint(lm.model) + ("" if lm.drafter is None else "-" + hf.fingerprint(lm.drafter))
-    listed = repr([prompt.tolist() for prompt in prompts])
-    return {
-        "model": model,
-        "model_fingerprint": fingerprint,
-        "parent": str(getattr(parent.model.config, "_name_or_path", "")),
-        "parent_fingerprint": hf.fingerprint(parent.model),
-        "prompts": sources,
-        "num_prompts": len(prompts),
-        "prompts_fingerprint": hashlib.sha256(listed.encode()).hexdigest()[:16],
-        "max_new_tokens": sweep.max_new_tokens,
-        "temperature": sweep.temperature,
-        "seed": sweep.seed,
-        "rounds": sweep.rounds,
-        "device": device,
-        "clock": clock,
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
-        "versions": {"unmask": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }
-
-
-# --- measuring
+def key_of(row: FrontierRow) -> Key:
+    """Which row it is."""
+    return row.mode, row.rule, row.value, row.block_size, row.batch_size
 
 
 def run_sweep(
@@ -285,51 +168,50 @@ def run_sweep(
     score: Score | None = None,
     earlier: Sequence[FrontierRow] = (),
     folder: RunFolder | None = None,
+    shard: Shard = Shard(),
     show_progress: bool = False,
 ) -> list[FrontierRow]:
-    """All rows, `earlier` ones first, new ones also appended to those in the folder.
+    """All rows, or those of a part; `earlier` ones first, new ones also appended to those in the folder.
 
     continuations: those of the documents, for a row of the data itself. score: of a task, for accuracies.
     """
-    assert lm.diffusion is not None
-    rows, keys = list(earlier), {_key(row) for row in earlier}
-
-    def add(row: FrontierRow) -> None:
-        rows.append(row)
-        if folder is not None:
-            folder.append(asdict(row))
-
-    plan = list(_plan(lm, parent, sweep))
-    sizes = [size or lm.diffusion.block_size for size in sweep.block_sizes] if sweep.oracle else []
-    if sizes and lm.diffusion.attention == "bidirectional":
-        sizes = [lm.diffusion.block_size]  # one canvas, whatever it is cut into
-    missing_sizes = [size for size in sizes if ("oracle", None, None, size, None) not in keys]
-    total = sum(len(batches) for _, _, batches in plan) + len(sizes)
-    missing = [(model, setting, [b for b in batches if _wanted_key(model, setting, b) not in keys])
-               for model, setting, batches in plan]  # fmt: skip
-    num_missing = sum(len(batches) for _, _, batches in missing) + len(missing_sizes)
-    with progress("frontier", total, start=total - num_missing, show=show_progress) as advance:
-        if continuations is not None and not any(row.mode == "data" for row in earlier):
-            add(data_row(parent, [prompt.tolist() for prompt in prompts], continuations))
-        for model, setting, batches in missing:
-            if batches:
-                for row in _measure(model, parent, prompts, setting, batches, sweep, score, advance):
-                    add(row)
-        for size in missing_sizes:
-            add(_oracle(lm, parent, prompts[: sweep.oracle], size, sweep, score))
-            advance(1, "oracle")
+    rows, done = list(earlier), set(map(key_of, earlier))
+    units = [unit for i, unit in enumerate(plan(lm, parent, sweep, data=continuations is not None)) if shard.takes(i)]
+    keys = [key for unit in units for key in unit.keys]
+    with progress("frontier", len(keys), start=len(done & set(keys)), show=show_progress) as advance:
+        for unit in units:
+            missing = [key for key in unit.keys if key not in done]
+            if not missing:
+                continue
+            for row in _rows_of(unit, missing, lm, parent, prompts, sweep, continuations, score):
+                rows.append(row)
+                if folder is not None:
+                    folder.append(asdict(row))
+                value = "" if row.value is None else f" {row.value:g}"
+                batch = "" if row.batch_size is None else f", batch {row.batch_size}"
+                advance(1, f"{row.rule or row.mode}{value}{batch}")
     return rows
 
 
-def _plan(lm: DiffusionLM, parent: DiffusionLM, sweep: Sweep) -> Iterator[tuple[DiffusionLM, Setting, Sequence[int]]]:
-    """(model, setting, batch sizes), baselines first."""
-    yield parent, Setting("ar"), sweep.batch_sizes
-    yield parent, Setting("prompt_lookup", batch_size=1), (1,)
-    for block_size in sweep.block_sizes:
-        if lm.diffusion is not None and lm.diffusion.serves_ar:
-            yield lm, Setting("speculative", block_size=block_size), sweep.batch_sizes
-        for rule in sweep.rules:
-            yield lm, Setting("diffusion", rule, block_size), sweep.batch_sizes
+def _rows_of(
+    unit: Unit,
+    missing: Sequence[Key],
+    lm: DiffusionLM,
+    parent: DiffusionLM,
+    prompts: Sequence[Tensor],
+    sweep: Sweep,
+    continuations: Sequence[Sequence[int]] | None,
+    score: Score | None,
+) -> Iterator[FrontierRow]:
+    """The rows of a unit that are missing."""
+    mode, _, _, block_size, _ = missing[0]
+    if unit.setting is not None:
+        batches = [batch for *_, batch in missing if batch is not None]
+        yield from _measure(unit.model, parent, prompts, unit.setting, batches, sweep, score)
+    elif mode == "data":
+        yield data_row(parent, [prompt.tolist() for prompt in prompts], continuations or [])
+    else:
+        yield _oracle(lm, parent, prompts[: sweep.oracle], block_size, sweep, score)
 
 
 def _measure(
@@ -340,7 +222,6 @@ def _measure(
     batches: Sequence[int],
     sweep: Sweep,
     score: Score | None,
-    advance: Advance,
 ) -> Iterator[FrontierRow]:
     """A row for each batch size: the same texts, judged once, timed in turn with the parent."""
     options: dict[str, Any] = {
@@ -362,8 +243,6 @@ def _measure(
             row, batch_size=batch, tokens_per_second=statistics.median(speeds),
             speed_over_ar=statistics.median(ratios) if ratios else 1.0,
         )  # fmt: skip
-        value = "" if setting.value is None else f" {setting.value:g}"
-        advance(1, f"{setting.rule or setting.mode}{value}, batch {batch}")
 
 
 def _oracle(
@@ -394,15 +273,6 @@ def _oracle(
         new / sum(text.num_forwards for text in found), None, None, **vars(quality),
         accuracy=None if right is None else sum(right) / len(right),
     )  # fmt: skip
-
-
-def _key(row: FrontierRow) -> tuple[Any, ...]:
-    return row.mode, row.rule, row.value, row.block_size, row.batch_size
-
-
-def _wanted_key(lm: DiffusionLM, setting: Setting, batch_size: int) -> tuple[Any, ...]:
-    """`_key` of the row that a setting will make."""
-    return setting.mode, setting.rule, setting.value, block_size_of(lm, setting), batch_size
 
 
 def areas(rows: Sequence[FrontierRow]) -> dict[str, float]:

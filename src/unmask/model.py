@@ -335,11 +335,9 @@ class DiffusionLM:
 
     # --- likelihood
 
-    def nll(
-        self, texts: str | Sequence[str], *, numbers: Sequence[int] | None = None, show_progress: bool = False
-    ) -> list[LikelihoodOutput]:
-        """Exact negative log-likelihood of each text in AR mode (every checkpoint has it); numbers: as in `nelbo`."""
-        documents = self._documents(texts, numbers)
+    def nll(self, texts: str | Sequence[str], *, show_progress: bool = False) -> list[LikelihoodOutput]:
+        """Exact negative log-likelihood of each text in AR mode (every checkpoint has it)."""
+        documents = self._documents(texts)
         with progress(
             "nll", likelihood.num_windows(documents, self.network.context_length), show=show_progress
         ) as advance:
@@ -353,18 +351,15 @@ class DiffusionLM:
         exact: bool = False,
         block_size: int | None = None,
         seed: int | None = None,
-        numbers: Sequence[int] | None = None,
         show_progress: bool = False,
     ) -> list[LikelihoodOutput]:
         """Upper bound on the negative log-likelihood of each text in diffusion mode, with uniform masks.
 
-        Monte Carlo over `num_samples` masks per block, or exact=True by enumeration for blocks of up to 4. numbers: of
-        each text in a larger set, from 0, where `texts` are a part of it: a text's masks depend on seed and number.
-        By default its place in `texts`.
+        Monte Carlo over `num_samples` masks per block, or exact=True by enumeration for blocks of up to 4.
         """
         if self.diffusion is None:
             raise ValueError("nelbo needs a converted checkpoint: this is an untouched AR model; use nll")
-        documents = self._documents(texts, numbers)
+        documents = self._documents(texts)
         with progress(
             "nelbo", likelihood.num_windows(documents, self.network.context_length), show=show_progress
         ) as advance:
@@ -375,18 +370,14 @@ class DiffusionLM:
                 num_samples=plain(num_samples),
                 exact=exact,
                 seed=given_or_new(seed),
-                numbers=numbers,
                 context_length=self.network.context_length,
                 progress=advance,
             )
 
-    def _documents(self, texts: str | Sequence[str], numbers: Sequence[int] | None = None) -> list[likelihood.Document]:
+    def _documents(self, texts: str | Sequence[str]) -> list[likelihood.Document]:
         self._check_weights()
-        texts = [texts] if isinstance(texts, str) else texts
-        if numbers is not None and len(numbers) != len(texts):
-            raise ValueError(f"numbers has {len(numbers)} entries for {len(texts)} texts: give one each")
         mask_token_id = None if self.diffusion is None else self.diffusion.mask_token_id
-        return likelihood.documents_of(self.tokenizer, texts, mask_token_id, numbers)
+        return likelihood.documents_of(self.tokenizer, [texts] if isinstance(texts, str) else texts, mask_token_id)
 
     # --- embeddings
 

@@ -14,8 +14,18 @@ import torch
 
 from unmask import hf
 from unmask.evaluation.beside import beginnings, check_same_vocabulary, write
-from unmask.evaluation.likelihood import LikelihoodOutput, LikelihoodSummary, summarise
+from unmask.evaluation.likelihood import (
+    Document,
+    LikelihoodOutput,
+    LikelihoodSummary,
+    documents_of,
+    nelbo,
+    nll,
+    num_windows,
+    summarise,
+)
 from unmask.parts import Shard
+from unmask.progress import progress
 from unmask.version import __version__
 
 _LOOKED_AT = 1000
@@ -78,18 +88,44 @@ def fingerprint(lm: Any) -> str:
 
 def measure(lm: Any, parent: Any, documents: Documents, bound: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each document: its number, and `LikelihoodOutput` of what the model has, and of its parent."""
-    numbers, texts = list(documents.texts), list(documents.texts.values())
-    if not texts:
+    if not documents.texts:
         return []
-    found = {"nll": lm.nll(texts, numbers=numbers, show_progress=True)}
+    found = {"nll": _nll(lm, documents)}
     if lm.diffusion is not None:
-        found["nelbo"] = lm.nelbo(texts, numbers=numbers, show_progress=True, **bound)
+        found["nelbo"] = _nelbo(lm, documents, **bound)
     if parent is not None:
-        found["parent_nll"] = parent.nll(texts, numbers=numbers, show_progress=True)
+        found["parent_nll"] = _nll(parent, documents)
     return [
         {"document": number} | {name: asdict(outputs[i]) for name, outputs in found.items()}
-        for i, number in enumerate(numbers)
+        for i, number in enumerate(documents.texts)
     ]
+
+
+def _nll(lm: Any, documents: Documents) -> list[LikelihoodOutput]:
+    """`DiffusionLM.nll` of a part."""
+    ids, context_length = _ids(lm, documents), lm.network.context_length
+    with progress("nll", num_windows(ids, context_length)) as advance:
+        return nll(lm.network, ids, context_length=context_length, progress=advance)
+
+
+def _nelbo(lm: Any, documents: Documents, *, block_size: int | None, **bound: Any) -> list[LikelihoodOutput]:
+    """`DiffusionLM.nelbo` of a part, whose masks are those of the whole."""
+    ids, context_length = _ids(lm, documents), lm.network.context_length
+    with progress("nelbo", num_windows(ids, context_length)) as advance:
+        return nelbo(
+            lm.network,
+            lm.diffusion.with_block_size(block_size),
+            ids,
+            numbers=list(documents.texts),
+            context_length=context_length,
+            progress=advance,
+            **bound,
+        )
+
+
+def _ids(lm: Any, documents: Documents) -> list[Document]:
+    mask_token_id = lm.diffusion and lm.diffusion.mask_token_id
+    return documents_of(lm.tokenizer, list(documents.texts.values()), mask_token_id, list(documents.texts))
 
 
 def figures(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], written: Any = None) -> dict[str, Any]:
@@ -98,16 +134,16 @@ def figures(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], writte
     Nats per predicted token and bits per byte, None where the checkpoint has no such mode. written: of
     `written_beside`, where there is a parent.
     """
-    nll = _summary(rows, "nll")
-    nelbo = _summary(rows, "nelbo") if "nelbo" in rows[0] else None
+    exact = _summary(rows, "nll")
+    bound = _summary(rows, "nelbo") if "nelbo" in rows[0] else None
     found = {
-        "nll": nll.nats_per_token,
-        "nelbo": nelbo and nelbo.nats_per_token,
-        "nelbo_standard_error": nelbo and (0.0 if record["exact"] else nelbo.standard_error),
-        "nll_bits_per_byte": nll.bits_per_byte,
-        "nelbo_bits_per_byte": nelbo and nelbo.bits_per_byte,
-        "num_documents": nll.num_documents,
-        "num_tokens": nll.num_tokens,
+        "nll": exact.nats_per_token,
+        "nelbo": bound and bound.nats_per_token,
+        "nelbo_standard_error": bound and (0.0 if record["exact"] else bound.standard_error),
+        "nll_bits_per_byte": exact.bits_per_byte,
+        "nelbo_bits_per_byte": bound and bound.bits_per_byte,
+        "num_documents": exact.num_documents,
+        "num_tokens": exact.num_tokens,
         "num_samples": record["num_samples"],
         "block_size": record["block_size"],
     }

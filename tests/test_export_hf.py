@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -280,6 +281,8 @@ def test_cards_say_what_decodes_a_folder(exported: Any) -> None:
         assert card.count("\n- custom_generate\n") == 1
         assert card.count("\nlibrary_name: transformers\n") == card.count("\ntags:\n") == 1
         assert "diffusion-language-model" in card
+        for figure in re.findall(r"!\[[^]]+\]\((.+)\)", card):
+            assert (folder / figure).is_file()
         assert "trust_remote_code=True" in card
         assert ("which this model was not trained for" in card) == ("pipeline_tag" not in before)
     assert "pipeline_tag" not in (exported[0][0] / "README.md").read_text()

@@ -271,4 +271,6 @@ def test_config_json_says_what_was_converted(converted: Path) -> None:
     assert diffusion["version"] == unmask.__version__
     card = (converted / "README.md").read_text()
     assert "diffusion-language-model" in card
+    assert re.findall(r"!\[[^]]+\]\((.+)\)", card) == ["training.png"]
+    assert "AR parent: " in (converted / "training.svg").read_text()
     assert "block size | 4" in card

@@ -112,6 +112,7 @@ def test_an_svg_has_every_colour_of_its_own_in_dark(tmp_path: Path) -> None:
     """Text and lines of one scheme on the paper of the other could not be read."""
     drawn = [plots.frontier(frontier_rows(), tmp_path / "f"), plots.frontier_details(frontier_rows(), tmp_path / "d"),
              plots.curves([{"x": 1, "y": 2}, {"x": 2, "y": 3}], tmp_path / "c", x="x", y="y"),
+             plots.training_curve(RUN, tmp_path / "t", parent_nll=1.3),
              plots.bars([{"x": "a", "y": 2}], tmp_path / "b", by="x", y="y")]  # fmt: skip
     for _, svg in drawn:
         text = text_of(svg)
@@ -158,6 +159,28 @@ def test_curves_and_bars_take_seeds(tmp_path: Path) -> None:
     svg = text_of(plots.bars(rows, tmp_path / "b.svg", by="arm", y="nelbo", y_label="NELBO (nats per token)")[1])
     assert ">none<" in svg
     assert (tmp_path / "b.png").exists()
+
+
+RUN = [{"tokens": 500_000 * step, "loss": 6 / step, "nelbo": 5 / step, "nll": 1.3} for step in (1, 2, 3, 4)]
+
+
+def test_a_training_curve_has_the_parents_line_and_words(tmp_path: Path) -> None:
+    text = text_of(plots.training_curve(RUN, tmp_path / "t", parent_nll=1.25, title="costs $5 and $6")[1])
+    for word in (">training tokens<", ">nats per token<", ">AR parent: 1.250<", ">held-out text, bound: 1.250<", ">2M<",
+                 ">held-out text, AR mode: 1.300<", ">training loss<", ">costs $5 and $6<"):  # fmt: skip
+        assert word in text, word
+
+
+def test_a_loss_that_is_a_distance_is_not_drawn_as_nats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = saved_figures(monkeypatch)
+    text = text_of(plots.training_curve(RUN, tmp_path / "t", parent_nll=1.25, in_nats=False)[1])
+    assert "loss, distance to the teacher" in text
+    of_nats, of_loss = seen[0].axes
+    assert max(of_loss.lines[0].get_ydata()) == 6
+    assert all(max(line.get_ydata()) <= 5 for line in of_nats.lines)
+    plain = [{"tokens": row["tokens"], "loss": row["loss"]} for row in RUN]
+    text = text_of(plots.training_curve(plain, tmp_path / "t", parent_nll=1.25, in_nats=False)[1])
+    assert "AR parent" not in text  # nothing here that it compares with
 
 
 def test_bad_rows_are_named(tmp_path: Path) -> None:

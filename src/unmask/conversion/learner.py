@@ -13,7 +13,7 @@ import transformers
 from unmask import hf
 from unmask.conversion.continuing import changes
 from unmask.conversion.job import Job, Parent
-from unmask.conversion.model_card import Made, model_card
+from unmask.conversion.model_card import Made, draw_curve, model_card
 from unmask.conversion.reports import reports, texts_of
 from unmask.conversion.text import Data, write_own_text, writes_while_learning
 from unmask.core.drafter import HALF, Drafter, DrafterConfig
@@ -279,7 +279,8 @@ def finish(job: Job, parent: Parent, learner: Learner, data: Data, state: TrainS
             if not as_adapter:
                 lm.save_pretrained(folder.path)
             rows, texts = folder.read_rows(), texts_of(folder).read_rows() if settings.sample_texts else ()
-            made = Made(compared, written, state.tokens, time.perf_counter() - job.began, rows, texts)
+            curve = draw_curve(folder.path, rows, parent, run["parent_nll"])
+            made = Made(compared, written, state.tokens, time.perf_counter() - job.began, rows, texts, curve)
             (folder.path / "README.md").write_text(model_card(job, parent, lm, made), encoding="utf-8")
             ordinary_permissions(folder.path)
         folder.write(run | {"finished": True, "tokens": state.tokens, "evaluation": figures})

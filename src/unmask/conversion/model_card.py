@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from unmask import plots
 from unmask.conversion.job import Job, Parent
 from unmask.model import DiffusionLM
 from unmask.plain_json import to_json
@@ -26,7 +27,8 @@ _KEPT_OF_BASE = ("license", "license_name", "license_link", "language")
 class Made(NamedTuple):
     """What a run made. figures: nats per token of held-out text, by name. samples: lines of text of both models.
 
-    tokens, seconds: of training, seconds of its last session. rows: of metrics.jsonl. texts: of samples.jsonl.
+    tokens, seconds: of training, seconds of its last session. rows: of metrics.jsonl. texts: of samples.jsonl. curve:
+    file of the folder that shows the rows, None without one.
     """
 
     figures: dict[str, float]
@@ -35,6 +37,7 @@ class Made(NamedTuple):
     seconds: float
     rows: Sequence[dict[str, Any]]
     texts: Sequence[dict[str, Any]] = ()
+    curve: str | None = None
 
 
 def model_card(job: Job, parent: Parent, lm: DiffusionLM, made: Made) -> str:
@@ -121,6 +124,20 @@ def _result(made: Made) -> str:
     return _table(rows)
 
 
+def draw_curve(folder: Path, rows: Sequence[dict[str, Any]], parent: Parent, parent_nll: float | None) -> str | None:
+    """Draw a run into its folder; the figure's name, None for fewer than three losses and without matplotlib."""
+    settings = parent.settings
+    in_nats = settings.objective != "distill" or settings.distance == "ce"
+    title = f"{Path(parent.name).name}, recipe {settings.recipe}"
+    if sum(row.get("loss") is not None for row in rows) < 3:
+        return None
+    try:
+        png, _svg = plots.training_curve(rows, folder / "training", parent_nll=parent_nll, in_nats=in_nats, title=title)
+    except ValueError:  # matplotlib is an extra: the table does without
+        return None
+    return png.name
+
+
 def _curve(made: Made) -> str:
     """The loss along training, at most a dozen rows, and what the model wrote meanwhile."""
     losses = [row for row in made.rows if row.get("loss") is not None]
@@ -134,7 +151,8 @@ def _curve(made: Made) -> str:
         of_step = [evaluated[name].get(row["step"]) for name in names]
         figures = ["" if value is None else f"{value:.4f}" for value in of_step]
         rows.append((f"{row['step']:,}", f"{row['tokens']:,}", f"{row['loss']:.4f}", *figures))
-    text = _table(rows) if losses else ""
+    text = f"![Loss and held-out figures over training tokens]({made.curve})\n\n" if made.curve else ""
+    text += _table(rows) if losses else ""
     if made.texts:
         lines = "\n".join(f"step {row['step']}: {row['text']!r}" for row in made.texts)
         text += "\n\n" + _fenced(lines, "What it wrote while it learnt:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def export_hf(lm: DiffusionLM, folder: Path, place: str) -> dict[str, Any]:
         )
     lm.save_pretrained(folder)
     if lm.diffusion is None:
-        (folder / "README.md").write_text(_card(lm, ["pipeline_tag: text-generation"], _PLAIN))
+        _write_card(lm, folder, ["pipeline_tag: text-generation"], _PLAIN)
         return {"python": f"AutoModelForCausalLM.from_pretrained({place!r})", "serve": f"transformers serve {place}"}
     _check_decodes(lm)
     if not lm.network.per_layer_type:  # the model ignores the windows of its config
@@ -31,7 +32,7 @@ def export_hf(lm: DiffusionLM, folder: Path, place: str) -> dict[str, Any]:
     code.write_text(Path(custom_generate.__file__).read_text())
     without = "" if lm.diffusion.serves_ar else ", which this model was not trained for"
     use = _USE.format(mode=lm.default_mode, without=without)
-    (folder / "README.md").write_text(_card(lm, ["pipeline_tag: text-generation", "tags:", "- custom_generate"], use))
+    _write_card(lm, folder, ["pipeline_tag: text-generation", "tags:", "- custom_generate"], use)
     return {
         "python": f"AutoModelForCausalLM.from_pretrained({place!r}, trust_remote_code=True).generate(...)",
         "serve": f"transformers serve {place} --trust-remote-code",
@@ -52,19 +53,21 @@ def _check_decodes(lm: DiffusionLM) -> None:
             raise ValueError(f"format 'hf' cannot decode {name}, which {reason}: serve it with this library")
 
 
-def _card(lm: DiffusionLM, entries: list[str], use: str) -> str:
+def _write_card(lm: DiffusionLM, folder: Path, entries: list[str], use: str) -> None:
     """The README of the model's folder, if it has one, with these entries of its header, and how the model is used."""
     source = Path(getattr(lm.model.config, "_name_or_path", "")) / "README.md"
     body, header = source.read_text() if source.is_file() else "", []
+    figure = source.with_name("training.png")
+    if f"({figure.name})" in body and figure.is_file():
+        shutil.copy(figure, folder)
     if body.startswith("---\n") and "\n---\n" in body:
         front, _, body = body[4:].partition("\n---\n")
         replaced = ("library_name:", "pipeline_tag:")
         header = [line for line in front.splitlines() if not line.startswith(replaced)]
     at = header.index("tags:") if "tags:" in header else len(header)
     header[at : at + 1] = entries if "tags:" in entries else [*entries, *header[at : at + 1]]
-    return "\n".join(
-        ["---", "library_name: transformers", *header, "---", "", *([body.strip(), ""] if body else []), use]
-    )
+    lines = ["---", "library_name: transformers", *header, "---", "", *([body.strip(), ""] if body else []), use]
+    (folder / "README.md").write_text("\n".join(lines))
 
 
 _PLAIN = """## With transformers

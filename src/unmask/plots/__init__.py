@@ -8,6 +8,7 @@ from unmask.plots.charts import bars, curves, heat_map
 from unmask.plots.frontier import frontier, frontier_details
 from unmask.plots.style import require_matplotlib
 from unmask.plots.trade_off import Line, trade_off
+from unmask.plots.training import training_curve
 
 __all__ = [
     "Line",
@@ -18,4 +19,5 @@ __all__ = [
     "heat_map",
     "require_matplotlib",
     "trade_off",
+    "training_curve",
 ]

@@ -27,7 +27,7 @@ _STYLE = {
     "legend.frameon": False, "svg.hashsalt": "unmask", "svg.fonttype": "none", "axes.edgecolor": GREY,
     "xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "text.color": INK,
     "axes.labelcolor": INK, "axes.titlecolor": INK, "figure.facecolor": PAPER, "axes.facecolor": PAPER,
-    "savefig.facecolor": PAPER,
+    "savefig.facecolor": PAPER, "text.parse_math": False,
 }  # fmt: skip
 
 

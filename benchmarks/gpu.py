@@ -57,7 +57,7 @@ def _options() -> argparse.Namespace:
         "folder", type=Path, metavar="RESULTS", help="of rows.jsonl and report.md; goes on where it was"
     )
     parser.add_argument("--seconds", type=float, default=500, help="after which the run ends")
-    parser.add_argument("--case-seconds", type=float, default=12, help="of a case, after which no round begins")
+    parser.add_argument("--case-seconds", type=float, default=6, help="of a case, after which no round begins")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", default="", help="run the cases whose name holds this, such as train/1b")
     parser.add_argument("--new", type=int, help="new tokens of a text; 128, 12 on a CPU")

@@ -64,24 +64,28 @@ def _decode(size: str, what: str, batch: int, temperature: float = 0.0, **option
 
 
 _TWO = ("sdpa", "flex")
-_RECIPES = ("tri-mode", "efficient-dlm", "drafter", "diffullama")
+_RECIPES = ("tri-mode", "efficient-dlm", "drafter")
 _CHOSEN = ("blocks-3", "canvas-3", "speculative-one", "speculative-two")
 
 
-def _of_size(size: str, first: bool) -> list[Case]:
-    """Cases of one size: the first set says how fast the defaults are, the second what their options change."""
-    if first:
-        return [
-            _train(size, "ar"),
-            *[_train(size, recipe, attention) for recipe in _RECIPES for attention in _TWO],
-            *[_decode(size, way, batch) for batch in (1, 8, 64) for way in ("generate", "ar", *_CHOSEN)],
-        ]
+def _learning(size: str) -> list[Case]:
+    """How fast the recipes learn."""
+    return [_train(size, "ar"), *[_train(size, recipe, attention) for recipe in _RECIPES for attention in _TWO]]
+
+
+def _decoding(size: str) -> list[Case]:
+    return [_decode(size, way, batch) for batch in (1, 8, 64) for way in ("generate", "ar", *_CHOSEN)]
+
+
+def _changed(size: str) -> list[Case]:
+    """What options change."""
     return [
         _train(size, "ar", compiled=True),
         *[_train(size, recipe, "flex", compiled=True) for recipe in ("tri-mode", "efficient-dlm")],
         *[_train(size, recipe, "flex", checkpointing=True) for recipe in ("tri-mode", "efficient-dlm")],
         *[_train(size, "efficient-dlm", attention, precision=precision)
           for precision in ("tf32", "float32") for attention in _TWO],
+        *[_train(size, "diffullama", attention) for attention in _TWO],
         *[Case("embed", size, what) for what in ("causal", "bidirectional")],
         *[_decode(size, way, 8, 1.0) for way in ("ar", *_CHOSEN)],
         *[_decode(size, way, 8) for way in ("blocks-threshold-0.9", "blocks-threshold-0", "speculative-two-gain-5")],
@@ -101,9 +105,10 @@ def _exact(size: str) -> list[Case]:
 def _all(*sizes: str) -> list[Case]:
     return [
         Case("device", "any", "matmul", ""),
-        *[case for size in sizes for case in _of_size(size, True)],
+        *[case for size in sizes for case in _learning(size)],
+        *[case for size in sizes for case in _decoding(size)],
         *_exact(sizes[0]),
-        *[case for size in sizes for case in _of_size(size, False)],
+        *[case for size in sizes for case in _changed(size)],
     ]
 
 

@@ -11,11 +11,12 @@ _COLUMNS: dict[str, tuple[str, dict[str, str]]] = {
     "train": ("Training steps", {
         "tokens_per_second": "tokens/s", "seconds_per_step": "s per step", "mfu": "MFU", "of_matmul": "of matmul rate",
         "peak_gib": "peak GiB", "waits_per_step": "waits per step", "first_step_seconds": "first step, s",
+        "second_step_seconds": "second step, s",
         "rows": "rows", "length": "length", "micro_batch_size": "rows at once", "steps": "steps"}),
     "decode": ("Decoding", {
         "tokens_per_second": "tokens/s", "milliseconds_per_forward": "ms per forward",
         "tokens_per_forward": "tokens per forward", "equal": "texts equal", "waits_per_forward": "waits per forward",
-        "peak_gib": "peak GiB", "rounds": "rounds"}),
+        "peak_gib": "peak GiB", "first_seconds": "first time, s", "rounds": "rounds"}),
     "forward": ("One denoising forward beside reading the weights", {
         "milliseconds": "ms", "milliseconds_of_weights": "ms of reading the weights", "ratio": "ratio"}),
     "embed": ("Embeddings", {

@@ -117,13 +117,12 @@ def shares(flops: float, device: str, kind: str) -> dict[str, float | None]:
     return {"of_matmul": flops / matmul_rate(device, kind), "mfu": None if known is None else flops / known / 1e12}
 
 
-def make_model(size: str, device: str, dtype: torch.dtype, attention: str | None = None) -> Any:
+def make_model(size: str, device: str, dtype: torch.dtype) -> Any:
     """A random Llama of a size, on the device."""
-    implementation = {None: "sdpa", "flex": "flex_attention"}.get(attention, attention)
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES[size], tie_word_embeddings=True)
     with torch.device(device):  # billions of random numbers take long on a CPU
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 # --- needed arithmetic

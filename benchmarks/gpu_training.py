@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 from contextlib import nullcontext
 from typing import Any
@@ -35,10 +34,13 @@ from unmask.core.finite import StepWatch
 from unmask.core.objectives import predictable
 from unmask.data.corpus import Corpus, Document
 from unmask.data.packing import Packer
-from unmask.hf.layers import compile_layers
+from unmask.hf.layers import attending_by, compile_layers
+from unmask.model import DiffusionLM
 from unmask.recipe import load_recipe
-from unmask.resolve import Resolved, diffusion_config, resolve
+from unmask.resolve import Resolved, diffusion_config, resolve, uses_tf32
+from unmask.training.optimizer import make_optimizer
 from unmask.training.step import learning_rate_at, step_loss
+from unmask.training.teacher import freeze
 from unmask.version import __version__
 
 MOST = 20
@@ -48,9 +50,10 @@ MOST = 20
 def train(case: Case, clock: Clock, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a step after two others: a first one compiles, a second has a new layout."""
     device = options.device
-    with precision(case.precision):
-        model = make_model(case.size, device, torch.float32, case.attention)
-        settings = settings_of(case, model)
+    model = make_model(case.size, device, torch.float32)
+    settings = settings_of(case, model)
+    capability = torch.cuda.get_device_capability() if device == "cuda" else None
+    with precision("tf32" if uses_tf32(settings, device, capability) else case.precision):
         steps = Steps(model, settings, corpus_of(case.size, settings))
         first, second = seconds(steps.step), seconds(steps.step)
         waited = waits(steps.step, device)
@@ -81,6 +84,7 @@ def train(case: Case, clock: Clock, options: argparse.Namespace) -> dict[str, An
 def settings_of(case: Case, model: Any) -> Resolved:
     """What `adapt` resolves for a recipe on a model of this size, with fewer rows in a step."""
     overrides: dict[str, Any] = {"mixed_precision": "bf16" if case.precision == "bf16" else "no"}
+    overrides["attn_implementation"] = {"flex": "flex_attention"}.get(case.attention or "", case.attention)
     overrides |= {"gradient_checkpointing": True} if case.checkpointing else {}
     overrides |= {"compile_layers": True} if case.compiled else {}
     if case.size == "tiny":
@@ -113,13 +117,13 @@ class Steps:
         hf.without_dropout(model.train())
         self.teacher = None
         if settings.teacher:
-            frozen = copy.deepcopy(model).requires_grad_(False).eval()
-            self.teacher = hf.as_network(frozen, mask)
+            self.teacher = freeze(None, DiffusionLM(model, None), mask, settings)
         self.drafter = drafter = None
         if drafting:
             rows = settings.block_size if settings.mask_per_place else 1
             shape = DrafterConfig(settings.drafter_rank, settings.drafter_scale, settings.drafter_targets, rows)
             self.drafter = drafter = Drafter(model.requires_grad_(False), mask, shape).to(self.device)
+        self.models = [model, *([] if self.teacher is None else [self.teacher.model])]
         of_mask = None if self.config is None else mask
         self.network = hf.as_network(model, of_mask, gate=None if drafter is None else drafter.rows)
         if settings.gradient_checkpointing:
@@ -127,7 +131,7 @@ class Steps:
         if settings.compile_layers:
             compile_layers(model)
         self.learning = [p for p in (drafter or model).parameters() if p.requires_grad]
-        self.optimizer = _optimizer(self.learning, settings)
+        self.optimizer = make_optimizer(drafter or model, settings)
         self.watch, self.number, self.total = StepWatch(), 0, MOST + 4
         self.batches = Packer(corpus, settings.max_length, seed=settings.seed).batches(settings.batch_size)
         self.seen: list[Layout] = []
@@ -150,7 +154,8 @@ class Steps:
         for start in range(0, settings.batch_size, settings.micro_batch_size):
             end = min(start + settings.micro_batch_size, settings.batch_size)
             low = settings.mixed_precision == "bf16"
-            with torch.autocast(self.device.type, torch.bfloat16) if low else nullcontext():
+            computing = torch.autocast(self.device.type, torch.bfloat16) if low else nullcontext()
+            with computing, attending_by(settings.attn_implementation, *self.models):
                 loss = step_loss(self.network, settings, self.config, batch.rows(start, end), step,
                                  torch.arange(start, end), self.teacher)  # fmt: skip
                 (loss.sum * scale).backward()
@@ -163,12 +168,3 @@ class Steps:
         self.watch.settle(but_last=self.device.type == "cuda")
         self._loss, self.number = summed / count, step + 1
         self.seen.append(batch.layout)
-
-
-def _optimizer(parameters: list[Any], settings: Resolved) -> torch.optim.Optimizer:
-    """AdamW, without weight decay on vectors, as `training.loop` makes it."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=1.0, betas=(settings.beta1, settings.beta2), fused=True)

@@ -26,6 +26,7 @@ from transformers import LlamaConfig
 from unmask.conversion.run_record import training_folder
 from unmask.core.attention import Layout, bidirectional, causal, dense, intersect, same_document, two_stream
 from unmask.data.packing import Packer, PackState
+from unmask.recipe import recipe_names
 from unmask.training.batches import TrainingData
 from unmask.training.loop import in_training, train
 
@@ -206,9 +207,9 @@ def test_a_case_that_raises_is_a_row_with_its_error(capfd: pytest.CaptureFixture
     from gpu_measure import Clock
     from gpu_worker import _row
 
-    case = Case("train", "tiny", "efficient-dlm", attention="flex")  # has no backward pass on a CPU
-    row = _row(case, Clock(1), argparse.Namespace(device="cpu"))
-    assert row["error"].startswith("NotImplementedError: FlexAttention does not support backward on CPU")
+    row = _row(Case("train", "tiny", "efficient-llm"), Clock(1), argparse.Namespace(device="cpu"))
+    assert row == {"error": "ValueError: recipe 'efficient-llm' is unknown: did you mean 'efficient-dlm'? "
+                            "the recipes are " + ", ".join(recipe_names())}  # fmt: skip
     assert "Traceback" in capfd.readouterr().err
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from ranks import break_down, run_case
-from test_ranks import CASES, assert_same_run, full, logged, on_ranks
+from ranks import CASES, assert_same_run, break_down, full, logged, on_ranks, run_case
 
 import unmask
 from unmask.recipe import load_recipe
@@ -49,8 +48,8 @@ def test_a_run_that_gets_sigterm_saves_and_goes_on(case: dict[str, Any], work: P
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_all_processes_stop_if_one_gets_sigterm(kind: str, case: dict[str, Any], work: Path) -> None:
     stopped = case | {"output_dir": str(work / f"stopped {kind}"), "save_every": 100}
-    told = on_ranks(2, {"stopped": stopped | {"fault": {"rank": 1, "kind": "sigterm"}}}, work / f"first {kind}",
-                    kind)  # fmt: skip
+    faulty = stopped | {"fault": {"rank": 1, "kind": "sigterm"}, "kind": kind}
+    told = on_ranks(2, {"stopped": faulty}, work / f"first {kind}")
     assert told["stopped"] == f"SystemExit: {STOPPED}"
     run_case(stopped | {"resume": True})
     assert_same_run(work / f"stopped {kind}", work / "whole", rel=1e-6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from unmask.conversion.job import Job, Parent
@@ -15,7 +15,7 @@ from unmask.data.streams import RecordStream
 from unmask.progress import note
 from unmask.settings import to_plain
 from unmask.training.checkpoints import latest_checkpoint
-from unmask.training.ranks import join
+from unmask.training.ranks import check_shared, join, main_alone
 
 
 def describe(job: Job, parent: Parent, text: Corpus | Mixture | RecordStream) -> dict[str, Any]:
@@ -54,21 +54,26 @@ def _is_longer(job: Job, run: dict[str, Any]) -> bool:
 
 @contextmanager
 def claim_folder(job: Job, run: dict[str, Any]) -> Iterator[None]:
-    """Within the context the main process holds the lock of the folder; `run` is written to its run.json."""
-    ranks = join()
-    ranks.wait_for_everyone()  # all have read the folder before one writes to it
-    if not ranks.is_main_process:
+    """Within the context the main process holds the lock of the folder; `run` is written to its run.json.
+
+    Raises ValueError on all processes, also where one does not see the folder of the main one.
+    """
+    join().wait_for_everyone()  # all have read the folder before one writes to it
+    with ExitStack() as held:
+        with main_alone() as is_main:
+            if is_main:
+                held.enter_context(job.folder.claimed())
+                _begin(job, run)
+        check_shared(job.folder.path)
         yield
-        return
-    with job.folder.claimed():
-        if read_earlier(job.folder, job.resume) != job.earlier:
-            raise ValueError(
-                f"output folder {str(job.folder.path)!r} was changed by another run meanwhile: start again"
-            )
-        job.folder.write(run)
-        if _is_longer(job, run):
-            note(
-                f"the run goes on to max_tokens={run['settings']['max_tokens']}; its learning rates and other "
-                "schedules are stretched over the new total, so that it differs from one run of that length"
-            )
-        yield
+
+
+def _begin(job: Job, run: dict[str, Any]) -> None:
+    if read_earlier(job.folder, job.resume) != job.earlier:
+        raise ValueError(f"output folder {str(job.folder.path)!r} was changed by another run meanwhile: start again")
+    job.folder.write(run)
+    if _is_longer(job, run):
+        note(
+            f"the run goes on to max_tokens={run['settings']['max_tokens']}; its learning rates and other "
+            "schedules are stretched over the new total, so that it differs from one run of that length"
+        )

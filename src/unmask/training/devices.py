@@ -15,15 +15,13 @@ from accelerate.utils import DistributedType
 from unmask.resolve import Resolved, uses_tf32
 from unmask.run_folder import RunFolder
 from unmask.settings import RunSettings
-from unmask.training.ranks import capability_of, join, share_weights
+from unmask.training.ranks import capability_of, set_kind, share_weights
 
 
 def accelerator_of(settings: RunSettings, folder: RunFolder) -> accelerate.Accelerator:
     """Accelerate's object for this run; a second run in the process may have another precision."""
     AcceleratorState._reset_state()
-    processes = join()
-    if processes.distributed_type == DistributedType.FSDP:  # of an earlier run; Accelerate comes to it from this one:
-        processes._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    set_kind()
     return accelerate.Accelerator(
         mixed_precision=settings.mixed_precision, log_with=settings.report_to, project_dir=str(folder.path)
     )

@@ -45,7 +45,7 @@ from unmask.training.checkpoints import (
 from unmask.training.devices import SHARDED, accelerator_of, prepare, products_of, syncing
 from unmask.training.guards import STOPPED, StepClock, StopRequest, naming_memory
 from unmask.training.optimizer import make_optimizer, step_if
-from unmask.training.ranks import add_gradients, agreeing
+from unmask.training.ranks import add_gradients, agreeing, spread
 from unmask.training.sharded import is_sharded, run_first, shard, whole
 from unmask.training.step import learning_rate_at, step_loss
 from unmask.training.threads import ThreadedBackward
@@ -171,15 +171,16 @@ class _Run:
                 shard(accelerator, teacher.model)
         self.network = make_network(self.wrapped)
         on_cpu = accelerator.device.type == "cpu" and accelerator.num_processes == 1
-        spread = replicate is not None and on_cpu and torch.get_num_threads() > 1
-        self.threads = ThreadedBackward(self.network, replicate) if replicate is not None and spread else None
+        threaded = on_cpu and torch.get_num_threads() > 1
+        self.threads = ThreadedBackward(self.network, replicate) if replicate is not None and threaded else None
         self.state = TrainState()
         self.request, self.clock = request, StepClock(settings.rank_timeout)
 
     def restore(self, resume: bool) -> None:
         """Start from the newest whole checkpoint with `resume`, otherwise from step 0."""
         accelerator, settings = self.accelerator, self.settings
-        newest = newest_whole(self.folder.path) if resume else None
+        # As the main process sees the folder: other machines may see it as it was a moment ago.
+        newest = spread(1, lambda _: [newest_whole(self.folder.path)])[0] if resume else None
         if newest is not None:
             try:
                 resharding.load(accelerator, self.model, self.optimizer, newest)

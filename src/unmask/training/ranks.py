@@ -8,15 +8,19 @@ and a step may run the model any number of times. Knows torch and Accelerate's p
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import accelerate
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from unmask.hf import present_device
@@ -26,6 +30,8 @@ T = TypeVar("T")
 _TIMEOUT = timedelta(days=2)
 """How long ranks wait for the main one, which evaluates and writes alone; if it dies, the launcher ends the others."""
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+SEEN_AFTER = 60.0
+"""Seconds until a network file system shows a new file on every machine."""
 _BUCKET = 2**24
 """Gradient values that one all-reduce sums."""
 
@@ -50,6 +56,20 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 def is_sharding() -> bool:
     """Whether Accelerate's launcher was asked to spread parameters over the processes (FSDP)."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+
+
+def set_kind() -> None:
+    """Have the next Accelerator shard parameters or not as the launcher asks, whatever an earlier run did.
+
+    Accelerate comes to FSDP from its multi-GPU type alone; this lets it do so on CPUs too.
+    """
+    processes = join()
+    if processes.num_processes == 1:
+        return
+    plain = processes.device.type == "cpu" and not is_sharding()
+    if plain or processes.distributed_type in (DistributedType.MULTI_CPU, DistributedType.FSDP):
+        kind = DistributedType.MULTI_CPU if plain else DistributedType.MULTI_GPU
+        processes._shared_state["distributed_type"] = kind
 
 
 def check_launcher() -> None:
@@ -165,6 +185,33 @@ def main_alone() -> Iterator[bool]:
     """Whether this is the main process, which acts within the context; then all go on, or all raise its error."""
     with agreeing():
         yield not _is_distributed() or dist.get_rank() == 0
+
+
+def check_shared(folder: Path) -> None:
+    """Raise ValueError on all ranks if one does not see what the main process writes to a folder.
+
+    Each rank writes its part of a checkpoint, so all must write to one folder.
+    """
+    if not _is_distributed():
+        return
+    mark = folder / ".seen"
+    token = spread(1, lambda _: [uuid.uuid4().hex])[0]
+    try:
+        with main_alone() as is_main:
+            if is_main:
+                mark.write_text(token)
+        with agreeing():
+            until = time.monotonic() + SEEN_AFTER
+            while not (mark.is_file() and mark.read_text() == token):
+                if time.monotonic() > until:
+                    raise ValueError(
+                        f"{str(folder)!r} is not the same folder for all processes: process {dist.get_rank()} does "
+                        "not see what process 0 wrote there; give a folder that all machines share"
+                    )
+                time.sleep(0.1)
+    finally:
+        if is_main:
+            mark.unlink(missing_ok=True)
 
 
 def number() -> int:

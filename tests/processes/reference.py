@@ -1,0 +1,54 @@
+"""What every part has: a parent, texts, the runs of one process, and the rows of results."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import STORIES, write_parent
+from ranks import differences, full, run_case
+
+TOLERANCE = 1e-6
+
+
+class Table:
+    """Rows of results, printed as they come. folder: where runs lie. output: a folder for rows.jsonl, or None."""
+
+    def __init__(self, folder: Path, output: Path | None) -> None:
+        torch.set_num_threads(1)
+        self.folder, self.output, self.wrong = folder, output, 0
+        write_parent(folder / "parent")
+        (folder / "stories.txt").write_text("<|endoftext|>".join(STORIES))
+
+    def case(self, case: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+        """All arguments of a case."""
+        return full(case, self.folder / "parent", self.folder / "stories.txt", output_dir)
+
+    def alone(self, name: str, case: dict[str, Any]) -> Path:
+        """The folder of a case on one process, run when it is first asked for."""
+        folder = self.folder / "alone" / name
+        if not folder.exists():
+            began = time.perf_counter()
+            run_case(self.case(case, folder))
+            self.add({"what": "alone", "case": name, "ranks": 1, "seconds": round(time.perf_counter() - began, 2)})
+        return folder
+
+    def add(self, row: dict[str, Any], run: Path | None = None, reference: Path | None = None) -> None:
+        """Add a row, with the differences of a run to its reference, which must be small; or a fault in the row."""
+        if run is not None and reference is not None:
+            try:
+                figures, weights = differences(run, reference)
+                row |= {"figures": float(f"{figures:.3g}"), "weights": float(f"{weights:.3g}")}
+                if max(figures, weights) > row.get("tolerance", TOLERANCE):
+                    row["fault"] = "another run"
+            except (AssertionError, OSError, ValueError) as error:
+                row["fault"] = " ".join(str(error).split())[:300]
+        self.wrong += "fault" in row
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        if self.output is not None:
+            self.output.mkdir(parents=True, exist_ok=True)
+            with (self.output / "rows.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")

@@ -12,8 +12,11 @@
 set -euo pipefail
 CONFIG=${CONFIG:-configs/fsdp2.yaml}
 FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+PROCESSES=$((SLURM_NNODES * ${SLURM_GPUS_ON_NODE:-1}))
+PORT=$((20000 + SLURM_JOB_ID % 20000))
+export CONFIG FIRST PROCESSES PORT
 # Slurm sends SIGTERM two minutes before it takes the machines: the run saves, exits, and goes on when it is started again.
-srun bash -c "accelerate launch --config_file $CONFIG \
-  --num_machines $SLURM_NNODES --num_processes $((SLURM_NNODES * 8)) --machine_rank \$SLURM_NODEID \
-  --main_process_ip $FIRST --main_process_port 29500 --rdzv_backend c10d \
-  --module unmask.cli adapt $* --resume"
+srun bash -c 'exec accelerate launch --config_file "$CONFIG" \
+  --num_machines "$SLURM_NNODES" --num_processes "$PROCESSES" --machine_rank "$SLURM_NODEID" \
+  --main_process_ip "$FIRST" --main_process_port "$PORT" \
+  --module unmask.cli adapt "$@" --resume' adapt "$@"

@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from transformers.utils import logging as hf_logging
 
 import unmask
 import unmask.conversion  # what a run imports, so that forked ranks have it
-from unmask.training import loop
+from unmask.training import loop, ranks
 from unmask.training.ranks import join, leave
 
 hf_logging.set_verbosity_error()
@@ -41,7 +42,7 @@ hf_logging.disable_progress_bar()
 
 # --- cases
 
-RUN = {"max_tokens": 1500, "max_length": 32, "block_size": 4, "batch_size": 6, "log_every": 1, "eval_every": 2,
+RUN = {"max_tokens": 900, "max_length": 32, "block_size": 4, "batch_size": 6, "log_every": 1, "eval_every": 2,
        "learning_rate": 1e-3}  # fmt: skip
 CUT = {"save_every": 2, "keep_checkpoints": 9}
 SELF = {"self_mode": "diffusion", "self_every": 2, "max_tokens": 700, "max_length": 24, "masking": "all",
@@ -133,12 +134,12 @@ def assert_same_run(folder: Path, reference: Path, rel: float = 1e-7) -> None:
 def run_case(case: dict[str, Any]) -> unmask.DiffusionLM:
     """Adapt a model held in float64, so that what is left of a difference is one.
 
-    kind: see `become`. fault: {"rank": which, "kind": see `break_down`}.
+    kind: see `become`. fault: {"rank": which, None for all, "kind": see `break_down`}.
     """
     case = dict(case)
     become(case.pop("kind", "ddp"))
     fault = case.pop("fault", None)
-    if fault is not None and fault["rank"] == join().process_index:
+    if fault is not None and fault["rank"] in (None, join().process_index):
         break_down(fault["kind"], Path(case["output_dir"]))
     lm = unmask.load(case.pop("model"), dtype=torch.float64)
     return unmask.adapt(lm, show_progress=False, **case)
@@ -162,7 +163,11 @@ def become(kind: str) -> None:
 
 
 def break_down(kind: str, folder: Path) -> None:
-    """Have this process get SIGTERM after two rows of metrics, or sleep in a step."""
+    """Have this process get SIGTERM after two rows of metrics, sleep in a step, or be in a folder of its own."""
+    if kind == "elsewhere":
+        os.chdir(tempfile.mkdtemp())
+        ranks.SEEN_AFTER = 0.5
+        return
     if kind == "sleep":
         plain = loop.step_loss
 
@@ -197,8 +202,8 @@ def digest(lm: unmask.DiffusionLM) -> str:
 def main(folder: Path) -> None:
     """The work of a rank; errors that are no bad input end it."""
     torch.set_num_threads(1)
-    ranks = join()
-    told: dict[str, Any] = {"ranks": ranks.num_processes, "main": ranks.is_main_process, "seconds": {}}
+    process = join()
+    told: dict[str, Any] = {"ranks": process.num_processes, "main": process.is_main_process, "seconds": {}}
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         began = time.perf_counter()
         try:
@@ -206,8 +211,8 @@ def main(folder: Path) -> None:
         except (ValueError, SystemExit) as error:
             told[name] = f"{type(error).__name__}: {error}"
         told["seconds"][name] = round(time.perf_counter() - began, 2)
-        (folder / f"rank-{ranks.process_index}.json").write_text(json.dumps(told))
-    ranks.wait_for_everyone()
+        (folder / f"rank-{process.process_index}.json").write_text(json.dumps(told))
+    process.wait_for_everyone()
     leave()
 
 
@@ -227,7 +232,7 @@ def start(ranks: int, cases: dict[str, dict[str, Any]], folder: Path) -> list[Ba
     for old in folder.glob("rank-*.json"):
         old.unlink()
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["ranks", "peft"])
+    forks.set_forkserver_preload(["ranks", "peft", "bitsandbytes"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), before)))
     forkserver.ensure_running()

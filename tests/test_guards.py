@@ -27,7 +27,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def case(work: Path, tokenizer_and_model: Path, stories: Path) -> dict[str, Any]:
     """A run, which has been made."""
-    found = full(CASES["efficient-dlm"], tokenizer_and_model, stories, work / "whole")
+    found = full(CASES["efficient-dlm"] | {"max_tokens": 1500}, tokenizer_and_model, stories, work / "whole")
     run_case(found)
     return found
 

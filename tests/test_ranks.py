@@ -14,7 +14,7 @@ from ranks import CASES, RUN, assert_same_run, free_port, full, interrupted, of_
 
 import unmask
 
-THREE = ("ar", "efficient-dlm", "drafter", "tri-mode", "padding", "padding, ar")
+THREE = ("efficient-dlm", "tri-mode", "padding", "padding, ar")
 """Cases that three processes run as well."""
 
 SHARDED = ("ar", "bd3lm", "diffullama", "efficient-dlm", "fast-dllm-v2", "tri-mode", "drafter", "mask pairs",
@@ -54,6 +54,7 @@ def two(work: Path, single: Path, tokenizer_and_model: Path, stories: Path) -> d
     cases["resumed"] = cases["efficient-dlm"] | {"output_dir": str(resumed), "resume": True}
     cases["again"] = cases["ar"] | {"resume": True}
     cases["odd"] = cases["ar"] | {"output_dir": str(work / "odd"), "batch_size": 5}
+    cases["elsewhere"] = cases["ar"] | {"output_dir": "run", "fault": {"rank": None, "kind": "elsewhere"}}
     return on_ranks(2, cases, work / "two")
 
 
@@ -98,13 +99,16 @@ def sharded(work: Path, single: Path, two: dict[str, Any], tokenizer_and_model: 
     for name, begun in (("after one", single), ("after two", work / "2")):
         folder = interrupted(begun / "efficient-dlm", work / "sharded" / name, 2)
         cases[name] = cases["efficient-dlm"] | {"output_dir": str(folder), "resume": True}
-    return on_ranks(2, of_kind("fsdp2", cases), work / "on shards")
+    cases = of_kind("fsdp2", cases)
+    whole = cases["efficient-dlm"] | {"output_dir": str(work / "sharded" / "whole checkpoints")}
+    cases["whole checkpoints"] = whole | {"kind": "fsdp2, full"}
+    return on_ranks(2, cases, work / "on shards")
 
 
-@pytest.mark.parametrize("name", [*SHARDED, "after one", "after two"])
+@pytest.mark.parametrize("name", [*SHARDED, "after one", "after two", "whole checkpoints"])
 def test_sharded_processes_give_the_run_of_one(name: str, sharded: dict[str, Any], work: Path, single: Path) -> None:
     assert not sharded[name].startswith("ValueError"), sharded[name]
-    reference = single / ("efficient-dlm" if name.startswith("after") else name)
+    reference = single / (name if name in SHARDED else "efficient-dlm")
     assert_same_run(work / "sharded" / name, reference, rel=1e-6)
     run, expected = (json.loads((folder / "run.json").read_text()) for folder in (work / "sharded" / name, reference))
     assert run["finished"]
@@ -122,14 +126,27 @@ def test_a_sharded_run_goes_on_with_other_processes(
     on_one = interrupted(begun, work / "shards on one", 2)
     run_case(case | {"output_dir": str(on_one)})
     assert_same_run(on_one, single / "efficient-dlm", rel=1e-6)
-    on_three = interrupted(begun, work / "shards on three", 2)
-    on_ranks(3, of_kind("fsdp2", {"resumed": case | {"output_dir": str(on_three)}}), work / "three shards")
-    assert_same_run(on_three, single / "efficient-dlm", rel=1e-6)
+    gathered = work / "sharded" / "whole checkpoints"
+    assert (gathered / "checkpoint-2" / "pytorch_model_fsdp.bin").is_file()  # whole
+    cases = {}
+    for name, folder, kind in (("shards in shards", begun, "fsdp2"), ("shards whole", begun, "fsdp2, full"),
+                               ("whole in shards", gathered, "fsdp2"), ("whole", gathered, "fsdp2, full"),
+                               ("whole without shards", gathered, "ddp")):  # fmt: skip
+        to = interrupted(folder, work / "on three" / name, 2)
+        cases[name] = case | {"output_dir": str(to), "kind": kind}
+    told = on_ranks(3, cases, work / "resumed on three")
+    for name in cases:
+        assert ": " not in told[name], told[name]
+        assert_same_run(work / "on three" / name, single / "efficient-dlm", rel=1e-6)
 
 
 def test_rows_that_cannot_be_shared_out_are_refused_before_anything_is_written(two: dict[str, Any], work: Path) -> None:
     assert "batch_size=5 is no multiple of the 2 processes" in two["odd"]
     assert not (work / "odd").exists()
+
+
+def test_processes_without_a_common_folder_are_refused(two: dict[str, Any]) -> None:
+    assert "'run' is not the same folder for all processes: process 1 does not see" in two["elsewhere"]
 
 
 def test_the_command_ends_well_on_two_processes(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
     resume   runs that begin on some processes and go on with others, of any kind
     kills    runs whose processes are killed at random moments and resumed, --kills of them in all
     nodes    two launchers, as of two machines, with one folder, one of which is killed while it saves
+    commands those of docs/processes.md
 
 All of them by default. Prints a line for each run, with the largest difference to the run of one process, relative of
 a logged figure and absolute of a weight, and exits 1 if one is not that run. --output FOLDER: rows go to its
@@ -25,11 +26,12 @@ from ranks import CASES  # noqa: E402
 
 def main() -> int:
     from kills import kills
+    from launchers import launchers
     from matrix import matrix, resume
     from nodes import nodes
     from reference import Table
 
-    work = {"matrix": matrix, "resume": resume, "kills": kills, "nodes": nodes}
+    work = {"matrix": matrix, "resume": resume, "kills": kills, "nodes": nodes, "commands": launchers}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help="all by default")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="of the matrix")

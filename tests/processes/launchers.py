@@ -24,7 +24,8 @@ PAGE = ROOT / "docs" / "processes.md"
 SLURM = {
     "sbatch": 'export SLURM_NNODES=${1#--nodes=} SLURM_JOB_ID=$$ SLURM_JOB_NODELIST=here SLURM_GPUS_ON_NODE=1\n'
               'exec bash "${@:2}"',
-    "srun": 'for node in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$node "$@" & tasks+=($!); done\n'
+    "srun": 'shift\n'  # --kill-on-bad-exit=1
+            'for node in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$node "$@" & tasks+=($!); done\n'
             'for task in ${tasks[@]}; do wait $task || exit; done',
     "scontrol": 'echo 127.0.0.1',
 }  # fmt: skip

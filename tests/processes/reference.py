@@ -47,7 +47,9 @@ class Table:
             except (AssertionError, OSError, ValueError) as error:
                 row["fault"] = " ".join(str(error).split())[:300]
         self.wrong += "fault" in row
-        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        first = ("what", "case", "kind", "ranks")
+        words = [f"{row['what']:9}", f"{row['case']:18}", f"{row.get('kind', 'command')} x{row['ranks']:<10}"]
+        print("  ".join([*words, *(f"{k} {v}" for k, v in row.items() if k not in first)]), flush=True)
         if self.output is not None:
             self.output.mkdir(parents=True, exist_ok=True)
             with (self.output / "rows.jsonl").open("a") as file:

@@ -21,6 +21,7 @@ from unmask.data.packing import PackState
 from unmask.plain_json import to_json
 from unmask.progress import note
 from unmask.run_folder import RunFolder, ordinary_permissions, sync, write_text, writing
+from unmask.training.ranks import main_alone
 
 # Tied weights are saved once, and tied again when they are loaded.
 logging.getLogger("accelerate.utils.other").addFilter(lambda line: "Removed shared tensor" not in line.getMessage())
@@ -65,17 +66,17 @@ def save_checkpoint(accelerator: accelerate.Accelerator, folder: RunFolder, stat
         shutil.rmtree(partial, ignore_errors=True)  # its space may be what is lacking
         raise
     accelerator.wait_for_everyone()  # each wrote a file of its own into the folder
-    if accelerator.is_main_process:
-        try:
-            with writing(final):
-                folder.sync_rows()
-                write_text(partial / "state.json", to_json(asdict(state)))
-                seal(partial)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        put_in_place(partial, final, state.step, keep)
-    accelerator.wait_for_everyone()
+    with main_alone() as is_main:
+        if is_main:
+            try:
+                with writing(final):
+                    folder.sync_rows()
+                    write_text(partial / "state.json", to_json(asdict(state)))
+                    seal(partial)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            put_in_place(partial, final, state.step, keep)
 
 
 def hold_learnt_alone(accelerator: accelerate.Accelerator) -> None:

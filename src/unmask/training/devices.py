@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from unmask.resolve import Resolved, uses_tf32
 from unmask.run_folder import RunFolder
 from unmask.settings import RunSettings
-from unmask.training.ranks import capability_of, set_kind, share_weights
+from unmask.training.ranks import capability_of, join, set_kind, share_weights
 
 
 def accelerator_of(settings: RunSettings, folder: RunFolder) -> accelerate.Accelerator:

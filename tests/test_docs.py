@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer
+from pages import PAGES, ROOT, Block, blocks, commands
 
 import unmask
 from unmask import sampling
@@ -20,44 +21,20 @@ from unmask.cli import app
 from unmask.conversion.trainer import ForTrainer
 from unmask.settings import TABLE
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-def fences(page: Path) -> Iterator[tuple[int, str, str]]:
-    """(line, info, text) of each fenced block; an indented block is one without info."""
-    lines, start, info, block = page.read_text().splitlines(), 0, None, []
-    for number, line in enumerate(lines, 1):
-        if line.startswith("```"):
-            if info is None:
-                start, info, block = number, line[3:].strip(), []
-            else:
-                yield start, info, "\n".join(block)
-                info = None
-        elif info is not None:
-            block.append(line)
-    assert info is None, f"{page.name}:{start}: a block without an end"
+PYTHON = [block for page in PAGES for block in blocks(page) if block.info == "python"]
 
 
-def python_blocks() -> list[Any]:
-    return [
-        pytest.param(page, text, info, id=f"{page.stem}-{line}")
-        for page in PAGES
-        for line, info, text in fences(page)
-        if info.split(maxsplit=1)[:1] == ["python"]
-    ]
-
-
-@pytest.mark.parametrize(("page", "text", "info"), python_blocks())
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.place)
 def test_python_blocks_run(
-    page: Path, text: str, info: str, converted: Path, tokenizer_and_model: Path, stories: Path, tmp_path: Path,
+    block: Block, converted: Path, tokenizer_and_model: Path, stories: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """In a folder with `models`, a converted `runs/q` and text; `python compile-only: why` is compiled alone."""
-    code = compile(text, f"{page.name}", "exec")
-    if "compile-only" in info:
-        assert len(info.partition("compile-only:")[2].strip()) > 5, "say why it is not run"
+    """In a folder with `models`, a converted `runs/q` and text; below `<!-- compile only: why -->` compiled alone."""
+    code = compile(block.text, f"{block.page.name}", "exec")
+    if block.marker == "compile only":
         return
     monkeypatch.chdir(tmp_path)
     shutil.copytree(converted, tmp_path / "runs" / "q")
@@ -74,36 +51,29 @@ def test_python_blocks_run(
     exec(code, {"lm": unmask.load("runs/q"), "unmask": unmask, "prompt": "Once"})
 
 
-def shell_lines() -> Iterator[tuple[Path, int, str]]:
-    """Command lines of fenced and indented blocks, continued ones joined, comments left out."""
+def command_lines() -> Iterator[tuple[str, str]]:
+    """(place, command line) of blocks of any kind, and of what stands in backticks."""
     for page in PAGES:
-        inside, joined, start = False, "", 0
-        for number, raw in enumerate(page.read_text().splitlines(), 1):
-            if raw.startswith("```"):
-                inside = not inside
-            line = raw.strip() if inside or raw.startswith("    ") else ""
-            start = start if joined else number
-            joined += re.sub(r"(^|\s)#.*$", "", line)
-            if joined.endswith("\\"):
-                joined = joined[:-1]
-                continue
-            if joined.startswith(("unmask ", "python benchmarks/")):
-                yield page, start, joined
-            joined = ""
+        for block in blocks(page):
+            for number, line in commands(block):
+                yield f"{page.stem}-{number}", line
+        for number, text in enumerate(page.read_text().splitlines(), 1):
+            for line in re.findall(r"`((?:unmask|python) [a-z][^`]*)`", text):
+                yield f"{page.stem}-{number}", line + " ..."  # names a command and some of its options
 
 
-@pytest.mark.parametrize(
-    "line", [pytest.param(line, id=f"{page.stem}-{number}") for page, number, line in shell_lines()]
-)
+@pytest.mark.parametrize("line", [pytest.param(line, id=place) for place, line in command_lines()])
 def test_command_lines_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unmask.model_name.locate", lambda name: name)  # the models of examples are not here
     words = shlex.split(line)
-    if words[0] == "python":
+    if words[0] == "python" and words[1] != "-m":
         script = ROOT / words[1]
-        text = script.read_text()
+        text = (script / "__main__.py" if script.is_dir() else script).read_text()
         for word in words[2:]:
             if word.startswith("--"):
                 assert f'"{word.partition("=")[0]}"' in text, word
+        return
+    if words[0] != "unmask":
         return
     command = COMMANDS[words[1]]
     if re.search(r"[\[|]|\.\.\.", line):  # a synopsis: its options exist

@@ -43,7 +43,7 @@ def test_a_picture_is_read_by_its_indentation() -> None:
 
 
 def test_the_picture_of_the_tree_is_the_tree() -> None:
-    modules, folders = pictured((ROOT / "docs" / "architecture.md").read_text().split("```")[1])
+    modules, folders = pictured((ROOT / "docs" / "architecture.md").read_text().split("```")[1].removeprefix("text"))
     files = {str(file.relative_to(ROOT).with_suffix("")) for file in SOURCE.rglob("*.py")}
     assert modules == {file for file in files if not file.rsplit("/", 1)[-1].startswith("__")}
     found = {str(file.parent.relative_to(ROOT)) for kind in ("*.py", "*.toml") for file in SOURCE.rglob(kind)}
@@ -51,7 +51,7 @@ def test_the_picture_of_the_tree_is_the_tree() -> None:
 
 
 def test_the_readme_shows_the_folders_and_no_file_that_is_not_there() -> None:
-    (tree,) = re.findall(r"```\n(src/unmask/\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tree,) = re.findall(r"```text\n(src/unmask/\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     modules, folders = pictured(tree)
     assert all((ROOT / f"{module}.py").is_file() for module in modules), modules
     assert folders == {"src/unmask", "benchmarks"} | {

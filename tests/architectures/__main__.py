@@ -28,12 +28,10 @@ SECONDS = 300
 INTRODUCTION = """# Architectures
 
 Which causal language models of transformers {version} the library takes, one row a model type (and some for settings of
-checkpoints that use other parts of a class), as measured by
-
-    python tests/architectures --output docs/architectures.md
-
-on tiny random models. *Accepted*: passes with patterns, packed documents, two streams and gradients agree with the
-stock model's. *Decoding*: steps on a cache agree as well, and speculation writes what autoregression writes.
+checkpoints that use other parts of a class), as measured on tiny random models by
+`python tests/architectures --output docs/architectures.md`.
+*Accepted*: passes with patterns, packed documents, two streams and gradients agree with the stock model's.
+*Decoding*: steps on a cache agree as well, and speculation writes what autoregression writes.
 *Drafter*: gated adapters leave clean rows alone, learn, and draft. *Refused*: `unmask` raises `UnsupportedModelError`
 with this reason.
 

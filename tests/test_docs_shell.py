@@ -111,7 +111,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "tiny", tf.Qwen3Config, head_dim=8)
     records = [{"text": story} for story in STORIES]
     turns = [{"role": "user", "content": "a cat?"}, {"role": "assistant", "content": "a mouse"}]
-    for name in ("corpus.jsonl", "sentences.jsonl", "tasks/stories.jsonl", "web/a.jsonl"):
+    for name in ("corpus.jsonl", "test.jsonl", "sentences.jsonl", "tasks/stories.jsonl", "web/a.jsonl"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     for name in ("text.txt", "train.txt", "test.txt"):
@@ -137,7 +137,7 @@ class Shell:
 
     def says(self, line: str) -> str:
         """What a command line prints; it must end well."""
-        words = shlex.split(line)
+        words = shlex.split(line.replace("$SLURM_ARRAY_TASK_ID", "1"))
         return getattr(self, words[0])(words)
 
     def unmask(self, words: list[str]) -> str:

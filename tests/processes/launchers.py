@@ -59,6 +59,6 @@ def launchers(table: Table, _asked: argparse.Namespace) -> None:
 
 def commands() -> list[str]:
     """The commands of the page, for two processes."""
-    lines = re.findall(r"^    ((?:accelerate launch|torchrun|sbatch) .*?)(?: +#.*)?$", PAGE.read_text(), re.MULTILINE)
+    lines = re.findall(r"^((?:accelerate launch|torchrun|sbatch) .*?)(?: +#.*)?$", PAGE.read_text(), re.MULTILINE)
     lines = [re.sub(r"(--config_file \S+)", r"\1 --num_processes 2", line) for line in lines]
     return [re.sub(r"--nodes=\d+", "--nodes=2", line) for line in lines]

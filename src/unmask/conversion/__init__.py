@@ -19,7 +19,8 @@ from unmask.conversion.text import hold_out, read_text
 from unmask.loading import load
 from unmask.model import DiffusionLM
 from unmask.settings import SettingsKeywords
-from unmask.training.ranks import join, use_device
+from unmask.training.devices import in_shards
+from unmask.training.ranks import join, sharding, use_device
 
 
 def adapt(
@@ -53,13 +54,14 @@ def adapt(
     folder = training_folder(Path(output_dir))
     job = plan(model, data, recipe, {**settings}, folder, resume, show_progress, base, trust_remote_code, callbacks)
     parent = load_parent(job)
-    text = read_text(job, parent)
-    run = describe(job, parent, text)
-    if holds_finished(job, run):
-        return load(folder.path, trust_remote_code=trust_remote_code)
-    corpus = hold_out(job, parent, text)
-    run["parent_nll"] = parent_nll(job, parent, corpus)
-    run["parent_text"] = parent_text(job, parent, corpus)
+    with in_shards(parent.lm.model, parent.settings, folder):
+        text = read_text(job, parent)
+        run = describe(job, parent, text)
+        if holds_finished(job, run):
+            return load(folder.path, device="cpu" if sharding() else None, trust_remote_code=trust_remote_code)
+        corpus = hold_out(job, parent, text)
+        run["parent_nll"] = parent_nll(job, parent, corpus)
+        run["parent_text"] = parent_text(job, parent, corpus)
     learner = convert(job, parent)
     run |= learner.record
     with claim_folder(job, run):

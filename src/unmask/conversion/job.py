@@ -26,7 +26,8 @@ from unmask.run_folder import RunFolder
 from unmask.settings import Settings
 from unmask.training.devices import check_machine, check_tracker
 from unmask.training.optimizer import check_optimizer
-from unmask.training.ranks import capability_of, check_launcher, chosen_device, is_sharding, join
+from unmask.training.ranks import capability_of, check_launcher, chosen_device, is_sharding, join, sharding
+from unmask.training.structures import of_main
 from unmask.training.teacher import load_teacher
 
 
@@ -161,13 +162,11 @@ class Parent:
 def load_parent(job: Job) -> Parent:
     """Load the model and resolve the settings; ValueError for settings that do not fit this model."""
     settings, ranks = job.settings, join()
-    lm = _load(job)
-    name = str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
+    lm, fingerprint = _loaded(job)
+    name = _name_of(lm)
     if settings.lora_rank is not None and not settings.lora_merge and name == IN_MEMORY:
         raise ValueError("lora_merge=false: an adapter needs the name of its base, and this model is in memory only")
     _check_learns(lm, settings, name)
-    fingerprint = hf.fingerprint(lm.model)
-    check_base(lm, settings, name)
     check_mask_stays(lm, settings, name)
     if settings.mask_token is not None and lm.diffusion is None:
         hf.check_mask_token(lm.model, lm.tokenizer, settings.mask_token)
@@ -184,10 +183,10 @@ def load_parent(job: Job) -> Parent:
     resolved = resolve(settings, num_parameters, lm.network.context_length, vocabulary)
     check_rank(lm, settings)
     check_machine(resolved, ranks.num_processes, ranks.device)
-    teacher = load_teacher(lm, resolved, trust_remote_code=job.trust_remote_code)
-    teacher_fingerprint = None
-    if settings.teacher is not None:
-        teacher_fingerprint = fingerprint if teacher is None else hf.fingerprint(teacher.model)
+    teacher, teacher_fingerprint = None, None if settings.teacher is None else fingerprint
+    if settings.teacher not in (None, "parent"):
+        own = job.trust_remote_code
+        teacher, teacher_fingerprint = _once(lambda: load_teacher(lm, resolved, trust_remote_code=own), own)
     end_token_id = _end_token_id(lm, settings.end_token)
     return Parent(lm, name, _dtype_of(job), fingerprint, resolved, end_token_id, teacher, teacher_fingerprint)
 
@@ -228,20 +227,53 @@ def check_rank(lm: DiffusionLM, settings: Settings) -> None:
         raise ValueError(f"{name}={rank} exceeds the widest weight of this model, {widest}: use less")
 
 
-def _load(job: Job) -> DiffusionLM:
-    """The model; with several ranks on the device of this one."""
+def _loaded(job: Job) -> tuple[DiffusionLM, str]:
+    """The model, and the hash of its weights."""
+    settings, model = job.settings, job.model
+    if not isinstance(model, DiffusionLM):
+
+        def load_base() -> DiffusionLM:
+            lm = load(model, dtype=settings.dtype or "float32", device=_device(),
+                      quantization_config=settings.quantize, attn_implementation=settings.attn_implementation,
+                      base=job.base, trust_remote_code=job.trust_remote_code)  # fmt: skip
+            check_base(lm, settings, _name_of(lm))
+            return lm
+
+        return _once(load_base, own=job.trust_remote_code)
+    device = _device()
+    _check_loaded(model, settings)
+    check_base(model, settings, _name_of(model))
+    if device is not None and hf.quantisation_of(model.model) is None:
+        model.model.to(device)
+    return model, hf.fingerprint(model.model)
+
+
+def _once(load: Callable[[], DiffusionLM], own: bool = False) -> tuple[DiffusionLM, str]:
+    """An AR model and the hash of its weights; processes that will share its parameters have the main one load it.
+
+    own: each loads it, since others could not make its class.
+    """
+
+    def load_whole() -> tuple[Any, Any, Any, str]:
+        lm = load()
+        if lm.drafter is not None:
+            lm.drafter.detach()
+        return lm.model, lm.tokenizer, lm.diffusion, hf.fingerprint(lm.model)
+
+    model, tokenizer, diffusion, fingerprint = load_whole() if own else of_main(load_whole)
+    return DiffusionLM(model, tokenizer, diffusion).known_finite(), fingerprint
+
+
+def _device() -> torch.device | str | None:
+    """Where a model is loaded: on this process's device, or the CPU if processes share it out; None is the best."""
     ranks = join()
-    device = ranks.device if ranks.num_processes > 1 or chosen_device() else None
-    if isinstance(job.model, DiffusionLM):
-        lm = job.model
-        _check_loaded(lm, job.settings)
-    else:
-        lm = load(job.model, dtype=job.settings.dtype or "float32", device=device,
-                  quantization_config=job.settings.quantize, attn_implementation=job.settings.attn_implementation,
-                  base=job.base, trust_remote_code=job.trust_remote_code)  # fmt: skip
-    if device is not None and hf.quantisation_of(lm.model) is None:
-        lm.model.to(device)
-    return lm
+    if sharding():
+        return "cpu"
+    return ranks.device if ranks.num_processes > 1 or chosen_device() else None
+
+
+def _name_of(lm: DiffusionLM) -> str:
+    return str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
 
 
 def _check_loaded(lm: DiffusionLM, settings: Settings) -> None:

@@ -35,6 +35,7 @@ from unmask.training.loop import Evaluator, in_training, train
 from unmask.training.ranks import agreeing, capability_of, join, main_alone
 from unmask.training.rollouts import rewritten_text
 from unmask.training.sharded import assemble, by_main, is_sharded, spread
+from unmask.training.structures import of_main
 from unmask.training.teacher import freeze
 from unmask.training.threads import replication
 from unmask.version import __version__
@@ -76,7 +77,7 @@ def convert(job: Job, parent: Parent) -> Learner:
     teacher = None
     if settings.teacher is not None and config is not None:
         teacher = freeze(parent.teacher, lm, config.mask_token_id, settings)
-    base = None if drafter is None else hf.Base.of(parent.name, lm.model)
+    base = None if drafter is None else of_main(lambda: hf.Base.of(parent.name, lm.model))
     adapted = DiffusionLM(lm.model, lm.tokenizer, config, drafter=drafter, base=base)
     learning = lm.model if drafter is None else drafter
     return Learner(adapted, tuner, teacher, _record(learning))
@@ -87,7 +88,8 @@ def new_drafter(lm: DiffusionLM, settings: Resolved) -> tuple[Drafter, Diffusion
     of_mask = settings.block_size if settings.mask_per_place else 1
     mask_rows = of_mask if settings.noise == "mask" else 0
     shape = DrafterConfig(settings.drafter_rank, settings.drafter_scale, settings.drafter_targets, mask_rows)
-    drafter = hf.add_drafter(lm.model, lm.tokenizer, shape, token=settings.mask_token)
+    parts = of_main(lambda: hf.gateable(lm.model))
+    drafter = hf.add_drafter(lm.model, lm.tokenizer, shape, token=settings.mask_token, parts=parts)
     if lm.model.dtype in HALF:
         drafter.float()
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]

@@ -103,7 +103,7 @@ def for_trainer(
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     resolved = resolve(chosen, lm.model.num_parameters(), lm.network.context_length, vocabulary)
     check_rank(lm, chosen)
-    other = load_teacher(lm, resolved)
+    other = None if chosen.teacher in (None, "parent") else load_teacher(lm, resolved)
     adapted = _drafted(lm, resolved, name) if chosen.objective == "distill" else _converted(lm, resolved)
     assert adapted.diffusion is not None
     teacher = None if chosen.teacher is None else freeze(other, lm, adapted.diffusion.mask_token_id, resolved)

@@ -21,7 +21,7 @@ from unmask.hf.checkpoint import (
     without_dropout,
     write_diffusion,
 )
-from unmask.hf.drafters import add_drafter, drafter_on
+from unmask.hf.drafters import add_drafter, drafter_on, gateable
 from unmask.hf.grammar import Grammar, JsonSchema, Lark, Regex, grammar_constraint
 from unmask.hf.hub import push
 from unmask.hf.layers import checkpoint_layers, takes_flex
@@ -60,6 +60,7 @@ __all__ = [
     "end_token_ids",
     "end_token_ids_at",
     "fingerprint",
+    "gateable",
     "grammar_constraint",
     "load_drafter",
     "load_pretrained",

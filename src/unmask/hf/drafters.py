@@ -35,14 +35,20 @@ class Gateable:
 
 
 def add_drafter(
-    model: Any, tokenizer: Any, config: DrafterConfig, *, token: str | None = None, first: int | None = None
+    model: Any,
+    tokenizer: Any,
+    config: DrafterConfig,
+    *,
+    token: str | None = None,
+    first: int | None = None,
+    parts: Gateable | None = None,
 ) -> Drafter:
     """Hook a new drafter on `model`; only the tokenizer gets the mask token, the base's embedding gets no row for it.
 
     The ids of the masks must not be those of other tokens, or clean text would be read as masks; nor those of rows that
     the base has beyond its tokens, since these have logits and the AR model would lose them. So a new token that the
     tokenizer puts on such a row has its masks after all rows. A mask token of the base's is used where no other token
-    follows it too closely. first: the id that a folder names.
+    follows it too closely. first: the id that a folder names. parts: what can be gated, if that is known.
     """
     check_bare(model)
     found, reused = tokenizer.get_vocab(), tokenizer.mask_token
@@ -63,7 +69,7 @@ def add_drafter(
         first = own if token in found or own >= rows else after_all
     elif first < after_all:
         first = own  # of an older folder; one that names another id is refused by `parse_diffusion`
-    return drafter_on(model, first, config).to(model.device)
+    return drafter_on(model, first, config, parts).to(model.device)
 
 
 def _taken(vocabulary: dict[str, int], token: str, first: int, config: DrafterConfig) -> list[str]:
@@ -71,9 +77,9 @@ def _taken(vocabulary: dict[str, int], token: str, first: int, config: DrafterCo
     return [t for t, i in vocabulary.items() if first <= i < first + max(1, config.mask_rows) and t != token]
 
 
-def drafter_on(model: Any, mask_token_id: int, config: DrafterConfig) -> Drafter:
+def drafter_on(model: Any, mask_token_id: int, config: DrafterConfig, parts: Gateable | None = None) -> Drafter:
     """A new drafter on all that can be gated of its targets."""
-    parts = gateable(model)
+    parts = gateable(model) if parts is None else parts
     return Drafter(model, mask_token_id, config, parts.maps, parts.tables)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import accelerate
@@ -14,8 +15,10 @@ from accelerate.utils import DistributedType
 
 from unmask.resolve import Resolved, uses_tf32
 from unmask.run_folder import RunFolder
-from unmask.settings import RunSettings
-from unmask.training.ranks import capability_of, join, set_kind, share_weights
+from unmask.settings import OptimiserSettings, RunSettings
+from unmask.training.optimizer import make_optimizer
+from unmask.training.ranks import capability_of, join, set_kind, sharding, share_weights
+from unmask.training.sharded import assemble, run_first, shard
 
 
 def accelerator_of(settings: RunSettings, folder: RunFolder) -> accelerate.Accelerator:
@@ -31,13 +34,16 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 """Kinds of processes for which Accelerate's wrapper averages the gradients over ranks."""
 
 
-def prepare(accelerator: accelerate.Accelerator, model: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-    """Model and optimiser on the device, prepared by Accelerate, with the model's own forward."""
+def prepare(accelerator: accelerate.Accelerator, model: Any, settings: OptimiserSettings) -> tuple[Any, Any]:
+    """Model on the device and its optimiser, prepared by Accelerate, with the model's own forward."""
     forward = model.__dict__.get("forward")
     if accelerator.distributed_type in SHARDED:
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        shard(accelerator, model)
+        accelerator._models.append(model)  # which `Accelerator.prepare` does, and also shards: without the weights
+        wrapped, optimizer = model, accelerator.prepare_optimizer(make_optimizer(model, settings))
     else:
-        wrapped, optimizer = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(optimizer)
+        made = make_optimizer(model, settings)
+        wrapped, optimizer = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(made)
         share_weights(model)
     # A step enters autocast itself. Accelerate's wrapper of the forward would stay on the model after the run, and
     # Accelerate's function that removes it removes the model's decorators too, which return the cache.
@@ -46,6 +52,22 @@ def prepare(accelerator: accelerate.Accelerator, model: Any, optimizer: torch.op
     if forward is not None:  # of a hook, on a model that is spread over devices
         model.forward = forward
     return wrapped, optimizer
+
+
+@contextmanager
+def in_shards(model: Any, settings: Resolved, folder: RunFolder) -> Iterator[None]:
+    """Within the context the model is spread over processes that will train it so, and no device holds it whole.
+
+    After it the main process has it whole on its CPU, and the others its structure.
+    """
+    if not sharding():
+        yield
+        return
+    as_loaded = replace(settings, mixed_precision="no", report_to=None)
+    shard(accelerator_of(as_loaded, folder), model)
+    run_first(model)
+    yield
+    assemble(model)
 
 
 def check_tracker(name: str | None) -> None:

@@ -44,7 +44,7 @@ from unmask.training.checkpoints import (
 )
 from unmask.training.devices import SHARDED, accelerator_of, prepare, products_of, syncing
 from unmask.training.guards import STOPPED, StepClock, StopRequest, naming_memory
-from unmask.training.optimizer import make_optimizer, step_if
+from unmask.training.optimizer import step_if
 from unmask.training.ranks import add_gradients, agreeing, spread
 from unmask.training.sharded import is_sharded, run_first, shard, whole
 from unmask.training.step import learning_rate_at, step_loss
@@ -161,7 +161,7 @@ class _Run:
             accelerator.init_trackers("unmask", config={k: str(v) for k, v in asdict(settings).items()})
         self.model, self.settings, self.config = model, settings, config
         self.total_steps, self.folder, self.teacher = total_steps, folder, teacher
-        self.wrapped, self.optimizer = prepare(accelerator, model, make_optimizer(model, settings))
+        self.wrapped, self.optimizer = prepare(accelerator, model, settings)
         if hf.quantisation_of(model) is not None:
             hold_learnt_alone(accelerator)
         self.sharded = is_sharded(self.wrapped)

@@ -72,6 +72,11 @@ def set_kind() -> None:
         processes._shared_state["distributed_type"] = kind
 
 
+def sharding() -> bool:
+    """Whether this run spreads parameters over its processes: it was asked to, and there are several."""
+    return is_sharding() and number() > 1
+
+
 def check_launcher() -> None:
     """Raise ValueError for what Accelerate's launcher was asked to do and this library does not."""
     for name, what in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
@@ -89,8 +94,8 @@ def check_launcher() -> None:
         )
     if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("1", "true", "yes"):
         raise ValueError(
-            "FSDP_CPU_RAM_EFFICIENT_LOADING=true leaves other processes than the first without the weights that they "
-            "check: set fsdp_cpu_ram_efficient_loading: false"
+            "FSDP_CPU_RAM_EFFICIENT_LOADING=true: this library itself has the main process alone load the model: set "
+            "fsdp_cpu_ram_efficient_loading: false"
         )
 
 

@@ -18,8 +18,8 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.distributed._composable_state import _module_state_mapping
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unmask.training import ranks
 
@@ -32,8 +32,47 @@ def is_sharded(model: Any) -> bool:
 
 
 def shard(accelerator: accelerate.Accelerator, model: Any) -> None:
-    """Spread a further model over the ranks as the one that learns is, such as its teacher."""
+    """Spread a model over the ranks, with the weights of the main process; those of others may be on the meta device.
+
+    No process but the main one ever holds more than its part of the weights and one parameter. Buffers stay as they
+    are on each rank: state dicts lack some, such as rotary frequencies.
+    """
+    weights = _taken_off(model)
     fsdp2_prepare_model(accelerator, model)
+    kept_on_cpu = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+    parts: dict[int, nn.Parameter] = {}
+    state = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in parts:  # else it is tied
+            part = _part_of(parameter, weights.pop(name, None), accelerator.device)
+            parts[id(parameter)] = nn.Parameter(part.cpu() if kept_on_cpu else part, parameter.requires_grad)
+        state[name] = parts[id(parameter)]
+    model.load_state_dict(state, strict=False, assign=True)
+
+
+def _taken_off(model: Any) -> dict[str, torch.Tensor]:
+    """Put all parameters on the meta device; returns those of the main process by name, and none on others."""
+    is_main = dist.get_rank() == 0
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters() if is_main}
+    empty: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in empty:
+                without = torch.empty_like(parameter, device="meta")
+                empty[id(parameter)] = nn.Parameter(without, parameter.requires_grad)
+            module.register_parameter(name, empty[id(parameter)])
+    return weights
+
+
+def _part_of(parameter: Any, weight: torch.Tensor | None, device: torch.device) -> DTensor:
+    """This rank's part of the main process's weight; parameter: says how it is spread. weight: None on other ranks."""
+    if weight is None:
+        weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    weight = weight.to(device, parameter.dtype).contiguous()
+    dist.broadcast(weight, 0)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    part = distribute_tensor(weight, mesh, placements, src_data_rank=None).to_local().clone()
+    return DTensor.from_local(part, mesh, placements, shape=weight.shape, stride=weight.stride())
 
 
 def whole(value: Any) -> Any:
@@ -120,6 +159,8 @@ def assemble(*parts: Any) -> None:
                 if isinstance(parameter, DTensor) and id(parameter) not in gathered:
                     gathered[id(parameter)] = _gathered(parameter)
                 module.register_parameter(name, gathered.get(id(parameter), parameter))
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.cpu()
         for module in part.modules():
             _forget_sharding(module)
 
@@ -138,5 +179,9 @@ def _forget_sharding(module: Any) -> None:
         state._post_forward_hook_handle.remove()
         del _module_state_mapping[module]
         module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+    for hooks in (module._load_state_dict_post_hooks, module._load_state_dict_pre_hooks, module._state_dict_pre_hooks):
+        for number, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook).__module__.startswith("torch.distributed.fsdp"):
+                del hooks[number]
     for name in (STATE_KEY, REGISTRY_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params"):
         vars(module).pop(name, None)

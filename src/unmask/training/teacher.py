@@ -14,14 +14,12 @@ from unmask.model import DiffusionLM
 from unmask.resolve import Resolved
 
 
-def load_teacher(lm: DiffusionLM, settings: Resolved, *, trust_remote_code: bool = False) -> DiffusionLM | None:
-    """The AR model in the folder that the settings name; None for no teacher and for "parent", which is `lm` itself.
+def load_teacher(lm: DiffusionLM, settings: Resolved, *, trust_remote_code: bool = False) -> DiffusionLM:
+    """The AR model in the folder that the settings name, which is not "parent", on the device of `lm`.
 
     Raises ValueError for a checkpoint that is no AR model any more, or has another vocabulary than `lm`.
     """
-    name = settings.teacher
-    if name is None or name == "parent":
-        return None
+    name = str(settings.teacher)
     other = load(name, dtype=_dtype_of(lm, settings), device=lm.network.device, trust_remote_code=trust_remote_code)
     if other.diffusion is not None and not other.diffusion.serves_ar:
         raise ValueError(f"teacher={name!r} is no AR model any more: give the one it was made from")

@@ -38,11 +38,11 @@ def run_rank(way: str, parent: Path, work: Path) -> None:
     from unmask.training.ranks import join, leave
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    from ranks import shard
+    from ranks import become
 
     torch.set_num_threads(1)
     ranks = join()
-    shard()
+    become("fsdp2")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model = parent if way == "once" else unmask.load(parent, dtype="float32")
     unmask.adapt(model, work / "text.txt", "drafter", work / way, drafter_rank=2, max_tokens=64, max_length=32,

@@ -19,7 +19,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,6 +35,7 @@ from transformers.utils import logging as hf_logging
 
 import unmask
 import unmask.conversion  # what a run imports, so that forked ranks have it
+from unmask import hf
 from unmask.training import loop, ranks
 from unmask.training.ranks import join, leave
 
@@ -134,15 +136,45 @@ def assert_same_run(folder: Path, reference: Path, rel: float = 1e-7) -> None:
 def run_case(case: dict[str, Any]) -> unmask.DiffusionLM:
     """Adapt a model held in float64, so that what is left of a difference is one.
 
-    kind: see `become`. fault: {"rank": which, None for all, "kind": see `break_down`}.
+    kind: see `become`. fault: {"rank": which, None for all, "kind": see `break_down`}. from_file: have `adapt` load the
+    model, and write how to the folder's name and "-loaded-<rank>.json".
     """
     case = dict(case)
     become(case.pop("kind", "ddp"))
     fault = case.pop("fault", None)
     if fault is not None and fault["rank"] in (None, join().process_index):
         break_down(fault["kind"], Path(case["output_dir"]))
+    if case.pop("from_file", False):
+        with watching_loads(Path(f"{case['output_dir']}-loaded-{join().process_index}.json")):
+            return unmask.adapt(show_progress=False, **case)
     lm = unmask.load(case.pop("model"), dtype=torch.float64)
     return unmask.adapt(lm, show_progress=False, **case)
+
+
+@contextmanager
+def watching_loads(file: Path) -> Iterator[None]:
+    """Within the context write how a parent was loaded: how often weights were read, where they and buffers are then."""
+    seen: dict[str, Any] = {"reads": 0}
+    load_parent, read = unmask.conversion.load_parent, hf.load_pretrained
+
+    def watched(job: Any) -> Any:
+        parent = load_parent(job)
+        seen["weights"] = sorted({p.device.type for p in parent.lm.model.parameters()})
+        seen["buffers"] = sorted({b.device.type for b in parent.lm.model.buffers()})
+        seen["fingerprint"] = parent.fingerprint
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(seen))
+        return parent
+
+    def counted(*given: Any, **named: Any) -> Any:
+        seen["reads"] += 1
+        return read(*given, **named)
+
+    unmask.conversion.load_parent, hf.load_pretrained = watched, counted
+    try:
+        yield
+    finally:
+        unmask.conversion.load_parent, hf.load_pretrained = load_parent, read
 
 
 _FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ranks import interrupted, logged
+from ranks import interrupted, logged
 
 import unmask
 from unmask.recipe import load_recipe

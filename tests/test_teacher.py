@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ranks import logged
+from ranks import logged
 
 import unmask
 from unmask.recipe import load_recipe

@@ -153,7 +153,7 @@ def run_case(case: dict[str, Any]) -> unmask.DiffusionLM:
 
 @contextmanager
 def watching_loads(file: Path) -> Iterator[None]:
-    """Within the context write how a parent was loaded: how often weights were read, where they and buffers are then."""
+    """Within the context write how a parent is loaded: how often weights are read, where they and buffers are then."""
     seen: dict[str, Any] = {"reads": 0}
     load_parent, read = unmask.conversion.load_parent, hf.load_pretrained
 

@@ -227,7 +227,7 @@ def digest(lm: unmask.DiffusionLM) -> str:
     for name, tensor in sorted(weights_of(lm).items()):
         if tensor.is_meta:
             return WITH_MAIN
-        found.update(name.encode() + tensor.numpy().tobytes())
+        found.update(name.encode() + tensor.double().numpy().tobytes())  # numpy has no bfloat16
     return found.hexdigest()
 
 

@@ -144,13 +144,14 @@ def _sources(data: Any, split: str) -> tuple[tuple[str, ...], Any]:
 class Parent:
     """The model to adapt, and the settings with the values that its size decides.
 
-    dtype: that its folder says its weights have, None where nothing does. fingerprint, teacher_fingerprint: hashes
-    of weights. end_token_id: the token that ends a document. teacher: the AR model that the setting names, None if
-    it names the parent itself or nothing.
+    class_name: of the model, which has another class while it is sharded. dtype: that its folder says its weights
+    have, None where nothing does. fingerprint, teacher_fingerprint: hashes of weights. end_token_id: the token that
+    ends a document. teacher: the AR model that the setting names, None if it names the parent itself or nothing.
     """
 
     lm: DiffusionLM
     name: str
+    class_name: str
     dtype: str | None
     fingerprint: str
     settings: Resolved
@@ -188,7 +189,10 @@ def load_parent(job: Job) -> Parent:
         own = job.trust_remote_code
         teacher, teacher_fingerprint = _once(lambda: load_teacher(lm, resolved, trust_remote_code=own), own)
     end_token_id = _end_token_id(lm, settings.end_token)
-    return Parent(lm, name, _dtype_of(job), fingerprint, resolved, end_token_id, teacher, teacher_fingerprint)
+    class_name = type(lm.model).__name__
+    return Parent(
+        lm, name, class_name, _dtype_of(job), fingerprint, resolved, end_token_id, teacher, teacher_fingerprint
+    )
 
 
 def _of_device(job: Job, lm: DiffusionLM, device: torch.device) -> dict[str, Any]:

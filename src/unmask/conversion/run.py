@@ -22,7 +22,7 @@ def describe(job: Job, parent: Parent, text: Corpus | Mixture | RecordStream) ->
     """The part of run.json that decides the result of the run."""
     teacher = {"name": parent.settings.teacher, "fingerprint": parent.teacher_fingerprint}
     return {
-        "parent": {"name": parent.name, "class": type(parent.lm.model).__name__, "fingerprint": parent.fingerprint},
+        "parent": {"name": parent.name, "class": parent.class_name, "fingerprint": parent.fingerprint},
         "teacher": None if parent.settings.teacher is None else teacher,
         "settings": to_plain(parent.settings),
         "data": {

@@ -83,7 +83,7 @@ def test_the_run_is_that_of_one_process(name: str, told: dict[str, Any], work: P
     assert ": " not in told[name], told[name]
     rows, expected = logged(work / "2" / name), logged(work / "1" / name)
     assert [row.keys() for row in rows] == [row.keys() for row in expected]
-    precise = 2e-2 if name.startswith("bf16") else 1e-4  # in float32, from another order of sums
+    precise = 5e-2 if name.startswith("bf16") else 1e-4  # in float32, from another order of sums
     for row, wanted in zip(rows, expected, strict=True):
         assert row == pytest.approx(wanted, rel=precise)
     runs = [json.loads((work / ranks / name / "run.json").read_text()) for ranks in ("1", "2")]

@@ -10,10 +10,10 @@ from html import escape
 from pathlib import Path
 
 import torch
-from unmask.cli.replay import token_pieces
 
 import unmask
 from unmask.lab.tasks import problems
+from unmask.replay_page import token_pieces
 from unmask.sampling import Blocks, Threshold, Trace
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ from rich.live import Live
 
 import unmask
 from unmask.cli.watch import Watch
-from unmask.replay_page import token_pieces, write_replay
+from unmask.replay_page import Beside, guess_piece, replay_page, token_pieces
 from unmask.sampling import Canvas, Confidence, Guess, Step, Threshold, Trace
 
 
@@ -91,7 +91,7 @@ class Page(HTMLParser):
 NASTY = 'a </script><script>alert("1")</script> <!-- <b>&amp; \u2028 {"x": 1} é 日本'
 
 
-def test_page_is_one_file_that_no_text_can_break(tokenizer_and_model: Path, tmp_path: Path) -> None:
+def test_page_is_one_file_that_no_text_can_break(tokenizer_and_model: Path) -> None:
     lm = unmask.load(tokenizer_and_model)
     prompt = lm.tokenizer(NASTY)["input_ids"]
     new = lm.tokenizer(" the dog</script> 日 was happy")["input_ids"]
@@ -102,22 +102,22 @@ def test_page_is_one_file_that_no_text_can_break(tokenizer_and_model: Path, tmp_
         Step(0, 2, [Guess(len(prompt) + i, t, 0.9) for i, t in enumerate(new) if i], [Guess(len(prompt) + 99, 5, 0.1)]),
         Step(0, 3, [Guess(len(prompt) + 99, 5, 0.5)], []),  # after the end: it was dropped
     ]
-    path = write_replay(tmp_path / "r.html", lm.tokenizer, prompt, new, steps, title=NASTY, summary=NASTY,
-                        prompt_text=NASTY)  # fmt: skip
-    text = path.read_text(encoding="utf-8")
+    text = replay_page(lm.tokenizer, prompt, new, steps, title=NASTY, facts={NASTY: NASTY}, prompt_text=NASTY,
+                       beside=Beside(NASTY, [NASTY], {NASTY: NASTY}))  # fmt: skip
     page = Page(text)
     assert [tag for tag, _ in page.tags].count("script") == 2  # the data and ours, none from the text
     assert "b" not in [tag for tag, _ in page.tags]
     assert not any(name in ("src", "href") for _, attributes in page.tags for name in attributes)
-    assert re.findall(r"https?://[^\"'\s]*", text) == ["http://www.w3.org/2000/svg"]  # a name, never fetched
+    assert not re.findall(r"https?://", text)
     assert "default-src 'none'" in text
     data = json.loads(page.scripts[0])
-    assert (data["title"], data["prompt"]) == (NASTY, NASTY)
+    assert (data["title"], data["prompt"], data["facts"]) == (NASTY, NASTY, [[NASTY, NASTY]])
+    assert data["beside"] == {"name": NASTY, "pieces": [NASTY], "facts": [[NASTY, NASTY]]}
     assert "".join(data["tokens"]) == " the dog</script> 日 was happy"
     assert [step["number"] for step in data["steps"]] == [1, 2]
     assert data["steps"][0]["commits"] == [[0, 0.25]]
     assert data["steps"][1]["guesses"] == []
-    assert len(text) < 14_000
+    assert len(text) < 20_000
     assert "innerHTML" not in text
 
 
@@ -128,7 +128,7 @@ def test_pieces_join_to_the_text_whatever_the_tokens_cut(tokenizer_and_model: Pa
     assert token_pieces(tokenizer, prompt, [*tokenizer(" dog")["input_ids"], 1])[-1] == "</s>"
 
 
-def test_command_writes_the_page(run, converted: Path, tmp_path: Path) -> None:
+def test_command_writes_the_page(run, converted: Path, tokenizer_and_model: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     prompt = STORIES[0][:20] + "</script>"
     code, out, err = run("generate", converted, prompt, "--max-new-tokens", 9, "--replay", page, "--json")
@@ -138,12 +138,20 @@ def test_command_writes_the_page(run, converted: Path, tmp_path: Path) -> None:
     assert data["prompt"] == prompt
     assert len(data["tokens"]) == found["num_new_tokens"]
     assert sum(len(step["commits"]) for step in data["steps"]) == found["num_new_tokens"]
-    assert f"{found['num_new_tokens']} tokens in {found['num_forwards']} forwards" in data["summary"]
+    facts = dict(data["facts"])
+    assert (facts["tokens"], facts["forwards"]) == (str(found["num_new_tokens"]), str(found["num_forwards"]))
+    assert (facts["mode"], facts["threshold"]) == ("diffusion", "0.9")
+    assert float(facts["seconds"]) > 0
+    assert data["beside"]["name"].startswith("AR parent ")
+    assert "".join(data["beside"]["pieces"]).startswith(
+        unmask.load(tokenizer_and_model).generate(prompt, "ar", 9).texts[0]
+    )
     code, out, _ = run("generate", converted, prompt, "--max-new-tokens", 9, "--mode", "ar", "--replay", page)
     assert code == 0
     assert out.startswith(prompt)
     data = json.loads(Page(page.read_text(encoding="utf-8")).scripts[0])
     assert all(step["commits"][0][1] is None for step in data["steps"])
+    assert data["beside"] is None
 
 
 def test_bad_values_are_named(run, converted: Path, tmp_path: Path) -> None:
@@ -209,3 +217,63 @@ def test_an_output_replays_itself_in_a_notebook(converted: Path, tmp_path: Path,
         replayed.save(tmp_path / "r.txt")
     with pytest.raises(ValueError, match="of one prompt, not of 2"):
         unmask.replay(lm, ["a", "b"])
+
+
+def test_guesses_are_said_where_they_change(tokenizer_and_model: Path) -> None:
+    """Put together again, they are those of each step."""
+    lm = unmask.load(tokenizer_and_model)
+    prompt, new = lm.tokenizer("Once")["input_ids"], lm.tokenizer(" the dog was happy")["input_ids"][-6:]
+    steps = [
+        Step(0, n + 1, [Guess(len(prompt) + n, new[n], 0.5)],
+             [Guess(len(prompt) + i, new[(i + n // 3) % 6], 0.1 * (n // 2 + 1)) for i in range(n + 1, 6)])
+        for n in range(6)
+    ]  # fmt: skip
+    data = json.loads(Page(replay_page(lm.tokenizer, prompt, new, steps, title="", facts={})).scripts[0])
+    known: dict[int, tuple[str, float]] = {}
+    for step, frame in zip(steps, data["steps"], strict=True):
+        for at, _ in frame["commits"]:
+            known.pop(at, None)
+        known |= {at: (data["words"][word], p) for at, word, p in frame["guesses"]}
+        piece = {token: guess_piece(lm.tokenizer, token, prompt[-1]) for _, token, _ in step.guesses}
+        assert known == {at - len(prompt): (piece[token], round(p, 2)) for at, token, p in step.guesses}
+    assert sum(len(frame["guesses"]) for frame in data["steps"]) < sum(len(step.guesses) for step in steps)
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "ar"])
+def test_what_generate_returns_replays_itself(converted: Path, mode: str) -> None:
+    lm = unmask.load(converted)
+    out = lm.generate(["Once <b>upon", "</script>"], mode, max_new_tokens=9)
+    frames = [dict(attributes) for tag, attributes in Page(out._repr_html_()).tags if tag == "iframe"]
+    assert [frame["sandbox"] for frame in frames] == ["allow-scripts"] * 2
+    for frame, text, prompt, forwards in zip(
+        frames, out.texts, ["Once <b>upon", "</script>"], out.num_forwards, strict=True
+    ):
+        data = json.loads(Page(frame["srcdoc"]).scripts[0])
+        assert data["prompt"] == prompt
+        assert "".join(data["tokens"]).startswith(text)
+        assert sorted(at for step in data["steps"] for at, _ in step["commits"]) == list(range(len(data["tokens"])))
+        facts = dict(data["facts"])
+        assert (facts["mode"], facts["forwards"]) == (mode, str(int(forwards)))
+    assert len(out._repr_html_()) < 200_000
+
+
+def test_an_output_without_a_history_is_its_text(converted: Path) -> None:
+    lm = unmask.load(converted)
+    for out in (lm.generate(["a </pre><b>"] * 5, max_new_tokens=2), lm.infill("<b>", "</pre>", 3)):
+        page = out._repr_html_()
+        assert [tag for tag, _ in Page(page).tags] == ["pre"] * len(out.texts)
+        assert out.history is None
+
+
+def test_a_long_text_makes_a_small_page(tokenizer_and_model: Path) -> None:
+    """400 tokens of a whole canvas, whose every forward guesses at all that is masked."""
+    lm = unmask.load(tokenizer_and_model)
+    prompt = lm.tokenizer("Once")["input_ids"]
+    new = (lm.tokenizer(" the dog was happy and ran to the tree.")["input_ids"] * 60)[:400]
+    steps = [
+        Step(0, n + 1, [Guess(len(prompt) + 2 * n + i, new[2 * n + i], 0.91) for i in (0, 1)],
+             [Guess(len(prompt) + i, new[i], (i % 89 + n / 150) / 100) for i in range(2 * n + 2, 400)])
+        for n in range(200)
+    ]  # fmt: skip
+    page = replay_page(lm.tokenizer, prompt, new, steps, title="long", facts={})
+    assert len(page) < 200_000

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from unmask.model import DiffusionLM
     from unmask.outputs import SampleOutput
     from unmask.recipe import recipes
-    from unmask.replay_page import replay
+    from unmask.replaying import replay
 
 __all__ = [
     "DiffusionLM",
@@ -50,7 +50,7 @@ _HOMES = {
     "for_trainer": "unmask.conversion.trainer",
     "prepare": "unmask.conversion.prepare",
     "recipes": "unmask.recipe",
-    "replay": "unmask.replay_page",
+    "replay": "unmask.replaying",
 }
 
 

@@ -26,7 +26,7 @@ from unmask.evaluation.embed import document_ids, embed, named_pattern
 from unmask.evaluation.likelihood import LikelihoodOutput
 from unmask.infilling import Pieces, fill_gaps, filling_decoder, texts_with_gaps, tokenised
 from unmask.limits import check_whole
-from unmask.outputs import SampleOutput, sample_output
+from unmask.outputs import SampleOutput, recorded, sample_output
 from unmask.plain_numbers import plain
 from unmask.progress import progress
 from unmask.sampling import (
@@ -175,6 +175,7 @@ class DiffusionLM:
         )  # fmt: skip
         rows = self.prompt_ids(prompts, attention_mask)
         stop = self._stop(rows, stop_strings)
+        history, callback = recorded(self.tokenizer, rows, decoder, callback)
         request = Request(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
             seed=[given_or_new(n) for n in seed] if isinstance(seed, Sequence) else given_or_new(seed),
@@ -185,7 +186,7 @@ class DiffusionLM:
         sampled = self.sample(rows, decoder, request)
         texts = [stop.cut(self.new_text(p, new)) for p, new in zip(rows, sampled.new_tokens, strict=True)]
         sequences = [[*p.tolist(), *new] for p, new in zip(rows, sampled.new_tokens, strict=True)]
-        output = sample_output(sequences, sampled, texts, self._pad)
+        output = sample_output(sequences, sampled, texts, self._pad, history=history)
         warn_of_cuts(rows, output.sequences, output.num_new_tokens.tolist(), request)
         return output
 

@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unmask.sampling import SampledTokens
+from unmask.limits import check_function
+from unmask.replay_page import facts_of, in_frame, replay_page
+from unmask.sampling import Decoder, Guess, SampledTokens, Step
+from unmask.sampling.request import Callback
+
+MOST_REPLAYED = 4
+"""Prompts of a call of `generate` that keep their history: with many rows, keeping it would take time."""
+
+
+@dataclass(frozen=True)
+class History:
+    """Where the rows of a call of `generate` committed tokens, one step after the other.
+
+    prompts: token ids of each. facts: what was asked for, in words. commits: of each row, the positions of each step.
+    """
+
+    tokenizer: Any
+    prompts: Sequence[Sequence[int]]
+    facts: Mapping[str, str]
+    commits: list[list[list[int]]]
+
+
+def recorded(
+    tokenizer: Any, prompts: Sequence[Tensor], decoder: Decoder, callback: Callback | None
+) -> tuple[History | None, Callback | None]:
+    """A history that is written while rows are decoded, and the callback that does it and calls the given one."""
+    check_function("callback", callback, "print")
+    if len(prompts) > MOST_REPLAYED:
+        return None, callback
+    history = History(tokenizer, [prompt.tolist() for prompt in prompts], facts_of(decoder), [[] for _ in prompts])
+
+    def keep(row: int, positions: list[int], tokens: list[int]) -> None:
+        history.commits[row].append(positions)
+        if callback is not None:
+            callback(row, positions, tokens)
+
+    return history, keep
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,7 +59,8 @@ class SampleOutput:
     (batch,). Speculative mode only: cycle_gains, (batch, n), cycles of the row that gained j tokens each; num_inputs,
     (batch,), tokens and masks that the forwards were made over, which is 1 a forward in AR decoding. With a constraint
     only: num_forced, (batch,) new tokens that needed no forward, since no other was allowed. Infilling only: fills, the
-    text of each gap, of which `texts` is all; filled, the whole text with its gaps filled.
+    text of each gap, of which `texts` is all; filled, the whole text with its gaps filled. history: of `generate` with
+    a few prompts, the order of commits, with which an output replays itself in a notebook.
     """
 
     sequences: Tensor
@@ -35,6 +73,7 @@ class SampleOutput:
     num_forced: Tensor | None = None
     fills: list[list[str]] | None = None
     filled: list[str] | None = None
+    history: History | None = field(default=None, compare=False)
 
     @property
     def tokens_per_cycle(self) -> Tensor | None:
@@ -57,11 +96,43 @@ class SampleOutput:
         ]
         return f"SampleOutput({', '.join(rows)})"
 
+    def counts(self, row: int) -> dict[str, str]:
+        """The counts of a row, in words."""
+        return {
+            "tokens": str(int(self.num_new_tokens[row])),
+            "forwards": str(int(self.num_forwards[row])),
+            "tokens per forward": f"{float(self.tokens_per_forward[row]):.2f}",
+        }
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the replay of each row where there is a history, else the texts."""
+        if self.history is None:
+            whole = self.texts if self.filled is None else self.filled
+            return "".join(f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>' for text in whole)
+        return "".join(in_frame(self._page(self.history, row), "26em") for row in range(len(self.texts)))
+
+    def _page(self, history: History, row: int) -> str:
+        prompt, commits = history.prompts[row], history.commits[row]
+        new = self.sequences[row, len(prompt) : len(prompt) + int(self.num_new_tokens[row])].tolist()
+        text = self.sequences[row].tolist()
+        steps = [
+            Step(row, number, [Guess(at, text[at], None) for at in positions if at < len(text)], [])
+            for number, positions in enumerate(commits, 1)
+        ]
+        facts = {**history.facts, **self.counts(row)}
+        return replay_page(history.tokenizer, prompt, new, steps, title="", facts=facts)
+
+
+def summary(output: SampleOutput) -> str:
+    """The counts of the one row of an output, in a line."""
+    counts = output.counts(0)
+    return f"{counts['tokens']} tokens in {counts['forwards']} forwards ({counts['tokens per forward']} per forward)"
+
 
 def sample_output(
-    sequences: Sequence[Sequence[int]], sampled: SampledTokens, texts: list[str], pad: int, **infilled: Any
+    sequences: Sequence[Sequence[int]], sampled: SampledTokens, texts: list[str], pad: int, **more: Any
 ) -> SampleOutput:
-    """Rows of tokens, filled up with `pad`, and what sampling counted; infilled: the fields of infilling."""
+    """Rows of tokens, filled up with `pad`, and what sampling counted; more: further fields."""
     width = max(map(len, sequences))
     return SampleOutput(
         sequences=torch.tensor([[*row, *[pad] * (width - len(row))] for row in sequences]),
@@ -72,5 +143,5 @@ def sample_output(
         cycle_gains=sampled.cycle_gains,
         num_inputs=sampled.num_inputs,
         num_forced=sampled.num_forced,
-        **infilled,
+        **more,
     )

@@ -1,84 +1,33 @@
-"""How a text was denoised, as a page that replays it: in a file, or in a notebook.
+"""The page that replays how a text was denoised: HTML that loads nothing.
 
-The page is one file that loads nothing, so it works from file:// and as an attachment. Text reaches it as JSON in
-which no character can end the script, and is only ever shown as text.
+It works from file://, as an attachment and in a notebook. Text reaches it as JSON in which no character can end the
+script, and is only ever shown as text; without scripts the page shows the text as it ended.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from unmask.model import DiffusionLM
-from unmask.outputs import SampleOutput
 from unmask.plain_json import to_json
-from unmask.sampling import Guess, Step, Trace
+from unmask.sampling import Guess, Step, Threshold
 
 
-@dataclass(frozen=True, repr=False)
-class Replay:
-    """What `replay` returns: in a notebook it shows how the text came about.
+class Beside(NamedTuple):
+    """Another text of the same prompt: who wrote it, what each of its tokens adds, and what there is to say of it.
 
-    output: as of `generate`. page: the HTML of the replay.
+    It is shown as written from left to right, a token a forward.
     """
 
-    output: SampleOutput
-    page: str
-
-    def __repr__(self) -> str:
-        return f"Replay({self.output!r})"
-
-    def _repr_html_(self) -> str:
-        style = "width: 100%; height: 32em; border: 1px solid #8888; border-radius: 6px"
-        return f'<iframe style="{style}" sandbox="allow-scripts" srcdoc="{html.escape(self.page)}"></iframe>'
-
-    def save(self, path: str | Path) -> Path:
-        """Write the page to a file; ValueError for one that does not end in .html, or is there and no replay."""
-        path = Path(path)
-        check_page(path)
-        path.write_text(self.page, encoding="utf-8")
-        return path
-
-
-_OF_REQUEST = ("max_new_tokens", "temperature", "top_p", "top_k", "stop_strings", "seed", "callback", "constraint")
-"""Options of `generate` that are not of a decoder."""
-
-
-def replay(lm: DiffusionLM, prompt: str, mode: Any = None, **options: Any) -> Replay:
-    """Continue one prompt, and keep how: `lm.generate(prompt, mode, **options)`, whose text is the same.
-
-    In a notebook the result replays itself; `save` writes its page.
-    """
-    of_request = {name: options.pop(name) for name in _OF_REQUEST if name in options}
-    decoder: Any = lm.decoder(mode, **options)
-    trace = Trace(getattr(decoder, "select", None), callback=of_request.pop("callback", None))
-    if hasattr(decoder, "select"):
-        decoder = replace(decoder, select=trace.select)
-    given = lm.prompt_ids(prompt)
-    if len(given) != 1:
-        raise ValueError(f"a replay is of one prompt, not of {len(given)}: give a text")
-    output = lm.generate(prompt, decoder, callback=trace.callback, **of_request)
-    ids, number = given[0].tolist(), int(output.num_new_tokens[0])
-    new = output.sequences[0, len(ids) : len(ids) + number].tolist()
-    page = replay_page(
-        lm.tokenizer, ids, new, trace.steps, title=Path(str(lm.model.config._name_or_path)).name,
-        summary=summary(output),
-        prompt_text=prompt if isinstance(prompt, str) else None,
-    )  # fmt: skip
-    return Replay(output, page)
-
-
-def summary(output: SampleOutput) -> str:
-    """The counts of the one row of an output, in words."""
-    return (
-        f"{int(output.num_new_tokens[0])} tokens in {int(output.num_forwards[0])} forwards "
-        f"({float(output.tokens_per_forward[0]):.2f} per forward)"
-    )
+    name: str
+    pieces: Sequence[str]
+    facts: Mapping[str, str]
 
 
 def replay_page(
@@ -88,41 +37,70 @@ def replay_page(
     steps: Sequence[Step],
     *,
     title: str,
-    summary: str,
+    facts: Mapping[str, str],
     prompt_text: str | None = None,
+    beside: Beside | None = None,
 ) -> str:
-    """The page, HTML, of one row: its prompt and new token ids, and the steps that a `Trace` recorded of it."""
-    first, last = len(prompt), prompt[-1]
-    piece = cache(partial(guess_piece, tokenizer, after=last))
+    """The page, HTML, of one row: its prompt and new token ids, and the steps that a `Trace` recorded of it.
 
-    def inside(guesses: Sequence[Guess]) -> list[Guess]:
-        return [g._replace(position=g.position - first) for g in guesses if g.position - first < len(new)]
-
-    frames = [
-        {
-            "number": step.number,
-            "commits": [[at, _rounded(p)] for at, _, p in inside(step.commits)],
-            "guesses": [[at, piece(token), _rounded(p)] for at, token, p in inside(step.guesses)],
-        }
-        for step in steps
-    ]
+    facts: name -> value of what is said above the text, such as the mode. beside: a text to compare with.
+    """
+    if prompt_text is None:
+        prompt_text = tokenizer.decode(list(prompt), skip_special_tokens=True)
+    pieces = token_pieces(tokenizer, prompt, new)
+    frames, words = _frames(tokenizer, prompt, len(new), steps)
     data = {
         "title": title,
-        "summary": summary,
-        "prompt": tokenizer.decode(list(prompt), skip_special_tokens=True) if prompt_text is None else prompt_text,
-        "tokens": token_pieces(tokenizer, prompt, new),
-        "steps": [frame for frame in frames if frame["commits"]],
+        "facts": list(facts.items()),
+        "prompt": prompt_text,
+        "tokens": pieces,
+        "words": words,
+        "steps": frames,
+        "beside": None if beside is None else beside._asdict() | {"facts": list(beside.facts.items())},
     }
     page = (files("unmask") / "replay.html").read_text(encoding="utf-8")
-    head, place, tail = page.partition(_PLACE)
+    page = page.replace("<!--prompt-->", html.escape(prompt_text)).replace("<!--new-->", html.escape("".join(pieces)))
+    head, place, tail = page.rpartition(_PLACE)
     assert place
     return head + _OPEN + _safe_json(data) + _CLOSE + tail
 
 
-def write_replay(path: str | Path, *row: Any, **words: Any) -> Path:
-    """Write `replay_page` of a row to a file."""
-    Path(path).write_text(replay_page(*row, **words), encoding="utf-8")
-    return Path(path)
+def _frames(
+    tokenizer: Any, prompt: Sequence[int], size: int, steps: Sequence[Step]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The steps that commit something of the `size` new tokens, and the words of their guesses.
+
+    A guess is (place, index of its word, confidence), and stands only where it is another than in the step before.
+    """
+    piece = cache(partial(guess_piece, tokenizer, after=prompt[-1]))
+    words: dict[str, int] = {}
+    before: dict[int, tuple[int, float | None]] = {}
+
+    def inside(guesses: Sequence[Guess]) -> list[Guess]:
+        places = [guess._replace(position=guess.position - len(prompt)) for guess in guesses]
+        return [guess for guess in places if 0 <= guess.position < size]
+
+    frames = []
+    for step in steps:
+        commits = [(at, _rounded(p)) for at, _, p in inside(step.commits)]
+        if not commits:
+            continue
+        for at, _ in commits:
+            before.pop(at, None)
+        guesses = []
+        for at, token, p in inside(step.guesses):
+            guess = words.setdefault(piece(token), len(words)), _rounded(p)
+            if before.get(at) != guess:
+                before[at] = guess
+                guesses.append([at, *guess])
+        frames.append({"number": step.number, "commits": commits, "guesses": guesses})
+    return frames, list(words)
+
+
+def in_frame(page: str, height: str = "34em") -> str:
+    """A page inside another, such as a notebook's, on which it cannot act."""
+    style = f"width: 100%; height: {height}; border: 1px solid #8888; border-radius: 6px"
+    return f'<iframe style="{style}" sandbox="allow-scripts" srcdoc="{html.escape(page)}"></iframe>'
 
 
 _OPEN, _CLOSE = '<script type="application/json" id="data">', "</script>"
@@ -135,6 +113,30 @@ def check_page(path: Path) -> None:
         raise ValueError(f"{str(path)!r} names no page: let it end in .html")
     if path.is_file() and path.stat().st_size and _OPEN not in path.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"{str(path)!r} is a file that is no replay, and would be lost: name another")
+
+
+def facts_of(decoder: Any) -> dict[str, str]:
+    """What was asked of a decoder, in words: its mode, its commit rule, and every option that was set."""
+    modes = {"Autoregressive": "ar", "Blocks": "diffusion", "WholeCanvas": "diffusion", "Speculative": "speculative"}
+    facts = {"mode": modes[type(decoder).__name__]}
+    for entry in fields(decoder):
+        value = getattr(decoder, entry.name)
+        if entry.name == "select":
+            facts |= _rule_facts(Threshold() if value is None else getattr(value, "rule", value))
+        elif value != entry.default:
+            facts[_words(entry.name)] = _words(type(value).__name__) if is_dataclass(value) else str(value)
+    return facts
+
+
+def _rule_facts(rule: Any) -> dict[str, str]:
+    """A commit rule and its values: `Threshold(0.9)` is threshold 0.9."""
+    values = [getattr(rule, entry.name) for entry in fields(rule)] if is_dataclass(rule) else []
+    name = _words(getattr(rule, "__name__", type(rule).__name__))
+    return {name: ", ".join(map(str, values))} if values else {"rule": name}
+
+
+def _words(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).replace("_", " ").strip().lower()
 
 
 def token_pieces(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> list[str]:
@@ -168,4 +170,4 @@ def _safe_json(data: Any) -> str:
 
 
 def _rounded(p: float | None) -> float | None:
-    return None if p is None else round(p, 4)
+    return None if p is None else round(p, 2)

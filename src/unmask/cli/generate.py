@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,7 +45,9 @@ def generate(
     text = sys.stdin.read().removeprefix("\ufeff") if prompt == "-" else prompt
 
     from unmask.cli.watch import watching
-    from unmask.replay_page import check_page, summary, write_replay
+    from unmask.outputs import summary
+    from unmask.replay_page import check_page
+    from unmask.replaying import page_of, text_beside
     from unmask.sampling import Trace
 
     if replay is not None:
@@ -66,24 +70,36 @@ def generate(
             trace = Trace(getattr(chosen, "select", None), on_step=watcher, callback=live)
             if hasattr(chosen, "select"):
                 chosen = replace(chosen, select=trace.select)
-        callback = live if trace is None else trace.callback
+        callback, began = live if trace is None else trace.callback, time.perf_counter()
         out = lm.generate(text, chosen, max_new_tokens=max_new_tokens, callback=callback, **sampling)
-        new = out.sequences[0, len(given) : len(given) + int(out.num_new_tokens[0])].tolist()
+        seconds = time.perf_counter() - began
         if watcher is not None:
-            watcher.finish(new)
-    made = summary(out)
-    if replay is not None and trace is not None:
-        write_replay(replay, lm.tokenizer, given, new, trace.steps, title=Path(model).name, summary=made,
-                     prompt_text=text)  # fmt: skip
-        say(f"replay in {replay}")
+            watcher.finish(out.sequences[0, len(given) : len(given) + int(out.num_new_tokens[0])].tolist())
     if as_json:
         print(to_json({"text": out.texts[0], "mode": decoder.get("mode", lm.default_mode), **_counts(out)}))
-        return
-    if watcher is None:
-        print(text + out.texts[0] if live is _went_on else live.rest(out.texts[0]))
-    say(made)
-    if float(out.tokens_per_forward[0]) <= 1 < int(out.num_new_tokens[0]):
-        say(_how_to_get_more(lm, decoder))
+    else:
+        if watcher is None:
+            print(text + out.texts[0] if live is _went_on else live.rest(out.texts[0]), flush=True)
+        say(summary(out))
+        if float(out.tokens_per_forward[0]) <= 1 < int(out.num_new_tokens[0]):
+            say(_how_to_get_more(lm, decoder))
+    if replay is not None and trace is not None:
+        request = {"max_new_tokens": max_new_tokens, **sampling}
+        beside = text_beside(lm, text, chosen, _parent(lm, model), **request)
+        page = page_of(lm, text, chosen, out, trace.steps, seconds, beside, request)
+        replay.write_text(page, encoding="utf-8")
+        say(f"replay in {replay}")
+
+
+def _parent(lm: Any, model: str) -> Any:
+    """The AR parent of a model whose own AR mode is none, where its folder names one that is on this machine."""
+    from unmask.loading import load
+
+    record = Path(model) / "run.json"
+    if lm.diffusion is None or lm.diffusion.serves_ar or not record.is_file():
+        return None
+    name = json.loads(record.read_text(encoding="utf-8")).get("parent", {}).get("name")
+    return load(name) if name and Path(name).is_dir() else None
 
 
 def _how_to_get_more(lm: Any, decoder: dict[str, Any]) -> str:

@@ -216,13 +216,12 @@ def _write_stock(lm: DiffusionLM, prompt: str, ids: Tensor, new_tokens: int, sho
 def task_scores(asked: Sequence[Problem], output: Path) -> tuple[list[Score], str, Path]:
     """The ways to decode on problems with known answers; a gap filled with both sides in view; a replay."""
     import unmask
-    from unmask.replay_page import write_replay
-    from unmask.sampling import Blocks, Speculative, Threshold, Trace
+    from unmask.sampling import Blocks, Speculative, Threshold
 
     _title(f"a 0.9M model that solves {', '.join(TASKS)}: {len(asked)} problems, one at a time")
-    tri_mode, one_block = unmask.load(TRI_MODE), unmask.load(ONE_BLOCK)
+    base, tri_mode, one_block = unmask.load(BASE), unmask.load(TRI_MODE), unmask.load(ONE_BLOCK)
     scores = [
-        score("AR", unmask.load(BASE), asked, "ar"),
+        score("AR", base, asked, "ar"),
         score("speculative", tri_mode, asked, Speculative(draft_length=10)),
         score("diffusion", one_block, asked, Blocks(select=Threshold(0.9))),
     ]
@@ -230,16 +229,8 @@ def task_scores(asked: Sequence[Problem], output: Path) -> tuple[list[Score], st
     before, after = GAP
     gap = one_block.infill(before, after, 2).texts[0].strip()
     print(f"a gap, both sides seen: {before} [{gap}]{after}", flush=True)
-    trace = Trace(Threshold(0.9))
     prompt = next(p.prompt for p in asked if p.task == "chain")
-    ids = one_block.prompt_ids(prompt)[0].tolist()
-    out = one_block.generate(prompt, Blocks(select=trace.select), 26, callback=trace.callback)
-    new = out.sequences[0, len(ids) : len(ids) + int(out.num_new_tokens[0])].tolist()
-    made = f"{len(new)} tokens in {int(out.num_forwards[0])} forwards"
-    page = write_replay(
-        output / "replay.html", one_block.tokenizer, ids, new, trace.steps, title="tasks-one-block", summary=made,
-        prompt_text=prompt,
-    )  # fmt: skip
+    page = unmask.replay(one_block, prompt, "diffusion", parent=base, max_new_tokens=26).save(output / "replay.html")
     return scores, gap, page
 
 

@@ -1,0 +1,113 @@
+"""Continue a prompt and keep all of how that came about, for a page or a notebook."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from unmask.model import DiffusionLM
+from unmask.outputs import SampleOutput
+from unmask.replay_page import Beside, check_page, facts_of, in_frame, replay_page, token_pieces
+from unmask.sampling import Step, Trace
+
+_OF_REQUEST = ("max_new_tokens", "temperature", "top_p", "top_k", "stop_strings", "seed", "callback", "constraint")
+"""Options of `generate` that are not of a decoder."""
+
+
+@dataclass(frozen=True, repr=False)
+class Replay:
+    """What `replay` returns: in a notebook it shows how the text came about.
+
+    output: as of `generate`. page: the HTML of the replay.
+    """
+
+    output: SampleOutput
+    page: str
+
+    def __repr__(self) -> str:
+        return f"Replay({self.output!r})"
+
+    def _repr_html_(self) -> str:
+        return in_frame(self.page)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page to a file; ValueError for one that does not end in .html, or is there and no replay."""
+        path = Path(path)
+        check_page(path)
+        path.write_text(self.page, encoding="utf-8")
+        return path
+
+
+def replay(
+    lm: DiffusionLM, prompt: str, mode: Any = None, *, parent: DiffusionLM | None = None, **options: Any
+) -> Replay:
+    """Continue one prompt, and keep how: `lm.generate(prompt, mode, **options)`, whose text is the same.
+
+    In a notebook the result replays itself; `save` writes its page. parent: the AR model whose text stands beside it;
+    by default the model's own AR mode, where it was trained for one.
+    """
+    of_request = {name: options.pop(name) for name in _OF_REQUEST if name in options}
+    decoder: Any = lm.decoder(mode, **options)
+    trace = Trace(getattr(decoder, "select", None), callback=of_request.pop("callback", None))
+    traced = replace(decoder, select=trace.select) if hasattr(decoder, "select") else decoder
+    given = lm.prompt_ids(prompt)
+    if len(given) != 1:
+        raise ValueError(f"a replay is of one prompt, not of {len(given)}: give a text")
+    began = time.perf_counter()
+    output = lm.generate(prompt, traced, callback=trace.callback, **of_request)
+    seconds = time.perf_counter() - began
+    beside = text_beside(lm, prompt, decoder, parent, **of_request)
+    return Replay(output, page_of(lm, prompt, decoder, output, trace.steps, seconds, beside, of_request))
+
+
+def page_of(
+    lm: DiffusionLM,
+    prompt: str,
+    decoder: Any,
+    output: SampleOutput,
+    steps: Sequence[Step],
+    seconds: float,
+    beside: Beside | None,
+    of_request: dict[str, Any],
+) -> str:
+    """The page of the one row of an output. seconds: it took. of_request: options of `generate`."""
+    ids = lm.prompt_ids(prompt)[0].tolist()
+    shown = {name: of_request.get(name) for name in ("temperature", "top_p", "top_k", "seed")}
+    asked = {name.replace("_", " "): str(value) for name, value in shown.items() if value is not None}
+    return replay_page(
+        lm.tokenizer, ids, _new(output, len(ids)), steps, title=_name(lm),
+        facts=facts_of(decoder) | asked | output.counts(0) | {"seconds": f"{seconds:.2f}"}, beside=beside,
+        prompt_text=prompt if isinstance(prompt, str) else None,
+    )  # fmt: skip
+
+
+def text_beside(
+    lm: DiffusionLM, prompt: str, decoder: Any, parent: DiffusionLM | None, **of_request: Any
+) -> Beside | None:
+    """What AR writes after a prompt: the parent, or the model itself.
+
+    None where that is the same call, or the model's AR mode is none. of_request: options of `generate`, no callback.
+    """
+    own = lm.diffusion is not None and lm.diffusion.serves_ar
+    if facts_of(decoder)["mode"] == "ar" or (parent is None and not own):
+        return None
+    ar = lm if parent is None else parent
+    began = time.perf_counter()
+    output = ar.generate(prompt, "ar", **of_request)
+    seconds = time.perf_counter() - began
+    ids = ar.prompt_ids(prompt)[0].tolist()
+    name = "The same model, token by token" if parent is None else f"AR parent {_name(ar)}"
+    facts = output.counts(0) | {"seconds": f"{seconds:.2f}"}
+    return Beside(name, token_pieces(ar.tokenizer, ids, _new(output, len(ids))), facts)
+
+
+def _name(lm: DiffusionLM) -> str:
+    return Path(str(lm.model.config._name_or_path)).name
+
+
+def _new(output: SampleOutput, length: int) -> list[int]:
+    """The new tokens of the one row of an output, after a prompt of that length."""
+    return list(output.sequences[0, length : length + int(output.num_new_tokens[0])].tolist())

@@ -76,7 +76,7 @@ def check_tracker(name: str | None) -> None:
         return
     if name not in LOGGER_TYPE_TO_CLASS:
         raise ValueError(f"report_to={name!r} is unknown: use one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
-    if name not in get_available_trackers():
+    if name not in [kind.value for kind in get_available_trackers()]:
         raise ValueError(f"report_to={name!r} needs a package that is not installed: pip install {name}")
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from unmask.conversion.job import load_parent, plan
-from unmask.conversion.learner import convert, finish, learn, parent_nll, parent_text
+from unmask.conversion.learner import begins_at, convert, finish, learn, parent_nll, parent_text
 from unmask.conversion.reports import Callback
 from unmask.conversion.run import claim_folder, describe, holds_finished
 from unmask.conversion.run_record import training_folder
 from unmask.conversion.text import hold_out, read_text
+from unmask.conversion.trackers import tracking
 from unmask.loading import load
 from unmask.model import DiffusionLM
 from unmask.settings import SettingsKeywords
@@ -64,9 +65,9 @@ def adapt(
         run["parent_text"] = parent_text(job, parent, corpus)
     learner = convert(job, parent)
     run |= learner.record
-    with claim_folder(job, run):
-        state = learn(job, parent, learner, corpus)
-        finish(job, parent, learner, corpus, state, run)
+    with claim_folder(job, run), tracking(parent.settings, folder.path, begins_at(job)) as track:
+        state = learn(job, parent, learner, corpus, track)
+        finish(job, parent, learner, corpus, state, run, track)
     join().wait_for_everyone()
     learner.lm.model.config._name_or_path = str(folder.path)
     return learner.lm

@@ -13,6 +13,7 @@ import torch
 from unmask import hf
 from unmask.conversion.continuing import check_mask_stays, recipe_settings
 from unmask.conversion.run_record import IN_MEMORY, read_earlier
+from unmask.conversion.trackers import check_tracker
 from unmask.data.readers import Records, suffix_of
 from unmask.data.sources import Part, find_parts, in_memory, local_files
 from unmask.data.streams import from_datasets, has_splits, stream_name
@@ -24,7 +25,7 @@ from unmask.recipe import PREPARED_DATA, check_data_settings
 from unmask.resolve import Resolved, against_shards, of_device, resolve
 from unmask.run_folder import RunFolder
 from unmask.settings import Settings
-from unmask.training.devices import check_machine, check_tracker
+from unmask.training.devices import check_machine
 from unmask.training.optimizer import check_optimizer
 from unmask.training.ranks import capability_of, check_launcher, chosen_device, is_sharding, join, sharding
 from unmask.training.structures import of_main

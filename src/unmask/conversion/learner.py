@@ -16,6 +16,7 @@ from unmask.conversion.job import Job, Parent
 from unmask.conversion.model_card import Made, draw_curve, model_card
 from unmask.conversion.reports import reports, texts_of
 from unmask.conversion.text import Data, write_own_text, writes_while_learning
+from unmask.conversion.trackers import Track
 from unmask.core.drafter import HALF, Drafter, DrafterConfig
 from unmask.core.finite import check_weights
 from unmask.core.network import DiffusionConfig, Network
@@ -112,7 +113,13 @@ def _record(learning: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def learn(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainState:
+def begins_at(job: Job) -> int:
+    """The step of the newest checkpoint that the run goes on from, or 0."""
+    newest = latest_checkpoint(job.folder.path) if job.resume else None
+    return 0 if newest is None else read_state(newest).step
+
+
+def learn(job: Job, parent: Parent, learner: Learner, data: Data, track: Track) -> TrainState:
     """Train from the newest checkpoint, or from the start; the state after the last step."""
     lm, settings, num_steps = learner.lm, parent.settings, data.rows.num_steps
     if job.show_progress:
@@ -123,8 +130,7 @@ def learn(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainState:
         few = too_few(settings.recipe, num_parameters, data.rows.num_tokens) if parent.lm.diffusion is None else None
         if few is not None:
             note(few)
-    newest = latest_checkpoint(job.folder.path) if job.resume else None
-    start = 0 if newest is None else read_state(newest).step
+    start = begins_at(job)
     if start and job.show_progress:
         say(f"resuming from step {start}")
     with (
@@ -140,7 +146,7 @@ def learn(job: Job, parent: Parent, learner: Learner, data: Data) -> TrainState:
             job.folder,
             resume=job.resume,
             evaluate=_evaluator(learner, settings, data),
-            report=reports(job, lm, data, reporter(advance, start), start),
+            report=reports(job, lm, data, reporter(advance, start), track, start),
             replicate=replication(lm.model, settings),
             teacher=learner.teacher,
         )
@@ -246,7 +252,9 @@ def _evaluator(learner: Learner, settings: Resolved, data: Data) -> Evaluator | 
                      _spread(learner.lm))  # fmt: skip
 
 
-def finish(job: Job, parent: Parent, learner: Learner, data: Data, state: TrainState, run: dict[str, Any]) -> None:
+def finish(
+    job: Job, parent: Parent, learner: Learner, data: Data, state: TrainState, run: dict[str, Any], track: Track
+) -> None:
     """Evaluate once more, merge adapters, save the model and its card, and mark the run as finished."""
     lm, settings, folder = learner.lm, parent.settings, job.folder
     if settings.save_dtype is not None and not is_sharded(lm.model):
@@ -277,6 +285,7 @@ def finish(job: Job, parent: Parent, learner: Learner, data: Data, state: TrainS
             return
         if figures:
             folder.append({"step": state.step, "tokens": state.tokens, **figures})
+            track(state.step, figures)
         with writing(folder.path):
             if not as_adapter:
                 lm.save_pretrained(folder.path)

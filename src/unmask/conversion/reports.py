@@ -1,4 +1,4 @@
-"""What is done at the log steps of a run: the bar, texts that the model writes meanwhile, callers' callbacks."""
+"""What is done at the log steps of a run: the bar, trackers, texts that the model writes meanwhile, callbacks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from unmask.conversion.job import Job
 from unmask.conversion.text import Data
+from unmask.conversion.trackers import Track, figures_of
 from unmask.evaluation.beside import beginnings, write
 from unmask.model import DiffusionLM
 from unmask.progress import say
@@ -18,9 +19,11 @@ Callback = Callable[[Progress], object]
 """Called on the main process with the figures of each log step; False ends the run there, saved and finished."""
 
 
-def reports(job: Job, lm: DiffusionLM, data: Data, bar: Callable[[Progress], None], start: int) -> Callback:
+def reports(
+    job: Job, lm: DiffusionLM, data: Data, bar: Callable[[Progress], None], track: Track, start: int
+) -> Callback:
     """All that is done at a log step, as one; start: the step at which the run begins."""
-    first: list[Callback] = [bar]
+    first: list[Callback] = [bar, lambda progress: track(progress.step, figures_of(progress))]
     if job.settings.sample_texts:
         first.append(_writing(job, lm, data, start))
 

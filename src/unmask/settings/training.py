@@ -98,4 +98,4 @@ class RunSettings:
     log_every: int = setting(10, "steps between rows of metrics.jsonl", above=0)
     save_every: int = setting(500, "steps between checkpoints", above=0)
     keep_checkpoints: int = setting(2, "checkpoints to keep, the newest", above=0)
-    report_to: str | None = setting(None, "a tracker that Accelerate knows, such as tensorboard or wandb")
+    report_to: str | None = setting(None, "tensorboard, wandb, mlflow or another tracker of Accelerate, or all")

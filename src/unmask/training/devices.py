@@ -10,7 +10,6 @@ from typing import Any
 import accelerate
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType
 
 from unmask.resolve import Resolved, uses_tf32
@@ -25,9 +24,7 @@ def accelerator_of(settings: RunSettings, folder: RunFolder) -> accelerate.Accel
     """Accelerate's object for this run; a second run in the process may have another precision."""
     AcceleratorState._reset_state()
     set_kind()
-    return accelerate.Accelerator(
-        mixed_precision=settings.mixed_precision, log_with=settings.report_to, project_dir=str(folder.path)
-    )
+    return accelerate.Accelerator(mixed_precision=settings.mixed_precision, project_dir=str(folder.path))
 
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -63,21 +60,11 @@ def in_shards(model: Any, settings: Resolved, folder: RunFolder) -> Iterator[Non
     if not sharding():
         yield
         return
-    as_loaded = replace(settings, mixed_precision="no", report_to=None)
+    as_loaded = replace(settings, mixed_precision="no")
     shard(accelerator_of(as_loaded, folder), model)
     run_first(model)
     yield
     assemble(model)
-
-
-def check_tracker(name: str | None) -> None:
-    """Raise ValueError for a tracker that Accelerate does not know, or whose package is not installed."""
-    if name is None or name == "all":
-        return
-    if name not in LOGGER_TYPE_TO_CLASS:
-        raise ValueError(f"report_to={name!r} is unknown: use one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
-    if name not in [kind.value for kind in get_available_trackers()]:
-        raise ValueError(f"report_to={name!r} needs a package that is not installed: pip install {name}")
 
 
 def check_machine(settings: Resolved, ranks: int, device: torch.device) -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import accelerate
@@ -157,8 +157,6 @@ class _Run:
         request: StopRequest,
     ) -> None:
         self.accelerator = accelerator = accelerator_of(settings, folder)
-        if settings.report_to:
-            accelerator.init_trackers("unmask", config={k: str(v) for k, v in asdict(settings).items()})
         self.model, self.settings, self.config = model, settings, config
         self.total_steps, self.folder, self.teacher = total_steps, folder, teacher
         self.wrapped, self.optimizer = prepare(accelerator, model, settings)
@@ -291,10 +289,9 @@ class _Run:
         speed = self.tokens_since_log / max(1e-9, time.perf_counter() - self.logged_at)
         goes_on = torch.ones((), device=self.accelerator.device)
         if self.accelerator.is_main_process:
-            row = {"step": state.step, "tokens": state.tokens, "loss": loss, "learning_rate": rate, **figures}
-            self.folder.append(row)
-            if self.settings.report_to:
-                self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=state.step)
+            self.folder.append(
+                {"step": state.step, "tokens": state.tokens, "loss": loss, "learning_rate": rate, **figures}
+            )
             if report is not None:
                 steps = max(self.total_steps, state.step)
                 progress = Progress(state.step, steps, state.tokens, loss, rate, speed, figures, self.watch.norm,
@@ -316,13 +313,11 @@ class _Run:
         save_checkpoint(accelerator, self.folder, self.state, self.settings.keep_checkpoints)
 
     def close(self) -> None:
-        """Check the last step, and end threads and trackers."""
+        """Check the last step, and end threads."""
         self.watch.settle()
         self.clock.close()
         if self.threads is not None:
             self.threads.close()
-        for tracker in self.accelerator.trackers:  # `end_training` would destroy the caller's process group
-            tracker.finish()
 
 
 def _memory(device: torch.device) -> float:

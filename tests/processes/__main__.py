@@ -7,8 +7,8 @@
     commands those of docs/processes.md
 
 All of them by default. Prints a line for each run, with the largest difference to the run of one process, relative of
-a logged figure and absolute of a weight, and exits 1 if one is not that run. --output FOLDER: rows go to its
-rows.jsonl. Everything takes some ten minutes on two free cores; at most four processes run at once.
+a logged figure and absolute of a weight, then a table, and exits 1 if one is not that run. --output FOLDER: rows go to
+its rows.jsonl. Everything takes some ten minutes on two free cores; at most four processes run at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> int:
     from launchers import launchers
     from matrix import matrix, resume
     from nodes import nodes
-    from reference import Table
+    from reference import Table, summary
 
     work = {"matrix": matrix, "resume": resume, "kills": kills, "nodes": nodes, "commands": launchers}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,6 +46,7 @@ def main() -> int:
     table = Table(folder, asked.output)
     for name in asked.what or work:
         work[name](table, asked)
+    print(summary(table.rows))
     shutil.rmtree(folder)
     return int(table.wrong > 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ class Table:
 
     def __init__(self, folder: Path, output: Path | None) -> None:
         torch.set_num_threads(1)
-        self.folder, self.output, self.wrong = folder, output, 0
+        self.folder, self.output, self.rows = folder, output, list[dict[str, Any]]()
         write_parent(folder / "parent")
         (folder / "stories.txt").write_text("<|endoftext|>".join(STORIES))
 
@@ -46,7 +47,7 @@ class Table:
                     row["fault"] = "another run"
             except (AssertionError, OSError, ValueError) as error:
                 row["fault"] = " ".join(str(error).split())[:300]
-        self.wrong += "fault" in row
+        self.rows.append(row)
         first = ("what", "case", "kind", "ranks")
         words = [f"{row['what']:9}", f"{row['case']:18}", f"{row.get('kind', 'command')} x{row['ranks']:<10}"]
         print("  ".join([*words, *(f"{k} {v}" for k, v in row.items() if k not in first)]), flush=True)
@@ -54,3 +55,24 @@ class Table:
             self.output.mkdir(parents=True, exist_ok=True)
             with (self.output / "rows.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+    @property
+    def wrong(self) -> int:
+        return sum("fault" in row for row in self.rows)
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """A table in Markdown, a line for each kind of run and processes."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["what"] != "alone":
+            groups.setdefault((row["what"], f"{row.get('kind', 'as launched')} x{row['ranks']}"), []).append(row)
+    lines = ["| what | processes | runs | wrong | kills | figures differ by | weights differ by | seconds |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for (what, processes), of in groups.items():
+        most = [max((row.get(name, 0.0) for row in of), default=0.0) for name in ("figures", "weights")]
+        kills = sum(row.get("kills", 0) for row in of) or ""
+        seconds = sum(row.get("seconds") or 0 for row in of)
+        lines.append(f"| {what} | {processes} | {len(of)} | {sum('fault' in row for row in of)} | {kills} "
+                     f"| {most[0]:.1g} | {most[1]:.1g} | {seconds:.0f} |")  # fmt: skip
+    return "\n".join(lines)

@@ -24,7 +24,7 @@ SCRIPT = str(Path(__file__).parent.parent / "ranks.py")
 
 
 def nodes(table: Table, _asked: argparse.Namespace) -> None:
-    case = CASES["efficient-dlm"] | {"batch_size": 8, "save_every": 1, "keep_checkpoints": 9}
+    case = CASES["efficient-dlm"] | {"batch_size": 8, "max_tokens": 2000, "save_every": 1, "keep_checkpoints": 9}
     reference, folder = table.alone("efficient-dlm, nodes", case), table.folder / "nodes"
     row = {"what": "nodes", "case": "efficient-dlm", "kind": "fsdp2", "ranks": 4}
     run = table.case(case, folder) | {"resume": True, "kind": "fsdp2"}

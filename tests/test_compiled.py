@@ -26,8 +26,10 @@ EAGER = {"backend": "eager"}
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled() -> None:
-    torch._dynamo.reset()
+def nothing_compiled(request: pytest.FixtureRequest) -> None:
+    """What was compiled before is forgotten, but for the tests of one pair."""
+    if "llama_pair" not in request.fixturenames:
+        torch._dynamo.reset()
     counters.clear()
 
 
@@ -40,6 +42,13 @@ def pair(name: str = "llama", implementation: str = "sdpa") -> tuple[hf.HFNetwor
     networks = hf.as_network(plain, MASK), hf.as_network(compiled, MASK)
     networks[1].compile(**EAGER)
     return networks
+
+
+@pytest.fixture(scope="module")
+def llama_pair() -> tuple[hf.HFNetwork, hf.HFNetwork]:
+    """One pair for the tests that only compare, which stand one after the other: its shapes are compiled once."""
+    torch._dynamo.reset()
+    return pair()
 
 
 PROMPTS = [random_tokens(n, seed=n) for n in (3, 9, 14, 6, 1)]
@@ -57,8 +66,10 @@ def test_ragged_blocks_equal_those_decoded_plainly(name: str) -> None:
 
 
 @pytest.mark.parametrize("shift", [False, True])
-def test_a_shifted_guided_windowed_queue_equals_the_plain_one(shift: bool) -> None:
-    plain, compiled = pair()
+def test_a_shifted_guided_windowed_queue_equals_the_plain_one(
+    shift: bool, llama_pair: tuple[hf.HFNetwork, hf.HFNetwork]
+) -> None:
+    plain, compiled = llama_pair
     common = {"max_new_tokens": 10, "temperature": 1.0, "seed": 3, "batch_size": 2}
     for options in ({"guidance_scale": 2.0}, {"select": Confidence(2)} | ({} if shift else {"window": 2})):
         want, got = (sample_blocks(net, block_config(4, shift=shift), PROMPTS[:3], **common, **options)
@@ -67,8 +78,8 @@ def test_a_shifted_guided_windowed_queue_equals_the_plain_one(shift: bool) -> No
 
 
 @pytest.mark.parametrize("own", [{}, {"draft_length": "auto"}, {"cycle": "one"}])
-def test_speculation_and_ar_equal_the_plain_ones(own: dict) -> None:
-    plain, compiled = pair()
+def test_speculation_and_ar_equal_the_plain_ones(own: dict, llama_pair: tuple[hf.HFNetwork, hf.HFNetwork]) -> None:
+    plain, compiled = llama_pair
     options = {"max_new_tokens": 16, "end_token_ids": (5, 9), "batch_size": 2}
     config = block_config(6, clean="causal")
     want, got = (sample_speculative(net, config, PROMPTS, **own, **options) for net in (plain, compiled))

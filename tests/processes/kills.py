@@ -35,7 +35,12 @@ def kills(table: Table, asked: argparse.Namespace) -> None:
     for number, (name, kind) in enumerate(cycle(RUNS)):
         if done >= asked.kills:
             return
-        case = CASES[name] | {"save_every": 1, "keep_checkpoints": 2, "log_every": 3 if kind == "any" else 1}
+        case = CASES[name] | {
+            "max_tokens": 2000,
+            "save_every": 1,
+            "keep_checkpoints": 2,
+            "log_every": 3 if kind == "any" else 1,
+        }
         reference = table.alone(f"{name}, killed", case) if kind == "any" else _never_killed(table, name, kind, case)
         folder = table.folder / f"killed {number}"
         last = logged(reference)[-1]["step"]
@@ -57,7 +62,7 @@ def _killed(
     while True:
         now = chance.choice(KINDS) if kind == "any" else kind
         processes = start(2, {"run": table.case(case, folder) | {"resume": True, "kind": now}}, launch)
-        if counts["kills"] < most and _wait(processes, folder, chance):
+        if counts["kills"] < most and _wait(processes, folder, last, chance):
             saving, newest = any(folder.glob("checkpoint-*.partial")), _newest(folder)
             for process in chance.choice((processes, processes[:1], processes[1:])):
                 process.kill()
@@ -70,13 +75,14 @@ def _killed(
         return row, None if codes == [0, 0] else f"{codes}: {(launch / 'said-0.txt').read_text()[-300:]}"
 
 
-def _wait(processes: Sequence[BaseProcess], folder: Path, chance: random.Random) -> bool:
+def _wait(processes: Sequence[BaseProcess], folder: Path, last: int, chance: random.Random) -> bool:
     """Wait for a random moment: of the start, after a checkpoint, or of writing one. False if the run ended before."""
-    moment, newest, files = chance.randrange(4), _newest(folder) + chance.randrange(3), chance.randint(1, 6)
+    moment, newest, files = chance.randrange(4), _newest(folder), chance.randint(1, 6)
+    newest = chance.choice((newest, newest + 1, newest + 3, last))
     until = time.monotonic() + (chance.uniform(0, 3) if moment == 0 else 900)
     while time.monotonic() < until and all(process.is_alive() for process in processes):
         if moment == 1 and _newest(folder) >= newest:
-            until, moment = time.monotonic() + chance.random(), 0
+            until, moment = time.monotonic() + chance.uniform(0, 0.5), 0
         partial = next(folder.glob("checkpoint-*.partial"), None) if moment > 1 else None
         if partial is not None and len(list(partial.rglob("*"))) >= files:
             break

@@ -45,7 +45,7 @@ from unmask.training.checkpoints import (
 from unmask.training.devices import SHARDED, accelerator_of, prepare, products_of, syncing
 from unmask.training.guards import STOPPED, StepClock, StopRequest, naming_memory
 from unmask.training.optimizer import step_if
-from unmask.training.ranks import add_gradients, agreeing, spread
+from unmask.training.ranks import add_gradients, agreeing, by_main
 from unmask.training.sharded import is_sharded, run_first, shard, whole
 from unmask.training.step import learning_rate_at, step_loss
 from unmask.training.threads import ThreadedBackward
@@ -178,7 +178,7 @@ class _Run:
         """Start from the newest whole checkpoint with `resume`, otherwise from step 0."""
         accelerator, settings = self.accelerator, self.settings
         # As the main process sees the folder: other machines may see it as it was a moment ago.
-        newest = spread(1, lambda _: [newest_whole(self.folder.path)])[0] if resume else None
+        newest = by_main(lambda: newest_whole(self.folder.path)) if resume else None
         if newest is not None:
             try:
                 resharding.load(accelerator, self.model, self.optimizer, newest)

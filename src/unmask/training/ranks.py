@@ -200,7 +200,7 @@ def check_shared(folder: Path) -> None:
     if not _is_distributed():
         return
     mark = folder / ".seen"
-    token = spread(1, lambda _: [uuid.uuid4().hex])[0]
+    token = by_main(lambda: uuid.uuid4().hex)
     try:
         with main_alone() as is_main:
             if is_main:
@@ -243,6 +243,11 @@ def spread(number: int, work: Callable[[Sequence[int]], Sequence[T]]) -> list[T]
     parts: list[Sequence[T]] = [[] for _ in range(size)]
     dist.all_gather_object(parts, list(own))
     return [parts[item % size][item // size] for item in range(number)]
+
+
+def by_main(work: Callable[[], T]) -> T:
+    """What `work` returns on the main process, which alone does it; the same on all."""
+    return spread(1, lambda items: [work() for _ in items])[0]
 
 
 def _is_distributed() -> bool:

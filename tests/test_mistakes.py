@@ -34,7 +34,40 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a type to save in": ((*ADAPT, "--dtype", "bf16"), ("bf16", "bfloat16")),
     "a study": (("study", "atention"), ("atention", "attention")),
     "a shape": (("bench", "decode", "--shape", "tny"), ("tny", "tiny")),
+    "a folder": (("generate", "{parent}x", "x"), ("{parent}x", "did you mean '{parent}'?")),
+    "a folder on the way": (("generate", "{misspelt_folder}", "x"), ("did you mean '{parent}'?",)),
+    "a data file": (("evaluate", "{parent}", "--data", "{misspelt_stories}"), ("did you mean '{stories}'?",)),
+    "a data file of a setting": ((*ADAPT, "eval_data={misspelt_stories}"), ("did you mean '{stories}'?",)),
+    # written otherwise
+    "a setting with dashes": ((*ADAPT, "block-size=4"), ("'block-size=4'", "write block_size=4")),
+    "a setting and its value apart": ((*ADAPT, "block_size", "4"), ("'block_size'", "write block_size=VALUE")),
+    "an option as a setting": ((*ADAPT, "device=cpu"), ("'device=cpu'", "write --device NAME")),
+    "an argument as a setting": ((*ADAPT, "output_dir=x"), ("'output_dir=x'", "write --output FOLDER")),
+    "a name of Python's": ((*ADAPT, "callbacks=x"), ("'callbacks' is unknown",)),
+    "a name of a parameter": (("plan", "{parent}", "--tokens", "1M", "name=x"), ("'name' is unknown",)),
+    "a number of tokens twice": ((*ADAPT, *SMALL, "max_tokens=200"), ("--max-tokens 100", "max_tokens=200")),
+    "a prompt without quotes": (("generate", "{parent}", "Once", "upon"), ("(upon)", "in quotes")),
+    "no prompt": (("generate", "{parent}"), ("'prompt'", "`unmask generate --help`")),
+    "a word that is no command": (("help",), ("'help'", "`unmask --help`")),
+    "the last of two values": (
+        ("generate", "{parent}", "x", "--max-new-tokens", "3", "--max-new-tokens", "4k"), ("'4k'",)),
+    "memory that is no number": (("plan", "{parent}", "--tokens", "1M", "--gpu-memory", "nan"), ("nan", "finite")),
+    "a recipe file without a clean half": (
+        (*ADAPT, "--recipe", "{recipe}"), ("clean_attention", "recipe = 'tri-mode'")),
+    # cannot be written
+    "a run below a file": (("adapt", "{parent}", "--data", "{stories}", "--output", "{stories}/x"), ("{stories}/x",)),
+    "a run that cannot be": (("adapt", "{parent}", "--data", "{stories}", "--output", "/proc/x"), ("/proc/x",)),
+    "vectors that cannot be": (("embed", "{parent}", "{stories}", "--output", "/proc/x.npy"), ("/proc/x.npy",)),
+    "tokens that cannot be": (("prepare", "{stories}", "--model", "{parent}", "--output", "/proc/x"), ("/proc/x",)),
+    "an export that cannot be": (("export", "{parent}", "--format", "hf", "--output", "/proc/x"), ("/proc/x",)),
+    "results that cannot be": (("evaluate", "{parent}", "--tasks", "x", "--output", "/proc/x"), ("/proc/x",)),
+    "a replay that cannot be": (("generate", "{parent}", "x", "--replay", "/proc/x.html"), ("/proc/x.html",)),
+    "a frontier that cannot be": (
+        ("frontier", "{converted}", "--data", "{stories}", "--output", "/proc/x", "--prompt-tokens", "2",
+         "--max-new-tokens", "2"), ("/proc/x",)),
     # does not go together
+    "an exact bound of long blocks": (
+        ("evaluate", "{converted}", "--data", "{stories}", "--exact", "--block-size", "8"), ("block_size 8",)),
     "a wrong column": (("adapt", "{parent}", "--data", "{records}", "--output", "{new}", *SMALL), ("'text'", "words")),
     "a column of evaluate": (("evaluate", "{parent}", "--data", "{records}"), ("'text'", "words")),
     "a mode that the model lacks": (("generate", "{parent}", "x", "--mode", "diffusion"), ("diffusion", "adapt")),
@@ -72,11 +105,15 @@ def test_a_mistake_is_one_line_with_the_fix(
     folder.mkdir()
     (folder / "notes.txt").write_text("kept")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "recipe.toml").write_text("block_size = 4\n")
     (tmp_path / "records.jsonl").write_text('{"words": "Once upon a time"}\n' * 3)
     places = {
         "parent": str(tokenizer_and_model), "converted": str(converted), "stories": str(stories),
         "new": str(tmp_path / "new"), "folder": str(folder), "empty": str(tmp_path / "empty.txt"),
         "records": str(tmp_path / "records.jsonl"),
+"recipe": str(tmp_path / "recipe.toml"),
+        "misspelt_stories": str(stories.with_name(stories.name.replace("s", "", 1))),
+        "misspelt_folder": str(tokenizer_and_model.parent) + "x/" + tokenizer_and_model.name,
         "converted_run": str(converted), "long": "Once upon a time " * 99,
     }  # fmt: skip
     before = {path: path.read_bytes() for path in converted.rglob("*") if path.is_file()}
@@ -85,7 +122,7 @@ def test_a_mistake_is_one_line_with_the_fix(
     assert (code, out) == (2, ""), err
     *earlier, line = err.splitlines()
     assert line.startswith("unmask: error: ")
-    assert all(before.startswith("tokenise") for before in earlier), err
+    assert all(before.startswith(("tokenise", f"{converted}: ")) for before in earlier), err
     for fix in fixes:
         assert fix.format(**places) in line
     assert len(line) < 700

@@ -19,6 +19,7 @@ from unmask.limits import MOST_SAMPLES, check_whole, whole_numbers
 from unmask.plain_numbers import plain
 from unmask.progress import warn
 from unmask.sampling import Blocks, Canvas, Decoder, Request, SampledTokens, WholeCanvas, choose_decoder
+from unmask.sampling.request import given_or_new
 
 MOST_COMBINATIONS = 64
 """Of candidate lengths of a text's gaps, at most: each combination is filled and scored."""
@@ -259,21 +260,23 @@ def fill_gaps(
     stop_strings: str | Sequence[str] | None = None,
     stop_tokens: Sequence[int] = (),
     num_samples: int | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     context_length: int | None = None,
     **sampling: Any,
 ) -> Filled:
     """The rows with their gaps filled, of the best candidate lengths; sampling: more fields of the `Request`.
 
-    A stop ends its gap. A row of one gap then ends early; one of several is filled whole before it is cut, so that
-    what stands between the gaps is text.
+    seed: of tokens, and of the masks that score candidates; None: tokens drawn anew, and masks of 0, so that greedy
+    text is the same each time. A stop ends its gap. A row of one gap then ends early; one of several is filled whole
+    before it is cut, so that what stands between the gaps is text.
     """
     choices = [list(itertools.product(*row.lengths)) for row in rows]
     check_rows(rows, choices, num_samples, context_length)
     warn_of_unseen(decoder, config, rows)
     stop = StopStrings(lambda row, new: new_text(rows[row].pieces[0], new), stop_strings)
     request = Request(
-        max_new_tokens=max(sum(lengths) for combinations in choices for lengths in combinations), seed=seed,
+        max_new_tokens=max(sum(lengths) for combinations in choices for lengths in combinations),
+        seed=given_or_new(seed),
         end_token_ids=whole_numbers("stop_tokens", stop_tokens), stop=stop if stop.strings else None,
         context_length=context_length, **sampling,
     )  # fmt: skip
@@ -290,7 +293,7 @@ def fill_gaps(
     if len(candidates) > 1:
         sampled, gaps = _best(
             network, config.with_block_size(decoder.block_size), rows, [len(c) for c in choices], candidates,
-            num_samples=plain(num_samples) or 8, seed=seed,
+            num_samples=plain(num_samples) or 8, seed=0 if seed is None else int(seed),
         )  # fmt: skip
     sampled = replace(sampled, new_tokens=[[token for gap in of_row for token in gap] for of_row in gaps])
     fills = [

@@ -280,10 +280,11 @@ class DiffusionLM:
         In the output `fills` has the text of each gap, `texts` what is new, `filled` the whole.
         A length may be a list of candidates, [4, 8] or <gap:4,8>: each (of several gaps each combination) is filled,
         and the one kept has the lowest NELBO per token of all that follows the first gap's beginning (`num_samples`
-        more forwards a candidate, 8 by default; num_forwards counts all of it). stop_tokens, stop_strings: a gap ends
-        there, what follows it comes next, the rest is dropped; end tokens are tokens like others. attention: None, the
-        checkpoint's own: block-wise ones see what is before a gap, and of what is behind it the part that falls into
-        the active block; "bidirectional" shows them all of it in one noisy stream, which they were not trained on.
+        more forwards a candidate, 8 by default; num_forwards counts all of it; without a seed, with the same masks each
+        time). stop_tokens, stop_strings: a gap ends there, what follows it comes next, the rest is dropped; end tokens
+        are tokens like others. attention: None, the checkpoint's own: block-wise ones see what is before a gap, and of
+        what is behind it the part that falls into the active block; "bidirectional" shows them all of it in one noisy
+        stream, which they were not trained on.
         The other options are those of `generate` in mode "diffusion".
         """
         check_unconstrained(options.get("constraint"))
@@ -298,7 +299,7 @@ class DiffusionLM:
         rows = tokenised(self.tokenizer, self.prompt_ids, texts_with_gaps(prefix, suffix, num_tokens))
         filled = fill_gaps(
             decoder, self.network, config, rows, self.new_text, stop_strings=stop_strings, stop_tokens=stop_tokens,
-            num_samples=num_samples, seed=given_or_new(seed), temperature=temperature, top_p=top_p, top_k=top_k,
+            num_samples=num_samples, seed=seed, temperature=temperature, top_p=top_p, top_k=top_k,
             callback=callback, context_length=self.network.context_length,
         )  # fmt: skip
         return sample_output(

@@ -10,6 +10,8 @@ import os
 import re
 from pathlib import Path
 
+from unmask.near_names import near_path
+
 CONFIG, ADAPTER_CONFIG, DRAFTER_WEIGHTS = "config.json", "adapter_config.json", "drafter.safetensors"
 """A file of a model's folder, of an adapter's, of a drafter's."""
 
@@ -44,7 +46,7 @@ def locate(name: str | Path) -> Path | str:
     if is_local(text):
         kind = "file" if _is_gguf(path) else "folder"
         shown = f" ({path})" if text.startswith("~") else ""
-        raise ValueError(f"model {kind} {text!r}{shown} does not exist: {_CHOICE}")
+        raise ValueError(f"model {kind} {text!r}{shown} does not exist: {_CHOICE}{near_path(path)}")
     return _of_hub(text)
 
 
@@ -119,7 +121,8 @@ def _checked_folder(path: Path, name: str) -> Path:
 
 def _checked_file(path: Path, name: str) -> Path:
     if not _is_gguf(path):
-        raise ValueError(f"model {name!r} is a file: give its folder, {str(path.parent)!r}")
+        hint = f", {str(path.parent)!r}" if (path.parent / CONFIG).is_file() else " of an HF checkpoint"
+        raise ValueError(f"model {name!r} is a file: give the folder{hint}, or a .gguf file")
     if not can_read_gguf():
         raise ValueError(f'model file {name!r} needs the package that reads GGUF: pip install "unmask[gguf]"')
     return path
@@ -162,7 +165,7 @@ def _of_hub(name: str) -> Path | str:
         reason = "the hub's has no config.json"
     raise ValueError(
         f"model {name!r} is no folder ({str(Path(name).absolute())!r} does not exist) and no hub id that can be read: "
-        f"{reason}"
+        f"{reason}{near_path(name)}"
     )
 
 

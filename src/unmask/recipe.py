@@ -34,7 +34,7 @@ def recipe_summary(name: str) -> str:
     return _text(name).splitlines()[0].removeprefix("# ")
 
 
-def load_recipe(name: str, background: Mapping[str, Any] | None = None, **overrides: Any) -> Settings:
+def load_recipe(name: str, background: Mapping[str, Any] | None = None, /, **overrides: Any) -> Settings:
     """Settings of a recipe, by its name or a .toml file's, with overrides.
 
     An unknown name, a value of the wrong type or out of range, and an override that the run would not read are
@@ -45,8 +45,7 @@ def load_recipe(name: str, background: Mapping[str, Any] | None = None, **overri
     changed = {*(background or {}), *overrides}
     values: dict[str, Any] = {key: entry.default for key, entry in TABLE.items()}
     for key, value in (own | overrides).items():
-        if key not in TABLE:
-            raise ValueError(_unknown("setting", key, TABLE, "`unmask recipes NAME --all` lists them"))
+        check_setting_name(key)
         values[key] = _typed(key, value)
         check_value(key, values[key])
     for key, entry in TABLE.items():  # conditions speak of earlier settings, whose values are final by now
@@ -60,7 +59,16 @@ def load_recipe(name: str, background: Mapping[str, Any] | None = None, **overri
             present = ", ".join(f"no {o}" if values[o] is None else f"{o}={shown(values[o])}" for o in others)
             raise ValueError(f"{key}={shown(values[key])} needs {needed}; {whose} has {present}")
         values[key] = entry.default
+    if values["attention"] == "two_stream" and values["clean_attention"] is None:
+        where = "; a recipe file may stand on a recipe: recipe = 'tri-mode'" if _is_file(name) else ""
+        raise ValueError(f"attention='two_stream' needs clean_attention='causal' or 'block_causal'{where}")
     return Settings(recipe=Path(name).stem if _is_file(name) else name, **values)
+
+
+def check_setting_name(name: str) -> None:
+    """Raise ValueError for a name that no setting has."""
+    if name not in TABLE:
+        raise ValueError(_unknown("setting", name, TABLE, "`unmask recipes NAME --all` lists them"))
 
 
 PREPARED_DATA = "prepared data"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unmask.plain_json import to_json
+from unmask.run_folder import check_can_be_written
 from unmask.sampling import Guess, Step, Threshold
 
 
@@ -113,6 +114,7 @@ def check_page(path: Path) -> None:
         raise ValueError(f"{str(path)!r} names no page: let it end in .html")
     if path.is_file() and path.stat().st_size and _OPEN not in path.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"{str(path)!r} is a file that is no replay, and would be lost: name another")
+    check_can_be_written(path, "replay page")
 
 
 def facts_of(decoder: Any) -> dict[str, str]:

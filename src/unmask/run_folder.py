@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -73,13 +74,14 @@ class RunFolder:
     def read(self) -> dict[str, Any] | None:
         """The record of the run in this folder, None if there is none and a run may start.
 
-        Raises ValueError for the record of another kind of run, a file that is no JSON, and a folder that holds
-        something else.
+        Raises ValueError for the record of another kind of run, a file that is no JSON, a folder that holds something
+        else, and one that cannot be written to.
         """
         path = self.path / self.record_file
         if not path.is_file():
             if self.path.exists() and (not self.path.is_dir() or any(map(self._is_foreign, self.path.iterdir()))):
                 raise self._holds_something_else()
+            check_can_be_written(self.path, "output folder")
             return None
         try:
             record = json.loads(path.read_text())
@@ -154,6 +156,24 @@ def _row(line: str) -> dict[str, Any] | None:
 # --- files
 
 
+def check_can_be_written(path: str | Path, what: str) -> None:
+    """Raise ValueError unless a file or folder of this name can be made, before the work whose result it is to hold.
+
+    It is tried in the nearest folder that exists, where nothing is left. what: the name of the path in the message.
+    """
+    path = Path(path)
+    try:
+        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+        nearest = path.absolute().parent if nearest == path and not path.is_dir() else nearest
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=".unmask-"):
+            pass
+        if path.is_file() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{what} {str(path)!r} cannot be written: {reason}; choose another place") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file. The text is on the disk when this returns; after a crash the file is the old or the new one."""
     partial = path.with_name(path.name + ".partial")
@@ -174,6 +194,7 @@ def whole_folder(path: Path) -> Iterator[Path | None]:
 
     Waits while another process writes the same; None if that one, or an earlier one, has made it.
     """
+    check_can_be_written(path, "output folder")
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone_in(partial):

@@ -92,6 +92,9 @@ def adapt(
     """Convert a model by training it on text. What the command line says goes before what --config says."""
     words = [*([model] if model is not None and _is_setting(model) else []), *(settings or [])]
     more, chosen = split_settings(words)
+    for option, value, name in (("--max-tokens", max_tokens, "max_tokens"), ("--dtype", dtype, "save_dtype")):
+        if value is not None and name in chosen:
+            raise ValueError(f"{option} {value} and {name}={chosen[name]} both say the same: leave one of them out")
     sources: list[str] = [*(data or []), *more]
     own = {"model": None if model is None or _is_setting(model) else model, "data": sources or None,
            "output": None if output is None else str(output), "recipe": recipe, "resume": resume or None,
@@ -131,8 +134,6 @@ def adapt(
             to_json({"output": str(folder), "tokens": run["tokens"], **run["evaluation"], "settings": run["settings"]})
         )
         return
-    for name, value in run["evaluation"].items():
-        say(f"held-out {name}: {value:.4f} nats per predicted token")
     print(f"saved to {folder}")
 
 
@@ -196,14 +197,36 @@ def _is_setting(word: str) -> bool:
     return bool(separator) and name.isidentifier() and not Path(word).exists()
 
 
+_OPTIONS = {
+    "model": "the model first", "data": "--data FILE", "output": "--output FOLDER", "output_dir": "--output FOLDER",
+    "recipe": "--recipe NAME", "resume": "--resume", "base": "--base FOLDER", "device": "--device NAME",
+    "dtype": "--dtype TYPE", "trust_remote_code": "--trust-remote-code", "show_progress": "-q for false",
+}  # fmt: skip
+"""What is written as SETTING=VALUE in Python and in run files, and as an option on the command line."""
+
+
 def split_settings(items: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Further data files, and SETTING=VALUE pairs with TOML values (bare words are strings)."""
+    """Further data files, and SETTING=VALUE pairs with TOML values (bare words are strings).
+
+    Raises ValueError for a setting that there is not, and for one that is written otherwise.
+    """
+    from unmask.recipe import check_setting_name
+    from unmask.settings import TABLE
+
     files, chosen = [], {}
     for item in items:
         name, separator, raw = item.partition("=")
         if not separator or not name.isidentifier():
+            setting = name.strip().lstrip("-").replace("-", "_")
+            if setting in TABLE and not Path(item).exists():
+                raise ValueError(
+                    f"{item!r} is no file and no setting: write {setting}={raw.strip() or 'VALUE'} as one word"
+                )
             files.append(item)
             continue
+        if name in _OPTIONS:
+            raise ValueError(f"{item!r} is no setting but an option: write {_OPTIONS[name]}")
+        check_setting_name(name)
         try:
             chosen[name] = tomllib.loads(f"value = {raw}")["value"]
         except tomllib.TOMLDecodeError:
@@ -225,10 +248,13 @@ def demo(
 ) -> None:
     """Show what a conversion does, on the models of a checkout; or convert MODEL on --data and show both."""
     given = {
-        "--data": data,
+        "--data": data and data[0],
         "--max-tokens": max_tokens,
         **{f"--{name.replace('_', '-')}": value for name, value in loading.items()},
     }
+    from unmask.run_folder import check_can_be_written
+
+    check_can_be_written(output, "--output")
     unread = [f"{name} {value}" for name, value in given.items() if value is not None]
     if model is None:
         if unread:

@@ -82,6 +82,7 @@ app = _App(
     help="Turn any pretrained autoregressive language model into a diffusion language model.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -142,11 +143,17 @@ def main() -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except ImportError as error:
+        if "pip install" not in str(error):  # which ours name, see `hf.grammar`
+            raise
+        _fail(str(error))
     except Exception as error:
         # Usage errors of the parser (typer brings its own copy of click) know their exit code and message.
         if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
             raise
-        _fail(error.format_message() + _given(getattr(error, "param", None)) + _as_setting(error))
+        _fail(
+            error.format_message() + _given(getattr(error, "param", None)) + _as_setting(error) + _how_to_go_on(error)
+        )
     sys.exit(code or 0)
 
 
@@ -176,8 +183,21 @@ def _set_encodings() -> None:
 def _given(param: Any) -> str:
     """The value that the command line gave an option, for messages that leave it out."""
     for option in getattr(param, "opts", ()):
-        if option in sys.argv[:-1]:
-            return f" (got {sys.argv[sys.argv.index(option) + 1]!r})"
+        values = [sys.argv[i + 1] for i, word in enumerate(sys.argv[:-1]) if word == option]
+        if values:  # the last one counts
+            return f" (got {values[-1]!r})"
+    return ""
+
+
+def _how_to_go_on(error: Any) -> str:
+    """What to do about words that a command lacks or does not take."""
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    if message.startswith("Got unexpected extra argument"):
+        return ": put a text of several words in quotes"
+    if message.startswith("No such command") and "Did you mean" not in message:
+        return " `unmask --help` lists them."
+    if message.startswith("Missing ") and context is not None and context.info_name is not None:
+        return f" See `unmask {context.info_name} --help`."
     return ""
 
 

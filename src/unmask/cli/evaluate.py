@@ -57,8 +57,12 @@ def evaluate(
     """
     bound: dict[str, Any] = {"num_samples": num_samples, "exact": exact, "block_size": block_size, "seed": seed}
     output = of_tasks.pop("output", None)
-    if output is not None and output.exists() and not output.is_dir():
-        raise ValueError(f"--output {str(output)!r} is a file: choose a folder")
+    if output is not None:
+        from unmask.run_folder import check_can_be_written
+
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"--output {str(output)!r} is a file: choose a folder")
+        check_can_be_written(output, "--output")
     part = None if shard is None else Shard.parse(shard)
     if part is not None and output is None:
         raise ValueError(f"--shard {shard} needs --output, the folder of all parts, where this one is kept")
@@ -135,10 +139,13 @@ def _likelihoods(
     parent: a model whose figures stand beside them, with what both write.
     """
     from unmask.evaluation.figures import describe, figures, measure, written_beside
+    from unmask.evaluation.likelihood import check_estimator
 
     lm = opened(model, loading, "likelihood")
     if lm.diffusion is None and (bound["exact"] or bound["block_size"] is not None):
         raise ValueError(f"model {model!r} is an untouched AR model and has no blocks: leave --block-size and --exact")
+    if lm.diffusion is not None:
+        check_estimator(lm.diffusion.with_block_size(bound["block_size"]), bound["num_samples"], bound["exact"])
     ar = None if parent is None else _load_parent(parent, lm, loading)
     record = describe(model, lm, documents, data, bound, parent, ar)
 

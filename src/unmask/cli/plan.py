@@ -44,8 +44,8 @@ def plan(
     check_whole("--gpus", gpus)
     for name, value in (("--gpu-memory", gpu_memory), ("--gpu-tflops", gpu_tflops)):
         check_number(name, value)
-        if value <= 0:
-            raise ValueError(f"{name} {value} must be positive")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} {value} must be positive and finite")
     files, chosen = split_settings(settings or [])
     if files:
         raise ValueError(f"{files[0]!r} is no SETTING=VALUE, and a plan needs no data")

@@ -84,13 +84,17 @@ def convert(job: Job, parent: Parent) -> Learner:
     return Learner(adapted, tuner, teacher, _record(learning))
 
 
-def new_drafter(lm: DiffusionLM, settings: Resolved) -> tuple[Drafter, DiffusionConfig]:
-    """A drafter that has learnt nothing yet, hooked on the model, and what the model becomes with it."""
+def drafter_shape(settings: Resolved) -> DrafterConfig:
+    """The size of a run's drafter, and how many embeddings its masks have."""
     of_mask = settings.block_size if settings.mask_per_place else 1
     mask_rows = of_mask if settings.noise == "mask" else 0
-    shape = DrafterConfig(settings.drafter_rank, settings.drafter_scale, settings.drafter_targets, mask_rows)
+    return DrafterConfig(settings.drafter_rank, settings.drafter_scale, settings.drafter_targets, mask_rows)
+
+
+def new_drafter(lm: DiffusionLM, settings: Resolved) -> tuple[Drafter, DiffusionConfig]:
+    """A drafter that has learnt nothing yet, hooked on the model, and what the model becomes with it."""
     parts = of_main(lambda: hf.gateable(lm.model))
-    drafter = hf.add_drafter(lm.model, lm.tokenizer, shape, token=settings.mask_token, parts=parts)
+    drafter = hf.add_drafter(lm.model, lm.tokenizer, drafter_shape(settings), token=settings.mask_token, parts=parts)
     if lm.model.dtype in HALF:
         drafter.float()
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
@@ -198,7 +202,21 @@ def parent_nll(job: Job, parent: Parent, data: Data) -> float | None:
         return job.earlier["parent_nll"]
     if not data.held_out:
         return None
-    return _nll(parent.lm, data)
+    return _nll(parent.lm, data, _reused_mask(parent))
+
+
+def _reused_mask(parent: Parent) -> int | None:
+    """The token of the parent's vocabulary that the run makes its mask token, None for a token of its own.
+
+    The converted model never predicts it, so the parent's figure leaves it out too.
+    """
+    lm, settings = parent.lm, parent.settings
+    if lm.diffusion is not None:
+        return lm.diffusion.mask_token_id
+    if settings.attention == "ar":
+        return None
+    shape = drafter_shape(settings) if settings.objective == "distill" else None
+    return hf.reused_mask_token(lm.model, lm.tokenizer, settings.mask_token, shape)
 
 
 def parent_text(job: Job, parent: Parent, data: Data) -> dict[str, Any] | None:
@@ -212,10 +230,10 @@ def parent_text(job: Job, parent: Parent, data: Data) -> dict[str, Any] | None:
     return {"ids": prompts[0].tolist(), "text": text}
 
 
-def _nll(lm: DiffusionLM, data: Data) -> float:
+def _nll(lm: DiffusionLM, data: Data, mask_token_id: int | None) -> float:
     """Nats per token in AR mode on the held-out documents, of which each rank measures its share."""
     network = lm.network
-    return held_out_nll(network, lm.diffusion, data.held_out, network.context_length, _spread(lm))
+    return held_out_nll(network, mask_token_id, data.held_out, network.context_length, _spread(lm))
 
 
 def _spread(lm: DiffusionLM) -> Spread:
@@ -239,7 +257,8 @@ def _compared(learner: Learner, data: Data, figures: dict[str, float], before: f
         return {}
     after = figures.get("nll")
     if after is None:
-        after = _nll(learner.lm, data)
+        mask = None if learner.lm.diffusion is None else learner.lm.diffusion.mask_token_id
+        after = _nll(learner.lm, data, mask)
     compared = {"parent, AR mode": before, "this model, AR mode": after}
     return compared | ({"diffusion mode, bound": figures["nelbo"]} if "nelbo" in figures else {})
 

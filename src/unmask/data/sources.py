@@ -12,6 +12,7 @@ from typing import Any
 
 from unmask.data.readers import COMPRESSED, SUFFIXES, Records, suffix_of
 from unmask.data.records import kind
+from unmask.near_names import near_path
 
 PREPARED = "prepared.json"
 """The file that makes a folder one of prepared data."""
@@ -144,7 +145,7 @@ def find_files(sources: Sequence[str | Path]) -> list[Path] | None:
             raise ValueError(f"data source {str(source)!r} is empty: give a file, a folder or a hub id")
         if not _lies(path):
             if suffix_of(path) in SUFFIXES or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-                raise ValueError(f"data file {str(source)!r} does not exist")
+                raise ValueError(f"data file {str(source)!r} does not exist{near_path(path)}")
             if len(sources) > 1:
                 raise ValueError(_alone(str(source)))
             return None
@@ -169,5 +170,8 @@ def local_files(sources: Sequence[str | Path], what: str) -> list[Path]:
     """`find_files`, but ValueError for a hub id; what: the name of the sources in the message."""
     files = find_files(sources)
     if files is None:
-        raise ValueError(f"{what} {str(sources[0])!r} is no file here: give {', '.join(SUFFIXES)} files, or a folder")
+        first = str(sources[0])
+        raise ValueError(
+            f"{what} {first!r} is no file here: give {', '.join(SUFFIXES)} files, or a folder{near_path(first)}"
+        )
     return files

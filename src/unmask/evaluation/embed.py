@@ -6,7 +6,6 @@ bidirectional pattern, an AR model under its causal one. Nothing is corrupted: e
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,8 @@ from unmask.core.attention import PADDING, Layout, Pattern, bidirectional, block
 from unmask.core.transfer import to_device
 from unmask.data.plain_text import encode
 from unmask.plain_json import to_json
+from unmask.progress import warn
+from unmask.run_folder import check_can_be_written
 
 
 class Encoder(Protocol):
@@ -52,10 +53,9 @@ def beginnings(rows: Sequence[Tensor], context_length: int | None) -> list[Tenso
     """Rows of token ids, (length,), cut to the context, with a warning if one is longer."""
     long = [i for i, row in enumerate(rows) if context_length is not None and len(row) > context_length]
     if long:
-        warnings.warn(
+        warn(
             f"{len(long)} of {len(rows)} texts are longer than the context of {context_length} tokens (the first is "
-            f"number {long[0] + 1}): only their beginnings are embedded",
-            stacklevel=4,
+            f"number {long[0] + 1}): only their beginnings are embedded"
         )
     return [row[:context_length] for row in rows]
 
@@ -106,6 +106,7 @@ def check_output(path: Path) -> None:
         raise ValueError(f"output {str(path)!r} has an unknown type: use {', '.join(OUTPUTS)}")
     if path.is_dir():
         raise ValueError(f"output {str(path)!r} is a folder: give a file")
+    check_can_be_written(path, "output")
 
 
 def write_embeddings(path: Path, texts: Sequence[str], vectors: Tensor) -> None:

@@ -6,17 +6,22 @@ import contextlib
 import difflib
 import os
 import random
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 from lm_eval import evaluator, utils
 from lm_eval.tasks import TaskManager
 
 from unmask.limits import LARGEST, check_number, check_whole
 from unmask.plain_json import to_json
+
+_TASK_FILES = ("", ".yaml", ".yml")
+"""How names of the harness's task files end."""
 
 _MOST_EXAMPLES = 1000
 """Solved examples in a prompt, at most."""
@@ -27,15 +32,15 @@ def load_tasks(names: Sequence[str], folder: str | None = None) -> dict[str, Any
     if folder is not None and not os.path.isdir(folder):
         raise ValueError(f"tasks folder {folder!r} does not exist")
     manager = TaskManager(include_path=folder, include_defaults=False)
-    if any(not os.path.isfile(name) and not manager.match_tasks([name]) for name in names):
+    of_harness = [name for name in names if not os.path.isfile(name) and not manager.match_tasks([name])]
+    if of_harness:
+        _refuse_misspelt(of_harness)
         manager = TaskManager(include_path=folder)  # the harness's own 14,000 take seconds to read
     chosen: list[str] = []
     for name in names:
         found = [name] if os.path.isfile(name) else manager.match_tasks([name])
         if not found:
-            near = difflib.get_close_matches(name, manager.all_tasks, 5)
-            hint = f"near names are {', '.join(near)}" if near else "`lm_eval ls tasks` lists the harness's own"
-            raise ValueError(f"task {name!r} does not exist: {hint}; your own task files are found with --tasks-folder")
+            raise _no_such_task(name, difflib.get_close_matches(name, manager.all_tasks, 5))
         chosen += [n for n in found if n not in chosen]
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -43,6 +48,25 @@ def load_tasks(names: Sequence[str], folder: str | None = None) -> dict[str, Any
     except Exception as error:  # reading a data set fails in the ways of files, parsers and networks
         reason = (str(error).strip() or "no message").splitlines()[0]
         raise ValueError(f"tasks {', '.join(chosen)} cannot be loaded: {type(error).__name__}: {reason}") from error
+
+
+def _refuse_misspelt(names: Sequence[str]) -> None:
+    """Raise ValueError for a name that no task file of the harness has in it, but a like one: without parsing them."""
+    folder = Path(lm_eval.tasks.__file__).parent
+    files = [path for path in folder.rglob("*") if path.suffix in _TASK_FILES and path.is_file()]
+    text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
+    for name in names:
+        if name in text or set(name) & set("*?["):
+            continue
+        named = set(re.findall(r"""["']?(?:task|group|tag)["']?\s*:\s*["']?([\w./-]+)""", text))
+        near = difflib.get_close_matches(name, named, 5)
+        if near:
+            raise _no_such_task(name, near)
+
+
+def _no_such_task(name: str, near: Sequence[str]) -> ValueError:
+    hint = f"near names are {', '.join(near)}" if near else "`lm_eval ls tasks` lists the harness's own"
+    return ValueError(f"task {name!r} does not exist: {hint}; your own task files are found with --tasks-folder")
 
 
 def run_tasks(

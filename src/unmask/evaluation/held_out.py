@@ -42,14 +42,14 @@ def held_out_documents(corpus: Corpus, end_token_id: int | None) -> list[likelih
 
 def held_out_nll(
     network: Network,
-    config: DiffusionConfig | None,
+    mask_token_id: int | None,
     documents: Sequence[likelihood.Document],
     context_length: int | None,
     spread: Spread = alone,
 ) -> float:
-    """Nats per predicted token in AR mode."""
-    if config is not None:
-        documents = [_without_masks(document, config.mask_token_id) for document in documents]
+    """Nats per predicted token in AR mode; mask_token_id: what is not predicted, see `_without_masks`."""
+    if mask_token_id is not None:
+        documents = [_without_masks(document, mask_token_id) for document in documents]
 
     def measure(numbers: Sequence[int]) -> list[likelihood.LikelihoodOutput]:
         return likelihood.nll(network, [documents[n] for n in numbers], context_length=context_length)

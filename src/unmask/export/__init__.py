@@ -20,7 +20,7 @@ from unmask.export.sglang import export_sglang
 from unmask.export.uno import export_uno
 from unmask.loading import load
 from unmask.model import DiffusionLM
-from unmask.run_folder import ordinary_permissions, writing
+from unmask.run_folder import check_can_be_written, ordinary_permissions, writing
 
 FORMATS: dict[str, Callable[..., dict[str, Any]]] = {
     "gguf": export_gguf,
@@ -79,6 +79,7 @@ def _check_empty(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         kind = "folder" if output.is_dir() else "file"
         raise ValueError(f"output {str(output)!r} is a {kind} with something in it: choose a new folder")
+    check_can_be_written(output, "output")
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from unmask.core.drafter import Drafter, DrafterConfig, is_linear_map
 from unmask.core.finite import check_weights, plain_parts
 from unmask.core.network import DiffusionConfig
 from unmask.core.noise import Key, uniform
-from unmask.hf.drafters import MASK_TOKEN, add_drafter
+from unmask.hf.drafters import MASK_TOKEN, add_drafter, own_mask_token
 from unmask.hf.folders import BUILDING, check_folder, first_line, parse, read_object, read_tensors
 from unmask.hf.gguf import dequantising, source_of, take_conversion
 from unmask.hf.quantised import has_adapters, named_quantisation, quantisation_of, settle
@@ -52,9 +52,7 @@ def add_mask_token(
     vocabulary = tokenizer.get_vocab()
     if like is not None and like not in vocabulary:
         raise ValueError(f"mask_init {like!r} is no token of this vocabulary: give an existing token or leave it out")
-    if token is None:
-        sdar = model.config.get_text_config().model_type in ("qwen3", "qwen3_moe")
-        token = tokenizer.mask_token or (SDAR_MASK_TOKEN if sdar else MASK_TOKEN)
+    token = token or _own_mask_token(model, tokenizer)
     check_mask_token(model, tokenizer, token)
     reused = token in vocabulary
     if reused and like is None and noise is not None:
@@ -82,6 +80,21 @@ def add_mask_token(
                     bias = embedding.bias
                     bias[mask_token_id] = bias[vocabulary[like]] if like is not None else bias[:used].mean()
     return mask_token_id
+
+
+def _own_mask_token(model: Any, tokenizer: Any) -> str:
+    """The text of the mask token where none is asked for."""
+    sdar = model.config.get_text_config().model_type in ("qwen3", "qwen3_moe")
+    return tokenizer.mask_token or (SDAR_MASK_TOKEN if sdar else MASK_TOKEN)
+
+
+def reused_mask_token(model: Any, tokenizer: Any, token: str | None, drafter: DrafterConfig | None) -> int | None:
+    """The token of the vocabulary that would become the mask token of a conversion, None if that would be a new one.
+
+    token: the text that is asked for. drafter: of a drafter's masks, None for a conversion of the whole model.
+    """
+    chosen = token or (_own_mask_token(model, tokenizer) if drafter is None else own_mask_token(tokenizer, drafter))
+    return tokenizer.get_vocab().get(chosen)
 
 
 def _is_no_padding(model: Any, mask_token_id: int) -> None:

@@ -51,9 +51,8 @@ def add_drafter(
     follows it too closely. first: the id that a folder names. parts: what can be gated, if that is known.
     """
     check_bare(model)
-    found, reused = tokenizer.get_vocab(), tokenizer.mask_token
-    if token is None:
-        token = reused if reused and not _taken(found, reused, found[reused], config) else MASK_TOKEN
+    found = tokenizer.get_vocab()
+    token = token or own_mask_token(tokenizer, config)
     check_mask_token(model, tokenizer, token)
     own = found.get(token, len(tokenizer))
     taken = _taken(found, token, own, config)
@@ -70,6 +69,12 @@ def add_drafter(
     elif first < after_all:
         first = own  # of an older folder; one that names another id is refused by `parse_diffusion`
     return drafter_on(model, first, config, parts).to(model.device)
+
+
+def own_mask_token(tokenizer: Any, config: DrafterConfig) -> str:
+    """The text of a drafter's mask token where none is asked for."""
+    found, reused = tokenizer.get_vocab(), tokenizer.mask_token
+    return reused if reused and not _taken(found, reused, found[reused], config) else MASK_TOKEN
 
 
 def _taken(vocabulary: dict[str, int], token: str, first: int, config: DrafterConfig) -> list[str]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import warnings
 from typing import Any
 
 from transformers import BitsAndBytesConfig
+
+from unmask.progress import warn
 
 NAMED = ("nf4", "int8")
 """Quantisations that a name stands for; both are bitsandbytes'."""
@@ -75,9 +76,8 @@ def settle(model: Any) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
         if getattr(getattr(module, "state", None), "threshold", 0) > 0:
-            warnings.warn(
+            warn(
                 f"llm_int8_threshold={module.state.threshold} makes a row depend on all others of its pass, so that "
-                "speculative text may differ from the AR text: quantization_config='int8' has no threshold",
-                stacklevel=3,
+                "speculative text may differ from the AR text: quantization_config='int8' has no threshold"
             )
             break

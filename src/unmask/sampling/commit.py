@@ -86,7 +86,7 @@ def _rank(score: Tensor) -> Tensor:
 
 
 def _check_count(n: int) -> None:
-    check_whole("n", n, why=": nothing would ever be committed")
+    check_whole("n", n, why=": it is how many tokens a forward commits")
 
 
 @dataclass(frozen=True)

@@ -132,4 +132,4 @@ def check_sampling(temperature: float, top_p: float, top_k: int | None = None) -
     check_number("top_p", top_p)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} must lie in (0, 1]")
-    check_whole("top_k", top_k, why=": no token would be left to choose")
+    check_whole("top_k", top_k, why=": it is how many tokens are left to choose from")

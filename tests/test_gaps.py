@@ -223,6 +223,11 @@ def test_a_stop_ends_its_gap_alone(lm: unmask.DiffusionLM) -> None:
     assert cut.fills == [[fill.split(string)[0] for fill in free.fills[0]]]
 
 
+def test_greedy_candidates_are_the_same_each_time_without_a_seed(lm: unmask.DiffusionLM) -> None:
+    found = {lm.infill("Once <gap:1,2,3,4,5,6,7,8> upon <gap:1,2,3>", num_samples=1).filled[0] for _ in range(6)}
+    assert found == {lm.infill("Once <gap:1,2,3,4,5,6,7,8> upon <gap:1,2,3>", num_samples=1, seed=0).filled[0]}
+
+
 def test_of_the_candidate_lengths_of_all_gaps_the_best_combination_is_kept(lm: unmask.DiffusionLM) -> None:
     text, pieces = "Once there was a<gap:2,5> in the <gap:3,1>.", ["Once there was a", " in the ", "."]
     got = lm.infill(text, num_samples=3, seed=1)

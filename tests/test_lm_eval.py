@@ -23,6 +23,7 @@ from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from unmask.evaluation import harness
 from unmask.evaluation.harness import load_tasks, run_tasks
 from unmask.evaluation.likelihood import Document, nelbo
 from unmask.evaluation.lm_eval import HarnessLM, continuation_log_p
@@ -335,6 +336,26 @@ def test_evaluate_tasks_from_the_command_line(run, converted: Path, ending: Path
     assert out.startswith("mode ar  estimator exact")
     assert "acc " in out
     assert "4 requests, 4 forwards" in out
+
+
+def test_a_misspelt_task_is_refused_before_the_harness_reads_its_own(ending: Path, monkeypatch) -> None:
+    """All 14,000 take seconds; a name that may be one of them is looked up."""
+    made: list[dict[str, object]] = []
+
+    class Watched(harness.TaskManager):
+        def __init__(self, **options: object) -> None:
+            made.append(options)
+            super().__init__(**options | {"include_defaults": False})
+
+    monkeypatch.setattr(harness, "TaskManager", Watched)
+    for name, meant in (("arc_esy", "arc_easy"), ("hellaswagg", "hellaswag"), ("moood", "mood")):
+        with pytest.raises(ValueError, match=f"task '{name}' does not exist: near names are .*{meant}"):
+            load_tasks([name], str(ending))
+    assert all(options == {"include_path": str(ending), "include_defaults": False} for options in made)
+    for name in ("arc_easy", "mafand_tasks", "no_name_is_like_this_0123", "arc_es*"):
+        with pytest.raises(ValueError, match="does not exist"):
+            load_tasks([name])
+        assert made[-1] == {"include_path": None}
 
 
 def test_chat_templates_are_applied(converted: Path, ending: Path) -> None:

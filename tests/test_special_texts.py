@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as tf
 from conftest import _GQA, tiny_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -127,8 +128,16 @@ def test_a_reused_mask_is_neither_learnt_nor_scored(parent: Path, tmp_path: Path
     text = tmp_path / "w.txt"
     text.write_text("<|endoftext|>".join(["the cat sat on a dog and the cat sat"] * 200))
     lm = unmask.adapt(parent, text, recipe, tmp_path / "run", mask_token="<unk>", **SHORT)
-    figures = json.loads((tmp_path / "run" / "run.json").read_text())["evaluation"]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    figures = record["evaluation"]
     assert figures
+    before = unmask.load(parent)
+    ids = torch.tensor(before.tokenizer("the cat sat on a dog and the cat sat")["input_ids"])
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(before.model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+    read = ids[1:] != before.tokenizer.unk_token_id
+    assert not read.all()
+    assert record["parent_nll"] == pytest.approx(losses[read].mean().item(), rel=1e-5)
     assert all(isinstance(value, float) for value in figures.values()), figures
     with pytest.raises(ValueError, match="mask token"):
         lm.nll("the dog sat")

@@ -34,7 +34,7 @@ def load_tasks(names: Sequence[str], folder: str | None = None) -> dict[str, Any
     manager = TaskManager(include_path=folder, include_defaults=False)
     of_harness = [name for name in names if not os.path.isfile(name) and not manager.match_tasks([name])]
     if of_harness:
-        _refuse_misspelt(of_harness)
+        _refuse_misspelt(of_harness, manager.all_tasks)
         manager = TaskManager(include_path=folder)  # the harness's own 14,000 take seconds to read
     chosen: list[str] = []
     for name in names:
@@ -50,7 +50,7 @@ def load_tasks(names: Sequence[str], folder: str | None = None) -> dict[str, Any
         raise ValueError(f"tasks {', '.join(chosen)} cannot be loaded: {type(error).__name__}: {reason}") from error
 
 
-def _refuse_misspelt(names: Sequence[str]) -> None:
+def _refuse_misspelt(names: Sequence[str], own: Sequence[str]) -> None:
     """Raise ValueError for a name that no task file of the harness has in it, but a like one: without parsing them."""
     folder = Path(lm_eval.tasks.__file__).parent
     files = [path for path in folder.rglob("*") if path.suffix in _TASK_FILES and path.is_file()]
@@ -59,7 +59,7 @@ def _refuse_misspelt(names: Sequence[str]) -> None:
         if name in text or set(name) & set("*?["):
             continue
         named = set(re.findall(r"""["']?(?:task|group|tag)["']?\s*:\s*["']?([\w./-]+)""", text))
-        near = difflib.get_close_matches(name, named, 5)
+        near = difflib.get_close_matches(name, [*own, *named], 5)
         if near:
             raise _no_such_task(name, near)
 

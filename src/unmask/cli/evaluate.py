@@ -15,7 +15,7 @@ from unmask.limits import MOST_SAMPLES, check_whole
 from unmask.parts import Shard, write_part
 from unmask.plain_json import to_json
 from unmask.progress import note
-from unmask.run_folder import RunFolder, write_text
+from unmask.run_folder import RunFolder, check_can_be_written, write_text
 
 
 @app.command(
@@ -58,8 +58,6 @@ def evaluate(
     bound: dict[str, Any] = {"num_samples": num_samples, "exact": exact, "block_size": block_size, "seed": seed}
     output = of_tasks.pop("output", None)
     if output is not None:
-        from unmask.run_folder import check_can_be_written
-
         if output.exists() and not output.is_dir():
             raise ValueError(f"--output {str(output)!r} is a file: choose a folder")
         check_can_be_written(output, "--output")

@@ -19,6 +19,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "evaluate without data": (("evaluate", "{parent}"), ("--data FILE",)),
     "a parent folder that is not there": (("generate", "./no/such", "x"), ("./no/such",)),
     "a folder without a model": (("generate", "{folder}", "x"), ("{folder}", "config.json")),
+    "a file that is no model": (("generate", "{stories}", "x"), ("'{stories}' is a file", "HF checkpoint")),
     # misspelt
     "a command": (("genrate", "{parent}", "x"), ("genrate", "generate")),
     "an option": (("generate", "{parent}", "x", "--max-new-token", "3"), ("--max-new-tokens",)),

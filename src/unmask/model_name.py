@@ -121,8 +121,10 @@ def _checked_folder(path: Path, name: str) -> Path:
 
 def _checked_file(path: Path, name: str) -> Path:
     if not _is_gguf(path):
-        hint = f", {str(path.parent)!r}" if (path.parent / CONFIG).is_file() else " of an HF checkpoint"
-        raise ValueError(f"model {name!r} is a file: give the folder{hint}, or a .gguf file")
+        folder = (
+            f"its folder, {str(path.parent)!r}" if (path.parent / CONFIG).is_file() else "an HF checkpoint's folder"
+        )
+        raise ValueError(f"model {name!r} is a file: give {folder}")
     if not can_read_gguf():
         raise ValueError(f'model file {name!r} needs the package that reads GGUF: pip install "unmask[gguf]"')
     return path

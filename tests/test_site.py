@@ -8,6 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
+
+import unmask
+from unmask.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,6 +34,12 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert (tmp_path / "quickstart.html").is_file()
     for page in tmp_path.glob("*.html"):
         assert "```" not in page.read_text(), f"{page.name} shows a block as text"
+    commands, python = ((tmp_path / f"reference-{name}.html").read_text() for name in ("command", "python"))
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert f'id="unmask-{name}"' in commands
+        assert all(option in commands for parameter in command.params for option in parameter.opts)
+    for name in [*(f"unmask{name}" for name in unmask.__all__ if name[0] != "_"), "unmasksamplingthreshold"]:
+        assert f'id="{name.lower()}"' in python, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

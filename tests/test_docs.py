@@ -90,7 +90,7 @@ for _file in (ROOT / "src" / "unmask").rglob("*.py"):
 for _file in (ROOT / "benchmarks").glob("*.py"):
     MODULES.setdefault(_file.stem, []).append(_file.stem)
 OBJECTS = {"lm": unmask.DiffusionLM, "out": unmask.SampleOutput, "parts": ForTrainer}
-FILES = ("gguf", "html", "json", "jsonl", "md", "npy", "py", "safetensors", "toml", "txt")
+FILES = ("gguf", "html", "json", "jsonl", "md", "npy", "png", "py", "safetensors", "svg", "toml", "txt")
 ELSEWHERE = ("generation_config", "tokenizer", "torch")
 """First words of names that are not this library's."""
 

@@ -62,6 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     "micro-batches": {"recipe": "diffullama-gpt2", "micro_batch_size": 1, "anneal_steps": 3, "mixed_precision": "no"},
     "mask pairs": {"recipe": "efficient-dlm", "complementary": True},
     "checkpointing": {"recipe": "efficient-dlm", "gradient_checkpointing": True},
+    "drafter, checkpointing": {"recipe": "drafter", "gradient_checkpointing": True},
     "lora": {"recipe": "efficient-dlm", "lora_rank": 2},
     "adapter": {"recipe": "efficient-dlm", "lora_rank": 2, "lora_merge": False},
     "teacher": {"recipe": "tri-mode-published", "teacher": "parent"},

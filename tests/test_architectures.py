@@ -118,12 +118,25 @@ def test_chunks_and_scales_matter_to_these_texts(changes: dict[str, Any]) -> Non
 
 def test_a_long_pass_through_layers_that_run_again_is_refused() -> None:
     model = llama4().train()
-    hf.checkpoint_layers(model)
+    hf.checkpoint_layers(model, compiled=True)  # in the way of transformers, which ours is not refused for
     network, tokens = hf.as_network(model), torch.arange(40)[None] + 3
     network(tokens[:, :5], Layout.of(torch.arange(5)[None]), causal)
     with pytest.raises(ValueError, match=r"reaches position 6.*gradient_checkpointing off"):
         network(tokens, Layout.of(torch.arange(40)[None]), causal)
     assert all(layer.self_attn.attn_temperature_tuning for layer in model.model.layers)
+
+
+def test_a_long_pass_whose_layers_run_again_has_the_gradients_of_kept_ones() -> None:
+    model = llama4().double().train()
+    network, tokens = hf.as_network(model), torch.arange(40)[None] + 3
+    found = []
+    for again in (False, True):
+        hf.checkpoint_layers(model, on=again)
+        network(tokens, Layout.of(torch.arange(40)[None]), causal).square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+    for kept, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, kept, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(

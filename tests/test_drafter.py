@@ -457,7 +457,6 @@ def test_speculation_needs_a_causal_clean_half(converted: Path, tokenizer_and_mo
             lambda: load_recipe("tri-mode-published", mask_per_place=True),
             "mask_per_place=true needs objective='distill'",
         ),
-        (lambda: load_recipe("drafter", gradient_checkpointing=True), "gradient_checkpointing=true needs objective="),
         (lambda: load_recipe("drafter", compile_layers=True), "compile_layers=true needs objective="),
         (lambda: load_recipe("drafter", drafter_rank=0), "drafter_rank=0 must be above 0"),
         (

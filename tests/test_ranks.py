@@ -18,7 +18,7 @@ THREE = ("efficient-dlm", "tri-mode", "padding", "padding, ar")
 """Cases that three processes run as well."""
 
 SHARDED = ("ar", "bd3lm", "diffullama", "efficient-dlm", "fast-dllm-v2", "tri-mode", "drafter", "mask pairs",
-           "micro-batches", "checkpointing", "lora", "adapter", "teacher", "own states",
+           "micro-batches", "checkpointing", "drafter, checkpointing", "lora", "adapter", "teacher", "own states",
            "padding, drafter")  # fmt: skip
 """Cases that two processes with sharded parameters (FSDP2) run as well."""
 

@@ -31,9 +31,10 @@ def load(
     """Load a folder, hub id or .gguf file, converted or not; refuse a model whose attention cannot be controlled.
 
     An adapter's folder, also one of PEFT's own, is its base with the adapter merged into it; a drafter's is its base
-    with the drafter on it; base: where that model is, if not where the folder says. quantization_config: "nf4", "int8"
-    (extra `[quant]`), or a config of transformers; an adapter then stays beside the packed weights. A .gguf file (extra
-    `[gguf]`) is dequantised. trust_remote_code: run Python code that the folder brings; without it such a folder is
+    with the drafter on it; base: where that model is, if not where the folder says. device_map: of transformers, to one
+    device; several are refused. quantization_config: "nf4", "int8" (extra `[quant]`), or a config of transformers; an
+    adapter then stays beside the packed weights. A .gguf file (extra `[gguf]`) is dequantised. trust_remote_code: run
+    Python code that the folder brings; without it such a folder is
     refused. Raises ValueError with the file or the weights that are not what they should be.
     """
     _check_dtype(dtype)

@@ -147,9 +147,11 @@ def load_pretrained(
 ) -> tuple[Any, Any]:
     """Model (in eval mode) and tokenizer of a located model, whose weights are all there and fit.
 
-    quantization_config: "nf4", "int8" or one of transformers' configs; weights are packed while they are read.
+    device_map: of transformers, to one device. quantization_config: "nf4", "int8" or one of transformers' configs;
+    weights are packed while they are read.
     trust_remote_code: run Python that the folder brings along; without it, what needs it is refused.
     """
+    check_device_map(place, device_map)
     source, of_file = source_of(place)
     if isinstance(place, Path) and not of_file:
         check_folder(place)
@@ -176,6 +178,7 @@ def load_pretrained(
             **of_file,
             **{k: v for k, v in options.items() if v is not None},
         )
+    check_device_map(place, getattr(model, "hf_device_map", None))
     _check_weights(place, model, info)
     _check_ids(place, model)
     tokenizer = _tokenizer(place, trust_remote_code)
@@ -188,6 +191,17 @@ def load_pretrained(
         model.to(present_device(device))
     check_weights(model, f"model {str(place)!r}")
     return model.eval(), tokenizer
+
+
+def check_device_map(name: str | Path, device_map: Any) -> None:
+    """Raise ValueError for a map that spreads a model over devices; a word such as "auto" may not."""
+    devices = sorted({str(device) for device in device_map.values()}) if isinstance(device_map, dict) else []
+    if len(devices) > 1:
+        raise ValueError(
+            f"model {str(name)!r}: device_map spreads it over {', '.join(devices)}, and masks, caches and losses lie on "
+            "one device: give device=, load it smaller with dtype='bfloat16' or quantization_config='nf4', or train it "
+            "on several processes with FSDP2 (docs/processes.md)"
+        )
 
 
 def present_device(device: str | torch.device) -> torch.device:

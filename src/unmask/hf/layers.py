@@ -70,10 +70,25 @@ def attending_by(implementation: str | None, *models: Any) -> Iterator[None]:
             config._attn_implementation = own
 
 
-def checkpoint_layers(model: Any, *, on: bool = True) -> None:
-    """Make the backward pass compute layers again instead of keeping their intermediate results."""
+_AGAIN = "_layers_run_again"
+
+
+def checkpoint_layers(model: Any, *, on: bool = True, compiled: bool = False) -> None:
+    """Make the backward pass compute layers again instead of keeping their intermediate results, or stop that.
+
+    compiled: layers that are compiled do so in the way of transformers, which takes their cache away; others in that
+    of `fast.again`, in passes of an `HFNetwork`.
+    """
+    if not compiled:
+        setattr(model, _AGAIN, on)
+        return
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # until 5.23
     if on:
         getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
     else:
         getattr(model, f"{name}_checkpointing_disable")()
+
+
+def runs_again(model: Any) -> bool:
+    """Whether a pass that begins now runs the layers of the model again in the backward pass: it learns, and is to."""
+    return torch.is_grad_enabled() and bool(vars(model).get(_AGAIN))

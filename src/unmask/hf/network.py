@@ -21,6 +21,7 @@ from unmask.core.attention import Layout, Pattern, causal, intersect, same_docum
 from unmask.core.head_loss import RowLoss, whole_sum
 from unmask.core.network import GrowingCache, Later, Pass, SlotCacheState, not_deferred, run
 from unmask.core.transfer import to_device
+from unmask.hf.fast.again import Contexts, layers_again
 from unmask.hf.fast.chunked import CHUNK
 from unmask.hf.fast.graphs import CompiledPasses
 from unmask.hf.fast.head import head_input, head_rows, head_sum, is_linear
@@ -28,7 +29,7 @@ from unmask.hf.fast.kv_cache import CacheIndex, SlotCache, SlotMemory, using_slo
 from unmask.hf.fast.last_layer import CHUNKED, last_layer_rows
 from unmask.hf.fast.packed import PackedMaps, packed_maps
 from unmask.hf.fast.recompute import recomputing
-from unmask.hf.layers import layers_of, plain_layers
+from unmask.hf.layers import layers_of, plain_layers, runs_again
 from unmask.hf.long_rope import (
     LongSlots,
     first_long_position,
@@ -277,7 +278,8 @@ class HFNetwork:
         before, first = 0 if cache is None else cache.get_seq_length(), self.first_long_position
         is_long = None if first is None else in_long_documents(keys, first)[:, -input_ids.shape[1] :]
         with self._prepared(layout, is_long), self._unread_left_out(layout, rows) as kept, head(kept):
-            out = self._forward(input_ids, q.position, self.masks(pattern, q, kv), cache)
+            masks, again = self.masks(pattern, q, kv), functools.partial(self._prepared, layout, is_long)
+            out = self._forward(input_ids, q.position, masks, cache, again)
         self._check_written(cache is None or cache.get_seq_length() == before + input_ids.shape[1])
         return out
 
@@ -304,10 +306,12 @@ class HFNetwork:
         self._check_written(plan.index.written)
         return out
 
-    def _forward(self, input_ids: Tensor, position: Tensor, masks: Any, cache: Any) -> Tensor:
+    def _forward(self, input_ids: Tensor, position: Tensor, masks: Any, cache: Any, *contexts: Contexts) -> Tensor:
+        """A stock forward; contexts: of a pass whose layers may run again in the backward pass."""
         cached = {} if cache is None else {self.cache_keyword: cache}
         end = input_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
-        with scaling_queries(self.with_temperature, position, end):
+        scaled = functools.partial(scaling_queries, self.with_temperature, position, end)
+        with scaled(), layers_again(self.model, cache, *contexts, scaled) if contexts else nullcontext():
             out: Tensor = self.forward(
                 input_ids=input_ids, attention_mask=masks, position_ids=position, use_cache=cache is not None, **cached
             ).logits
@@ -327,7 +331,7 @@ class HFNetwork:
         layer = next(reversed(layers_of(self.model)), None)
         # Checkpointed layers run again in the backward pass, when the hooks of this pass are gone.
         again = self.model.training and getattr(layer, "gradient_checkpointing", False)
-        fixed = again or getattr(layer, "_compiled_call_impl", None) is not None
+        fixed = again or runs_again(self.model) or getattr(layer, "_compiled_call_impl", None) is not None
         if length < 2 * CHUNK or self.device.type != "cpu" or fixed or not self.fast_paths.chunked:
             yield rows
             return

@@ -87,8 +87,7 @@ class RunSettings:
         None, "how attention is computed; flex_attention skips the pairs that a mask hides, for GPUs; unset: what the "
         "model is loaded with, mostly sdpa, and on GPUs from capability 8.0 on flex_attention in training steps",
         one_of=("sdpa", "eager", "flex_attention"))
-    gradient_checkpointing: bool = setting(
-        False, "compute layers again in the backward pass, for memory", objective=("diffusion", "joint"))
+    gradient_checkpointing: bool = setting(False, "compute layers again in the backward pass, for memory")
     compile_layers: bool = setting(False, "compile the layers with torch.compile", objective=("diffusion", "joint"))
     sync_each_micro_batch: bool = setting(
         False, "exchange gradients after each micro-batch, not once a step: with FSDP2 no process holds whole ones")

@@ -56,7 +56,7 @@ def naming_memory(settings: Resolved, step: int, num_processes: int) -> Iterator
         changes = []
         if settings.micro_batch_size > 1:
             changes.append(f"micro_batch_size={max(1, settings.micro_batch_size // 2)} (the result stays the same)")
-        if not settings.gradient_checkpointing and settings.objective != "distill":
+        if not settings.gradient_checkpointing:
             changes.append("gradient_checkpointing=true")
         if settings.mixed_precision == "no":
             changes.append("mixed_precision=bf16")

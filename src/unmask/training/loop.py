@@ -350,7 +350,7 @@ def in_training(model: Any, settings: RunSettings, drafter: Drafter | None = Non
         model.train()
         try:
             if settings.gradient_checkpointing:
-                hf.checkpoint_layers(model)
+                hf.checkpoint_layers(model, compiled=settings.compile_layers)
             if settings.compile_layers:
                 compile_layers(model)
             with products_of(settings):
@@ -359,7 +359,7 @@ def in_training(model: Any, settings: RunSettings, drafter: Drafter | None = Non
             model.eval()
             model.zero_grad()
             if settings.gradient_checkpointing:
-                hf.checkpoint_layers(model, on=False)
+                hf.checkpoint_layers(model, on=False, compiled=settings.compile_layers)
             if settings.compile_layers:
                 compile_layers(model, on=False)
 

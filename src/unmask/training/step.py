@@ -35,9 +35,9 @@ def objective_of(settings: Resolved, teacher: Network | None = None, *, sharded:
 
     sharded: the model's parameters are spread over ranks (FSDP2).
     """
-    # A shared clean pass needs the autograd graph of its cache, which recomputed and compiled layers do not keep. Its
-    # last layer gives keys and values alone, and FSDP2 gathers parameters for the backward pass of outputs.
-    share_clean = not settings.gradient_checkpointing and not settings.compile_layers and not sharded
+    # A shared clean pass needs the autograd graph of its cache, which compiled layers do not keep. Its last layer gives
+    # keys and values alone, and FSDP2 gathers parameters for the backward pass of outputs.
+    share_clean = not settings.compile_layers and not sharded
     if settings.objective == "joint":
         return Joint(settings.alpha, teacher, settings.distance, settings.teacher_top_k, share_clean)
     if settings.objective == "distill":

@@ -34,6 +34,7 @@ def gradients(name: str, objective: str, again: bool) -> tuple[float, list[torch
     """Loss, gradients of all that learns, and the bytes that a pass keeps for its backward pass."""
     config = SUPPORTED[name]()
     model = tiny_model(config, torch.float64).train()
+    hf.without_dropout(model)  # as in every run
     drafter = None
     if objective.startswith("drafter"):
         drafter = hf.drafter_on(model.requires_grad_(False), MASK, DrafterConfig(2, 4.0)).double()

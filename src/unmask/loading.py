@@ -34,8 +34,8 @@ def load(
     with the drafter on it; base: where that model is, if not where the folder says. device_map: of transformers, to one
     device; several are refused. quantization_config: "nf4", "int8" (extra `[quant]`), or a config of transformers; an
     adapter then stays beside the packed weights. A .gguf file (extra `[gguf]`) is dequantised. trust_remote_code: run
-    Python code that the folder brings; without it such a folder is
-    refused. Raises ValueError with the file or the weights that are not what they should be.
+    Python code that the folder brings; without it such a folder is refused. Raises ValueError with the file or the
+    weights that are not what they should be.
     """
     _check_dtype(dtype)
     options: dict[str, Any] = {

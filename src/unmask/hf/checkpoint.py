@@ -198,9 +198,9 @@ def check_device_map(name: str | Path, device_map: Any) -> None:
     devices = sorted({str(device) for device in device_map.values()}) if isinstance(device_map, dict) else []
     if len(devices) > 1:
         raise ValueError(
-            f"model {str(name)!r}: device_map spreads it over {', '.join(devices)}, and masks, caches and losses lie on "
-            "one device: give device=, load it smaller with dtype='bfloat16' or quantization_config='nf4', or train it "
-            "on several processes with FSDP2 (docs/processes.md)"
+            f"model {str(name)!r}: device_map spreads it over {', '.join(devices)}, and masks, caches and losses lie "
+            "on one device: give device=, load it smaller with dtype='bfloat16' or quantization_config='nf4', or "
+            "train it on several processes with FSDP2 (docs/processes.md)"
         )
 
 

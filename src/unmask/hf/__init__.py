@@ -12,7 +12,6 @@ from unmask.hf.checkpoint import (
     load_drafter,
     load_pretrained,
     load_tokenizer,
-    present_device,
     read_base,
     read_config,
     read_diffusion,
@@ -22,6 +21,7 @@ from unmask.hf.checkpoint import (
     without_dropout,
     write_diffusion,
 )
+from unmask.hf.devices import present_device
 from unmask.hf.drafters import add_drafter, drafter_on, gateable
 from unmask.hf.grammar import Grammar, JsonSchema, Lark, Regex, grammar_constraint
 from unmask.hf.hub import push

@@ -24,6 +24,7 @@ from unmask.core.drafter import Drafter, DrafterConfig, is_linear_map
 from unmask.core.finite import check_weights, plain_parts
 from unmask.core.network import DiffusionConfig
 from unmask.core.noise import Key, uniform
+from unmask.hf.devices import check_device_map, present_device
 from unmask.hf.drafters import MASK_TOKEN, add_drafter, own_mask_token
 from unmask.hf.folders import BUILDING, check_folder, first_line, parse, read_object, read_tensors
 from unmask.hf.gguf import dequantising, source_of, take_conversion

@@ -18,14 +18,24 @@ TINY = {"max_length": 32, "batch_size": 2, "show_progress": False}
 
 
 def test_convert_and_serve(tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:
+    """What is served is the conversion: the parent has no diffusion mode, and writes another text."""
     from fastapi.testclient import TestClient
 
     words = (str(tokenizer_and_model), str(stories), str(tmp_path / "q"), "300")
-    with TestClient(convert_and_serve.main(*words, block_size=4, **TINY)) as client:
-        asked = {"model": "converted", "prompt": "Once", "max_tokens": 4}
-        answer = client.post("/v1/completions", json=asked).json()
+    settings = {"block_size": 4, "learning_rate": 0.05, **TINY}
+    texts = {}
+    with TestClient(convert_and_serve.main(*words, **settings)) as client:
+        for mode in ("ar", "diffusion"):
+            asked = {"model": "converted", "prompt": "Once", "max_tokens": 8, "mode": mode}
+            texts[mode] = client.post("/v1/completions", json=asked).json()["choices"][0]["text"]
     lm = unmask.load(tmp_path / "q")
-    assert answer["choices"][0]["text"] == lm.generate("Once", max_new_tokens=4).texts[0]
+    for mode, text in texts.items():
+        assert text == lm.generate("Once", mode, max_new_tokens=8).texts[0]
+    assert texts["ar"] != unmask.load(tokenizer_and_model).generate("Once", "ar", max_new_tokens=8).texts[0]
+    steps = (tmp_path / "q" / "metrics.jsonl").read_text()
+    with TestClient(convert_and_serve.main(*words, **settings)) as client:  # which finds it finished
+        assert client.post("/v1/completions", json=asked).json()["choices"][0]["text"] == texts["diffusion"]
+    assert (tmp_path / "q" / "metrics.jsonl").read_text() == steps
 
 
 def test_chat_lora(converted: Path, tmp_path: Path) -> None:

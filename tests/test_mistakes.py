@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+import unmask
 
 ADAPT = ("adapt", "{parent}", "--data", "{stories}", "--output", "{new}")
 SMALL = ("--max-tokens", "100", "max_length=32", "block_size=4", "batch_size=2")
@@ -91,6 +94,26 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a recipe file that is not there": ((*ADAPT, "--recipe", "mine.toml"), ("mine.toml",)),
     "a run file that is not there": (("adapt", "--config", "run.toml"), ("run.toml",)),
 }  # fmt: skip
+
+
+IN_PYTHON: dict[str, tuple[Callable[[unmask.DiffusionLM, Path], object], str]] = {
+    "an option of generate": (lambda lm, _: lm.generate("x", temprature=1), "did you mean 'temperature'?"),
+    "an option of its decoder": (lambda lm, _: lm.generate("x", draft_lenght=1), "did you mean 'draft_length'?"),
+    "a device": (lambda lm, _: lm.to("gpu"), r"device 'gpu' is not there: this machine has .*cpu"),
+    "a folder that is a file": (lambda lm, file: lm.save_pretrained(file), "stories.txt' is a file"),
+    "a folder that cannot be": (lambda lm, _: lm.save_pretrained("/proc/x"), "'/proc/x' cannot be written"),
+    "callbacks that are none": (
+        lambda lm, file: unmask.adapt(lm, file, output_dir="/proc/x", callbacks=3), "callbacks 3 must be a list"),
+    "a name of a parameter": (
+        lambda lm, file: unmask.adapt(lm, file, output_dir="/proc/x", background=3), "'background' is unknown"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", IN_PYTHON)
+def test_a_mistake_in_python_is_named(converted: Path, stories: Path, mistake: str) -> None:
+    act, says = IN_PYTHON[mistake]
+    with pytest.raises(ValueError, match=says):
+        act(unmask.load(converted), stories)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

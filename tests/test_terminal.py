@@ -42,6 +42,19 @@ def test_a_setting_as_an_option_is_shown_as_a_setting(run, arguments, message) -
     assert err.strip().endswith(message)
 
 
+def test_a_package_that_an_option_needs_is_one_line(run, tokenizer_and_model, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    code, out, err = run("generate", tokenizer_and_model, "Once", "--regex", "[0-9]+")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == "unmask: error: constraint needs llguidance: pip install 'unmask[grammar]'"
+    assert "Traceback" not in err
+
+
+def test_help_is_asked_for_by_a_letter(run) -> None:
+    assert run("-h")[:2] == run("--help")[:2]
+    assert run("adapt", "-h")[:2] == run("adapt", "--help")[:2]
+
+
 def test_env_names_versions_and_devices(run) -> None:
     code, out, _ = run("env", "--json")
     assert code == 0

@@ -174,6 +174,13 @@ def check_can_be_written(path: str | Path, what: str) -> None:
         raise ValueError(f"{what} {str(path)!r} cannot be written: {reason}; choose another place") from error
 
 
+def check_folder_can_be_written(folder: str | Path) -> None:
+    """Raise ValueError for the name of a file, and as `check_can_be_written`."""
+    if Path(folder).is_file():
+        raise ValueError(f"{str(folder)!r} is a file, where a folder is to be: choose another name")
+    check_can_be_written(folder, "folder")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file. The text is on the disk when this returns; after a crash the file is the old or the new one."""
     partial = path.with_name(path.name + ".partial")

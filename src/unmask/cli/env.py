@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from typing import Any
 
@@ -44,6 +43,8 @@ def _environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    import importlib.metadata  # a fifth of the time that --help takes
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from unmask.data.readers import Records, suffix_of
 from unmask.data.sources import Part, find_parts, in_memory, local_files
 from unmask.data.streams import from_datasets, has_splits, stream_name
 from unmask.hf import lora
+from unmask.limits import check_function
 from unmask.loading import load, read_config
 from unmask.model import DiffusionLM
 from unmask.model_name import locate
@@ -75,6 +76,10 @@ def plan(
     recipe: None keeps what a converted model is. overrides: settings that replace the recipe's.
     """
     settings = recipe_settings(_known(model, base), recipe, overrides)
+    if not isinstance(callbacks, Iterable):
+        raise ValueError(f"callbacks {callbacks!r} must be a list of functions of a `Progress`")
+    for callback in callbacks:
+        check_function("callback", callback, "lambda progress: print(progress.loss)")
     if settings.teacher not in (None, "parent"):
         locate(str(settings.teacher))
     sources, given = _sources(data, settings.split)

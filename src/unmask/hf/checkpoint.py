@@ -32,7 +32,7 @@ from unmask.hf.quantised import has_adapters, named_quantisation, quantisation_o
 from unmask.hf.special_tokens import check_mask_token
 from unmask.model_name import CONFIG, DRAFTER_WEIGHTS, permanent_name
 from unmask.plain_json import to_json
-from unmask.run_folder import ordinary_permissions
+from unmask.run_folder import check_folder_can_be_written, ordinary_permissions
 
 SDAR_MASK_TOKEN = "<|MASK|>"
 """Qwen3 bases get SDAR's mask token, at the id 151669 that SGLang and LMDeploy expect."""
@@ -330,6 +330,7 @@ def save_pretrained(folder: str | Path, model: Any, tokenizer: Any, diffusion: D
             "the adapter of this quantised model lies beside packed weights, which no ordinary folder holds: keep the "
             "adapter's folder, or load that unquantised and save it"
         )
+    check_folder_can_be_written(folder)
     write_diffusion(model, diffusion)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -386,6 +387,7 @@ def fingerprint(model: Any, *, unpacked: bool = False) -> str:
 def save_drafter(folder: str | Path, drafter: Drafter, tokenizer: Any, diffusion: DiffusionConfig, base: Base) -> None:
     """Write a folder for `load_drafter`, which stock transformers refuses since it holds no model."""
     folder = Path(folder)
+    check_folder_can_be_written(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
     save_file(weights, folder / DRAFTER_WEIGHTS, metadata={"format": "pt"})

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from unmask.hf.folders import first_line
-
 
 def check_device_map(name: str | Path, device_map: Any) -> None:
     """Raise ValueError for a map that spreads a model over devices; a word such as "auto" may not."""
@@ -27,5 +25,9 @@ def present_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such type, none here, or torch without it
-        raise ValueError(f"device {str(device)!r} is not there: {first_line(error)}") from error
+        here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        raise ValueError(
+            f"device {str(device)!r} is not there: this machine has {', '.join([*here, 'cpu'])}"
+        ) from error
     return found

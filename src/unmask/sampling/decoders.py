@@ -306,7 +306,17 @@ def _unread(name: str, value: Any, mode: str | Decoder, kind: type[Decoder]) -> 
     places = list(dict.fromkeys(_name(other, kind) for other in DECODERS if name in _options_of(other)))
     if not places:
         known = sorted({option for other in DECODERS for option in _options_of(other)})
-        near = difflib.get_close_matches(name, known, n=1)
+        of_request = (
+            "max_new_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "stop_strings",
+            "seed",
+            "callback",
+            "constraint",
+        )
+        near = difflib.get_close_matches(name, [*known, *of_request], n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"options of decoders are {', '.join(known)}"
         return f"option {name}={value!r} is unknown: {hint}"
     reads = ", ".join(_options_of(kind)) or "no options"

@@ -17,7 +17,6 @@ from starlette.concurrency import run_in_threadpool
 from unmask.model import DiffusionLM
 from unmask.plain_json import to_json
 from unmask.progress import collect_notes
-from unmask.sampling.request import given_or_new
 from unmask.serve import answers
 from unmask.serve.answers import Heading, Row, usage_of
 from unmask.serve.bodies import ChatBody, CompletionBody, EmbeddingBody, Generation, InfillBody
@@ -221,12 +220,11 @@ class Server:
     ) -> tuple[Any, answers.Usage]:
         """`lm.infill` in the engine, and its usage."""
         options = {name: value for name, value in body.decoder_options().items() if value is not None}
-        seed = given_or_new(body.seed)
 
         def fill(check: Callable[[], None]) -> Any:
             with collect_notes() as notes:
                 return self.lm.infill(
-                    text, suffix, num_tokens, seed=seed, stop_strings=body.stop_strings or None,
+                    text, suffix, num_tokens, seed=body.seed, stop_strings=body.stop_strings or None,
                     callback=lambda *_: check(), **body.sampling_options(), **options, **more,
                 ), notes  # fmt: skip
 

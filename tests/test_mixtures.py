@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -151,7 +152,8 @@ def test_a_weight_follows_the_last_colon(tmp_path: Path, monkeypatch: pytest.Mon
         (["a.txt:3"], r"'a.txt:3' has a weight and stands alone: leave out :3"),
         (["a.txt:3", "b.txt"], r"'b.txt' has no weight, and others have: write b.txt:1"),
         (["a.txt:3", "c.txt:1"], r"data file 'c.txt' does not exist"),
-        (["a.txt:3", "owner/name:1"], r"'owner/name' is no file; a hub id must stand alone: .*unmask prepare"),
+        (["a.txt:3", "owner/name"], r"'owner/name' has no weight, and others have: write owner/name:1"),
+        (["owner/name:2"], r"'owner/name:2' has a weight and stands alone: leave out :2"),
     ],
 )
 def test_a_weight_that_is_none_is_named(
@@ -199,3 +201,41 @@ def test_prepared_data_beside_text_are_each_read_once(tokenizer_and_model: Path,
     unmask.adapt(tokenizer_and_model, [tmp_path / "a.txt", tmp_path / "b.txt"], "ar", tmp_path / "text", **options)
     tokens = [json.loads((tmp_path / name / "run.json").read_text())["tokens"] for name in ("run", "text")]
     assert tokens[0] == tokens[1] > record["num_tokens"]
+
+
+def test_a_set_of_the_hub_in_a_mixture_is_prepared_once(
+    tokenizer_and_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub's own loader, on a data set that lies on this disk under another name."""
+    (tmp_path / "set").mkdir()
+    lines = [json.dumps({"body": text}) + "\n" for text in STORIES[20:]]
+    (tmp_path / "set" / "train.jsonl").write_text("".join(lines))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in STORIES[:20]))
+    opened, asked = datasets.load_dataset, []
+
+    def load(name: str, **more: Any) -> Any:
+        asked.append((name, more["split"]))
+        return opened(str(tmp_path / "set"), **more)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    options = RUN | {"text_column": "body", "split": "train", "eval_documents": 0}
+    weighted = ["owner/set:3", f"{tmp_path / 'a.jsonl'}:1"]
+    unmask.adapt(tokenizer_and_model, weighted, "ar", tmp_path / "hub", **options | {"show_progress": True})
+    said = capsys.readouterr().err
+    assert asked == [("owner/set", "train")]
+    assert "  owner/set: 75.0% of the tokens" in said
+    assert "owner/set" in (tmp_path / "hub" / "README.md").read_text().split("---")[1]
+    # rows are those of the same text in files, which a later run finds prepared
+    assert len(list(tmp_path.glob("prepared-*"))) == 1
+    files = [f"{tmp_path / 'set' / 'train.jsonl'}:3", weighted[1]]
+    del options["split"]
+    unmask.adapt(tokenizer_and_model, files, "ar", tmp_path / "files", **options)
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("hub", "files")]
+    assert metrics[0] == metrics[1]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("prepared-*/*")}
+    unmask.adapt(tokenizer_and_model, ["owner/set", str(tmp_path / "a.jsonl")], "ar", tmp_path / "once", **options)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("prepared-*/*")} == before
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: opened(str(tmp_path / "none"), split="train"))
+    with pytest.raises(ValueError, match="data 'owner/none' is no file here and cannot be opened on the hub"):
+        unmask.adapt(tokenizer_and_model, ["owner/none:1", weighted[1]], "ar", tmp_path / "no", **options)
+    assert not (tmp_path / "no").exists()

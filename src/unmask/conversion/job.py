@@ -16,7 +16,7 @@ from unmask.conversion.run_record import IN_MEMORY, read_earlier
 from unmask.conversion.trackers import check_tracker
 from unmask.data.readers import Records, suffix_of
 from unmask.data.sources import Part, find_parts, in_memory, local_files
-from unmask.data.streams import from_datasets, has_splits, stream_name
+from unmask.data.streams import from_datasets, has_splits, hub_records, stream_name
 from unmask.hf import lora
 from unmask.limits import check_function
 from unmask.loading import load, read_config
@@ -105,7 +105,8 @@ def plan(
     elif given is None:
         parts = find_parts(sources)
     held_out = None if settings.eval_data is None else local_files([settings.eval_data], "eval_data")
-    from_hub = parts is None and given is None
+    from_hub = given is None and (parts is None or not all(part.sources for part in parts))
+    parts = parts and [_with_records(part, settings.split) for part in parts]
     kinds = {kind for part in parts or () for kind in _kinds(part)} | {suffix_of(file) for file in held_out or ()}
     kinds |= {"a hub data set"} if from_hub else {"a stream"} if parts is None else set()
     check_data_settings(overrides, kinds, from_hub or has_splits(data))
@@ -116,6 +117,11 @@ def plan(
         model, settings, sources, parts, stream, held_out, folder, earlier, resume, shown, base, trust_remote_code,
         tuple(callbacks), time.perf_counter(),
     )  # fmt: skip
+
+
+def _with_records(part: Part, split: str) -> Part:
+    """The part, that of a hub id with its records."""
+    return part if part.sources else replace(part, sources=(hub_records(part.name, split),))
 
 
 def _known(model: str | Path | DiffusionLM, base: str | Path | None) -> DiffusionLM | dict[str, Any]:

@@ -14,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from unmask import plots
 from unmask.conversion.job import Job, Parent
+from unmask.data.readers import Records
 from unmask.model import DiffusionLM
 from unmask.plain_json import to_json
 from unmask.recipe import load_recipe, recipe_names
@@ -63,12 +64,19 @@ def _front_matter(job: Job, parent: str, lm: DiffusionLM) -> str:
     if _on_the_hub(parent):
         fields["base_model"] = parent
     fields |= {name: value for name, value in front_matter_of(parent).items() if name in _KEPT_OF_BASE}
-    datasets = [name for name in job.sources if job.parts is None and job.stream is None and _on_the_hub(name)]
+    datasets = [name for name in _hub_ids(job) if _on_the_hub(name)]
     if datasets:
         fields["datasets"] = datasets
     if lm.diffusion is not None:
         fields["tags"] = _TAGS
     return "---\n" + "".join(_yaml(name, value) for name, value in fields.items()) + "---"
+
+
+def _hub_ids(job: Job) -> list[str]:
+    """Names of the data that are no files here."""
+    if job.parts is None:
+        return [] if job.stream is not None else list(job.sources)
+    return [part.name for part in job.parts if len(job.parts) > 1 and isinstance(part.sources[0], Records)]
 
 
 def _yaml(name: str, value: Any) -> str:

@@ -12,7 +12,7 @@ from unmask.data import prepared
 from unmask.data.documents import Encoder
 from unmask.data.readers import Faults, Records, suffix_of
 from unmask.data.sources import find_files, in_memory, is_prepared
-from unmask.data.streams import from_datasets, has_splits, open_hub, records_of, stream_name
+from unmask.data.streams import from_datasets, has_splits, hub_records, records_of, stream_name
 from unmask.data.workers import check_processes, default_processes
 from unmask.loading import load_tokenizer
 from unmask.model import DiffusionLM
@@ -95,9 +95,7 @@ def _sources(data: Any, split: str, settings: dict[str, Any]) -> list[Path | Rec
         found = find_files(names)
         from_hub = found is None
         if from_hub:
-            name = str(names[0])
-            stream = open_hub(name, split)
-            given = Records(records_of(stream, f"data {name!r}"), f"data {name!r}", f"{name}:{split}")
+            given = hub_records(str(names[0]), split)
     elif not isinstance(given, Records):
         name = stream_name(given)
         given = Records(records_of(given, name), name)

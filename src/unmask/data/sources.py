@@ -22,7 +22,8 @@ PREPARED = "prepared.json"
 class Part:
     """What makes one corpus: files and records, read one after another, or one folder of prepared data.
 
-    name: as it was given. weight: its share in a mixture beside those of others; None where no part has one.
+    sources: none for a hub id. name: as it was given. weight: its share in a mixture beside those of others; None where
+    no part has one.
     """
 
     sources: tuple[Path | Records, ...]
@@ -32,7 +33,7 @@ class Part:
     @property
     def prepared(self) -> Path | None:
         """The folder of prepared data."""
-        first = self.sources[0]
+        first = self.sources[0] if self.sources else None
         return first if isinstance(first, Path) and is_prepared(first) else None
 
 
@@ -109,31 +110,23 @@ _WEIGHT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)", re.IG
 def find_parts(sources: Sequence[str | Path]) -> list[Part] | None:
     """The parts of the data that names stand for; None if the only source is a hub id.
 
-    Files make one part together, unless one of the names has a weight or is prepared data: then each name makes one.
+    Files make one part together, unless one of the names has a weight, is prepared data or a hub id: then each name
+    makes one.
     """
     pairs = [split_weight(source) for source in sources]
     weighted = any(weight is not None for _, weight in pairs)
     if weighted and len(pairs) == 1:
         raise ValueError(f"data {str(sources[0])!r} has a weight and stands alone: leave out :{pairs[0][1]:g}")
-    if not weighted and not any(is_prepared(Path(name)) for name, _ in pairs if name):
-        files = find_files(sources)
-        return None if files is None else [Part(tuple(files), ", ".join(map(str, sources)))]
-    parts = []
     for name, weight in pairs:
         if weighted and weight is None:
             raise ValueError(f"data {name!r} has no weight, and others have: write {name}:1, or another weight")
-        files = [Path(name)] if name and is_prepared(Path(name)) else find_files([name])
-        if files is None:
-            raise ValueError(_alone(name))
-        parts.append(Part(tuple(files), name, weight))
-    return parts
-
-
-def _alone(name: str) -> str:
-    return (
-        f"data source {name!r} is no file; a hub id must stand alone: write it to a folder with `unmask prepare`, and "
-        "give that"
-    )
+    found = [[Path(name)] if name and is_prepared(Path(name)) else find_files([name]) for name, _ in pairs]
+    if len(found) == 1 and found[0] is None:
+        return None
+    parts = [Part(tuple(files or ()), name, weight) for (name, weight), files in zip(pairs, found, strict=True)]
+    if weighted or any(part.prepared or not part.sources for part in parts):
+        return parts
+    return [Part(tuple(file for part in parts for file in part.sources), ", ".join(map(str, sources)))]
 
 
 def find_files(sources: Sequence[str | Path]) -> list[Path] | None:
@@ -147,7 +140,10 @@ def find_files(sources: Sequence[str | Path]) -> list[Path] | None:
             if suffix_of(path) in SUFFIXES or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
                 raise ValueError(f"data file {str(source)!r} does not exist{near_path(path)}")
             if len(sources) > 1:
-                raise ValueError(_alone(str(source)))
+                raise ValueError(
+                    f"data source {str(source)!r} is no file; a hub id must stand alone here: write it to a folder of "
+                    "its own with `unmask prepare`"
+                )
             return None
         if is_prepared(path):
             raise ValueError(f"data folder {str(source)!r} holds prepared data, where text is needed: give its files")

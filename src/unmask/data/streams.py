@@ -30,6 +30,12 @@ def open_hub(name: str, split: str) -> Any:
         ) from error
 
 
+def hub_records(name: str, split: str) -> Records:
+    """A data set of the hub as records that are read once, to their end, and are too many to be kept in memory."""
+    stream, what = open_hub(name, split), f"data {name!r}"
+    return Records(records_of(stream, what), what, f"{name}:{split}", sys.maxsize)
+
+
 def from_datasets(data: Any, split: str) -> Any:
     """An object of `datasets` as `Records`, or as the stream that it is; None for any other object.
 

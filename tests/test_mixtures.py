@@ -239,3 +239,26 @@ def test_a_set_of_the_hub_in_a_mixture_is_prepared_once(
     with pytest.raises(ValueError, match="data 'owner/none' is no file here and cannot be opened on the hub"):
         unmask.adapt(tokenizer_and_model, ["owner/none:1", weighted[1]], "ar", tmp_path / "no", **options)
     assert not (tmp_path / "no").exists()
+
+
+def test_a_split_of_the_hub_is_evaluated_on(
+    tokenizer_and_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run on a stream, with figures of the first documents of another split; without one it says what is missing."""
+    for split, texts in {"train": STORIES[20:], "validation": STORIES[:20], "test": STORIES[3:6]}.items():
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / f"{split}.jsonl").write_text("".join(lines))
+    opened = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda _name, **more: opened(str(tmp_path / "set"), **more))
+    options = RUN | {"max_tokens": 300, "eval_documents": 3}
+    figures = {}
+    named = {name: str(tmp_path / "set" / f"{name}.jsonl") for name in ("test", "validation")}
+    for name, evaluated in ({"hub": "owner/set:test", "unnamed": "owner/set"} | named).items():
+        unmask.adapt(tokenizer_and_model, "owner/set", "ar", tmp_path / name, **options, eval_data=evaluated)
+        figures[name] = json.loads((tmp_path / name / "run.json").read_text())["evaluation"]
+    assert figures["hub"] == figures["test"] != figures["validation"] == figures["unnamed"]
+    unmask.adapt(tokenizer_and_model, "owner/set", "ar", tmp_path / "none", **options | {"show_progress": True})
+    assert "nothing is held out of a stream; eval_data=FILE" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="cannot be opened on the hub: ValueError: Bad split: none"):
+        unmask.adapt(tokenizer_and_model, "owner/set", "ar", tmp_path / "bad", **options, eval_data="owner/set:none")

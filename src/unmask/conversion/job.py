@@ -15,7 +15,7 @@ from unmask.conversion.continuing import check_mask_stays, recipe_settings
 from unmask.conversion.run_record import IN_MEMORY, read_earlier
 from unmask.conversion.trackers import check_tracker
 from unmask.data.readers import Records, suffix_of
-from unmask.data.sources import Part, find_parts, in_memory, local_files
+from unmask.data.sources import Part, find_files, find_parts, in_memory, local_files
 from unmask.data.streams import from_datasets, has_splits, hub_records, stream_name
 from unmask.hf import lora
 from unmask.limits import check_function
@@ -39,7 +39,7 @@ class Job:
 
     sources: names for run.json. parts: what of the data makes one corpus, or with self_prompts the files whose
     documents the model continues; None for a hub id and a stream. stream: a `datasets.IterableDataset`.
-    held_out_files: those of eval_data. earlier: run.json of the run that this one continues, None for a new run.
+    held_out_sources: those of eval_data. earlier: run.json of the run that this one continues, None for a new run.
     callbacks: called at log steps, see `reports`. began: when the job did, `time.perf_counter`.
     """
 
@@ -48,7 +48,7 @@ class Job:
     sources: tuple[str, ...]
     parts: Sequence[Part] | None
     stream: Any
-    held_out_files: list[Path] | None
+    held_out_sources: Sequence[Path | Records] | None
     folder: RunFolder
     earlier: dict[str, Any] | None
     resume: bool
@@ -104,10 +104,10 @@ def plan(
         parts = [Part((given,), str(given))]
     elif given is None:
         parts = find_parts(sources)
-    held_out = None if settings.eval_data is None else local_files([settings.eval_data], "eval_data")
+    held_out = None if settings.eval_data is None else _held_out(settings.eval_data)
     from_hub = given is None and (parts is None or not all(part.sources for part in parts))
     parts = parts and [_with_records(part, settings.split) for part in parts]
-    kinds = {kind for part in parts or () for kind in _kinds(part)} | {suffix_of(file) for file in held_out or ()}
+    kinds = {kind for part in parts or () for kind in _kinds(part)} | {_kind(source) for source in held_out or ()}
     kinds |= {"a hub data set"} if from_hub else {"a stream"} if parts is None else set()
     check_data_settings(overrides, kinds, from_hub or has_splits(data))
     earlier = read_earlier(folder, resume)
@@ -137,7 +137,20 @@ def _kinds(part: Part) -> set[str]:
     """Suffixes of files, and words for other data."""
     if part.prepared is not None:
         return {PREPARED_DATA}
-    return {suffix_of(source) if isinstance(source, Path) else str(source) for source in part.sources}
+    return set(map(_kind, part.sources))
+
+
+def _kind(source: Path | Records) -> str:
+    return suffix_of(source) if isinstance(source, Path) else str(source)
+
+
+def _held_out(name: str) -> Sequence[Path | Records]:
+    """The files of eval_data, or the records of a hub id, or of ID:SPLIT."""
+    files = find_files([name])
+    if files is not None:
+        return files
+    hub_id, _, split = name.partition(":")
+    return [hub_records(hub_id, split or "validation")]
 
 
 def _sources(data: Any, split: str) -> tuple[tuple[str, ...], Any]:

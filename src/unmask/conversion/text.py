@@ -141,9 +141,9 @@ class Data:
 def hold_out(job: Job, parent: Parent, text: Corpus | Mixture | RecordStream) -> Data:
     """Take the held-out documents from eval_data, or from the end of the text, and pack the rest into rows."""
     settings, held_out = parent.settings, []
-    if job.held_out_files is not None:
+    if job.held_out_sources is not None:
         context, number = parent.lm.network.context_length, settings.eval_documents
-        corpus = _read_files(job, parent, job.held_out_files, max_length=context, max_documents=number)
+        corpus = _read_files(job, parent, job.held_out_sources, max_length=context, max_documents=number)
         held_out = held_out_documents(corpus, parent.end_token_id)
     cut = num_held_out(job, text)
     if cut and isinstance(text, Corpus | Mixture):
@@ -164,6 +164,8 @@ def hold_out(job: Job, parent: Parent, text: Corpus | Mixture | RecordStream) ->
 def _said_of(job: Job, data: Data, max_length: int) -> Iterator[str]:
     """Lines about the training text: how much it is, how far its rows are filled, what a mixture is made of."""
     text, per_row = data.text, data.rows.tokens_per_row
+    if isinstance(text, RecordStream) and not data.held_out and job.settings.eval_documents:
+        yield "data: nothing is held out of a stream; eval_data=FILE, or ID:SPLIT of the hub, evaluates the model"
     if isinstance(text, RecordStream) or per_row is None:
         return
     filled = f"rows of {max_length} are filled to {100 * per_row / max_length:.1f}%"
@@ -185,7 +187,7 @@ def _check_length(text: Corpus | Mixture, settings: Resolved) -> None:
 
 def num_held_out(job: Job, text: Corpus | Mixture | RecordStream) -> int:
     """Documents to hold out from the end of the text: 1%, at most eval_documents; 0 with eval_data or a hub stream."""
-    if job.held_out_files is not None or not isinstance(text, Corpus | Mixture):
+    if job.held_out_sources is not None or not isinstance(text, Corpus | Mixture):
         return 0
     return min(job.settings.eval_documents, len(text) // 100)
 

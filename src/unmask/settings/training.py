@@ -53,7 +53,7 @@ class EvaluationSettings:
     """Figures on held-out documents during the run."""
 
     eval_data: str | None = setting(
-        None, "file or folder to evaluate on; unset: the last 1% of the documents, held out of training")
+        None, "file, folder or hub id, ID:SPLIT, to evaluate on; unset: the last 1% of the documents, not trained on")
     eval_documents: int = setting(32, "documents to evaluate on, at most; 0 evaluates nothing", least=0)
     eval_samples: int = setting(
         2, "masks of each document", above=0, most=MOST_SAMPLES, attention=DIFFUSION, eval_documents=above(0))

@@ -150,7 +150,7 @@ def _held_out(name: str) -> Sequence[Path | Records]:
     if files is not None:
         return files
     hub_id, _, split = name.partition(":")
-    return [hub_records(hub_id, split or "validation")]
+    return [hub_records(hub_id, split or "validation", "eval_data")]
 
 
 def _sources(data: Any, split: str) -> tuple[tuple[str, ...], Any]:

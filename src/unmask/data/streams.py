@@ -17,23 +17,23 @@ from unmask.data.records import COLUMNS, missing_column
 T = TypeVar("T")
 
 
-def open_hub(name: str, split: str) -> Any:
-    """A data set of the hub as a stream; ValueError if it cannot be opened."""
+def open_hub(name: str, split: str, what: str = "data") -> Any:
+    """A data set of the hub as a stream; ValueError if it cannot be opened. what: messages call it."""
     import datasets
 
     try:
         return datasets.load_dataset(name, split=split, streaming=True)
     except Exception as error:  # the hub's client has many error types of its own
         raise ValueError(
-            f"data {name!r} is no file here and cannot be opened on the hub: "
+            f"{what} {name!r} is no file here and cannot be opened on the hub: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
 
 
-def hub_records(name: str, split: str) -> Records:
+def hub_records(name: str, split: str, what: str = "data") -> Records:
     """A data set of the hub as records that are read once, to their end, and are too many to be kept in memory."""
-    stream, what = open_hub(name, split), f"data {name!r}"
-    return Records(records_of(stream, what), what, f"{name}:{split}", sys.maxsize)
+    stream, called = open_hub(name, split, what), f"{what} {name!r}"
+    return Records(records_of(stream, called), called, f"{name}:{split}", sys.maxsize)
 
 
 def from_datasets(data: Any, split: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
@@ -148,3 +149,22 @@ def test_every_option_with_a_value_in_backticks_exists(page: Path) -> None:
     for code in re.findall(r"`([^`\n]+)`", page.read_text()):
         if not code.startswith("--"):
             assert set(re.findall(r"(?<![\w-])([a-z_]+)=", code)) <= OPTIONS, f"{page.name}: {code}"
+
+
+def messages() -> str:
+    """All texts of the library, "..." where a value stands."""
+    texts = []
+    for file in (ROOT / "src" / "unmask").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_every_error_that_the_page_explains_is_one_of_the_library() -> None:
+    said, page = messages(), (ROOT / "docs" / "errors.md").read_text()
+    explained = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(explained) > 40
+    assert [message for message in explained if message not in said] == []

@@ -34,8 +34,9 @@ td.number { white-space: nowrap; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
 .pair div { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; white-space: pre-wrap; }
 .wide { overflow-x: auto; }
-svg { max-width: 100%; }
-iframe { width: 100%; height: 30rem; border: 1px solid var(--line); border-radius: .5rem; }
+figure { margin: 1rem 0; overflow-x: auto; }
+svg { width: 100%; min-width: 26rem; max-width: 35rem; height: auto; }
+iframe { width: 100%; height: 34rem; border: 1px solid var(--line); border-radius: .5rem; }
 """
 
 

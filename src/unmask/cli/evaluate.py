@@ -16,6 +16,7 @@ from unmask.parts import Shard, write_part
 from unmask.plain_json import to_json
 from unmask.progress import note
 from unmask.run_folder import RunFolder, check_can_be_written, write_text
+from unmask.tables import wrapped
 
 
 @app.command(
@@ -94,7 +95,7 @@ def _show(found: dict[str, Any] | RunFolder, part: Shard | None, show: Callable[
 
 def show_figures(figures: dict[str, Any], as_json: bool) -> None:
     """Print the likelihoods of documents."""
-    print(to_json(figures) if as_json else _as_text(figures))
+    print(to_json(figures) if as_json else wrapped(_as_text(figures), "       "))
 
 
 def show_tasks(results: dict[str, Any], as_json: bool) -> None:

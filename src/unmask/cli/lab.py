@@ -14,6 +14,7 @@ from unmask.cli.options import LOADING, Part, show_part, takes_options
 from unmask.limits import MOST_ROUNDS, check_whole
 from unmask.parts import Shard
 from unmask.plain_json import to_json
+from unmask.tables import wrapped
 from unmask.version import __version__
 
 
@@ -156,10 +157,10 @@ def bench(
         print(to_json({"cases": [asdict(case) for case in cases], "settings": settings}))
         return
     first = next(cases)  # what is refused prints nothing else
-    print("  ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
+    print(wrapped("  ".join(f"{name} {value}" for name, value in settings.items())), flush=True)
     for case in itertools.chain([first], cases):
         figures = f"ours {case.value:.4g}, AR {case.baseline:.4g} {case.unit}"
-        print(f"{case.case:20} ratio {case.ratio:.3f}   {figures}", flush=True)
+        print(wrapped(f"{case.case:20} ratio {case.ratio:.3f}   {figures}"), flush=True)
 
 
 @app.command(

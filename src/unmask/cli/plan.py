@@ -10,6 +10,7 @@ import typer
 from unmask.cli.adapt import split_settings
 from unmask.cli.app import Json, TrustRemoteCode, app, name_of
 from unmask.plain_json import to_json
+from unmask.tables import fitted, wrapped
 
 if TYPE_CHECKING:
     from unmask.plan import Estimate
@@ -61,16 +62,19 @@ def plan(
         print(to_json({"parameters": sizes.num_parameters, "trainable": learning, "tokens": number, "layouts": rows,
                        "choose": None if best is None else best.layout.name}))  # fmt: skip
         return
-    print(
+    print(wrapped(
         f"{model}: {sizes.num_parameters:,} parameters, {learning:,} learn; {recipe}, rows of {resolved.max_length:,} "
-        f"tokens, batches of {resolved.batch_size}, {number:,.0f} tokens\n"
-    )
+        f"tokens, batches of {resolved.batch_size}, {number:,.0f} tokens"
+    ), end="\n\n")  # fmt: skip
     print(table(found))
     if best is None:
         print(f"\nnothing fits in {gpu_memory:g} GB: take more GPUs, lora_rank=N, or --recipe drafter", file=sys.stderr)
         return
-    print(f"\ntake: {best.layout.name}, micro_batch_size={best.rows}. An estimate: memory within a fifth of what was "
-          "measured, hours from one H200 and without what devices lose by waiting (docs/scale.md)")  # fmt: skip
+    print()
+    print(wrapped(
+        f"take: {best.layout.name}, micro_batch_size={best.rows}. An estimate: memory within a fifth of what was "
+        "measured, hours from one H200 and without what devices lose by waiting (docs/scale.md)"
+    ))  # fmt: skip
 
 
 def table(found: list[Estimate]) -> str:
@@ -82,11 +86,7 @@ def table(found: list[Estimate]) -> str:
         parts = tuple(f"{value / GB:.1f}" for value in (*e.memory, e.total))
         speed = (f"{e.tokens_per_second:,.0f}", f"{e.hours:,.1f}")
         lines.append((e.layout.name, str(e.rows), *parts, "yes" if e.fits else "no", *speed))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
+    return fitted(lines)
 
 
 def number_of(text: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 
 from unmask.cli.app import Json, app
 from unmask.plain_json import to_json
+from unmask.tables import Rows, fitted, wrapped
 
 
 @app.command(epilog="Example: unmask recipes efficient-dlm")
@@ -39,16 +41,16 @@ def recipes(
     if as_json:
         print(to_json({recipe: to_plain(load_recipe(recipe)) for recipe in names}))
     elif name is None:
-        print(goals_table())
+        print(goals_table(lambda rows: fitted(rows, _markdown)))
         for recipe in names:
-            print(f"{recipe:24} {recipe_summary(recipe)}")
+            print(wrapped(f"{recipe:24} {recipe_summary(recipe)}"))
     else:
         print(f"# {recipe_summary(name)}")
         print(settings_of(name, everything, shutil.get_terminal_size((120, 24)).columns), end="")
 
 
-def goals_table() -> str:
-    """Which recipe for which goal, and what it costs, as the tables of docs/recipes.md."""
+def goals_table(table: Callable[[Rows], str] | None = None) -> str:
+    """Which recipe for which goal, and what it costs; tables as in docs/recipes.md, or as `table` makes them."""
     from unmask.goals import GOALS, SEEN, SIZES, cost, short
 
     wanted: list[tuple[str, ...]] = [
@@ -64,11 +66,12 @@ def goals_table() -> str:
             signs = ("" if measured_tokens else "~"), ("" if measured_tokens and measured_hours else "~")
             cells.append(f"{signs[0]}{short(tokens)}, {signs[1]}{short(hours)} h, {short(size / 1e9)} GB")
         costs.append((f"`{goal.recipe}`", *cells))
-    legend = "Tokens, hours on one H200, memory of weights, gradients and AdamW without activations; ~ is estimated.\n"
-    return f"{_markdown(wanted)}\n{_markdown(costs)}\n{legend}"
+    legend = "Tokens, hours on one H200, memory of weights, gradients and AdamW without activations; ~ is estimated."
+    show = _markdown if table is None else table
+    return f"{show(wanted)}\n{show(costs)}\n{legend if table is None else wrapped(legend, '')}\n"
 
 
-def _markdown(rows: list[tuple[str, ...]]) -> str:
+def _markdown(rows: Rows) -> str:
     """A table in Markdown, its first row the header, with columns of equal width but the last."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     widths[-1] = 0

@@ -34,6 +34,7 @@ from unmask.progress import progress
 from unmask.run_folder import RunFolder
 from unmask.sampling import Confidence, EntropyBound, Factor, Random, Selector, Threshold
 from unmask.sampling.tokens import check_sampling
+from unmask.tables import fitted
 
 _RULES: dict[str, Callable[[float], Selector]] = {
     "threshold": Threshold,
@@ -302,8 +303,4 @@ def table(rows: Sequence[FrontierRow]) -> str:
         figures = [getattr(row, column) for column in _COLUMNS.values()]
         shown = ["-" if f is None else f"{f:,.0f}" if f >= 100 else f"{f:.2f}" for f in figures]
         lines.append([f"{row.rule or row.mode}{value}{block}", str(row.batch_size or "-"), *shown])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
+    return fitted(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import time
@@ -170,3 +171,22 @@ def test_gpu_table_shows_shares_and_what_failed() -> None:
         "| two_stream_4096 | yes | 0.5 | 0.25 | 2 | s per step | 0.45 (0.50) |",
         "| decode | | failed: RuntimeError: no | | | | |",
     ]
+
+
+SCRIPTS = sorted(
+    path for folder in ("benchmarks", "examples", "tests") for path in (FOLDER.parent / folder).rglob("*.py")
+    if not path.name.startswith("test_")
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(FOLDER.parent)))
+def test_what_a_script_imports_of_the_library_is_there(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for name in (alias.name for alias in node.names if alias.name.split(".")[0] == "unmask"):
+                assert importlib.util.find_spec(name) is not None, name
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "unmask":
+            module = importlib.import_module(node.module or "")
+            for name in (alias.name for alias in node.names):
+                inside = f"{node.module}.{name}"
+                assert hasattr(module, name) or importlib.util.find_spec(inside) is not None, inside

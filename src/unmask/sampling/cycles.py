@@ -6,6 +6,7 @@ this device, and how often the drafts of this text are accepted, and makes the c
 
 from __future__ import annotations
 
+import math
 import weakref
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -69,32 +70,47 @@ def adapted_length(length: int, gained: int, longest: int) -> int:
 
 @dataclass
 class Costs:
-    """Seconds of a forward by the number of its inputs, a running mean."""
+    """Seconds of a forward by the number of its inputs, a running mean; once: of sizes that were measured once.
+
+    The first forward of a size may prepare for the later ones, so it only says what they cost at most.
+    """
 
     seconds: dict[int, float] = field(default_factory=dict)
+    once: dict[int, float] = field(default_factory=dict)
 
     def learn(self, num_inputs: int, seconds: float) -> None:
-        """The first forward of a size may prepare for the later ones, so it counts only until the second."""
         known = self.seconds.get(num_inputs)
-        if known is None or seconds < known / 2:
-            self.seconds[num_inputs] = seconds
+        if known is not None:
+            few = seconds < known / 2  # what was known prepared for others too
+            self.seconds[num_inputs] = seconds if few else known + _SHARE * (min(seconds, 2 * known) - known)
+        elif num_inputs in self.once:
+            self.seconds[num_inputs] = min(seconds, self.once.pop(num_inputs))
         else:
-            self.seconds[num_inputs] = known + _SHARE * (min(seconds, 2 * known) - known)
+            self.once[num_inputs] = seconds
+
+    def is_guess(self, num_inputs: int) -> bool:
+        """Whether the cost of a size is neither known from two forwards nor lies between known ones."""
+        return not self.seconds or not min(self.seconds) <= num_inputs <= max(self.seconds)
+
+    def largest(self) -> int:
+        """Of the sizes so far; 0 before the first forward."""
+        return max([0, *self.seconds, *self.once])
 
     def of(self, num_inputs: int) -> float:
         """What a forward costs: as measured, between two sizes on the line between them, past the largest on half the
         slope from the smallest: sizes not tried yet look cheap, but not free."""
-        if num_inputs in self.seconds or not self.seconds:
-            return self.seconds.get(num_inputs, 0.0)
+        if num_inputs in self.seconds:
+            return self.seconds[num_inputs]
+        most = self.once.get(num_inputs, math.inf)
         sizes = sorted(self.seconds)
         place = bisect_right(sizes, num_inputs)
         if not place:
-            return 0.0
+            return most if num_inputs in self.once else 0.0
         low, high = (sizes[place - 1], sizes[place]) if place < len(sizes) else (sizes[0], sizes[-1])
         slope = 0.0 if low == high else (self.seconds[high] - self.seconds[low]) / (high - low)
         if place < len(sizes):
-            return self.seconds[low] + slope * (num_inputs - low)
-        return self.seconds[high] + max(0.0, slope) / 2 * (num_inputs - high)
+            return min(most, self.seconds[low] + slope * (num_inputs - low))
+        return min(most, self.seconds[high] + max(0.0, slope) / 2 * (num_inputs - high))
 
 
 _SHARE = 0.1
@@ -104,7 +120,10 @@ _KEPT = 0.95
 _OLD = 0.25
 """Share of what is known of the drafts that the next call takes over."""
 _PROBES = 0.03
-"""Share of the time that may be lost to drafts where AR decoding is faster."""
+"""Share of the time that may be lost to drafts where AR decoding is faster; of n rows, each of which tells something,
+this over the root of n."""
+_SURE = 1.2
+"""How much faster than AR decoding drafts are where any cycle may be tried: what a bad one costs is soon won back."""
 _AR = Cycle(1, 1)
 
 
@@ -155,20 +174,38 @@ class MeasuredPace(Pace):
         self.seconds_without_drafts = 0.0
 
     def choose(self, num_rows: int) -> Cycle:
+        if self.seen.tokens.is_guess(
+            num_rows
+        ):  # a step of AR decoding loses nothing, and tells what all else must beat
+            return _AR
 
         def speed(cycle: Cycle) -> float:
             return self._gain(cycle, self._expected(cycle)) / max(self._cost(cycle, num_rows), 1e-9)
 
-        best = max(self.cycles, key=speed)
+        probe = Cycle(2, min(3, self.longest))
+        if self.longest > 1 and not self.seen.masks.seconds:
+            return probe
+        best = max(self._near(num_rows, probe), key=speed)
+        if speed(best) > _SURE * speed(_AR):
+            best = max(self.cycles, key=speed)
         if best != _AR or self.longest == 1:
             self.seconds_without_drafts = 0.0
             return best
-        probe = Cycle(2, min(3, self.longest))
         wasted = self._cost(probe, num_rows) - self._gain(probe, 0) * self._cost(_AR, num_rows)
-        if _PROBES * self.seconds_without_drafts < wasted:
+        if _PROBES / num_rows**0.5 * self.seconds_without_drafts < wasted:
             return best
         self.seconds_without_drafts = 0.0
         return probe
+
+    def _near(self, num_rows: int, probe: Cycle) -> list[Cycle]:
+        """Cycles that are not much larger than forwards so far: of many rows, a long draft that does not pay costs many
+        steps of AR decoding."""
+        most = 3 * max(self.seen.tokens.largest(), self.seen.masks.largest())
+        return [cycle for cycle in self.cycles if cycle == probe or self._inputs(cycle, num_rows) <= most]
+
+    def _inputs(self, cycle: Cycle, num_rows: int) -> int:
+        """Inputs of the largest forward of a cycle."""
+        return num_rows * max(inputs for inputs, _ in cycle.inputs(self.spare_masks))
 
     def _gain(self, cycle: Cycle, accepted: float) -> float:
         """Tokens that a cycle gains where so many drafts are accepted."""

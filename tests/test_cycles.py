@@ -139,8 +139,8 @@ def test_a_batch_learns_in_a_few_steps_that_drafts_do_not_pay(rows: int, skill: 
 def test_slow_first_forwards_do_not_hide_the_best_cycle(rows: int) -> None:
     def after_three_calls(first: float) -> float:
         seen, sizes = Experience(), set[tuple[int, bool]]()
-        paces = [MeasuredPace(LONGEST, seen) for _ in range(4)]
-        return [write(pace, cost, 0.8, 64, rows, first, sizes)[0] for pace in paces][-1]
+        calls = (write(MeasuredPace(LONGEST, seen), cost, 0.8, 64, rows, first, sizes) for _ in range(4))
+        return [seconds for seconds, _ in calls][-1]
 
     cost = on_cpu if rows < 8 else (lambda inputs: 19 + 0.1 * inputs)
     assert after_three_calls(3.0) < 1.03 * after_three_calls(1.0) < 64 * cost(rows)

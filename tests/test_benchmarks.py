@@ -160,19 +160,6 @@ def test_story_endings_are_last_sentences() -> None:
     assert split("") is None
 
 
-def test_gpu_table_shows_shares_and_what_failed() -> None:
-    rows = [
-        {"case": "two_stream_4096", "value": 0.5, "baseline": 0.25, "ratio": 2.0, "unit": "s per step",
-         "compiled": True, "share_of_matmul": 0.45, "ar_share_of_matmul": 0.5},
-        {"case": "decode", "error": "RuntimeError: no"},
-    ]  # fmt: skip
-    table = script("gpu").table(rows).splitlines()
-    assert table[2:] == [
-        "| two_stream_4096 | yes | 0.5 | 0.25 | 2 | s per step | 0.45 (0.50) |",
-        "| decode | | failed: RuntimeError: no | | | | |",
-    ]
-
-
 SCRIPTS = sorted(
     path for folder in ("benchmarks", "examples", "tests") for path in (FOLDER.parent / folder).rglob("*.py")
     if not path.name.startswith("test_")

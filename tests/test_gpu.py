@@ -19,6 +19,7 @@ import pytest
 import torch
 from gpu_cases import CASES, Case, listed
 from gpu_measure import document_lengths, keys_seen, make_model, needed_flops, streams_of
+from gpu_report import report
 from gpu_training import Steps, corpus_of, settings_of
 from packaging.requirements import Requirement
 from transformers import LlamaConfig
@@ -211,6 +212,22 @@ def test_a_case_that_raises_is_a_row_with_its_error(capfd: pytest.CaptureFixture
     assert row == {"error": "ValueError: recipe 'efficient-llm' is unknown: did you mean 'efficient-dlm'? "
                             "the recipes are " + ", ".join(recipe_names())}  # fmt: skip
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_the_report_shows_figures_in_their_columns_and_what_failed() -> None:
+    made = {"device": "H200", "torch": "2.13", "new": 128}
+    rows = [
+        {"case": "train/1b/ar/sdpa/bf16", "tokens_per_second": 41234.5, "mfu": 0.5, "steps": 20, "made": made},
+        {"case": "decode/1b/ar", "error": "RuntimeError: a | b", "made": made},
+    ]
+    lines = report(rows).splitlines()
+    assert lines[0] == "# H200"
+    header, _, row = lines[lines.index("## Training steps") + 2 :][:3]
+    cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+    assert (cells["| case"], cells["tokens/s"], cells["MFU"], cells["peak GiB"], cells["steps |"]) == (
+        "| 1b/ar/sdpa/bf16", "4.123e+04", "0.5", "", "20 |"
+    )  # fmt: skip
+    assert lines[-1] == "| decode/1b/ar | RuntimeError: a / b |"
 
 
 # --- the cases

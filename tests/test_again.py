@@ -104,3 +104,10 @@ def test_a_forward_of_a_hook_is_put_back() -> None:
     hf.as_network(model)(ids, Layout.of(torch.arange(6)[None]), causal).sum().backward()
     assert layer.forward is own
     assert len(seen) == 2  # and again
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    model = tiny_model(SUPPORTED["llama"]())
+    del model.model.layers
+    with pytest.raises(ValueError, match="gradient_checkpointing=true: LlamaForCausalLM has no list of layers"):
+        hf.checkpoint_layers(model)

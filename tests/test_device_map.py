@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import unmask
+from unmask.conversion import job
 
 SPREAD = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu",
           "lm_head": "cpu"}  # fmt: skip
@@ -48,3 +50,29 @@ def test_a_word_that_spreads_a_model_is_refused_too(tokenizer_and_model: Path, m
     monkeypatch.setattr("unmask.hf.checkpoint.AutoModelForCausalLM.from_pretrained", spreading)
     with pytest.raises(ValueError, match="device_map spreads it over 0, 1, and masks"):
         unmask.load(tokenizer_and_model, device_map="auto")
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "expected"),
+    [
+        (torch.device("cuda", 1), "folder", {"device_map": {"": torch.device("cuda", 1)}}),
+        (torch.device("cuda", 1), "file.gguf", {"device": torch.device("cuda", 1)}),
+        (torch.device("cpu"), "folder", {"device": torch.device("cpu")}),
+        ("cpu", "folder", {"device": "cpu"}),
+        (None, "folder", {"device": None}),
+    ],
+)
+def test_a_process_reads_weights_straight_to_its_gpu(
+    device: Any, name: str, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "_device", lambda: device)
+    assert job._place(name) == expected
+
+
+def test_each_process_has_the_device_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate's, which is that of LOCAL_RANK; the CPU where the processes share the weights out."""
+    own = torch.device("cuda", 3)
+    monkeypatch.setattr(job, "join", lambda: SimpleNamespace(num_processes=8, device=own))
+    assert job._device() == own
+    monkeypatch.setattr(job, "sharding", lambda: True)
+    assert job._device() == "cpu"

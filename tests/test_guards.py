@@ -63,7 +63,10 @@ def test_a_process_that_does_not_come_on_is_named(case: dict[str, Any], work: Pa
 
 def test_too_little_memory_names_what_to_change() -> None:
     settings = resolve(load_recipe("efficient-dlm", micro_batch_size=8, batch_size=8), 10**8, 4096)
-    advice = r"out of memory in step 3 .*: try micro_batch_size=4 .*, gradient_checkpointing=true, mixed_precision=bf16"
+    advice = (
+        r"out of memory in step 3 .*: try micro_batch_size=4 .*, gradient_checkpointing=true, mixed_precision=bf16, "
+        "optimizer=adamw-8bit, max_length below 4096, more processes with FSDP2"
+    )
     with pytest.raises(ValueError, match=advice), naming_memory(settings, 3, 1):
         torch.empty(2**50)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), naming_memory(settings, 3, 1):

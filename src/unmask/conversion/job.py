@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -226,7 +227,8 @@ def _of_device(job: Job, lm: DiffusionLM, device: torch.device) -> dict[str, Any
     settings = job.settings
     if settings.mixed_precision is None and before is not None:
         settings = replace(settings, mixed_precision=before)
-    fast = of_device(settings, device.type, capability_of(device), takes_flex=hf.takes_flex(lm.model))
+    takes_flex = hf.takes_flex(lm.model) and importlib.util.find_spec("triton") is not None  # which it is compiled with
+    fast = of_device(settings, device.type, capability_of(device), takes_flex=takes_flex)
     return {"mixed_precision": settings.mixed_precision} | fast
 
 
@@ -262,9 +264,9 @@ def _loaded(job: Job) -> tuple[DiffusionLM, str]:
     if not isinstance(model, DiffusionLM):
 
         def load_base() -> DiffusionLM:
-            lm = load(model, dtype=settings.dtype or "float32", device=_device(),
-                      quantization_config=settings.quantize, attn_implementation=settings.attn_implementation,
-                      base=job.base, trust_remote_code=job.trust_remote_code)  # fmt: skip
+            lm = load(model, dtype=settings.dtype or "float32", quantization_config=settings.quantize,
+                      attn_implementation=settings.attn_implementation, base=job.base,
+                      trust_remote_code=job.trust_remote_code, **_place(model))  # fmt: skip
             check_base(lm, settings, _name_of(lm))
             return lm
 
@@ -291,6 +293,14 @@ def _once(load: Callable[[], DiffusionLM], own: bool = False) -> tuple[Diffusion
 
     model, tokenizer, diffusion, fingerprint = load_whole() if own else of_main(load_whole)
     return DiffusionLM(model, tokenizer, diffusion).known_finite(), fingerprint
+
+
+def _place(model: str | Path) -> dict[str, Any]:
+    """Where `load` puts a model. Several processes of one machine read weights straight to their devices: the copies
+    that each would make on the CPU first may exceed the memory of the host."""
+    device = _device()
+    straight = isinstance(device, torch.device) and device.type == "cuda" and not str(model).endswith(".gguf")
+    return {"device_map": {"": device}} if straight else {"device": device}
 
 
 def _device() -> torch.device | str | None:

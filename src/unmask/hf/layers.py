@@ -77,8 +77,10 @@ def checkpoint_layers(model: Any, *, on: bool = True, compiled: bool = False) ->
     """Make the backward pass compute layers again instead of keeping their intermediate results, or stop that.
 
     compiled: layers that are compiled do so in the way of transformers, which takes their cache away; others in that
-    of `fast.again`, in passes of an `HFNetwork`.
+    of `fast.again`, in passes of an `HFNetwork`. Raises ValueError for a model whose layers are not found.
     """
+    if on and not layers_of(model):
+        raise ValueError(f"gradient_checkpointing=true: {type(model).__name__} has no list of layers: leave it out")
     if not compiled:
         setattr(model, _AGAIN, on)
         return

@@ -60,6 +60,9 @@ def naming_memory(settings: Resolved, step: int, num_processes: int) -> Iterator
             changes.append("gradient_checkpointing=true")
         if settings.mixed_precision == "no":
             changes.append("mixed_precision=bf16")
+        learns_all = settings.objective != "distill" and settings.lora_rank is None
+        if learns_all and settings.optimizer == "adamw" and num_processes < 2:  # it does not go with FSDP2
+            changes.append("optimizer=adamw-8bit")
         changes.append(f"max_length below {settings.max_length}")
         changes.append("more processes with FSDP2 (docs/scale.md)" if num_processes < 2 else "more processes")
         raise ValueError(f"out of memory in step {step} ({text[:160]}): try {', '.join(changes)}") from error

@@ -1,9 +1,9 @@
 """Peak memory of two processes that share a model out (FSDP2, gloo), by whether the main one alone loads it.
 
-    python benchmarks/loading.py [MILLIONS OF PARAMETERS]
+    python benchmarks/loading.py TOKENIZER [MILLIONS OF PARAMETERS]
 
-A random Llama in float32, and a drafter on it, whose frozen weights are all that is large. GiB above what a process has
-before it loads anything.
+TOKENIZER: a folder or hub id. A random Llama in float32, and a drafter on it, whose frozen weights are all that is
+large. GiB above what a process has before it loads anything.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 STORIES = "Once upon a time there was a fox. " * 200
 
 
-def write_parent(folder: Path, millions: float) -> None:
-    """A random model of about so many parameters, with the tokenizer that MODEL names."""
-    tokenizer = AutoTokenizer.from_pretrained(os.environ["MODEL"])
+def write_parent(folder: Path, tokenizer_name: str, millions: float) -> None:
+    """A random model of about so many parameters, with this tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     width, layers = 1024, max(1, round(millions / 12.6))
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2816, num_hidden_layers=layers,
                          num_attention_heads=16, max_position_embeddings=256, tie_word_embeddings=True)  # fmt: skip
@@ -54,10 +54,10 @@ def run_rank(way: str, parent: Path, work: Path) -> None:
 
 
 def main() -> None:
-    millions = float(sys.argv[1]) if len(sys.argv) > 1 else 200.0
+    tokenizer_name, millions = sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 200.0
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        write_parent(work / "parent", millions)
+        write_parent(work / "parent", tokenizer_name, millions)
         size = (work / "parent" / "model.safetensors").stat().st_size / 2**30
         (work / "text.txt").write_text(STORIES)
         for way in ("each", "once"):

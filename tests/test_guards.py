@@ -65,7 +65,7 @@ def test_too_little_memory_names_what_to_change() -> None:
     settings = resolve(load_recipe("efficient-dlm", micro_batch_size=8, batch_size=8), 10**8, 4096)
     advice = (
         r"out of memory in step 3 .*: try micro_batch_size=4 .*, gradient_checkpointing=true, mixed_precision=bf16, "
-        "optimizer=adamw-8bit, max_length below 4096, more processes with FSDP2"
+        "optimizer=adamw-8bit, max_length below 512, more processes with FSDP2"
     )
     with pytest.raises(ValueError, match=advice), naming_memory(settings, 3, 1):
         torch.empty(2**50)

@@ -9,11 +9,14 @@ import chat_lora
 import convert_and_serve
 import drafter
 import fill_buffer
+import nbformat
 import pytest
 import training_loop
+from nbclient import NotebookClient
 
 import unmask
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = {"max_length": 32, "batch_size": 2, "show_progress": False}
 
 
@@ -67,3 +70,17 @@ def test_training_loop(tokenizer_and_model: Path, stories: Path, tmp_path: Path)
     losses = training_loop.main(str(tokenizer_and_model), str(stories), str(tmp_path / "mine"), "12")
     assert sum(losses[-4:]) < sum(losses[:4])
     assert unmask.load(tmp_path / "mine").default_mode == "diffusion"
+
+
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    """On fewer tokens; it is kept without outputs, and shows its replay."""
+    notebook = nbformat.read(ROOT / "examples" / "tour.ipynb", nbformat.NO_CONVERT)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    (convert,) = (cell for cell in code if "TOKENS = 100_000" in cell.source)
+    convert.source = convert.source.replace("TOKENS = 100_000", "TOKENS = 1_000")
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    shown = [output for cell in code for output in cell.outputs]
+    assert any("<iframe" in output.get("data", {}).get("text/html", "") for output in shown)
+    assert "reverse c n h b d k > k d b h n c" in "".join(output.get("text", "") for output in shown)

@@ -98,20 +98,22 @@ def _decoder(case: Case, options: argparse.Namespace) -> Callable[[], SampledTok
     return lambda: _WAYS[case.what](network, config, prompts, request)
 
 
-@functools.lru_cache(maxsize=2)
 def _network(size: str, device: str, kind: str, compiled: bool) -> tuple[Any, hf.HFNetwork]:
-    """One for all cases: compiling takes long."""
-    low = kind == "bf16" and device == "cuda"
-    model = make_model(size, device, torch.bfloat16 if low else torch.float32).eval()
-    network = hf.as_network(model, model.config.vocab_size - 1)
-    if compiled:
-        network.compile()
-    return model, network
+    """One for all cases, compiled and not on the same weights: compiling takes long."""
+    model = _model(size, device, kind == "bf16" and device == "cuda")
+    return model, network_of(model, compiled)
+
+
+@functools.lru_cache(maxsize=1)
+def _model(size: str, device: str, low: bool) -> Any:
+    network_of.cache_clear()
+    torch._dynamo.reset()  # else what is compiled for one model counts as a variant for the next
+    return make_model(size, device, torch.bfloat16 if low else torch.float32).eval()
 
 
 def forget() -> None:
-    """Give up the models that are kept."""
-    _network.cache_clear()
+    """Give up the model that is kept."""
+    _model.cache_clear()
     _text.cache_clear()
     network_of.cache_clear()
     torch._dynamo.reset()  # else what is compiled for one model counts as a variant for the next

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_waits import NoWaits
 
 import unmask
 from unmask.core.finite import StepWatch, bad_weight
@@ -232,11 +231,3 @@ def test_all_json_is_written_in_one_place() -> None:
     source = Path(unmask.__file__).parent
     used = {str(p.relative_to(source)) for p in source.rglob("*.py") if re.search(r"json\.dumps?\(", p.read_text())}
     assert used == {"plain_json.py", "hf/tiny.py"}  # the latter makes a key, which nobody reads
-
-
-def test_judging_a_step_asks_the_device_nothing() -> None:
-    watch, device = StepWatch(), torch.device("meta")
-    with NoWaits():
-        finite = watch.look(1, 0.1, torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), device=device))
-        watch.settle(but_last=True)
-    assert finite.device == device

@@ -1,29 +1,22 @@
-"""A training step asks the network's device for nothing, a decoding pass once: on a GPU each time is a wait.
+"""A training step asks a GPU for nothing, where there is one, and masks are made once.
 
-The network stands on torch's "meta" device, which has shapes and no values: whatever needs one (`item`, `bool`,
-`nonzero`, a copy to the host) raises there. `NoWaits` refuses what meta allows and a GPU waits for.
+on_emulated_device.py runs the same steps, and decoding, on an accelerator that is emulated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
-from decode import sample_autoregressive, sample_blocks, sample_speculative
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from unmask import hf
 from unmask.core.attention import PADDING, Layout, causal
 from unmask.core.batch import Batch
 from unmask.core.drafter import Drafter, DrafterConfig
 from unmask.core.objectives import LossOutput
-from unmask.sampling import Candidates, Rejection, Threshold
 from unmask.settings import Settings
 from unmask.training.step import step_loss
 
@@ -58,32 +51,6 @@ STEPS: dict[str, tuple[Any, dict[str, Any]]] = {
     "distill, tv, shift": (SHIFTED, {"objective": "distill", "distance": "tv"}),
     "distill, reach": (GATED, {"objective": "distill", "distance": "reach"}),
 }  # fmt: skip
-
-
-INDEXING = [torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_,
-            torch.ops.aten._unsafe_index_put, torch.ops.aten._index_put_impl_]  # fmt: skip
-
-
-class NoWaits(TorchDispatchMode):
-    """Fails on boolean indices, and on operations between host and device other than copies that nobody waits for."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # in this mode a composite operation arrives whole: take it apart
-            with self:
-                done = func.decompose(*args, **kwargs)
-            if done is not NotImplemented:
-                return done
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        devices = {x.device.type for x in tensors if x.ndim or x.device.type == "meta"}
-        if func.overloadpacket in INDEXING and devices == {"meta"}:
-            assert all(x is None or x.dtype != torch.bool for x in tree_leaves(args[1])), f"{func} needs nonzero"
-        target = kwargs.get("device")
-        if func is torch.ops.aten._to_copy.default and target is not None and torch.device(target).type == "meta":
-            assert devices == {"meta"} or kwargs.get("non_blocking"), f"{func} waits for its copy"
-        else:
-            assert len(devices) <= 1, f"{func} copies from the host"
-        return func(*args, **kwargs)
 
 
 def batch() -> Batch:
@@ -137,15 +104,6 @@ class Step:
         return loss
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_a_training_step_never_waits_for_the_device(name: str) -> None:
-    step = Step(name, "meta")
-    with NoWaits():
-        loss = step.run()
-    assert loss.sum.device.type == "meta"
-    assert any(parameter.grad is not None for parameter in step.trained)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", STEPS)
 def test_a_training_step_on_a_gpu_never_waits_and_matches_the_cpu(name: str) -> None:
@@ -159,23 +117,6 @@ def test_a_training_step_on_a_gpu_never_waits_and_matches_the_cpu(name: str) -> 
     assert loss.sum.item() == pytest.approx(expected.sum.item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED)
-def test_no_architecture_waits_in_a_pass_over_two_streams(architecture: str) -> None:
-    step = Step("two streams", "meta", architecture, torch.bfloat16)  # experts' products have shapes in no other type
-    with NoWaits():
-        assert step.run().sum.device.type == "meta"
-
-
-@pytest.mark.parametrize("read", [
-    lambda x: x.nonzero(), lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.cpu(), lambda x: x[x > 0],
-    lambda x: x.index_put((x > 0,), x.new_ones(())), lambda x: x[torch.zeros(3, dtype=torch.long)],
-    lambda x: x + torch.ones(5), lambda x: torch.ones(5).to(x.device),
-])  # fmt: skip
-def test_whatever_waits_is_noticed(read: Callable[[Tensor], Any]) -> None:
-    with NoWaits(), pytest.raises((NotImplementedError, RuntimeError, AssertionError)):
-        read(torch.zeros(5, device="meta"))
-
-
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
 def test_a_layout_that_comes_again_gets_the_same_mask_on_its_device(implementation: str) -> None:
     step, layout, device = Step("two streams", "meta"), batch().layout, torch.device("meta")
@@ -186,81 +127,18 @@ def test_a_layout_that_comes_again_gets_the_same_mask_on_its_device(implementati
         assert all(field.device == device for field in there)
         return step.network.masks(causal, there, layout.to(device))
 
-    with NoWaits():
-        first = argument(layout)
+    first = argument(layout)
     assert argument(layout) is first
     for changed in ("position", "document", "noisy"):
         assert argument(layout._replace(**{changed: getattr(layout, changed).clone()})) is not first
     assert layout.to(torch.device("cpu")) is layout
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(("name", "masks"), [("complementary, shift", 1), ("two masks", 2), ("two masks, joint", 2)])
-def test_masks_of_a_step_share_their_attention_masks(name: str, masks: int, device: str) -> None:
+def test_masks_of_a_step_share_their_attention_masks(name: str, masks: int) -> None:
     """With the shift each draw is a pass over both streams, else one over the noisy stream after a clean pass."""
-    step, made = Step(name, device), []
+    step, made = Step(name), []
     original = step.network.make_masks
     step.network.make_masks = lambda *arguments: made.append(arguments) or original(*arguments)
     step.run()
     assert len(made) == masks
-
-
-# --- decoding
-
-
-class DeviceReads:
-    """Replaces `Tensor.cpu`: counts copies from the device, and returns zeros."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.count, plain = 0, Tensor.cpu
-
-        def cpu(x: Tensor) -> Tensor:
-            if x.device.type != "meta":
-                return plain(x)
-            self.count += 1
-            return torch.zeros(x.shape, dtype=x.dtype)
-
-        patch.setattr(Tensor, "cpu", cpu)
-
-
-MODES: dict[str, dict[str, Any]] = {
-    "blocks": {}, "shift": {}, "window": {"window": 2}, "temperature": {"temperature": 1.0},
-    "guided": {"guidance_scale": 2.0}, "steps": {"max_denoising_steps": 2}, "ar": {}, "speculative": {},
-    "speculative, coupled": {"temperature": 1.0},
-    "speculative, rejection": {"temperature": 1.0, "acceptance": Rejection()},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("mode", MODES)
-def test_decoding_waits_for_one_decision_a_pass(mode: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(SUPPORTED["gemma3" if mode == "blocks" else "llama"]()).to("meta")
-    drafter = Drafter(model, MASK, DrafterConfig(4)).to("meta") if mode.startswith("speculative") else None
-    net = hf.as_network(model, MASK, gate=None if drafter is None else drafter.rows)
-    if compiled:  # what is compiled, run as it is: a compiler would trace it with values
-        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-        net.compile()
-    reads, prompts = DeviceReads(monkeypatch), [random_tokens(n, seed=n) for n in (5, 6, 9)]
-    options: dict[str, Any] = {"max_new_tokens": 8, "batch_size": 2} | MODES[mode]
-    select = Counted(Threshold())
-    with NoWaits():
-        if mode == "ar":
-            sample_autoregressive(net, prompts, **options)
-        elif mode.startswith("speculative"):
-            sample_speculative(net, block_config(clean="causal"), prompts, **options)
-        else:
-            sample_blocks(net, block_config(shift=mode == "shift"), prompts, select=select, **options)
-    # Two rows side by side, then the third alone. Every read is zeros: a block is whole at once, and a forward of
-    # speculation gains one token.
-    assert reads.count == {"ar": 2 * 8, "speculative": 2 * 8}.get(mode.split(",")[0], select.count)
-
-
-class Counted:
-    """A commit rule that counts its calls."""
-
-    def __init__(self, rule: Threshold) -> None:
-        self.rule, self.count = rule, 0
-
-    def __call__(self, candidates: Candidates, at_least: Tensor) -> Tensor:
-        self.count += 1
-        return self.rule(candidates, at_least)

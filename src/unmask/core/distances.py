@@ -36,8 +36,8 @@ def draft_distance(
     return distances
 
 
-_CHUNK = {"cpu": 2**18, "cuda": 2**26}
-"""Logits at a time: as many as fit a CPU's cache; enough to keep a GPU busy, and small against all logits."""
+_AT_ONCE, _AT_ONCE_CPU = 2**26, 2**18
+"""Logits at a time: enough to keep a GPU busy, and small against all logits; as many as fit a CPU's cache."""
 
 
 class _Distance(torch.autograd.Function):
@@ -52,7 +52,7 @@ class _Distance(torch.autograd.Function):
         k = None if top_k is None or top_k >= vocabulary else top_k
         gradient = torch.empty_like(q_logits) if ctx.needs_input_grad[0] else None
         total = q_logits.new_empty(len(q_logits))
-        rows = max(1, _CHUNK.get(q_logits.device.type, 2**18) // vocabulary)
+        rows = max(1, (_AT_ONCE_CPU if q_logits.device.type == "cpu" else _AT_ONCE) // vocabulary)
         for start in range(0, len(q_logits), rows):
             part = slice(start, start + rows)
             out = None if gradient is None else gradient[part]

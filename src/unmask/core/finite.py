@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unmask.core.transfer import to_host
+
 _CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,12 +43,7 @@ class StepWatch:
         """
         stop = torch.zeros_like(loss) if stop is None else stop
         figures = torch.stack([loss.double(), (loss if norm is None or scaled else norm).double(), stop.double()])
-        host, event = figures, None
-        if loss.device.type == "cuda":
-            host = figures.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._pending.append((step, learning_rate, host, event))
+        self._pending.append((step, learning_rate, *to_host(figures)))
         return figures.isfinite().all()
 
     def settle(self, *, but_last: bool = False) -> None:

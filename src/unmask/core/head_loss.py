@@ -18,8 +18,8 @@ from unmask.core.transfer import to_device
 RowLoss = Callable[[Tensor, slice], Tensor]
 """(logits (n, vocabulary) of some of the rows, which of them) -> their losses (n,)."""
 
-_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
-"""Logits at a time: what a CPU's cache holds, what a GPU needs to be busy."""
+_AT_ONCE, _AT_ONCE_CPU = 2**28, 2**21
+"""Logits at a time: what a GPU needs to be busy, what a CPU's cache holds."""
 _ROWS = 256
 """Rows at a time at least: each group adds to the whole gradient of the head."""
 
@@ -63,7 +63,7 @@ class _WeightedSum(torch.autograd.Function):
         grads = [torch.zeros_like(x) if learning and x is not None and need else None
                  for x, need in zip((hidden, matrix, bias), needed, strict=True)]  # fmt: skip
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        size = max(_ROWS, _AT_ONCE.get(hidden.device.type, 2**21) // len(matrix))
+        size = max(_ROWS, (_AT_ONCE_CPU if hidden.device.type == "cpu" else _AT_ONCE) // len(matrix))
         for start in range(0, len(hidden), size):
             part = slice(start, min(start + size, len(hidden)))
             raw = linear(hidden[part], matrix, bias)  # under autocast in its precision, as the head itself

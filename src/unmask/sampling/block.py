@@ -23,7 +23,7 @@ from unmask.sampling.commit import Candidates, Selector, Threshold, token_confid
 from unmask.sampling.guidance import GuidedNetwork
 from unmask.sampling.request import Asked, Request, SampledTokens, first_end
 from unmask.sampling.scheduler import Scheduler, decode_all
-from unmask.sampling.tokens import choose_by_row, choose_tokens, row_key, token_noise
+from unmask.sampling.tokens import choose_by_row, choose_tokens, logit_index, row_key, token_noise
 
 
 @torch.inference_mode()
@@ -141,7 +141,8 @@ class BlockRows:
         logits = self.denoise(masked)
         candidates, tokens = self.propose(logits, masked, progress)
         chosen = self.select(candidates, to_device(at_least, self.device))
-        self.commit(chosen, candidates.masked, logits, tokens)
+        committed = self.commit(chosen, candidates.masked, logits, tokens)
+        self.report(committed, masked, logits)
         self.retire()
         return True
 
@@ -227,8 +228,8 @@ class BlockRows:
         confidence = token_confidence(logits, on_device, tokens if sampled else None)
         return Candidates(on_device, confidence, logits, self.priority, progress), tokens
 
-    def commit(self, commit: Tensor, masked: Tensor, logits: Tensor, tokens: Tensor | None) -> None:
-        """Write the tokens of `commit` (slots, width) bool into the blocks, and report them to the callback."""
+    def commit(self, commit: Tensor, masked: Tensor, logits: Tensor, tokens: Tensor | None) -> Tensor:
+        """Write the tokens of `commit` (slots, width) bool into the blocks; the same on the host."""
         if tokens is None:
             self.xt = self.xt.masked_scatter(commit, choose_tokens(logits[commit[masked]]))
         else:
@@ -237,15 +238,21 @@ class BlockRows:
         self.text = torch.where(waiting, -1, self.xt).cpu()  # the one wait for the device
         committed, self.masked = self.masked & (self.text >= 0), self.text < 0
         self.steps += 1
+        return committed
+
+    def report(self, committed: Tensor, masked: Tensor, logits: Tensor) -> None:
+        """Pass the commits of each row, and the logits they were chosen from, to the callback and the observer.
+
+        committed, masked: (slots, width) bool on the host; logits: of the masked positions.
+        """
         callback, observer = self.request.callback, self.request.observer
         if callback is None and observer is None:
             return
-        of_slot = None if observer is None else masked.sum(-1).tolist()
+        index = logit_index(masked)
         for slot in committed.any(-1).nonzero()[:, 0].tolist():
             column, row = committed[slot].nonzero()[:, 0], self.scheduler.rows[slot]
-            if observer is not None and of_slot is not None:
-                first = sum(of_slot[:slot])
-                observer(row, logits[first : first + of_slot[slot]][commit[slot][masked[slot]]])
+            if observer is not None:
+                observer(row, logits[to_device(index[slot][column], self.device)])
             if callback is not None:
                 callback(row, (column + self.starts[slot]).tolist(), self.text[slot][column].tolist())
 

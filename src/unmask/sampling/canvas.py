@@ -30,7 +30,7 @@ from unmask.sampling.commit import (
 from unmask.sampling.guidance import guide
 from unmask.sampling.remask import Remask
 from unmask.sampling.request import Asked, Request, SampledTokens
-from unmask.sampling.tokens import choose_by_row, row_key
+from unmask.sampling.tokens import choose_by_row, logit_index, row_key
 
 _UNCHANGED, _REMASKED = -1, -2
 """Instead of a token: the position stays as it is, or is masked again."""
@@ -164,11 +164,13 @@ def canvas_steps(
 class _Proposal(NamedTuple):
     """Of the masked positions of the rows, in their order: logits (n, vocabulary), a token each, and its confidence.
 
-    masked: (rows, length) bool on the device. confidence: (rows, length) float64, 0 elsewhere. ranked: (rows, length)
-    bool on the device, all open positions, which then have a confidence too; None if the masked ones alone have.
+    masked: (rows, length) bool on the device. index: (rows, length) int64 on the host, `logit_index` of them.
+    confidence: (rows, length) float64, 0 elsewhere. ranked: (rows, length) bool on the device, all open positions,
+    which then have a confidence too; None if the masked ones alone have.
     """
 
     masked: Tensor
+    index: Tensor
     logits: Tensor
     tokens: Tensor
     confidence: Tensor
@@ -214,7 +216,7 @@ class _Batch:
         self.num_new = [len(index) for index in self.open_index]
         self.num_forwards = torch.zeros(len(canvases), dtype=torch.long)
         self.noise: Tensor | None = None
-        self.noise_row = self.open.flatten().cumsum(0).view_as(self.xt) - 1  # of `noise`, for each open position
+        self.noise_row = logit_index(self.open)  # of `noise`
         self.num_redraws = torch.zeros_like(self.xt)
         self.step = 0
         self._keep(self.masked.any(-1).nonzero()[:, 0])
@@ -240,13 +242,13 @@ class _Batch:
         sampled = any(kind.temperature > 0 for kind in of_row)
         noise = self._noise(wanted, logits.shape[-1]) if sampled else None
         tokens = choose_by_row(logits, how, noise)
-        on_device = to_device(masked, self.device)
+        on_device, index = to_device(masked, self.device), logit_index(masked)
         if not rank_all:
-            return _Proposal(on_device, logits, tokens, token_confidence(logits, on_device, tokens), None)
+            return _Proposal(on_device, index, logits, tokens, token_confidence(logits, on_device, tokens), None)
         ranked, still = to_device(wanted, self.device), to_device(masked[wanted].nonzero()[:, 0], self.device)
         temperature = torch.tensor([kind.temperature or 1.0 for kind in how], dtype=logits.dtype)[:, None]
         confidence = token_confidence(logits / to_device(temperature, self.device), ranked, tokens)
-        return _Proposal(on_device, logits[still], tokens[still], confidence, ranked)
+        return _Proposal(on_device, index, logits[still], tokens[still], confidence, ranked)
 
     def commit_by_rule(self, proposal: _Proposal | None, select: Selector, budgets: Tensor | None) -> Tensor:
         """The changes of a step in which a rule commits: (rows, length) on the device, a token or `_UNCHANGED`.
@@ -298,15 +300,13 @@ class _Batch:
         callback, observer = self.request.callback, self.request.observer
         if callback is None and observer is None:
             return
-        ends = [] if proposal is None else proposal.masked.sum(-1).cumsum(0).tolist()
         for i, row in enumerate(self.rows.tolist()):
             position = committed[i].nonzero()[:, 0].tolist()
             if not position:
                 continue
             if observer is not None and proposal is not None:
-                masked = proposal.masked[i]
-                of_row = proposal.logits[ends[i] - int(masked.sum()) : ends[i]]
-                observer(self.numbers[row], of_row[to_device(committed[i], self.device)[masked]])
+                chosen = to_device(proposal.index[i][position], self.device)
+                observer(self.numbers[row], proposal.logits[chosen])
             if callback is not None:
                 callback(self.numbers[row], position, self.xt[row][committed[i]].tolist())
 

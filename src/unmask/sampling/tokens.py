@@ -56,6 +56,11 @@ def token_noise(
     return gumbels(keys, vocabulary, device).view(*positions.shape, vocabulary)
 
 
+def logit_index(masked: Tensor) -> Tensor:
+    """Which row of the logits of the masked positions, in their order, each of them has; bool -> int64, on the host."""
+    return masked.flatten().cumsum(0).view_as(masked) - 1
+
+
 def choose_tokens(
     logits: Tensor,
     temperature: float = 0.0,

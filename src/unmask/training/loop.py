@@ -8,8 +8,6 @@ split into micro-batches and ranks changes nothing.
 from __future__ import annotations
 
 import functools
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from unmask import hf
 from unmask.core.batch import Batch
+from unmask.core.devices import peak_memory, runs_ahead
 from unmask.core.drafter import Drafter
 from unmask.core.finite import StepWatch, check_weights
 from unmask.core.network import DiffusionConfig, Network
@@ -226,7 +225,7 @@ class _Run:
         self.counted += finite.double() * count
         self.tokens_since_log += batch.num_tokens
         self.last_rate = rate
-        self.watch.settle(but_last=accelerator.device.type == "cuda")
+        self.watch.settle(but_last=runs_ahead(accelerator.device))
         self.clock.reach("")
 
     def _backward(self, batch: Batch, count: int) -> Tensor:
@@ -295,7 +294,7 @@ class _Run:
             if report is not None:
                 steps = max(self.total_steps, state.step)
                 progress = Progress(state.step, steps, state.tokens, loss, rate, speed, figures, self.watch.norm,
-                                    _memory(self.accelerator.device))  # fmt: skip
+                                    (peak_memory(self.accelerator.device) or 0) / 2**30)  # fmt: skip
                 goes_on.fill_(report(progress) is not False)
         self.summed.zero_()
         self.counted.zero_()
@@ -318,14 +317,6 @@ class _Run:
         self.clock.close()
         if self.threads is not None:
             self.threads.close()
-
-
-def _memory(device: torch.device) -> float:
-    """GiB that were used at most so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _micro_batches(

@@ -164,13 +164,13 @@ def canvas_steps(
 class _Proposal(NamedTuple):
     """Of the masked positions of the rows, in their order: logits (n, vocabulary), a token each, and its confidence.
 
-    masked: (rows, length) bool on the device. index: (rows, length) int64 on the host, `logit_index` of them.
+    masked: (rows, length) bool on the device. place: (rows, length) int64 on the host, `logit_index` of them.
     confidence: (rows, length) float64, 0 elsewhere. ranked: (rows, length) bool on the device, all open positions,
     which then have a confidence too; None if the masked ones alone have.
     """
 
     masked: Tensor
-    index: Tensor
+    place: Tensor
     logits: Tensor
     tokens: Tensor
     confidence: Tensor
@@ -242,13 +242,13 @@ class _Batch:
         sampled = any(kind.temperature > 0 for kind in of_row)
         noise = self._noise(wanted, logits.shape[-1]) if sampled else None
         tokens = choose_by_row(logits, how, noise)
-        on_device, index = to_device(masked, self.device), logit_index(masked)
+        on_device, place = to_device(masked, self.device), logit_index(masked)
         if not rank_all:
-            return _Proposal(on_device, index, logits, tokens, token_confidence(logits, on_device, tokens), None)
+            return _Proposal(on_device, place, logits, tokens, token_confidence(logits, on_device, tokens), None)
         ranked, still = to_device(wanted, self.device), to_device(masked[wanted].nonzero()[:, 0], self.device)
         temperature = torch.tensor([kind.temperature or 1.0 for kind in how], dtype=logits.dtype)[:, None]
         confidence = token_confidence(logits / to_device(temperature, self.device), ranked, tokens)
-        return _Proposal(on_device, index, logits[still], tokens[still], confidence, ranked)
+        return _Proposal(on_device, place, logits[still], tokens[still], confidence, ranked)
 
     def commit_by_rule(self, proposal: _Proposal | None, select: Selector, budgets: Tensor | None) -> Tensor:
         """The changes of a step in which a rule commits: (rows, length) on the device, a token or `_UNCHANGED`.
@@ -305,7 +305,7 @@ class _Batch:
             if not position:
                 continue
             if observer is not None and proposal is not None:
-                chosen = to_device(proposal.index[i][position], self.device)
+                chosen = to_device(proposal.place[i][position], self.device)
                 observer(self.numbers[row], proposal.logits[chosen])
             if callback is not None:
                 callback(self.numbers[row], position, self.xt[row][committed[i]].tolist())

@@ -94,6 +94,12 @@ class OnDevice(Tensor):
     def data_ptr(self) -> int:
         return self.value.data_ptr()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copied = self.detach().clone()
+        is_parameter = isinstance(self, torch.nn.Parameter)
+        memo[id(self)] = made = torch.nn.Parameter(copied, self.requires_grad) if is_parameter else copied
+        return made
+
     @property
     def data(self) -> Tensor:
         plain: Tensor = Tensor.data.__get__(self)
@@ -165,6 +171,8 @@ class Emulated(TorchDispatchMode):
             place, kwargs = target, kwargs | {"device": torch.device("cpu")}
         wrapped = {id(x.value): x for x in tree_leaves((args, kwargs)) if isinstance(x, OnDevice)}
         plain_args, plain_kwargs = tree_map_only(OnDevice, lambda x: x.value, (args, kwargs))
+        if func is aten.histc.default:  # of integers it is for accelerators alone
+            plain_args = (plain_args[0].double(), *plain_args[1:])
         with _disable_current_modes():
             out = func(*plain_args, **plain_kwargs)
             if func is aten._to_copy.default and out is plain_args[0]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +16,6 @@ import torch
 from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
 from decode import sample_autoregressive, sample_bidirectional, sample_blocks, sample_canvases, sample_speculative
 from emulated_device import Emulated
-from ranks import run_case
-from test_ranks import CASES, SHARDED, full
 from test_waits import STEPS, Step
 from torch import Tensor
 
@@ -40,7 +37,6 @@ from unmask.sampling import (
     Rejection,
     Remask,
 )
-from unmask.training import loop
 
 
 def of_ci(names: Iterable[str], *in_ci: str) -> list[Any]:
@@ -165,52 +161,6 @@ def test_judging_a_step_waits_for_nothing_and_reads_what_is_there() -> None:
         assert watch.skipped == 1
         watch.settle()
         assert not device.waits
-
-
-# --- runs
-
-
-class Ended(Exception):
-    """Carries what a run has learnt, instead of saving it."""
-
-
-def learnt(case: dict[str, Any], patch: pytest.MonkeyPatch, device: Emulated | None = None) -> dict[str, Tensor]:
-    """The weights that a run learns, on the host; on a device no step may wait."""
-
-    def step(run: Any, *batch: Any) -> None:
-        before = None if device is None else dict(device.waits)
-        steps_of_run(run, *batch)
-        assert device is None or dict(device.waits) == before, device.waits
-
-    def save(run: Any) -> None:
-        raise Ended({name: p.detach().cpu().clone() for name, p in run.model.named_parameters() if p.requires_grad})
-
-    patch.setattr(loop._Run, "step", step)
-    patch.setattr(loop._Run, "save", save)
-    with pytest.raises(Ended) as ended:
-        run_case(case)
-    weights: dict[str, Tensor] = ended.value.args[0]
-    return weights
-
-
-steps_of_run = loop._Run.step
-RUNS = [name for name in SHARDED if name not in ("adapter", "own states", "padding, drafter")]
-
-
-@pytest.mark.parametrize("name", of_ci(RUNS, "efficient-dlm", "drafter", "teacher"))
-def test_a_run_on_the_device_never_waits_in_a_step_and_learns_what_the_cpu_learns(
-    name: str, tokenizer_and_model: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rare = {"log_every": 9, "save_every": 9, "eval_every": None, "eval_data": None, "eval_documents": 0}
-    given = CASES[name] | {"max_tokens": 400} | rare
-    expected = learnt(full(given, tokenizer_and_model, stories, tmp_path / "cpu"), monkeypatch)
-    with Emulated() as device:
-        case = full(given | {"device": "emu"}, tokenizer_and_model, stories, tmp_path / "emu")
-        found = learnt(case, monkeypatch, device)
-    assert expected
-    assert found.keys() == expected.keys()
-    for weight, value in expected.items():
-        torch.testing.assert_close(found[weight], value, rtol=1e-7, atol=1e-9)
 
 
 # --- decoding

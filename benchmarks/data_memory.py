@@ -5,7 +5,8 @@
 tiny: a million documents of a few words. long: one document of 200 MB. large: TEXT again and again, in shards, up to
 --megabytes. Each is prepared in one process, with the workers that it starts, and read in another, by a run of one
 step. copied: what `large` would prepare, written from the tokens of TEXT, for the run alone. SCRATCH holds text and
-tokens, which are deleted. A row is appended to rows.jsonl for each: seconds, and by how many MB the processes grew at
+tokens, which are deleted. A row is appended to rows.jsonl for each: seconds, CPU seconds of all processes together
+(which other programs disturb little), and by how many MB the processes grew at
 their largest (`peak_mb`; `private_mb` of it are no pages of mapped files) over what was there with the model loaded
 and after a first, small one of the kind. Pages that processes share are counted once (PSS).
 """
@@ -155,12 +156,18 @@ def growth():
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    began = time.perf_counter()
+    began, computed = time.perf_counter(), cpu_seconds()
     yield grown
     grown["seconds"] = round(time.perf_counter() - began, 2)
+    grown["cpu_seconds"] = round(cpu_seconds() - computed, 2)
     ended.set()
     watcher.join()
     grown |= {name: round((most[name] - before[name]) / 1024, 1) for name in before}
+
+
+def cpu_seconds() -> float:
+    """Of this process, and of those that it started and that have ended."""
+    return sum(psutil.Process().cpu_times()[:4])
 
 
 def memory() -> dict[str, int]:

@@ -79,6 +79,11 @@ def test_likelihoods_in_parts_are_those_of_one_run(
         same(row["nelbo"], asdict(nelbo[row["document"]]))
 
 
+def test_more_parts_than_documents(measure, stories) -> None:
+    whole, merged = measure("evaluate", "--data", stories, "--max-documents", 2, "--num-samples", 1, number=4)
+    same(merged, whole)
+
+
 def test_a_frontier_in_parts_is_that_of_one_run(measure, stories, tmp_path) -> None:
     whole, merged = measure(
         "frontier", "--data", stories, "--thresholds", "0.3", "--block-sizes", "2,4", "--prompts", 4,

@@ -73,7 +73,9 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "an exact bound of long blocks": (
         ("evaluate", "{converted}", "--data", "{stories}", "--exact", "--block-size", "8"), ("block_size 8",)),
     "a wrong column": (("adapt", "{parent}", "--data", "{records}", "--output", "{new}", *SMALL), ("'text'", "words")),
-    "a column of evaluate": (("evaluate", "{parent}", "--data", "{records}"), ("'text'", "words")),
+    "a column of evaluate": (
+        ("evaluate", "{parent}", "--data", "{records}"), ("'text'", "words", "--text-column NAME", "--skip-invalid")),
+    "a column of embed": (("-q", "embed", "{parent}", "{records}", "--output", "{new}.npy"), ("--text-column NAME",)),
     "a mode that the model lacks": (("generate", "{parent}", "x", "--mode", "diffusion"), ("diffusion", "adapt")),
     "infilling with an AR model": (("infill", "{parent}", "--text", "A <gap:2> b"), ("adapt",)),
     "chat without a template": (("chat", "{parent}"), ("chat template",)),

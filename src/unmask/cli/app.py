@@ -140,7 +140,7 @@ def main() -> None:
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         say()
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        _fail(_with_options(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
     except ImportError as error:
@@ -178,6 +178,13 @@ def _set_encodings() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _with_options(message: str) -> str:
+    """A message whose fix is written as this command takes it: what are settings for `adapt` are options here."""
+    if not {"evaluate", "embed"} & set(sys.argv[1:3]):  # -q and -v may come first
+        return message
+    return message.replace("text_column=NAME", "--text-column NAME").replace("skip_invalid=true", "--skip-invalid")
 
 
 def _given(param: Any) -> str:

@@ -77,15 +77,16 @@ def _killed(
 
 def _wait(processes: Sequence[BaseProcess], folder: Path, last: int, chance: random.Random) -> bool:
     """Wait for a random moment: of the start, after a checkpoint, or of writing one. False if the run ended before."""
-    moment, newest, files = chance.randrange(4), _newest(folder), chance.randint(1, 6)
-    newest = chance.choice((newest, newest + 1, newest + 3, last))
-    until = time.monotonic() + (chance.uniform(0, 3) if moment == 0 else 900)
+    moment = chance.choice(("start", "after", "saving"))
+    checkpoint, files = min(last, _newest(folder) + chance.randrange(6)), chance.randint(1, 6)
+    until = time.monotonic() + (chance.uniform(0, 5) if moment == "start" else 900)
     while time.monotonic() < until and all(process.is_alive() for process in processes):
-        if moment == 1 and _newest(folder) >= newest:
-            until, moment = time.monotonic() + chance.uniform(0, 0.5), 0
-        partial = next(folder.glob("checkpoint-*.partial"), None) if moment > 1 else None
-        if partial is not None and len(list(partial.rglob("*"))) >= files:
-            break
+        if moment == "after" and _newest(folder) >= checkpoint:
+            moment, until = "now", time.monotonic() + chance.uniform(0, 0.5)
+        if moment == "saving" and _newest(folder) >= min(checkpoint, last - 1):
+            partial = next(folder.glob("checkpoint-*.partial"), None)
+            if partial is not None and len(list(partial.rglob("*"))) >= files:
+                break
         time.sleep(0.001)
     return all(process.is_alive() for process in processes)
 

@@ -58,6 +58,8 @@ def launchers(table: Table, _asked: argparse.Namespace) -> None:
                "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
         if done.returncode != 0:
             row["fault"] = f"exit code {done.returncode}: {done.stderr[-1000:]}"
+        elif any(folder.glob("checkpoint-*/pytorch_model_fsdp_0")) == any(word in line for word in ("ddp", "torchrun")):
+            row["fault"] = f"checkpoints of another kind: {[path.name for path in folder.glob('checkpoint-*/*')]}"
         table.add(row, *(() if "fault" in row else (folder, reference)))
     longer = _words(run | {"max_tokens": 2500, "save_every": 100})
     _preempted(table, [str(parent), "--data", str(data), *longer], path)

@@ -58,7 +58,7 @@ PROMPTS = [random_tokens(n, seed=n) for n in (3, 9, 14, 6, 1)]
 def test_ragged_blocks_equal_those_decoded_plainly(name: str) -> None:
     plain, compiled = pair(name, "eager" if name == "gemma2" else "sdpa")
     options = {"max_new_tokens": 14, "select": Threshold(0.05)}
-    want, got = (sample_blocks(net, block_config(4), PROMPTS[:3], **options) for net in (plain, compiled))
+    want, got = (sample_blocks(net, block_config(4), PROMPTS[:2], **options) for net in (plain, compiled))
     assert got.new_tokens == want.new_tokens
     assert got.num_forwards.tolist() == want.num_forwards.tolist()
     assert counters["stats"]["unique_graphs"] > 0

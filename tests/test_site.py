@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from markdown.extensions.toc import slugify
 
 import unmask
 from unmask.cli import app
@@ -45,9 +46,14 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_relative_links_lead_to_files(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
-        if not target.startswith(("http://", "https://", "mailto:")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)]*)\)", text):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        found = page.parent / target if target else page
+        assert found.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
+            assert anchor in {slugify(heading.replace("`", ""), "-") for heading in headings}, f"{page.name}: {anchor}"
 
 
 def test_the_figures_are_those_of_the_predicates() -> None:

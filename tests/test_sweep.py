@@ -95,7 +95,8 @@ def test_a_table_without_a_folder(run, converted, texts) -> None:
     assert code == 0
     lines = out.splitlines()
     assert "tokens/forward" in lines[0]
-    assert [line.split()[0] for line in lines[1:]] == ["data", "ar", "ar", "prompt_lookup", "Threshold", "Threshold"]
+    assert [line.split()[0] for line in lines[1:-1]] == ["data", "ar", "ar", "prompt_lookup", "Threshold", "Threshold"]
+    assert lines[-1].endswith("nats per token")
 
 
 def test_a_task_gives_accuracies_and_areas(run, converted) -> None:

@@ -146,7 +146,11 @@ def _curve(losses: Sequence[tuple[int, float]]) -> str:
     line = " ".join("{:.1f},{:.1f}".format(*_place(n / most, loss / top)) for n, loss in losses)
     drawn = f'<polyline points="{line}" fill="none" stroke="var(--two)" stroke-width="2"/>'
     return _axes(
-        drawn, "tokens", "loss (nats)", [(0.5, f"{most // 2:,}"), (1.0, f"{most:,}")], [(0.0, "0"), (1.0, f"{top:.1f}")]
+        drawn,
+        "tokens",
+        "loss (nats per token)",
+        [(0.5, f"{most // 2:,}"), (1.0, f"{most:,}")],
+        [(0.0, "0"), (1.0, f"{top:.1f}")],
     )
 
 

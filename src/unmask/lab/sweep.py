@@ -295,7 +295,7 @@ _COLUMNS = {
 
 
 def table(rows: Sequence[FrontierRow]) -> str:
-    """The rows as aligned text, a line each."""
+    """The rows as aligned text, a line each, and what the figures are counted in."""
     lines: list[list[str]] = [["", "batch", *_COLUMNS]]
     for row in rows:
         value = "" if row.value is None else f" {row.value:g}"
@@ -303,4 +303,4 @@ def table(rows: Sequence[FrontierRow]) -> str:
         figures = [getattr(row, column) for column in _COLUMNS.values()]
         shown = ["-" if f is None else f"{f:,.0f}" if f >= 100 else f"{f:.2f}" for f in figures]
         lines.append([f"{row.rule or row.mode}{value}{block}", str(row.batch_size or "-"), *shown])
-    return fitted(lines)
+    return f"{fitted(lines)}\nparent's NLL and entropy: nats per token"

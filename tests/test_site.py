@@ -33,6 +33,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         logging.getLogger("mkdocs").removeHandler(counter)
     assert not counter.get_counts()
     assert (tmp_path / "quickstart.html").is_file()
+    measured = (tmp_path / "measured.html").read_text()
+    assert "<code>results/smollm2</code>" in measured
+    assert "results/smollm2 (" not in measured  # said once
+    assert 'src="images/measured_tasks.svg"' in measured
     for page in tmp_path.glob("*.html"):
         assert "```" not in page.read_text(), f"{page.name} shows a block as text"
     commands, python = ((tmp_path / f"reference-{name}.html").read_text() for name in ("command", "python"))

@@ -12,11 +12,15 @@ LOG = logging.getLogger("mkdocs.hooks")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """`[text](../path)` -> "text (`path`)"; a path that does not exist is a warning, which --strict makes an error."""
+    """`[text](../path)` -> "text (`path`)", or the path alone where the text says it.
+
+    A path that does not exist is a warning, which --strict makes an error.
+    """
 
     def path_of(found: re.Match[str]) -> str:
         if not (ROOT / found[2]).exists():
             LOG.warning("%s links to %s, which does not exist", page.file.src_path, found[2])
-        return f"{found[1]} (`{found[2]}`)"
+        named = found[1].strip("`/") == found[2].rstrip("/")
+        return f"`{found[2]}`" if named else f"{found[1]} (`{found[2]}`)"
 
     return re.sub(r"\[([^\]]+)\]\(\.\./([^)#]+)(?:#[^)]*)?\)", path_of, markdown)

@@ -1,6 +1,6 @@
 """The picture of the README: one problem answered by the AR parent and by its conversion, a forward at a time.
 
-    python benchmarks/replay_picture.py docs/images/replay.svg
+    python benchmarks/replay_picture.py docs/images/replay.svg --number 2
 
 An animated SVG from two traces of the models in models/; every token appears with the forward that committed it.
 """

@@ -171,6 +171,27 @@ def test_a_script_of_the_trainer_makes_a_drafter(
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's, of transformers
+@pytest.mark.parametrize(
+    ("recipe", "settings"), [("efficient-dlm", {"complementary": True}), ("drafter", {"drafter_rank": 2})]
+)
+def test_layers_that_the_trainer_has_run_again_learn_the_same(
+    recipe: str, settings: dict[str, Any], tokenizer_and_model: Path, examples: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Also where passes stand on a cache, which the way of transformers takes away."""
+    losses = []
+    for again in (False, True):
+        parts = parts_of(tokenizer_and_model, recipe, **settings)
+        trainer = Trainer(
+            parts.model, TrainingArguments(**arguments(tmp_path, gradient_checkpointing=again)), train_dataset=examples,
+            data_collator=parts.collator, compute_loss_func=parts.loss, processing_class=parts.tokenizer,
+        )  # fmt: skip
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in parts.lm.model.modules())
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_a_script_of_trl_converts_with_adapters(tokenizer_and_model: Path, tmp_path: Path) -> None:
     trl, datasets, peft = (pytest.importorskip(name) for name in ("trl", "datasets", "peft"))
     parts = parts_of(tokenizer_and_model, "tri-mode-published")

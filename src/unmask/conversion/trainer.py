@@ -261,6 +261,8 @@ def _step_as_forward(parts: ForTrainer) -> None:
 def _next_step(parts: ForTrainer, network: Network, batch: Batch, training: bool) -> dict[str, Tensor]:
     """The loss of a micro-batch, which is counted if it is learnt."""
     assert parts.lm.diffusion is not None
+    if training:
+        hf.take_checkpointing_over(parts.lm.model)  # that of the Trainer's option
     step = parts.step if training else _EVALUATING + zlib.crc32(batch.x0.numpy().tobytes())
     parts.step += training
     found = step_of(network, parts.settings, parts.lm.diffusion, batch, step, parts.teacher)
@@ -273,6 +275,12 @@ class DrafterStep(torch.nn.Module):
     def __init__(self, parts: ForTrainer) -> None:
         super().__init__()
         self.drafter, self._parts = parts.lm.drafter, parts
+
+    def activation_checkpointing_enable(self, **_how: Any) -> None:
+        """What the Trainer calls for its option: the layers of the base run again in the backward pass."""
+        hf.checkpoint_layers(self._parts.lm.model)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name until transformers 5.23
 
     def forward(
         self,

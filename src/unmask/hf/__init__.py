@@ -25,7 +25,7 @@ from unmask.hf.devices import present_device
 from unmask.hf.drafters import add_drafter, drafter_on, gateable
 from unmask.hf.grammar import Grammar, JsonSchema, Lark, Regex, grammar_constraint
 from unmask.hf.hub import push
-from unmask.hf.layers import checkpoint_layers, takes_flex
+from unmask.hf.layers import checkpoint_layers, take_checkpointing_over, takes_flex
 from unmask.hf.masks import UnsupportedModelError
 from unmask.hf.network import FastPaths, HFNetwork, replicate
 from unmask.hf.probes import as_network, probe, probe_fast_paths, probe_network, sees_position_differences
@@ -80,6 +80,7 @@ __all__ = [
     "save_drafter",
     "save_pretrained",
     "sees_position_differences",
+    "take_checkpointing_over",
     "takes_flex",
     "without_dropout",
     "write_diffusion",

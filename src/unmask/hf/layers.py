@@ -91,6 +91,13 @@ def checkpoint_layers(model: Any, *, on: bool = True, compiled: bool = False) ->
         getattr(model, f"{name}_checkpointing_disable")()
 
 
+def take_checkpointing_over(model: Any) -> None:
+    """Have layers that transformers was told to compute again do so in the way of `fast.again`."""
+    if any(getattr(layer, "gradient_checkpointing", False) for layer in layers_of(model)):
+        checkpoint_layers(model, on=False, compiled=True)
+        checkpoint_layers(model)
+
+
 def runs_again(model: Any) -> bool:
     """Whether a pass that begins now runs the layers of the model again in the backward pass: it learns, and is to."""
     return torch.is_grad_enabled() and bool(vars(model).get(_AGAIN))

@@ -28,6 +28,11 @@ SETTINGS = [
 ]
 
 
+NEW, OLD = "activation_checkpointing", "gradient_checkpointing"
+AGAIN = NEW if NEW in TrainingArguments.__dataclass_fields__ else OLD
+"""The Trainer's option, by its name in this version of transformers."""
+
+
 @pytest.fixture(scope="module")
 def examples(tokenizer_and_model: Path) -> list[dict[str, Any]]:
     ids = AutoTokenizer.from_pretrained(tokenizer_and_model)("Once upon a time there was a little dog. " * 9)[
@@ -182,7 +187,7 @@ def test_layers_that_the_trainer_has_run_again_learn_the_same(
     for again in (False, True):
         parts = parts_of(tokenizer_and_model, recipe, **settings)
         trainer = Trainer(
-            parts.model, TrainingArguments(**arguments(tmp_path, gradient_checkpointing=again)), train_dataset=examples,
+            parts.model, TrainingArguments(**arguments(tmp_path, **{AGAIN: again})), train_dataset=examples,
             data_collator=parts.collator, compute_loss_func=parts.loss, processing_class=parts.tokenizer,
         )  # fmt: skip
         trainer.train()
@@ -197,7 +202,7 @@ def test_a_script_of_trl_converts_with_adapters(tokenizer_and_model: Path, tmp_p
     parts = parts_of(tokenizer_and_model, "tri-mode-published")
     data = datasets.Dataset.from_list([{"text": "Once upon a time there was a dog."}] * 8)
     trainer = trl.SFTTrainer(
-        parts.model, trl.SFTConfig(**arguments(tmp_path / "t"), max_length=32), train_dataset=data,
+        parts.model, trl.SFTConfig(**arguments(tmp_path / "t", **{AGAIN: True}), max_length=32), train_dataset=data,
         data_collator=parts.collator, compute_loss_func=parts.loss, processing_class=parts.tokenizer,
         peft_config=peft.LoraConfig(r=4, target_modules="all-linear"),
     )  # fmt: skip

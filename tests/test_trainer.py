@@ -175,7 +175,6 @@ def test_a_script_of_the_trainer_makes_a_drafter(
             unmask.for_trainer(folder, recipe="drafter", max_length=32)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's, of transformers
 @pytest.mark.parametrize(
     ("recipe", "settings"), [("efficient-dlm", {"complementary": True}), ("drafter", {"drafter_rank": 2})]
 )
@@ -197,12 +196,13 @@ def test_layers_that_the_trainer_has_run_again_learn_the_same(
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's, of transformers
 def test_a_script_of_trl_converts_with_adapters(tokenizer_and_model: Path, tmp_path: Path) -> None:
     trl, datasets, peft = (pytest.importorskip(name) for name in ("trl", "datasets", "peft"))
     parts = parts_of(tokenizer_and_model, "tri-mode-published")
     data = datasets.Dataset.from_list([{"text": "Once upon a time there was a dog."}] * 8)
     trainer = trl.SFTTrainer(
-        parts.model, trl.SFTConfig(**arguments(tmp_path / "t", **{AGAIN: True}), max_length=32), train_dataset=data,
+        parts.model, trl.SFTConfig(**arguments(tmp_path / "t"), max_length=32), train_dataset=data,
         data_collator=parts.collator, compute_loss_func=parts.loss, processing_class=parts.tokenizer,
         peft_config=peft.LoraConfig(r=4, target_modules="all-linear"),
     )  # fmt: skip

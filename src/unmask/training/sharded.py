@@ -7,6 +7,7 @@ and Accelerate.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -163,6 +164,7 @@ def assemble(*parts: Any) -> None:
                 module._buffers[name] = buffer.cpu()
         for module in part.modules():
             _forget_sharding(module)
+    gc.collect()  # what FSDP2 kept of the shards refers to itself
 
 
 def _gathered(parameter: Any) -> nn.Parameter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,16 @@ def test_a_resumed_run_is_shown_as_one(tracked: Path, tokenizer_and_model: Path,
     run_case(full(CASE, tokenizer_and_model, stories, folder) | {"resume": True})
     assert logged(folder) == {name: sent(folder)[name] for name in logged(folder)}
     assert len(list((folder / "unmask").glob("events*"))) == 2
+
+
+def test_a_run_without_a_checkpoint_starts_over(
+    tracked: Path, tokenizer_and_model: Path, stories: Path, tmp_path: Path
+) -> None:
+    """What it sent before it was cut short is not shown."""
+    folder = interrupted(tracked, tmp_path / "run", 2)
+    shutil.rmtree(folder / "checkpoint-2")
+    run_case(full(CASE, tokenizer_and_model, stories, folder) | {"resume": True})
+    assert logged(folder) == {name: sent(folder)[name] for name in logged(folder)}
 
 
 def test_several_processes_send_once(tracked: Path, tokenizer_and_model: Path, stories: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def tracking(settings: Resolved, folder: Path, start: int) -> Iterator[Track]:
 def _started(name: str, settings: Resolved, folder: Path, start: int) -> Any:
     kind = LOGGER_TYPE_TO_CLASS[name]
     of_kind: dict[str, dict[str, Any]] = {
-        "tensorboard": {"purge_step": start + 1 if start else None}, "wandb": {"name": folder.name},
+        "tensorboard": {"purge_step": start + 1}, "wandb": {"name": folder.name},
         "mlflow": {"run_name": folder.name},
     }  # fmt: skip
     place = [str(folder)] if kind.requires_logging_directory else []

@@ -168,3 +168,18 @@ def test_every_error_that_the_page_explains_is_one_of_the_library() -> None:
     explained = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
     assert len(explained) > 40
     assert [message for message in explained if message not in said] == []
+
+
+def test_numbers_beside_the_papers_stand_in_the_results() -> None:
+    page = (ROOT / "docs" / "papers.md").read_text()
+    rows = re.findall(r"^\|[^|]*\|[^|]*\|([^|]*)\|([^|]*)\| \[.*\]\(\.\./(results/[^)]*)\) \|$", page, re.MULTILINE)
+    assert len(rows) > 12
+    for here, recipe, folder in rows:
+        text = "".join(file.read_text() for file in (ROOT / folder).glob("*.md"))
+        numbers = re.findall(r"\d+(?:\.\d+|%)", here)
+        assert numbers, here
+        assert [number for number in numbers if number not in text] == [], folder
+        name = re.search(r"`(?:unmask study )?([\w-]+)", recipe)
+        assert name is not None
+        kind = "studies" if "study" in recipe else "recipes"
+        assert (ROOT / "src" / "unmask" / kind / f"{name[1]}.toml").is_file(), recipe

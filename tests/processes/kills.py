@@ -80,7 +80,7 @@ def _wait(processes: Sequence[BaseProcess], folder: Path, last: int, chance: ran
     writing one. False if the run ended before."""
     moment = chance.choice(("start", "after", "saving"))
     checkpoint, files = min(last, _newest(folder) + chance.randrange(6)), chance.randint(1, 6)
-    checkpoint = last if chance.random() < 0.2 else checkpoint
+    checkpoint = last if chance.random() < 0.4 else checkpoint
     until = time.monotonic() + (chance.uniform(0, 5) if moment == "start" else 900)
     while time.monotonic() < until and all(process.is_alive() for process in processes):
         if moment == "after" and _newest(folder) >= checkpoint:

@@ -11,15 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MASK, STORIES, SUPPORTED, block_config, network, random_tokens, tiny_llama, tiny_model
+from conftest import MASK, STORIES, SUPPORTED, VOCABULARY, block_config, network, random_tokens, tiny_llama, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import unmask
 from unmask import hf
+from unmask.core import head_loss
 from unmask.core.attention import Layout, dense
 from unmask.core.batch import Batch
 from unmask.core.corruption import Corruption, segments
 from unmask.core.distances import draft_distance
-from unmask.core.objectives import ar_loss, joint_loss, predictable
+from unmask.core.objectives import ar_loss, distill_loss, joint_loss, predictable
 from unmask.data.documents import load_corpus
 from unmask.recipe import load_recipe
 from unmask.resolve import resolve
@@ -75,6 +78,49 @@ def test_joint_loss_with_a_teacher_equals_its_parts_by_hand(distance: str) -> No
     }[distance]
     assert got.sum.item() == pytest.approx((ar + 0.3 * (corruption.weight[:, 1:] * each).sum()).item(), rel=1e-9)
     assert got.count == predictable(layout).sum()
+
+
+class Rows(TorchDispatchMode):
+    """most: rows of the largest tensor that was made with a number for each token of the vocabulary.
+
+    The head's matrix, transposed, does not count.
+    """
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        for x in tree_leaves(made):
+            if isinstance(x, torch.Tensor) and x.shape[-1:] == (VOCABULARY,) and x.shape != (32, VOCABULARY):
+                self.most = max(self.most, x.numel() // VOCABULARY)
+        return made
+
+
+@pytest.mark.parametrize("kind", ["kl", "tv", "ce", "top", "drafter"])
+def test_losses_beside_another_model_hold_few_logits_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_loss, "_AT_ONCE_CPU", 1)
+    monkeypatch.setattr(head_loss, "_ROWS", 7)
+    student, teacher, (x0, layout, corruption) = network(), other_network(), text()
+
+    def learnt() -> tuple[int, list[torch.Tensor]]:
+        student.model.zero_grad()
+        with Rows() as rows:
+            if kind == "drafter":
+                loss = distill_loss(student, CONFIG, x0, layout, corruption, "kl+tv")
+            else:
+                distance, top_k = ("kl", 5) if kind == "top" else (kind, None)
+                loss = joint_loss(student, CONFIG, x0, layout, corruption, 0.3, teacher=teacher, distance=distance,
+                                  top_k=top_k)  # fmt: skip
+            loss.sum.backward()
+        return rows.most, [loss.sum.detach(), *(p.grad.clone() for p in student.model.parameters())]
+
+    most, found = learnt()
+    assert most <= 7
+    student.fast_paths = teacher.fast_paths = hf.FastPaths()
+    most, expected = learnt()
+    assert most >= int(corruption.masked.sum())
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_without_a_teacher_the_noisy_rows_follow_the_clean_ones_without_moving_them() -> None:

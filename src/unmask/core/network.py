@@ -267,6 +267,18 @@ Later = Callable[[Tensor], Tensor]
 """(flat rows of a pass, on the host) -> their logits, computed when they are asked for."""
 
 
+LogitsOf = Callable[[Tensor | slice], Tensor]
+"""(which of the rows of a pass) -> their logits, without a graph, computed when they are asked for."""
+
+
+@runtime_checkable
+class LazyNetwork(Network, Protocol):
+    """A network whose head can run after a pass on some of its rows at a time, so that few logits exist at once."""
+
+    def lazily(self, passed: Pass, past: GrowingCache | None = None) -> LogitsOf:
+        """`run_lazily`."""
+
+
 @runtime_checkable
 class DeferringNetwork(Network, Protocol):
     """A network whose head can run on further rows of a pass once it is known which of them are read."""
@@ -297,6 +309,19 @@ def run_sum(
     if isinstance(network, SummingNetwork):
         return network.weighted_sum(passed, row_loss, weight, past)
     return whole_sum(run(network, passed, past), row_loss, weight)
+
+
+@torch.no_grad()
+def run_lazily(network: Network, passed: Pass, past: GrowingCache | None = None) -> LogitsOf:
+    """A function from some of the rows of a pass to their logits, without a graph; the slow twin has them all."""
+    if isinstance(network, LazyNetwork):
+        return network.lazily(passed, past)
+    return rows_of(run(network, passed, past))
+
+
+def rows_of(logits: Tensor) -> LogitsOf:
+    """Logits that exist already, as a function of their rows."""
+    return lambda rows: logits[to_device(rows, logits.device) if isinstance(rows, Tensor) else rows]
 
 
 def run_deferred(network: Network, passed: Pass, later: Tensor, past: SlotCacheState) -> tuple[Tensor, Later]:

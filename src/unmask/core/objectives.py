@@ -22,8 +22,8 @@ from unmask.core.batch import Batch
 from unmask.core.corruption import Corruption, segments
 from unmask.core.distances import OF_BLOCKS, draft_distance
 from unmask.core.head_loss import RowLoss
-from unmask.core.network import DiffusionConfig, GrowingCache, Network, run, run_sum
-from unmask.core.scoring import ar_pass, distilled_pass, joint_pass, noisy_pass, score, score_ar, scoring_pass
+from unmask.core.network import DiffusionConfig, GrowingCache, LogitsOf, Network, run, run_lazily, run_sum
+from unmask.core.scoring import ar_pass, distilled_pass, joint_pass, noisy_pass, score, scoring_pass
 from unmask.core.transfer import to_device
 
 
@@ -120,18 +120,42 @@ def joint_loss(
         weight = torch.ones(len(passed.rows), device=x0.device, dtype=torch.float64)
         weight[:num_masked] = alpha * corruption.weight[masked].double()
         return LossOutput(run_sum(network, passed, _nll(torch.cat([x0[masked], x0[wanted]])), weight), wanted.sum())
-    logits = run(network, passed)
-    noisy_logits, ar_logits = logits[:num_masked], logits[num_masked:]
+    masked_of_wanted = masked[wanted].nonzero()[:, 0]
     if teacher is None:
-        reference = ar_logits.detach()
+        logits = run(network, passed)
+        noisy_logits, ar_logits = logits[:num_masked], logits[num_masked:]
         ar = cross_entropy(ar_logits, to_device(x0[wanted], logits.device), reduction="sum")
-    else:
-        with torch.no_grad():
-            reference = score_ar(teacher, x0, layout, wanted)
-        ar = draft_distance(reference, ar_logits, x0[wanted], "kl", top_k).sum()
-    masked_of_wanted = to_device(masked[wanted].nonzero()[:, 0], logits.device)
-    values = draft_distance(reference[masked_of_wanted], noisy_logits, x0[masked], distance, top_k)
-    return LossOutput(ar + alpha * (to_device(corruption.weight[masked], logits.device) * values).sum(), wanted.sum())
+        reference = ar_logits.detach()[to_device(masked_of_wanted, logits.device)]
+        values = draft_distance(reference, noisy_logits, x0[masked], distance, top_k)
+        weight = to_device(corruption.weight[masked], logits.device)
+        return LossOutput(ar + alpha * (weight * values).sum(), wanted.sum())
+    p = run_lazily(teacher, ar_pass(x0, layout, wanted))
+    weight = torch.ones(len(passed.rows), device=x0.device, dtype=torch.float64)
+    weight[:num_masked] = alpha * corruption.weight[masked].double()
+    row_loss = _from_teacher(p, masked_of_wanted, x0[masked], distance, top_k)
+    return LossOutput(run_sum(network, passed, row_loss, weight), wanted.sum())
+
+
+def _from_teacher(p: LogitsOf, masked_of_wanted: Tensor, target: Tensor, distance: str, top_k: int | None) -> RowLoss:
+    """The distances of noisy rows, and behind them KL of AR rows, from a teacher's logits p of the AR rows.
+
+    masked_of_wanted: (noisy rows,), the AR row of the same token; target: (noisy rows,).
+    """
+    noisy = len(masked_of_wanted)
+
+    def row_loss(logits: Tensor, part: slice) -> Tensor:
+        start = part.start or 0
+        n = max(0, min(noisy - start, len(logits)))
+        first, last = slice(start, start + n), slice(start + n - noisy, start + len(logits) - noisy)
+        values = [logits[:0].sum(-1)]  # of no row, for a pass without any
+        if n:
+            reference = to_device(p(masked_of_wanted[first]), logits.device)
+            values.append(draft_distance(reference, logits[:n], target[first], distance, top_k))
+        if n < len(logits):
+            values.append(draft_distance(to_device(p(last), logits.device), logits[n:], target, "kl", top_k))
+        return torch.cat(values)
+
+    return row_loss
 
 
 def shared_loss(
@@ -200,12 +224,12 @@ def distill_loss(
     p, passed, past = distilled_pass(network, config, xt, x0, layout, wanted)
     if distance in OF_BLOCKS:
         q, of_block = run(network, passed, past), _reach if distance == "reach" else _first_error
-        values = of_block(p, q, target, wanted, layout, config.block_size or 1, top_k)
+        values = of_block(p(slice(None)), q, target, wanted, layout, config.block_size or 1, top_k)
         total = (to_device(weight, values.device) * values).sum()
     else:
 
         def row_loss(logits: Tensor, part: slice) -> Tensor:
-            return draft_distance(p[part], logits, target[part], distance, top_k)
+            return draft_distance(p(part), logits, target[part], distance, top_k)
 
         total = run_sum(network, passed, row_loss, weight, past)
     return LossOutput(total, predictable(layout, loss_mask).sum())

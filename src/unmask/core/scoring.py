@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from unmask.core.attention import Layout, Pattern, causal
-from unmask.core.network import DiffusionConfig, GrowingCache, Network, Pass, run
+from unmask.core.network import DiffusionConfig, GrowingCache, LogitsOf, Network, Pass, run, run_lazily
 from unmask.core.noise import integers
 from unmask.core.transfer import to_device
 
@@ -136,12 +136,12 @@ def score_distilled(
 ) -> tuple[Tensor, Tensor]:
     """`score` and `score_ar` of the positions `wanted`; the clean stream leaves no graph."""
     ar_logits, passed, past = distilled_pass(network, config, xt, x0, layout, wanted)
-    return run(network, passed, past), ar_logits
+    return run(network, passed, past), ar_logits(slice(None))
 
 
 def distilled_pass(
     network: Network, config: DiffusionConfig, xt: Tensor, x0: Tensor, layout: Layout, wanted: Tensor
-) -> tuple[Tensor, Pass, GrowingCache]:
+) -> tuple[LogitsOf, Pass, GrowingCache]:
     """`score_ar` of the positions `wanted`, without a graph, and the pass on top of it that scores them.
 
     The clean tokens run first and fill a cache, and the noisy ones run on top of it: the same as one pass
@@ -154,8 +154,7 @@ def distilled_pass(
     if config.shift and bool((wanted & (layout.position % (block or 1) == 0)).any()):
         raise ValueError("a block's first position has no noisy row with the shift: leave it out of wanted")
     past = GrowingCache(network.new_cache(), layout.subset(..., slice(0, 0)))
-    with torch.no_grad():
-        ar_logits = network(x0, layout, causal, rows=row[wanted] - 1, past=past)
+    ar_logits = run_lazily(network, Pass(x0, layout, causal, row[wanted] - 1), past)
     past.layout = layout
     return ar_logits, noisy_pass(config, xt, layout, wanted), past
 

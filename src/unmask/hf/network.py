@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import DynamicCache, cache_utils
 
 from unmask.core.attention import Layout, Pattern, causal, intersect, same_document
 from unmask.core.head_loss import RowLoss, whole_sum
-from unmask.core.network import GrowingCache, Later, Pass, SlotCacheState, not_deferred, run
+from unmask.core.network import GrowingCache, Later, LogitsOf, Pass, SlotCacheState, not_deferred, rows_of, run
 from unmask.core.transfer import to_device
 from unmask.hf.fast.again import Contexts, layers_again
 from unmask.hf.fast.chunked import CHUNK
@@ -192,9 +193,7 @@ class HFNetwork:
     def deferred(self, passed: Pass, later: Tensor, past: SlotCacheState) -> tuple[Tensor, Later]:
         """The logits of `passed.rows`, and a function from other flat rows of the same pass to theirs."""
         compiled = self.compiled is not None and self.compiled.takes(past)
-        # A sharded head (FSDP2) has its matrix during a pass of its model alone.
-        alone = self.plain_head and type(self.head) is torch.nn.Linear
-        if not alone or compiled or self.first_long_position is not None:
+        if not self._head_runs_alone or compiled or self.first_long_position is not None:
             return not_deferred(self, passed, later, past)
         read: list[Tensor] = []
         with self.lock:
@@ -205,6 +204,28 @@ class HFNetwork:
                 return self._finished(self.head(read[0][to_device(rows, self.device)]))
 
         return self._finished(logits), logits_of
+
+    @torch.no_grad()
+    def lazily(self, passed: Pass, past: GrowingCache | None = None) -> LogitsOf:
+        """A function from some of the rows of a pass to their logits, see `core.network.run_lazily`."""
+        if not self._head_runs_alone:
+            return rows_of(run(self, passed, past))
+        read: list[Tensor] = []
+        with self.lock:
+            self._run(*passed, past, lambda kept: head_input(self.head, read, kept))
+
+        @torch.no_grad()
+        def logits_of(rows: Tensor | slice) -> Tensor:
+            # Not by the head itself, on which another thread may have put a hook.
+            hidden = read[0][to_device(rows, self.device) if isinstance(rows, Tensor) else rows]
+            return self._finished(linear(hidden, self.head.weight, self.head.bias))
+
+        return logits_of
+
+    @property
+    def _head_runs_alone(self) -> bool:
+        """Whether the head can run after its pass; a sharded one (FSDP2) has its matrix during a pass alone."""
+        return self.plain_head and type(self.head) is torch.nn.Linear
 
     @property
     def plain_head(self) -> bool:

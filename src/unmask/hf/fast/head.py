@@ -65,11 +65,14 @@ def head_sum(
 
 
 @contextmanager
-def head_input(head: torch.nn.Module, read: list[Tensor]) -> Iterator[None]:
-    """Within the context the input of `head` is appended to `read`, and `head` runs on one row only."""
+def head_input(head: torch.nn.Module, read: list[Tensor], rows: Tensor | slice | None = None) -> Iterator[None]:
+    """Within the context the input of `head` is appended to `read`, and `head` runs on one row only.
+
+    rows: flat indices into (batch * length), of which alone the input is read; None for the input as it is.
+    """
 
     def take(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        read.append(args[0])
+        read.append(args[0] if rows is None else args[0].flatten(0, 1)[rows])
         return (args[0][:1, :1],)
 
     handle = head.register_forward_pre_hook(take)

@@ -27,9 +27,10 @@ from unmask.hf.grammar import Grammar, JsonSchema, Lark, Regex, grammar_constrai
 from unmask.hf.hub import push
 from unmask.hf.layers import checkpoint_layers, take_checkpointing_over, takes_flex
 from unmask.hf.masks import UnsupportedModelError
-from unmask.hf.network import FastPaths, HFNetwork, replicate
+from unmask.hf.network import FastPaths, HFNetwork
 from unmask.hf.probes import as_network, probe, probe_fast_paths, probe_network, sees_position_differences
 from unmask.hf.quantised import quantisation_of
+from unmask.hf.replicas import replicate
 from unmask.hf.special_tokens import (
     add_end_token,
     begin_token_id,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import threading
@@ -35,7 +34,6 @@ from unmask.hf.long_rope import (
     LongSlots,
     first_long_position,
     in_long_documents,
-    rotary_modules,
     rotating,
     run_on_long_slots,
 )
@@ -446,20 +444,3 @@ def cache_keyword(model: Any) -> str:
     "past_key_values", which newer models accept and ignore."""
     names = inspect.signature(model.forward).parameters
     return "cache" if "cache" in names else "past_key_values"
-
-
-def replicate(network: HFNetwork) -> HFNetwork:
-    """The same network on a copy of the model that shares its weights and buffers, but not its gradients.
-
-    Threads can run forward and backward at the same time, each on its own copy, since each copy has its own hooks.
-    """
-    model = network.model
-    memo: dict[int, Any] = {id(p): torch.nn.Parameter(p.data, p.requires_grad) for p in model.parameters()}
-    changing = {id(b) for module in rotary_modules(model) for b in module.buffers()}  # written by each pass
-    memo |= {id(b): b for b in model.buffers() if id(b) not in changing}
-    twin = copy.copy(network)
-    twin.model = twin.forward = copy.deepcopy(model, memo)
-    twin._recent_masks, twin._plan, twin.compiled, twin.packed = deque(maxlen=2), None, None, None
-    twin.lock, twin.with_temperature = lock_of(twin.model), layers_with_temperature(twin.model)
-    twin.head, twin.config = twin.model.get_output_embeddings(), twin.model.config.get_text_config()
-    return twin

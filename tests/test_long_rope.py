@@ -13,7 +13,7 @@ from unmask import hf
 from unmask.core.attention import PADDING, Layout, causal
 from unmask.core.scoring import score, score_distilled, score_joint
 from unmask.hf.long_rope import rotary_modules
-from unmask.hf.network import replicate
+from unmask.hf.replicas import replicate
 
 FIRST = 24
 _FACTORS = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3],

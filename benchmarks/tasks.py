@@ -138,6 +138,7 @@ SHUFFLES = {
 LONG_ARMS = {
     "one-block": Arm("efficient-dlm", ONE_BLOCK | HARD | {"block_size": 80}, tokens=5_000_000),
     "blocks of 16": Arm("efficient-dlm", {"block_size": 16}, tokens=3_000_000),
+    "tri-mode": Arm("tri-mode-published", HEADLINE["tri-mode"].settings | {"block_size": 16}, drafts(4, 8, 12)),
 }
 
 

@@ -14,6 +14,7 @@ from unmask.limits import check_function
 from unmask.replay_page import facts_of, in_frame, replay_page
 from unmask.sampling import Decoder, Guess, SampledTokens, Step
 from unmask.sampling.request import Callback
+from unmask.tables import number_of, tokens_in_forwards
 
 MOST_REPLAYED = 4
 """Prompts of a call of `generate` that keep their history: with many rows, keeping it would take time."""
@@ -89,7 +90,7 @@ class SampleOutput:
 
     def __repr__(self) -> str:
         rows = [
-            f"{text!r} ({new} new tokens in {forwards} forwards)"
+            f"{text!r} ({number_of(new, 'new token')} in {number_of(forwards, 'forward')})"
             for text, new, forwards in zip(
                 self.texts, self.num_new_tokens.tolist(), self.num_forwards.tolist(), strict=True
             )
@@ -125,8 +126,10 @@ class SampleOutput:
 
 def summary(output: SampleOutput) -> str:
     """The counts of the one row of an output, in a line."""
-    counts = output.counts(0)
-    return f"{counts['tokens']} tokens in {counts['forwards']} forwards ({counts['tokens per forward']} per forward)"
+    per_forward = output.counts(0)["tokens per forward"]
+    return (
+        f"{tokens_in_forwards(int(output.num_new_tokens[0]), int(output.num_forwards[0]))} ({per_forward} per forward)"
+    )
 
 
 def sample_output(

@@ -1,4 +1,4 @@
-"""Tables and long lines as text that fits the screen: words are not broken where it is narrow."""
+"""Counts, tables and long lines as text; on a narrow screen words are not broken."""
 
 from __future__ import annotations
 
@@ -54,3 +54,13 @@ def _fill(line: str, width: int, first: str, later: str) -> str:
         line = re.sub(r"(?<=\S) {5,}", "  ", line)  # a column that was aligned
     return textwrap.fill(line, max(20, width), initial_indent=first, subsequent_indent=later, break_on_hyphens=False,
                          break_long_words=False)  # fmt: skip
+
+
+def tokens_in_forwards(tokens: int, forwards: int) -> str:
+    """Such as "7 tokens in 1 forward"."""
+    return f"{number_of(tokens, 'token')} in {number_of(forwards, 'forward')}"
+
+
+def number_of(number: int, thing: str) -> str:
+    """Such as "1 token" and "2 tokens"."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

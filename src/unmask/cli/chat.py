@@ -16,6 +16,7 @@ import typer
 from unmask.cli.app import app, name_of
 from unmask.cli.options import DECODER, LOADING, SAMPLING, mode_of, opened, packed, takes_options
 from unmask.progress import say
+from unmask.tables import tokens_in_forwards
 
 _HELP = """/help        these words
 /mode NAME   decode otherwise: {modes}; without NAME, the mode of now
@@ -116,7 +117,7 @@ class _Talk:
         for name, counts in (("last answer", self.counts[-1:]), ("all answers", self.counts)):
             tokens, forwards, seconds = (sum(column) for column in zip((0, 0, 0.0), *counts, strict=True))
             rate, speed = tokens / max(1, forwards), tokens / max(seconds, 1e-9)
-            say(f"{name}: {tokens} tokens in {forwards} forwards ({rate:.2f} per forward), {speed:.1f} tokens/s")
+            say(f"{name}: {tokens_in_forwards(tokens, forwards)} ({rate:.2f} per forward), {speed:.1f} tokens/s")
 
     def _reset(self, _: str | None) -> None:
         self.messages.clear()

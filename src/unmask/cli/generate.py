@@ -15,6 +15,7 @@ from unmask.cli.app import Json, app, name_of
 from unmask.cli.options import CONSTRAINT, DECODER, LOADING, SAMPLING, mode_of, opened, packed, takes_options
 from unmask.plain_json import to_json
 from unmask.progress import say
+from unmask.tables import tokens_in_forwards
 
 
 @app.command(epilog='Example: unmask generate runs/q "Once upon a time" --max-new-tokens 64 --confidence-threshold 0.8')
@@ -189,4 +190,4 @@ def infill(
         print(to_json({"text": out.texts[0], **around, "fills": out.fills[0], "filled": out.filled[0], **_counts(out)}))
         return
     print(out.filled[0])
-    say(f"{int(out.num_new_tokens[0])} tokens in {int(out.num_forwards[0])} forwards")
+    say(tokens_in_forwards(int(out.num_new_tokens[0]), int(out.num_forwards[0])))

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unmask.tables import tokens_in_forwards
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -159,7 +161,7 @@ def _written(lm: DiffusionLM, prompt: str, way: str) -> Answer:
 
     answer = _write(lm, [{"role": "user", "content": prompt}], way, NEW_TOKENS, show)
     tokens, forwards = answer.tokens, answer.forwards
-    per_forward = f"{tokens} tokens in {forwards} forwards, {tokens / forwards:.2f} per forward"
+    per_forward = f"{tokens_in_forwards(tokens, forwards)}, {tokens / forwards:.2f} per forward"
     print(f"\n  {'':14}({per_forward}; {answer.seconds:.1f} s)")
     return answer
 

@@ -126,10 +126,8 @@ class SampleOutput:
 
 def summary(output: SampleOutput) -> str:
     """The counts of the one row of an output, in a line."""
-    per_forward = output.counts(0)["tokens per forward"]
-    return (
-        f"{tokens_in_forwards(int(output.num_new_tokens[0]), int(output.num_forwards[0]))} ({per_forward} per forward)"
-    )
+    counts = tokens_in_forwards(int(output.num_new_tokens[0]), int(output.num_forwards[0]))
+    return f"{counts} ({float(output.tokens_per_forward[0]):.2f} per forward)"
 
 
 def sample_output(

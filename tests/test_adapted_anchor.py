@@ -161,7 +161,8 @@ def test_a_measured_pace_weighs_a_draft_forward_that_gives_no_token() -> None:
     """Drafts that are never accepted: two forwards gain one token, or two where the draft forward is AR's too."""
     chosen = {}
     for apart in (True, False):
-        pace = MeasuredPace(4, Experience(Costs({1: 1.0, 2: 0.9})), 0, apart=apart)
+        costs = {1: 1.0, 2: 0.9}
+        pace = MeasuredPace(4, Experience(Costs(dict(costs)), Costs(dict(costs))), 0, apart=apart)
         assert all(cycle.forwards == 2 for cycle in pace.cycles[1:]) == apart
         for _ in range(200):
             pace.learn_drafts([3], [0])

@@ -174,10 +174,8 @@ class MeasuredPace(Pace):
         self.seconds_without_drafts = 0.0
 
     def choose(self, num_rows: int) -> Cycle:
-        if self.seen.tokens.is_guess(
-            num_rows
-        ):  # a step of AR decoding loses nothing, and tells what all else must beat
-            return _AR
+        if self.seen.tokens.is_guess(num_rows):
+            return _AR  # a step of AR decoding loses nothing, and tells what all else must beat
 
         def speed(cycle: Cycle) -> float:
             return self._gain(cycle, self._expected(cycle)) / max(self._cost(cycle, num_rows), 1e-9)

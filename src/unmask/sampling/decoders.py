@@ -300,23 +300,17 @@ def _options_of(kind: type[Decoder]) -> list[str]:
     return [*names, "confidence_threshold"] if "select" in names else names
 
 
+_OF_REQUESTS = ("max_new_tokens", "temperature", "top_p", "top_k", "stop_strings", "seed", "callback", "constraint")
+"""What every decoder is asked, by the names that `generate` has for it."""
+
+
 def _unread(name: str, value: Any, mode: str | Decoder, kind: type[Decoder]) -> str:
     """The message for an option that the decoder has no field for: where it is read, and what is read here."""
     decoder = f"mode {mode!r} ({kind.__name__})" if isinstance(mode, str) else kind.__name__
     places = list(dict.fromkeys(_name(other, kind) for other in DECODERS if name in _options_of(other)))
     if not places:
         known = sorted({option for other in DECODERS for option in _options_of(other)})
-        of_request = (
-            "max_new_tokens",
-            "temperature",
-            "top_p",
-            "top_k",
-            "stop_strings",
-            "seed",
-            "callback",
-            "constraint",
-        )
-        near = difflib.get_close_matches(name, [*known, *of_request], n=1)
+        near = difflib.get_close_matches(name, [*known, *_OF_REQUESTS], n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"options of decoders are {', '.join(known)}"
         return f"option {name}={value!r} is unknown: {hint}"
     reads = ", ".join(_options_of(kind)) or "no options"

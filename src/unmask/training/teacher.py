@@ -47,6 +47,8 @@ def _dtype_of(lm: DiffusionLM, settings: Resolved) -> torch.dtype:
 
 
 def _copied(model: Any, dtype: torch.dtype) -> Any:
-    """A copy of the model with weights of this type, and no other copy of them on the way."""
+    """A copy of the model with weights of this type, and no other copy of them on the way; packed ones stay packed."""
+    if hf.quantisation_of(model) is not None:
+        return copy.deepcopy(model)
     copies: dict[int, Any] = {id(p): torch.nn.Parameter(p.detach().to(dtype, copy=True)) for p in model.parameters()}
     return copy.deepcopy(model, copies)

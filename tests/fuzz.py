@@ -140,7 +140,8 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "max_new_tokens": st.integers(1, 12), "temperature": st.sampled_from([0.0, 0.7, 1.0]),
     "top_p": st.sampled_from([0.5, 1.0]), "top_k": small, "seed": st.integers(0, 9), "batch_size": st.integers(1, 3),
     "constraint": st.sampled_from(["json_object", {"type": "boolean"}]), "regex": st.just("[a-z ]+"),
-    "shard": st.sampled_from(["1/1", "1/2", "2/2"]), "json_schema": st.just('{"type": "boolean"}'), "grammar": st.just('start: "a"'),
+    "json_schema": st.just('{"type": "boolean"}'), "grammar": st.just('start: "a"'),
+    "shard": st.sampled_from(["1/1", "1/2", "2/2"]),
     "stop_strings": st.sampled_from(["the", ["a", "b"]]), "stop": st.sampled_from(["the", "a"]),
     "select": st.sampled_from(["Confidence", "Random", "Entropy", "Margin"]).flatmap(
         lambda kind: st.builds(Made, st.just(kind), st.fixed_dictionaries({"n": small}))),

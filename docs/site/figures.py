@@ -19,7 +19,8 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 def draw_tasks(path: Path) -> tuple[Path, Path]:
     """Accuracy over tokens per forward on tasks with one right answer: the parent, and each conversion a line."""
-    rows = [row for row in rows_of("tasks/rows.jsonl") if row["measure"] == "answers" and row["split"] == "test"]
+    what = {"measure": "answers", "split": "test", "family": "short"}
+    rows = [row for row in rows_of("tasks/rows.jsonl") if what.items() <= row.items()]
     (parent,) = (row for row in rows if row["arm"] == "base")
     arms = {
         ("one-block", 500_000, "threshold "): "after 0.5M tokens, threshold",

@@ -174,17 +174,18 @@ class MeasuredPace(Pace):
         self.seconds_without_drafts = 0.0
 
     def choose(self, num_rows: int) -> Cycle:
-        if self.seen.tokens.is_guess(num_rows):
+        many = num_rows > 1  # of one row a cycle that does not pay costs little, and is learnt from as it is made
+        if many and self.seen.tokens.is_guess(num_rows):
             return _AR  # a step of AR decoding loses nothing, and tells what all else must beat
 
         def speed(cycle: Cycle) -> float:
             return self._gain(cycle, self._expected(cycle)) / max(self._cost(cycle, num_rows), 1e-9)
 
         probe = Cycle(2, min(3, self.longest))
-        if self.longest > 1 and not self.seen.masks.seconds:
+        if many and self.longest > 1 and not self.seen.masks.seconds:
             return probe
-        best = max(self._near(num_rows, probe), key=speed)
-        if speed(best) > _SURE * speed(_AR):
+        best = max(self._near(num_rows, probe) if many else self.cycles, key=speed)
+        if many and speed(best) > _SURE * speed(_AR):
             best = max(self.cycles, key=speed)
         if best != _AR or self.longest == 1:
             self.seconds_without_drafts = 0.0

@@ -22,6 +22,7 @@ from unmask.conversion.run_record import IN_MEMORY
 from unmask.data.plain_text import open_ids
 from unmask.data.readers import read_documents
 from unmask.data.sources import local_files
+from unmask.evaluation.figures import fingerprint
 from unmask.lab.figures import draw_frontier
 from unmask.lab.frontier import FrontierRow, check_vocabulary
 from unmask.lab.sweep import Sweep, key_of, plan, run_sweep
@@ -184,11 +185,10 @@ def describe(
     """What run.json says: everything that rows of one folder must have in common."""
     device = lm.network.device.type
     clock = "CPU seconds of one thread" if device == "cpu" and torch.get_num_threads() == 1 else "wall clock"
-    fingerprint = hf.fingerprint(lm.model) + ("" if lm.drafter is None else "-" + hf.fingerprint(lm.drafter))
     listed = repr([prompt.tolist() for prompt in prompts])
     return {
         "model": model,
-        "model_fingerprint": fingerprint,
+        "model_fingerprint": fingerprint(lm),
         "parent": str(getattr(parent.model.config, "_name_or_path", "")),
         "parent_fingerprint": hf.fingerprint(parent.model),
         "prompts": sources,

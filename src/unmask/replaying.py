@@ -12,9 +12,7 @@ from unmask.model import DiffusionLM
 from unmask.outputs import SampleOutput
 from unmask.replay_page import Beside, check_page, facts_of, in_frame, replay_page, token_pieces
 from unmask.sampling import Step, Trace
-
-_OF_REQUEST = ("max_new_tokens", "temperature", "top_p", "top_k", "stop_strings", "seed", "callback", "constraint")
-"""Options of `generate` that are not of a decoder."""
+from unmask.sampling.request import REQUEST_OPTIONS
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,7 +47,7 @@ def replay(
     In a notebook the result replays itself; `save` writes its page. parent: the AR model whose text stands beside it;
     by default the model's own AR mode, where it was trained for one.
     """
-    of_request = {name: options.pop(name) for name in _OF_REQUEST if name in options}
+    of_request = {name: options.pop(name) for name in REQUEST_OPTIONS if name in options}
     decoder: Any = lm.decoder(mode, **options)
     trace = Trace(getattr(decoder, "select", None), callback=of_request.pop("callback", None))
     traced = replace(decoder, select=trace.select) if hasattr(decoder, "select") else decoder

@@ -30,7 +30,7 @@ from unmask.sampling.constraint import check_unconstrained
 from unmask.sampling.cycles import Cycle, MeasuredPace, Pace, experience_of
 from unmask.sampling.guidance import check_guidance
 from unmask.sampling.remask import Remask
-from unmask.sampling.request import Request, SampledTokens
+from unmask.sampling.request import REQUEST_OPTIONS, Request, SampledTokens
 from unmask.sampling.speculative import sample_speculative
 
 
@@ -300,17 +300,13 @@ def _options_of(kind: type[Decoder]) -> list[str]:
     return [*names, "confidence_threshold"] if "select" in names else names
 
 
-_OF_REQUESTS = ("max_new_tokens", "temperature", "top_p", "top_k", "stop_strings", "seed", "callback", "constraint")
-"""What every decoder is asked, by the names that `generate` has for it."""
-
-
 def _unread(name: str, value: Any, mode: str | Decoder, kind: type[Decoder]) -> str:
     """The message for an option that the decoder has no field for: where it is read, and what is read here."""
     decoder = f"mode {mode!r} ({kind.__name__})" if isinstance(mode, str) else kind.__name__
     places = list(dict.fromkeys(_name(other, kind) for other in DECODERS if name in _options_of(other)))
     if not places:
         known = sorted({option for other in DECODERS for option in _options_of(other)})
-        near = difflib.get_close_matches(name, [*known, *_OF_REQUESTS], n=1)
+        near = difflib.get_close_matches(name, [*known, *REQUEST_OPTIONS], n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"options of decoders are {', '.join(known)}"
         return f"option {name}={value!r} is unknown: {hint}"
     reads = ", ".join(_options_of(kind)) or "no options"

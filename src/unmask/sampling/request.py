@@ -14,6 +14,9 @@ from unmask.plain_numbers import plain_fields
 from unmask.sampling.constraint import Constraint, Constraints, constraint_of
 from unmask.sampling.tokens import Sampling, Seed, check_sampling
 
+REQUEST_OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "stop_strings", "seed", "callback", "constraint")
+"""What every decoder is asked, by the names that `generate` has for it."""
+
 Stop = Callable[[int, list[int]], int | None]
 """(row, its new tokens so far, from the first) -> how many of them to keep if the row ends there, else None."""
 

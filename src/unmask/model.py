@@ -284,8 +284,7 @@ class DiffusionLM:
         time). stop_tokens, stop_strings: a gap ends there, what follows it comes next, the rest is dropped; end tokens
         are tokens like others. attention: None, the checkpoint's own: block-wise ones see what is before a gap, and of
         what is behind it the part that falls into the active block; "bidirectional" shows them all of it in one noisy
-        stream, which they were not trained on.
-        The other options are those of `generate` in mode "diffusion".
+        stream, which they were not trained on. The other options are those of `generate` in mode "diffusion".
         """
         check_unconstrained(options.get("constraint"))
         config, decoder = filling_decoder(
@@ -337,13 +336,13 @@ class DiffusionLM:
 
     # --- likelihood
 
-    def nll(self, texts: str | Sequence[str], *, show_progress: bool = False) -> list[LikelihoodOutput]:
-        """Exact negative log-likelihood of each text in AR mode (every checkpoint has it)."""
-        documents = self._documents(texts)
-        with progress(
-            "nll", likelihood.num_windows(documents, self.network.context_length), show=show_progress
-        ) as advance:
-            return likelihood.nll(self.network, documents, context_length=self.network.context_length, progress=advance)
+    def nll(
+        self, texts: str | Sequence[str], *, numbers: Sequence[int] | None = None, show_progress: bool = False
+    ) -> list[LikelihoodOutput]:
+        """Exact negative log-likelihood of each text in AR mode (every checkpoint has it). numbers: as in `nelbo`."""
+        documents, context_length = self._documents(texts, numbers), self.network.context_length
+        with progress("nll", likelihood.num_windows(documents, context_length), show=show_progress) as advance:
+            return likelihood.nll(self.network, documents, context_length=context_length, progress=advance)
 
     def nelbo(
         self,
@@ -353,18 +352,18 @@ class DiffusionLM:
         exact: bool = False,
         block_size: int | None = None,
         seed: int | None = None,
+        numbers: Sequence[int] | None = None,
         show_progress: bool = False,
     ) -> list[LikelihoodOutput]:
         """Upper bound on the negative log-likelihood of each text in diffusion mode, with uniform masks.
 
-        Monte Carlo over `num_samples` masks per block, or exact=True by enumeration for blocks of up to 4.
+        Monte Carlo over `num_samples` masks per block, or exact=True by enumeration for blocks of up to 4. numbers: of
+        the texts in a larger set, from 0, in which they have these masks.
         """
         if self.diffusion is None:
             raise ValueError("nelbo needs a converted checkpoint: this is an untouched AR model; use nll")
-        documents = self._documents(texts)
-        with progress(
-            "nelbo", likelihood.num_windows(documents, self.network.context_length), show=show_progress
-        ) as advance:
+        documents, context_length = self._documents(texts, numbers), self.network.context_length
+        with progress("nelbo", likelihood.num_windows(documents, context_length), show=show_progress) as advance:
             return likelihood.nelbo(
                 self.network,
                 self.diffusion.with_block_size(block_size),
@@ -372,14 +371,16 @@ class DiffusionLM:
                 num_samples=plain(num_samples),
                 exact=exact,
                 seed=given_or_new(seed),
-                context_length=self.network.context_length,
+                numbers=numbers,
+                context_length=context_length,
                 progress=advance,
             )
 
-    def _documents(self, texts: str | Sequence[str]) -> list[likelihood.Document]:
+    def _documents(self, texts: str | Sequence[str], numbers: Sequence[int] | None = None) -> list[likelihood.Document]:
         self._check_weights()
+        texts = [texts] if isinstance(texts, str) else texts
         mask_token_id = None if self.diffusion is None else self.diffusion.mask_token_id
-        return likelihood.documents_of(self.tokenizer, [texts] if isinstance(texts, str) else texts, mask_token_id)
+        return likelihood.documents_of(self.tokenizer, texts, mask_token_id, numbers)
 
     # --- embeddings
 

@@ -14,18 +14,8 @@ import torch
 
 from unmask import hf
 from unmask.evaluation.beside import beginnings, check_same_vocabulary, write
-from unmask.evaluation.likelihood import (
-    Document,
-    LikelihoodOutput,
-    LikelihoodSummary,
-    documents_of,
-    nelbo,
-    nll,
-    num_windows,
-    summarise,
-)
+from unmask.evaluation.likelihood import LikelihoodOutput, LikelihoodSummary, summarise
 from unmask.parts import Shard
-from unmask.progress import progress
 from unmask.version import __version__
 
 _LOOKED_AT = 1000
@@ -90,42 +80,17 @@ def measure(lm: Any, parent: Any, documents: Documents, bound: Mapping[str, Any]
     """A row for each document: its number, and `LikelihoodOutput` of what the model has, and of its parent."""
     if not documents.texts:
         return []
-    found = {"nll": _nll(lm, documents)}
+    texts, numbers = list(documents.texts.values()), list(documents.texts)
+    shared: dict[str, Any] = {"numbers": numbers, "show_progress": True}
+    found = {"nll": lm.nll(texts, **shared)}
     if lm.diffusion is not None:
-        found["nelbo"] = _nelbo(lm, documents, **bound)
+        found["nelbo"] = lm.nelbo(texts, **bound, **shared)
     if parent is not None:
-        found["parent_nll"] = _nll(parent, documents)
+        found["parent_nll"] = parent.nll(texts, **shared)
     return [
         {"document": number} | {name: asdict(outputs[i]) for name, outputs in found.items()}
-        for i, number in enumerate(documents.texts)
+        for i, number in enumerate(numbers)
     ]
-
-
-def _nll(lm: Any, documents: Documents) -> list[LikelihoodOutput]:
-    """`DiffusionLM.nll` of a part."""
-    ids, context_length = _ids(lm, documents), lm.network.context_length
-    with progress("nll", num_windows(ids, context_length)) as advance:
-        return nll(lm.network, ids, context_length=context_length, progress=advance)
-
-
-def _nelbo(lm: Any, documents: Documents, *, block_size: int | None, **bound: Any) -> list[LikelihoodOutput]:
-    """`DiffusionLM.nelbo` of a part, whose masks are those of the whole."""
-    ids, context_length = _ids(lm, documents), lm.network.context_length
-    with progress("nelbo", num_windows(ids, context_length)) as advance:
-        return nelbo(
-            lm.network,
-            lm.diffusion.with_block_size(block_size),
-            ids,
-            numbers=list(documents.texts),
-            context_length=context_length,
-            progress=advance,
-            **bound,
-        )
-
-
-def _ids(lm: Any, documents: Documents) -> list[Document]:
-    mask_token_id = lm.diffusion and lm.diffusion.mask_token_id
-    return documents_of(lm.tokenizer, list(documents.texts.values()), mask_token_id, list(documents.texts))
 
 
 def figures(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], written: Any = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from unmask.cli.app import Json, app, name_of
-from unmask.cli.options import DECODER, LOADING, TASKS, Part, opened, show_part, takes_options
+from unmask.cli.options import DECODER, LOADING, TASKS, Part, opened, part_of, show_part, takes_options
 from unmask.limits import MOST_SAMPLES, check_whole
 from unmask.parts import Shard, write_part
 from unmask.plain_json import to_json
@@ -62,9 +62,7 @@ def evaluate(
         if output.exists() and not output.is_dir():
             raise ValueError(f"--output {str(output)!r} is a file: choose a folder")
         check_can_be_written(output, "--output")
-    part = None if shard is None else Shard.parse(shard)
-    if part is not None and output is None:
-        raise ValueError(f"--shard {shard} needs --output, the folder of all parts, where this one is kept")
+    part = part_of(shard, output)
     if tasks is not None:
         if data or more or max_documents is not None:
             raise ValueError(f"--tasks {tasks} brings its own documents: leave --data, and take fewer with --limit")
@@ -112,7 +110,7 @@ def _documents(
     """The first `limit` documents of the files, or those of a part of them."""
     from unmask.data.readers import read_documents
     from unmask.data.sources import local_files
-    from unmask.evaluation.figures import part_of
+    from unmask.evaluation import figures
 
     check_whole("--max-documents", limit)
     paths = local_files(files, "data")
@@ -126,7 +124,7 @@ def _documents(
             if not found:
                 raise ValueError(f"data file {str(path)!r} holds no documents")
 
-    return part_of(islice(texts(), limit), part or Shard())
+    return figures.part_of(islice(texts(), limit), part or Shard())
 
 
 def _likelihoods(

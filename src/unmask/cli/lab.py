@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from unmask.cli.app import Json, Temperature, app, name_of
-from unmask.cli.options import LOADING, Part, show_part, takes_options
+from unmask.cli.options import LOADING, Part, part_of, show_part, takes_options
 from unmask.limits import MOST_ROUNDS, check_whole
-from unmask.parts import Shard
 from unmask.plain_json import to_json
 from unmask.tables import wrapped
 from unmask.version import __version__
@@ -62,9 +61,7 @@ def frontier(
     if bool(files) == (task is not None):
         raise ValueError(f"--data {files} and --task {task}: give documents to begin with, or one task, and not both")
 
-    part = None if shard is None else Shard.parse(shard)
-    if part is not None and output is None:
-        raise ValueError(f"--shard {shard} needs --output, the folder of all parts, where this one is kept")
+    part = part_of(shard, output)
 
     import torch
 

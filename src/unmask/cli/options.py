@@ -92,6 +92,16 @@ Part = Annotated[
 ]
 
 
+def part_of(shard: str | None, output: Path | None) -> Shard | None:
+    """The part that --shard names; ValueError for one without --output."""
+    if shard is None:
+        return None
+    part = Shard.parse(shard)
+    if output is None:
+        raise ValueError(f"--shard {shard} needs --output, the folder of all parts, where this one is kept")
+    return part
+
+
 def show_part(folder: Path, part: Shard, as_json: bool) -> None:
     """Say that a part is finished, and how all are put together."""
     if as_json:

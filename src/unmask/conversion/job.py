@@ -190,7 +190,7 @@ def load_parent(job: Job) -> Parent:
     """Load the model and resolve the settings; ValueError for settings that do not fit this model."""
     settings, ranks = job.settings, join()
     lm, fingerprint = _loaded(job)
-    name = _name_of(lm)
+    name = name_of(lm)
     if settings.lora_rank is not None and not settings.lora_merge and name == IN_MEMORY:
         raise ValueError("lora_merge=false: an adapter needs the name of its base, and this model is in memory only")
     _check_learns(lm, settings, name)
@@ -267,13 +267,13 @@ def _loaded(job: Job) -> tuple[DiffusionLM, str]:
             lm = load(model, dtype=settings.dtype or "float32", quantization_config=settings.quantize,
                       attn_implementation=settings.attn_implementation, base=job.base,
                       trust_remote_code=job.trust_remote_code, **_place(model))  # fmt: skip
-            check_base(lm, settings, _name_of(lm))
+            check_base(lm, settings, name_of(lm))
             return lm
 
         return _once(load_base, own=job.trust_remote_code)
     device = _device()
     _check_loaded(model, settings)
-    check_base(model, settings, _name_of(model))
+    check_base(model, settings, name_of(model))
     if device is not None and hf.quantisation_of(model.model) is None:
         model.model.to(device)
     return model, hf.fingerprint(model.model)
@@ -311,7 +311,8 @@ def _device() -> torch.device | str | None:
     return ranks.device if ranks.num_processes > 1 or chosen_device() else None
 
 
-def _name_of(lm: DiffusionLM) -> str:
+def name_of(lm: DiffusionLM) -> str:
+    """What run.json calls a model: its folder or hub id, or that it is in memory."""
     return str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
 
 

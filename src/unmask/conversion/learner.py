@@ -62,14 +62,7 @@ def convert(job: Job, parent: Parent) -> Learner:
     if settings.objective == "distill":
         drafter, config = new_drafter(lm, settings)
     elif settings.attention != "ar":
-        if config is not None:
-            mask_token_id = config.mask_token_id
-        else:
-            noise = ("mask init", settings.seed) if settings.mask_init_noise else None
-            mask_token_id = hf.add_mask_token(
-                lm.model, lm.tokenizer, token=settings.mask_token, like=settings.mask_init, noise=noise
-            )
-        config = diffusion_config(settings, mask_token_id, __version__)
+        config = diffusion_config(settings, mask_token_of(lm, settings), __version__)
     changed = changes(lm.diffusion, config)
     if changed and job.show_progress:
         note(f"this run changes what {parent.name!r} was converted to: {changed}")
@@ -82,6 +75,14 @@ def convert(job: Job, parent: Parent) -> Learner:
     adapted = DiffusionLM(lm.model, lm.tokenizer, config, drafter=drafter, base=base)
     learning = lm.model if drafter is None else drafter
     return Learner(adapted, tuner, teacher, _record(learning))
+
+
+def mask_token_of(lm: DiffusionLM, settings: Resolved) -> int:
+    """The mask token of the model, which gets one if it has none yet."""
+    if lm.diffusion is not None:
+        return lm.diffusion.mask_token_id
+    noise = ("mask init", settings.seed) if settings.mask_init_noise else None
+    return hf.add_mask_token(lm.model, lm.tokenizer, token=settings.mask_token, like=settings.mask_init, noise=noise)
 
 
 def drafter_shape(settings: Resolved) -> DrafterConfig:

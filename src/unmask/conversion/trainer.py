@@ -20,9 +20,8 @@ from torch import Tensor
 
 from unmask import hf
 from unmask.conversion.continuing import check_mask_stays, recipe_settings
-from unmask.conversion.job import check_base, check_rank
-from unmask.conversion.learner import new_drafter
-from unmask.conversion.run_record import IN_MEMORY
+from unmask.conversion.job import check_base, check_rank, name_of
+from unmask.conversion.learner import mask_token_of, new_drafter
 from unmask.core.attention import PADDING, Layout
 from unmask.core.batch import Batch
 from unmask.core.network import DiffusionConfig, Network
@@ -95,7 +94,7 @@ def for_trainer(
         raise ValueError(f"recipe {chosen.recipe!r} trains no diffusion model: the Trainer's own loss does that")
     if chosen.first_block_size is not None:
         raise ValueError(f"first_block_size={chosen.first_block_size} follows the steps of a run: use unmask.adapt")
-    name = str(getattr(lm.model.config, "_name_or_path", "") or IN_MEMORY)
+    name = name_of(lm)
     check_base(lm, chosen, name)
     check_mask_stays(lm, chosen, name)
     if chosen.random_offset and not hf.sees_position_differences(lm.model):
@@ -135,7 +134,7 @@ def _model(model: Any, tokenizer: Any) -> DiffusionLM:
 
 
 def _converted(lm: DiffusionLM, settings: Resolved) -> DiffusionLM:
-    config = diffusion_config(settings, _mask_token(lm, settings), __version__)
+    config = diffusion_config(settings, mask_token_of(lm, settings), __version__)
     hf.write_diffusion(lm.model, config)
     return DiffusionLM(lm.model, lm.tokenizer, config)
 
@@ -146,16 +145,6 @@ def _drafted(lm: DiffusionLM, settings: Resolved, name: str) -> DiffusionLM:
     drafter, config = new_drafter(lm, settings)
     lm.model.requires_grad_(False)
     return DiffusionLM(lm.model, lm.tokenizer, config, drafter=drafter, base=base)
-
-
-def _mask_token(lm: DiffusionLM, settings: Resolved) -> int:
-    """The mask token of the model, which gets one if it has none yet."""
-    if lm.diffusion is not None:
-        return lm.diffusion.mask_token_id
-    if settings.mask_token is not None:
-        hf.check_mask_token(lm.model, lm.tokenizer, settings.mask_token)
-    noise = ("mask init", settings.seed) if settings.mask_init_noise else None
-    return hf.add_mask_token(lm.model, lm.tokenizer, token=settings.mask_token, like=settings.mask_init, noise=noise)
 
 
 def collate(examples: Sequence[Mapping[str, Any]], *, pad: int, max_length: int) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import replace
@@ -94,12 +93,12 @@ def generate(
 
 def _parent(lm: Any, model: str) -> Any:
     """The AR parent of a model whose own AR mode is none, where its folder names one that is on this machine."""
+    from unmask.conversion.run_record import parent_in
     from unmask.loading import load
 
-    record = Path(model) / "run.json"
-    if lm.diffusion is None or lm.diffusion.serves_ar or not record.is_file():
+    if lm.diffusion is None or lm.diffusion.serves_ar:
         return None
-    name = json.loads(record.read_text(encoding="utf-8")).get("parent", {}).get("name")
+    name = parent_in(Path(model))
     return load(name) if name and Path(name).is_dir() else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ FREE = ("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to"
         "max_nonfinite_steps", "rank_timeout", "attn_implementation", "sync_each_micro_batch", "eval_data",
         "eval_documents", "eval_samples", "sample_texts", "save_dtype")  # fmt: skip
 """Settings that may change when a run is resumed."""
+
+
+def parent_in(folder: Path) -> str | None:
+    """The name of the parent in the run.json of a folder; None without one, and for a parent that had no name."""
+    record = folder / "run.json"
+    name = json.loads(record.read_text(encoding="utf-8")).get("parent", {}).get("name") if record.is_file() else None
+    return None if not name or name == IN_MEMORY else str(name)
 
 
 def training_folder(path: Path) -> RunFolder:

@@ -7,7 +7,6 @@ made, so that a run cut short goes on where it stopped) and the figure. A part o
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ import transformers
 from torch import Tensor
 
 from unmask import hf
-from unmask.conversion.run_record import IN_MEMORY
+from unmask.conversion.run_record import IN_MEMORY, parent_in
 from unmask.data.plain_text import open_ids
 from unmask.data.readers import read_documents
 from unmask.data.sources import local_files
@@ -155,12 +154,10 @@ def load_pair(
 
 
 def _recorded_parent(model: str) -> str:
-    name, run = recorded_base(model), Path(locate(model)) / "run.json"
-    if not name and run.is_file():
-        name = json.loads(run.read_text()).get("parent", {}).get("name")
+    name = recorded_base(model) or parent_in(Path(locate(model)))
     if not name or name == IN_MEMORY:
         raise ValueError(f"model {model!r} records no AR parent to compare with: give it with --parent")
-    return str(name)
+    return name
 
 
 def earlier_rows(folder: RunFolder, run: dict[str, Any]) -> list[FrontierRow]:

@@ -29,7 +29,7 @@ from unmask.run_folder import RunFolder
 from unmask.settings import Settings
 from unmask.training.devices import check_machine
 from unmask.training.optimizer import check_optimizer
-from unmask.training.ranks import capability_of, check_launcher, chosen_device, is_sharding, join, sharding
+from unmask.training.ranks import asked_to_shard, capability_of, check_launcher, chosen_device, join, sharding
 from unmask.training.structures import of_main
 from unmask.training.teacher import load_teacher
 
@@ -87,7 +87,7 @@ def plan(
     check_tracker(settings.report_to)
     check_launcher()
     check_optimizer(settings.optimizer)
-    reason = against_shards(settings) if is_sharding() else None
+    reason = against_shards(settings) if asked_to_shard() else None
     if reason is not None:
         raise ValueError(reason)
     if settings.lora_rank is not None:

@@ -44,7 +44,7 @@ def join() -> accelerate.PartialState:
     launched = any(int(os.environ.get(name) or 1) > 1 for name in _WORLD_SIZES)
     device = torch.accelerator.current_accelerator(check_available=True)
     on_cpu = launched and (device is None or device.type == "mps")
-    on_cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    on_cpu = on_cpu or _is_on("ACCELERATE_USE_CPU")
     return accelerate.PartialState(cpu=on_cpu, **({"timeout": _TIMEOUT} if launched else {}))
 
 
@@ -53,9 +53,14 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def is_sharding() -> bool:
+def asked_to_shard() -> bool:
     """Whether Accelerate's launcher was asked to spread parameters over the processes (FSDP)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    return _is_on("ACCELERATE_USE_FSDP")
+
+
+def _is_on(name: str) -> bool:
+    """Whether a variable of Accelerate's launcher says yes."""
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def set_kind() -> None:
@@ -66,7 +71,7 @@ def set_kind() -> None:
     processes = join()
     if processes.num_processes == 1:
         return
-    plain = processes.device.type == "cpu" and not is_sharding()
+    plain = processes.device.type == "cpu" and not asked_to_shard()
     if plain or processes.distributed_type in (DistributedType.MULTI_CPU, DistributedType.FSDP):
         kind = DistributedType.MULTI_CPU if plain else DistributedType.MULTI_GPU
         processes._shared_state["distributed_type"] = kind
@@ -74,25 +79,25 @@ def set_kind() -> None:
 
 def sharding() -> bool:
     """Whether this run spreads parameters over its processes: it was asked to, and there are several."""
-    return is_sharding() and number() > 1
+    return asked_to_shard() and number() > 1
 
 
 def check_launcher() -> None:
     """Raise ValueError for what Accelerate's launcher was asked to do and this library does not."""
     for name, what in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
                        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config")):  # fmt: skip
-        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+        if _is_on(name):
             raise ValueError(f"{name}={os.environ[name]}: {what} is not supported; use configs/ddp.yaml or fsdp2.yaml")
-    if not is_sharding():
+    if not asked_to_shard():
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError(f"FSDP_VERSION={os.environ.get('FSDP_VERSION')}: only FSDP2 is supported: fsdp_version: 2")
-    if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() in ("1", "true", "yes"):
+    if _is_on("FSDP_ACTIVATION_CHECKPOINTING"):
         raise ValueError(
             "FSDP_ACTIVATION_CHECKPOINTING=true wraps the layers that this library hooks into: use the setting "
             "gradient_checkpointing=true instead"
         )
-    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("1", "true", "yes"):
+    if _is_on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ValueError(
             "FSDP_CPU_RAM_EFFICIENT_LOADING=true: this library itself has the main process alone load the model: set "
             "fsdp_cpu_ram_efficient_loading: false"

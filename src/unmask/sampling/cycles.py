@@ -174,19 +174,11 @@ class MeasuredPace(Pace):
         self.seconds_without_drafts = 0.0
 
     def choose(self, num_rows: int) -> Cycle:
-        many = num_rows > 1  # of one row a cycle that does not pay costs little, and is learnt from as it is made
-        if many and self.seen.tokens.is_guess(num_rows):
-            return _AR  # a step of AR decoding loses nothing, and tells what all else must beat
-
-        def speed(cycle: Cycle) -> float:
-            return self._gain(cycle, self._expected(cycle)) / max(self._cost(cycle, num_rows), 1e-9)
-
         probe = Cycle(2, min(3, self.longest))
-        if many and self.longest > 1 and not self.seen.masks.seconds:
-            return probe
-        best = max(self._near(num_rows, probe) if many else self.cycles, key=speed)
-        if many and speed(best) > _SURE * speed(_AR):
-            best = max(self.cycles, key=speed)
+        first = self._first(num_rows, probe) if num_rows > 1 else None
+        if first is not None:
+            return first
+        best = self._fastest(num_rows, probe)
         if best != _AR or self.longest == 1:
             self.seconds_without_drafts = 0.0
             return best
@@ -196,8 +188,31 @@ class MeasuredPace(Pace):
         self.seconds_without_drafts = 0.0
         return probe
 
+    def _first(self, num_rows: int, probe: Cycle) -> Cycle | None:
+        """What a batch begins with: AR decoding, which loses nothing and tells what all else must beat, and one short
+        draft; None once both are known."""
+        if self.seen.tokens.is_guess(num_rows):
+            return _AR
+        return probe if self.longest > 1 and not self.seen.masks.seconds else None
+
+    def _fastest(self, num_rows: int, probe: Cycle) -> Cycle:
+        """The cycle that gains most a second, as far as is known.
+
+        One row may make any: one that does not pay costs little, and is learnt from. A batch makes large ones only
+        where smaller ones pay well.
+        """
+
+        def speed(cycle: Cycle) -> float:
+            return self._gain(cycle, self._expected(cycle)) / max(self._cost(cycle, num_rows), 1e-9)
+
+        if num_rows > 1:
+            best = max(self._near(num_rows, probe), key=speed)
+            if speed(best) <= _SURE * speed(_AR):
+                return best
+        return max(self.cycles, key=speed)
+
     def _near(self, num_rows: int, probe: Cycle) -> list[Cycle]:
-        """Cycles that are not much larger than forwards so far: of many rows, a long draft that does not pay costs many
+        """Cycles that are not much larger than forwards so far: in a batch a long draft that does not pay costs many
         steps of AR decoding."""
         most = 3 * max(self.seen.tokens.largest(), self.seen.masks.largest())
         return [cycle for cycle in self.cycles if cycle == probe or self._inputs(cycle, num_rows) <= most]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from unmask import hf
+from unmask.core.devices import synchronize
 from unmask.core.noise import seed_for
 from unmask.data.plain_text import open_ids
 from unmask.evaluation.likelihood import Document, nll, summarise
@@ -354,8 +355,7 @@ def check_vocabulary(lm: TextModel, parent: TextModel) -> None:
 def seconds_now(lm: TextModel) -> float:
     """A clock: CPU time of this process on one CPU thread, which other programs do not disturb; else wall clock."""
     device = lm.network.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.process_time()
     return time.perf_counter()

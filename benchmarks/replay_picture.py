@@ -37,7 +37,7 @@ def traced(folder: str, prompt: str, diffusion: bool) -> tuple[list[str], list[i
     ids = lm.prompt_ids(prompt)[0].tolist()
     mode = Blocks(select=trace.select) if diffusion else "ar"
     out = lm.generate(prompt, mode, 26, callback=trace.callback)
-    new = out.sequences[0, len(ids) : len(ids) + int(out.num_new_tokens[0])].tolist()
+    new = out.new_tokens(0, len(ids))
     ends = set(lm.end_token_ids)
     pieces = token_pieces(lm.tokenizer, ids, new)
     forward = {guess.position - len(ids): step.number for step in trace.steps for guess in step.commits}

@@ -105,6 +105,10 @@ class SampleOutput:
             "tokens per forward": f"{float(self.tokens_per_forward[row]):.2f}",
         }
 
+    def new_tokens(self, row: int, prompt_length: int) -> list[int]:
+        """The token ids that a row has after its prompt."""
+        return list(self.sequences[row, prompt_length : prompt_length + int(self.num_new_tokens[row])].tolist())
+
     def _repr_html_(self) -> str:
         """For notebooks: the replay of each row where there is a history, else the texts."""
         if self.history is None:
@@ -114,14 +118,13 @@ class SampleOutput:
 
     def _page(self, history: History, row: int) -> str:
         prompt, commits = history.prompts[row], history.commits[row]
-        new = self.sequences[row, len(prompt) : len(prompt) + int(self.num_new_tokens[row])].tolist()
         text = self.sequences[row].tolist()
         steps = [
             Step(row, number, [Guess(at, text[at], None) for at in positions if at < len(text)], [])
             for number, positions in enumerate(commits, 1)
         ]
         facts = {**history.facts, **self.counts(row)}
-        return replay_page(history.tokenizer, prompt, new, steps, title="", facts=facts)
+        return replay_page(history.tokenizer, prompt, self.new_tokens(row, len(prompt)), steps, title="", facts=facts)
 
 
 def summary(output: SampleOutput) -> str:

@@ -76,7 +76,7 @@ def page_of(
     shown = {name: of_request.get(name) for name in ("temperature", "top_p", "top_k", "seed")}
     asked = {name.replace("_", " "): str(value) for name, value in shown.items() if value is not None}
     return replay_page(
-        lm.tokenizer, ids, _new(output, len(ids)), steps, title=_name(lm),
+        lm.tokenizer, ids, output.new_tokens(0, len(ids)), steps, title=_name(lm),
         facts=facts_of(decoder) | asked | output.counts(0) | {"seconds": f"{seconds:.2f}"}, beside=beside,
         prompt_text=prompt if isinstance(prompt, str) else None,
     )  # fmt: skip
@@ -99,13 +99,8 @@ def text_beside(
     ids = ar.prompt_ids(prompt)[0].tolist()
     name = "The same model, token by token" if parent is None else f"AR parent {_name(ar)}"
     facts = output.counts(0) | {"seconds": f"{seconds:.2f}"}
-    return Beside(name, token_pieces(ar.tokenizer, ids, _new(output, len(ids))), facts)
+    return Beside(name, token_pieces(ar.tokenizer, ids, output.new_tokens(0, len(ids))), facts)
 
 
 def _name(lm: DiffusionLM) -> str:
     return Path(str(lm.model.config._name_or_path)).name
-
-
-def _new(output: SampleOutput, length: int) -> list[int]:
-    """The new tokens of the one row of an output, after a prompt of that length."""
-    return list(output.sequences[0, length : length + int(output.num_new_tokens[0])].tolist())

@@ -74,7 +74,7 @@ def generate(
         out = lm.generate(text, chosen, max_new_tokens=max_new_tokens, callback=callback, **sampling)
         seconds = time.perf_counter() - began
         if watcher is not None:
-            watcher.finish(out.sequences[0, len(given) : len(given) + int(out.num_new_tokens[0])].tolist())
+            watcher.finish(out.new_tokens(0, len(given)))
     if as_json:
         print(to_json({"text": out.texts[0], "mode": decoder.get("mode", lm.default_mode), **_counts(out)}))
     else:

@@ -65,9 +65,11 @@ def adapt(
         run["parent_text"] = parent_text(job, parent, corpus)
     learner = convert(job, parent)
     run |= learner.record
-    with claim_folder(job, run), tracking(parent.settings, folder.path, begins_at(job)) as track:
-        state = learn(job, parent, learner, corpus, track)
-        finish(job, parent, learner, corpus, state, run, track)
+    with claim_folder(job, run):
+        start = begins_at(job)
+        with tracking(parent.settings, folder.path, start) as track:
+            state = learn(job, parent, learner, corpus, start, track)
+            finish(job, parent, learner, corpus, state, run, track)
     join().wait_for_everyone()
     learner.lm.model.config._name_or_path = str(folder.path)
     return learner.lm

@@ -29,6 +29,7 @@ from unmask.model import DiffusionLM
 from unmask.progress import note, progress, say
 from unmask.resolve import RULE_TEXT, Resolved, diffusion_config, uses_tf32
 from unmask.run_folder import ordinary_permissions, writing
+from unmask.training import ranks
 from unmask.training.batches import TrainingData
 from unmask.training.checkpoints import TrainState, latest_checkpoint, read_state
 from unmask.training.console import announce, reporter
@@ -119,13 +120,17 @@ def _record(learning: torch.nn.Module) -> dict[str, Any]:
 
 
 def begins_at(job: Job) -> int:
-    """The step of the newest checkpoint that the run goes on from, or 0."""
-    newest = latest_checkpoint(job.folder.path) if job.resume else None
-    return 0 if newest is None else read_state(newest).step
+    """The step of the newest checkpoint that the run goes on from, or 0; the main process alone reads it whole."""
+
+    def step() -> int:
+        newest = latest_checkpoint(job.folder.path)
+        return 0 if newest is None else read_state(newest).step
+
+    return ranks.by_main(step) if job.resume else 0
 
 
-def learn(job: Job, parent: Parent, learner: Learner, data: Data, track: Track) -> TrainState:
-    """Train from the newest checkpoint, or from the start; the state after the last step."""
+def learn(job: Job, parent: Parent, learner: Learner, data: Data, start: int, track: Track) -> TrainState:
+    """Train from the newest checkpoint, that of step `start`, or from the beginning; the state after the last step."""
     lm, settings, num_steps = learner.lm, parent.settings, data.rows.num_steps
     if job.show_progress:
         say(f"{parent.name}: {type(lm.model).__name__}, recipe {settings.recipe}, on {join().device}, "
@@ -135,7 +140,6 @@ def learn(job: Job, parent: Parent, learner: Learner, data: Data, track: Track) 
         few = too_few(settings.recipe, num_parameters, data.rows.num_tokens) if parent.lm.diffusion is None else None
         if few is not None:
             note(few)
-    start = begins_at(job)
     if start and job.show_progress:
         say(f"resuming from step {start}")
     with (

@@ -156,7 +156,7 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "stop_tokens": st.just([5]), "attention": st.just("bidirectional"), "num_samples": st.integers(1, 4),
     "texts": some_text | st.lists(some_text, min_size=1, max_size=3), "exact": st.booleans(),
     "pattern": st.sampled_from(["causal", "bidirectional", "block_causal"]), "batch_tokens": st.integers(1, 999),
-    "show_progress": st.just(False),
+    "numbers": st.sampled_from([[0], [7], [2, 0, 1]]), "show_progress": st.just(False),
     # of commands
     "prompt": some_text, "file": st.just("{stories}"), "data": st.just("{stories}"), "more": st.just("{stories}"),
     "evaluation": st.just("{stories}"), "max_documents": st.integers(1, 3), "text_column": st.just("text"),

@@ -136,6 +136,18 @@ def test_stop_tokens_are_a_list_of_whole_numbers(place: Place, value: Any) -> No
         place.load("blocks").infill("Once", ".", 2, stop_tokens=value)
 
 
+@pytest.mark.parametrize("method", ["nll", "nelbo"])
+def test_numbers_of_texts_are_one_for_each(place: Place, method: str) -> None:
+    score = getattr(place.load("blocks"), method)
+    for wrong in (-1, "ab", [1.5], [None], {"a": 1}, math.nan, {0}, iter([0])):
+        with pytest.raises(TypeError, match=r"numbers .* must be a "):
+            score("Once", numbers=wrong)
+    for beyond in ([], [0, 1], [-1], [HUGE]):
+        with pytest.raises(ValueError, match=r"numbers .* must be "):
+            score("Once", numbers=beyond)
+    assert len(score(["Once", "A cat"], numbers=range(7, 9))) == 2
+
+
 @pytest.mark.parametrize("name", ["mask_token", "mask_init", "end_token", "report_to", "eval_data", "text_column"])
 def test_an_empty_text_is_no_setting(place: Place, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}='' is empty"):

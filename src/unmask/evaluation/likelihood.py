@@ -30,7 +30,7 @@ from unmask.data.pieces import LONG, long_ids_and_bytes
 from unmask.data.plain_text import encode
 from unmask.data.token_bytes import bytes_of_tokens
 from unmask.evaluation.clean import read_clean, score_noisy
-from unmask.limits import MOST_SAMPLES, check_whole
+from unmask.limits import MOST_SAMPLES, check_whole, whole_numbers
 
 Progress = Callable[[int], None]
 """Called with the number of windows that were just scored."""
@@ -65,11 +65,13 @@ def documents_of(
 ) -> list[Document]:
     """Exactly tokenizer(text) of each text, with the UTF-8 bytes that each token spells.
 
-    numbers: of the texts in a larger set, from 0. Raises ValueError for no texts, and for a text that holds the mask
-    token, which has probability 0.
+    numbers: of the texts in a larger set, from 0, one for each. Raises ValueError for no texts, for numbers that do not
+    fit them, and for a text that holds the mask token, which has probability 0.
     """
     if not texts:
         raise ValueError("texts is empty: give at least one document")
+    if numbers is not None:
+        _check_numbers(numbers, len(texts))
     documents = []
     for i, (ids, num_bytes) in enumerate(_ids_and_bytes(tokenizer, texts)):
         if mask_token_id in ids:
@@ -80,6 +82,15 @@ def documents_of(
             )
         documents.append(Document(torch.from_numpy(ids.astype("int64")), torch.from_numpy(num_bytes.astype("int64"))))
     return documents
+
+
+def _check_numbers(numbers: Sequence[int], num_texts: int) -> None:
+    if not isinstance(numbers, list | tuple | range):
+        raise TypeError(f"numbers {numbers!r} must be a list of whole numbers")
+    for number in whole_numbers("numbers", numbers):
+        check_whole("numbers", number, least=0)
+    if len(numbers) != num_texts:
+        raise ValueError(f"numbers {list(numbers)} must be one for each text, of which there are {num_texts}")
 
 
 def _ids_and_bytes(tokenizer: Any, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

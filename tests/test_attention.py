@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from unmask.core import attention
 from unmask.core.attention import PADDING, Layout
 from unmask.hf.fast import chunked
-from unmask.hf.fast.chunked import chunked_attention
+from unmask.hf.fast.chunked import chunked_attention, picked_attention
 
 B = 4
 
@@ -110,6 +110,22 @@ def test_chunked_attention_matches_dense_with_gradients(length: int) -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+def test_queries_without_keys_stay_finite_and_change_no_others() -> None:
+    """Rows of padding in a pass over slots: whole tiles of them, and some among others."""
+    length, generator = 200, torch.Generator().manual_seed(1)
+    allowed = torch.ones(2, 1, length, length, dtype=torch.bool).tril()
+    blind = torch.zeros(2, length, dtype=torch.bool)
+    blind[0, 64:150], blind[1, ::3] = True, True
+    allowed[:, 0][blind] = False
+    q, k, v = (torch.randn(2, 2, length, 8, generator=generator, dtype=torch.float64) for _ in "qkv")
+    out = chunked_attention(q, k, v, allowed)
+    picked = torch.arange(2 * length)[blind.flatten()]
+    assert out.isfinite().all()
+    assert picked_attention(q.transpose(0, 1).flatten(1, 2)[None][:, :, picked], k, v, allowed, picked).isfinite().all()
+    dense = scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    torch.testing.assert_close(*(x.transpose(1, 2)[~blind] for x in (out, dense)), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("given", [100, 110])  # a multiple of the grain of spans or not

@@ -60,6 +60,11 @@ def test_greedy_equals_ar_greedy(draft_length: int, noisy: str, shift: bool, cyc
     check_equals_ar(network(), config, cycle=cycle, **options)
 
 
+def test_long_drafts_in_one_forward_pad_the_rows_that_want_fewer() -> None:
+    """13 tokens of 14 rows each are so many queries of a slot that they go through chunked attention."""
+    check_equals_ar(network(), causal_config(16), draft_length=13, cycle="one", context_length=26)
+
+
 @pytest.mark.parametrize("name", [n for n in SUPPORTED if n not in ("qwen3_moe", "mixtral", "gemma2")])
 @pytest.mark.parametrize(("cycle", "temperature"), [("two", 0.0), ("two", 1.0), ("one", 1.0)])
 def test_speculative_equals_ar_on_every_architecture(name: str, cycle: str, temperature: float) -> None:

@@ -50,7 +50,8 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: f
     """softmax(scale q k^T) v over the allowed pairs, equal to the dense computation up to rounding.
 
     q: (batch, heads, queries, dim). k, v: (batch, key heads, keys, dim), key heads dividing heads.
-    allowed: bool (batch or 1, 1, queries, keys), at least one key for each query. Returns the shape of q.
+    allowed: bool (batch or 1, 1, queries, keys). Returns the shape of q; a query without keys, which is padding, gets
+    something finite.
     """
     q, k, v = _same_precision(q, k, v)
     planned = _tiles.setdefault(allowed, {})
@@ -219,10 +220,18 @@ def _run_number(masks: list[Tensor]) -> Any:
 
 
 def _split(mask: Tensor, offset: int, rows: slice, key_rows: slice, dtype: torch.dtype) -> list[Tile]:
-    """Tiles of one mask (queries, keys) whose first query is number `offset`."""
+    """Tiles of one mask (queries, keys) whose first query is number `offset`.
+
+    A query without keys, which is padding in a pass over slots, attends to the first one, so that it stays finite.
+    """
     queries, keys = mask.shape
     padded = pad(mask, (0, -keys % _ROUND_TO, 0, -queries % CHUNK))
-    used = padded.unflatten(-1, (-1, _ROUND_TO)).any(-1).unflatten(0, (-1, CHUNK)).any(1)  # (tiles, grains)
+    grains_of = padded.unflatten(-1, (-1, _ROUND_TO)).any(-1)  # (queries, grains)
+    blind = ~grains_of[:queries].any(-1)
+    if bool(blind.any()):
+        mask = mask.clone()
+        mask[blind, 0] = grains_of[:queries][blind, 0] = True
+    used = grains_of.unflatten(0, (-1, CHUNK)).any(1)  # (tiles, grains)
     tiles: list[Tile] = []
     first = offset
     for index, grains in enumerate(used.tolist()):

@@ -85,7 +85,7 @@ def drafts(*lengths: int) -> dict[str, Decoder]:
     }
 
 
-ALSO_TIMED = ("threshold 0.9", "drafts of 10")
+ALSO_TIMED = ("threshold 0.9", "drafts of 10", "drafts of 12")
 """Decoders timed beside what is chosen: the library's default, and cycles of two forwards, which pass fewer rows."""
 CURVE = thresholds(1.0, 0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.0)
 

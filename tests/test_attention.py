@@ -87,6 +87,25 @@ def test_every_token_sees_itself_and_padding_never_leaks(name: str) -> None:
     assert not allowed[layout.real[:, :, None] & ~layout.real[:, None, :]].any()
 
 
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")  # torch's own
+def test_compiled_block_masks_are_the_plain_ones_and_a_new_layout_compiles_nothing() -> None:
+    """As on a GPU, where every step of packed rows has another layout."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for cut in (20, 77, 128, 150):
+        position = torch.cat([torch.arange(cut), torch.arange(200 - cut)])
+        document = torch.where(torch.arange(200) < cut, 0, 1)
+        layout = both_streams(Layout.of(position.repeat(2, 1), document.repeat(2, 1)))
+        pattern = attention.intersect(attention.two_stream(8), attention.same_document)
+        compiled, plain = (attention.block_mask(pattern, layout, layout, compiled=c) for c in (True, False))
+        assert torch.equal(compiled.to_dense(), plain.to_dense())
+        assert torch.equal(compiled.kv_num_blocks, plain.kv_num_blocks)
+        assert torch.equal(compiled.full_kv_num_blocks, plain.full_kv_num_blocks)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("length", [100, 128, 300])
 def test_chunked_attention_matches_dense_with_gradients(length: int) -> None:
     position = torch.arange(length) % 77

@@ -214,11 +214,29 @@ def dense(pattern: Pattern, q: Layout, kv: Layout) -> Tensor:
     return pattern(q.subset(..., slice(None), None), kv.subset(..., None, slice(None)))
 
 
-def block_mask(pattern: Pattern, q: Layout, kv: Layout) -> BlockMask:
-    """The pattern as FlexAttention's BlockMask, for (batch, queries) against (batch, keys)."""
+def block_mask(pattern: Pattern, q: Layout, kv: Layout, *, compiled: bool | None = None) -> BlockMask:
+    """The pattern as FlexAttention's BlockMask, for (batch, queries) against (batch, keys).
+
+    compiled: by default on a GPU. The pairs of tokens are then never in memory, and a new layout compiles nothing: the
+    first one of a pattern does, and the first of other lengths.
+    """
 
     def mask_mod(b: Tensor, _h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return pattern(q.subset(b, q_idx), kv.subset(b, kv_idx))
 
     (batch, queries), keys = q.position.shape, kv.position.shape[1]
-    return create_block_mask(mask_mod, batch, None, queries, keys, device=str(q.position.device))
+    device = q.position.device
+    create = _compiled() if compiled or (compiled is None and device.type == "cuda") else create_block_mask
+    with torch._dynamo.config.patch(recompile_limit=_KINDS):
+        return create(mask_mod, batch, None, queries, keys, device=str(device))
+
+
+_KINDS = 64
+"""Patterns and kinds of lengths for which `create_block_mask` is compiled, at most; beyond them it runs as it is."""
+
+
+@functools.cache
+def _compiled() -> Callable[..., BlockMask]:
+    """`create_block_mask`, compiled at its first call."""
+    compiled: Callable[..., BlockMask] = torch.compile(create_block_mask)
+    return compiled

@@ -19,7 +19,7 @@ from rich.live import Live
 
 import unmask
 from unmask.cli.watch import Watch
-from unmask.replay_page import Beside, guess_piece, replay_page, token_pieces
+from unmask.replay_page import Beside, Gap, guess_piece, replay_page, token_pieces
 from unmask.sampling import Canvas, Confidence, Guess, Step, Threshold, Trace
 
 
@@ -102,8 +102,8 @@ def test_page_is_one_file_that_no_text_can_break(tokenizer_and_model: Path) -> N
         Step(0, 2, [Guess(len(prompt) + i, t, 0.9) for i, t in enumerate(new) if i], [Guess(len(prompt) + 99, 5, 0.1)]),
         Step(0, 3, [Guess(len(prompt) + 99, 5, 0.5)], []),  # after the end: it was dropped
     ]
-    text = replay_page(lm.tokenizer, prompt, new, steps, title=NASTY, facts={NASTY: NASTY}, prompt_text=NASTY,
-                       beside=Beside(NASTY, [NASTY], {NASTY: NASTY}))  # fmt: skip
+    text = replay_page(lm.tokenizer, [Gap(prompt, new, len(prompt))], steps, title=NASTY, facts={NASTY: NASTY},
+                       prompt_text=NASTY, beside=Beside(NASTY, [NASTY], {NASTY: NASTY}))  # fmt: skip
     page = Page(text)
     assert [tag for tag, _ in page.tags].count("script") == 2  # the data and ours, none from the text
     assert "b" not in [tag for tag, _ in page.tags]
@@ -228,7 +228,9 @@ def test_guesses_are_said_where_they_change(tokenizer_and_model: Path) -> None:
              [Guess(len(prompt) + i, new[(i + n // 3) % 6], 0.1 * (n // 2 + 1)) for i in range(n + 1, 6)])
         for n in range(6)
     ]  # fmt: skip
-    data = json.loads(Page(replay_page(lm.tokenizer, prompt, new, steps, title="", facts={})).scripts[0])
+    data = json.loads(
+        Page(replay_page(lm.tokenizer, [Gap(prompt, new, len(prompt))], steps, title="", facts={})).scripts[0]
+    )
     known: dict[int, tuple[str, float]] = {}
     for step, frame in zip(steps, data["steps"], strict=True):
         for at, _ in frame["commits"]:
@@ -257,9 +259,92 @@ def test_what_generate_returns_replays_itself(converted: Path, mode: str) -> Non
     assert len(out._repr_html_()) < 200_000
 
 
+def shown(data: dict[str, Any]) -> str:
+    """The text that a page shows in the end: the prompt, new tokens, and the given text between them."""
+    text, done = data["prompt"], 0
+    for end, given in [*data["given"], [len(data["tokens"]), ""]]:
+        text += "".join(data["tokens"][done:end]) + given
+        done = end
+    return text
+
+
+GAPS = {
+    "one gap": (("Once <b>there", " was a</script>", 5), {}),
+    "several": (("Once<gap:3> was<gap:2><gap:4>.",), {"confidence_threshold": 0.1}),
+    "at both ends": (("<gap:3> dog<gap:2>",), {"seed": 1, "temperature": 0.9}),
+    "candidates, the first best": (("Once<gap:2,6> was<gap:1,2> dog",), {"seed": 1, "num_samples": 1}),
+    "candidates, the last best": (("Once<gap:6,4,3> was",), {"seed": 0, "num_samples": 1}),
+    "an early end": (("Once there was a", " dog who ran.", [6]), {"stop_tokens": "the second", "num_samples": None}),
+    "early ends": (("Once<gap:5> there<gap:6> was",), {"stop_tokens": "the second"}),
+}
+
+
+@pytest.mark.parametrize("asked", GAPS)
+def test_filled_gaps_replay_between_their_texts(converted: Path, asked: str) -> None:
+    """The page ends with the text of the output, every new token is committed once, and none beside its place."""
+    lm = unmask.load(converted)
+    given, options = GAPS[asked]
+    options = {"attention": "bidirectional", **options}
+    if options.get("stop_tokens"):  # what the first gap has in its second place when nothing ends it
+        plain = lm.infill(*given, attention="bidirectional")
+        options["stop_tokens"] = [plain.history.gaps[0][0].new[1]]
+    out = lm.infill(*given, **options)
+    replayed = unmask.replay_infill(lm, *given, **options)
+    assert replayed.output.filled == out.filled
+    assert torch.equal(replayed.output.sequences, out.sequences)
+    ended = [gap.new for gap in out.history.gaps[0]]
+    if asked.startswith(("an early", "early")):
+        assert len(ended[0]) <= 2
+    (frame,) = [attributes for tag, attributes in Page(out._repr_html_()).tags if tag == "iframe"]
+    for page in (dict(frame)["srcdoc"], replayed.page):
+        data = json.loads(Page(page).scripts[0])
+        assert shown(data) == out.filled[0]
+        assert len(data["tokens"]) == int(out.num_new_tokens)
+        assert sorted(at for step in data["steps"] for at, _ in step["commits"]) == list(range(len(data["tokens"])))
+        numbers = [step["number"] for step in data["steps"]]
+        assert numbers == sorted(set(numbers))
+        assert numbers[0] == 1 or "stop_tokens" in options
+        assert numbers[-1] <= sum(len(new) for new in ended) + 8
+    assert all(p is not None for step in data["steps"] for _, p in step["commits"])
+    if len(ended) == 1 and len(given) == 1:
+        assert dict(data["facts"])["lengths tried"] == "6, 4, 3"
+
+
+def test_tokens_are_shown_in_the_gap_that_they_fill(converted: Path) -> None:
+    """Of rows with other lengths, whose candidates are fewer, each has its own commits in their order."""
+    lm = unmask.load(converted)
+    texts, seen = ["Once<gap:2,5> dog<gap:2>", "A<gap:3> cat"], {}
+    out = lm.infill(texts, attention="bidirectional", seed=3, num_samples=1, callback=lambda *call: seen.setdefault(
+        call[0], []).append(call[1:]))  # fmt: skip
+    for row, frame in enumerate(attributes for tag, attributes in Page(out._repr_html_()).tags if tag == "iframe"):
+        data, gaps = json.loads(Page(dict(frame)["srcdoc"]).scripts[0]), out.history.gaps[row]
+        new = [token for gap in gaps for token in gap.new]
+        places = [gap.start + i for gap in gaps for i in range(len(gap.new))]
+        commits = [dict(zip(*call, strict=True)) for call in seen[row][out.history.kept[row]]]
+        assert [[places[at] for at, _ in step["commits"]] for step in data["steps"]] == [list(c) for c in commits]
+        assert {at: token for commit in commits for at, token in commit.items()} == dict(zip(places, new, strict=True))
+    with pytest.raises(ValueError, match="of one text, not of 2"):
+        unmask.replay_infill(lm, texts)
+
+
+def test_infill_writes_the_page(run, converted: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    options = ("--attention", "bidirectional", "--replay", page, "--json")
+    code, out, err = run("infill", converted, "--text", "Once<gap:3> dog<gap:2>.", *options)
+    assert code == 0, err
+    assert f"replay in {page}" in err
+    assert shown(json.loads(Page(page.read_text(encoding="utf-8")).scripts[0])) == json.loads(out)["filled"]
+    code, _, err = run("infill", converted, "--text", "Once<gap:3>", "--replay", tmp_path / "no" / "page.html")
+    assert code == 2
+    assert "is no file in a folder that exists" in err
+
+
 def test_an_output_without_a_history_is_its_text(converted: Path) -> None:
     lm = unmask.load(converted)
-    for out in (lm.generate(["a </pre><b>"] * 5, max_new_tokens=2), lm.infill("<b>", "</pre>", 3)):
+    for out in (
+        lm.generate(["a </pre><b>"] * 5, max_new_tokens=2),
+        lm.infill(["<b>"] * 5, ["</pre>"] * 5, 3, attention="bidirectional"),
+    ):
         page = out._repr_html_()
         assert [tag for tag, _ in Page(page).tags] == ["pre"] * len(out.texts)
         assert out.history is None
@@ -275,5 +360,5 @@ def test_a_long_text_makes_a_small_page(tokenizer_and_model: Path) -> None:
              [Guess(len(prompt) + i, new[i], (i % 89 + n / 150) / 100) for i in range(2 * n + 2, 400)])
         for n in range(200)
     ]  # fmt: skip
-    page = replay_page(lm.tokenizer, prompt, new, steps, title="long", facts={})
+    page = replay_page(lm.tokenizer, [Gap(prompt, new, len(prompt))], steps, title="long", facts={})
     assert len(page) < 200_000

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from unmask.model import DiffusionLM
     from unmask.outputs import SampleOutput
     from unmask.recipe import recipes
-    from unmask.replaying import replay
+    from unmask.replaying import replay, replay_infill
 
 __all__ = [
     "DiffusionLM",
@@ -35,6 +35,7 @@ __all__ = [
     "prepare",
     "recipes",
     "replay",
+    "replay_infill",
 ]
 
 _HOMES = {
@@ -51,6 +52,7 @@ _HOMES = {
     "prepare": "unmask.conversion.prepare",
     "recipes": "unmask.recipe",
     "replay": "unmask.replaying",
+    "replay_infill": "unmask.replaying",
 }
 
 

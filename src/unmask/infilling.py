@@ -18,8 +18,9 @@ from unmask.evaluation.likelihood import continuation_nelbo
 from unmask.limits import MOST_SAMPLES, check_whole, whole_numbers
 from unmask.plain_numbers import plain
 from unmask.progress import warn
+from unmask.replay_page import Gap
 from unmask.sampling import Blocks, Canvas, Decoder, Request, SampledTokens, WholeCanvas, choose_decoder
-from unmask.sampling.request import given_or_new
+from unmask.sampling.request import Callback, given_or_new
 
 MOST_COMBINATIONS = 64
 """Of candidate lengths of a text's gaps, at most: each combination is filled and scored."""
@@ -52,15 +53,31 @@ class Gapped:
         ends = itertools.accumulate(lengths)
         return [list(tokens[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
 
+    def as_decoded(self, gaps: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[Gap]:
+        """The gaps with these tokens, at the positions that they had with these lengths."""
+        given = itertools.accumulate(map(len, self.pieces[:-1]))
+        open_before = itertools.accumulate(lengths[:-1], initial=0)
+        starts = map(sum, zip(given, open_before, strict=True))
+        return [
+            Gap(self.joined(gaps[:i]), gap, start, self.texts[i + 1])
+            for i, (gap, start) in enumerate(zip(gaps, starts, strict=True))
+        ]
+
 
 @dataclass(frozen=True)
 class Filled:
-    """Rows with filled gaps: what sampling counted, all tokens, the texts of the gaps, and whole texts."""
+    """Rows with filled gaps: what sampling counted, all tokens, the texts of the gaps, and whole texts.
+
+    gaps: of each row, as they were decoded. kept: of each row, which calls of the request's callback filled them, and
+    not with other candidate lengths; none without a callback.
+    """
 
     sampled: SampledTokens
     sequences: list[list[int]]
     fills: list[list[str]]
     texts: list[str]
+    gaps: list[list[Gap]]
+    kept: list[slice]
 
 
 # --- how gaps are written
@@ -262,6 +279,7 @@ def fill_gaps(
     num_samples: int | None = None,
     seed: int | None = 0,
     context_length: int | None = None,
+    callback: Callback | None = None,
     **sampling: Any,
 ) -> Filled:
     """The rows with their gaps filled, of the best candidate lengths; sampling: more fields of the `Request`.
@@ -274,11 +292,12 @@ def fill_gaps(
     check_rows(rows, choices, num_samples, context_length)
     warn_of_unseen(decoder, config, rows)
     stop = StopStrings(lambda row, new: new_text(rows[row].pieces[0], new), stop_strings)
+    calls = [[0] for _ in rows]
     request = Request(
         max_new_tokens=max(sum(lengths) for combinations in choices for lengths in combinations),
         seed=given_or_new(seed),
         end_token_ids=whole_numbers("stop_tokens", stop_tokens), stop=stop if stop.strings else None,
-        context_length=context_length, **sampling,
+        context_length=context_length, callback=None if callback is None else _counted(callback, calls), **sampling,
     )  # fmt: skip
     candidates: list[tuple[SampledTokens, list[list[list[int]]]]] = []
     for number in range(max(map(len, choices))):
@@ -289,21 +308,49 @@ def fill_gaps(
             for row, new, chosen in zip(rows, filled.new_tokens, lengths, strict=True)
         ]
         candidates.append((filled, gaps))
-    sampled, gaps = candidates[0]
+        for of_row in calls:
+            of_row.append(of_row[-1])
+    sampled, best = candidates[0][0], [0] * len(rows)
     if len(candidates) > 1:
-        sampled, gaps = _best(
+        sampled, best = _best(
             network, config.with_block_size(decoder.block_size), rows, [len(c) for c in choices], candidates,
             num_samples=plain(num_samples) or 8, seed=0 if seed is None else int(seed),
         )  # fmt: skip
+    gaps = [candidates[c][1][row] for row, c in enumerate(best)]
+    chosen = [combinations[c] for combinations, c in zip(choices, best, strict=True)]
+    kept = [slice(of_row[c - 1] if c else 0, of_row[c]) for of_row, c in zip(calls, best, strict=True)]
+    return _as_filled(rows, gaps, chosen, sampled, kept, lambda before, new: stop.cut(new_text(before, new)))
+
+
+def _counted(callback: Callback, calls: Sequence[list[int]]) -> Callback:
+    """The callback, whose calls for a row are added to the last number of that row."""
+
+    def call(row: int, positions: list[int], tokens: list[int]) -> None:
+        calls[row][-1] += 1
+        callback(row, positions, tokens)
+
+    return call
+
+
+def _as_filled(
+    rows: Sequence[Gapped],
+    gaps: Sequence[Sequence[list[int]]],
+    lengths: Sequence[Sequence[int]],
+    sampled: SampledTokens,
+    kept: list[slice],
+    fill_text: NewText,
+) -> Filled:
+    """The rows whose gaps got these tokens, when they had these lengths. fill_text: what a gap's tokens say."""
     sampled = replace(sampled, new_tokens=[[token for gap in of_row for token in gap] for of_row in gaps])
     fills = [
-        [stop.cut(new_text(torch.tensor(row.joined(of_row[:i])), gap)) for i, gap in enumerate(of_row)]
+        [fill_text(torch.tensor(row.joined(of_row[:i])), gap) for i, gap in enumerate(of_row)]
         for row, of_row in zip(rows, gaps, strict=True)
     ]
     sequences = [row.joined(of_row) for row, of_row in zip(rows, gaps, strict=True)]
     texts = ["".join(itertools.chain(*zip(row.texts, [*of_row, ""], strict=True)))
              for row, of_row in zip(rows, fills, strict=True)]  # fmt: skip
-    return Filled(sampled, sequences, fills, texts)
+    as_decoded = [row.as_decoded(*pair) for row, *pair in zip(rows, gaps, lengths, strict=True)]
+    return Filled(sampled, sequences, fills, texts, as_decoded, kept)
 
 
 def _fill(
@@ -345,8 +392,8 @@ def _best(
     *,
     num_samples: int,
     seed: int,
-) -> tuple[SampledTokens, list[list[list[int]]]]:
-    """For each row the candidate of lowest NELBO per token of what follows its first piece.
+) -> tuple[SampledTokens, list[int]]:
+    """The number of the candidate of each row that has the lowest NELBO per token of what follows its first piece.
 
     Its forwards are those of all its candidates and of scoring them. num_samples: masks, and so forwards, that score
     a candidate.
@@ -358,11 +405,10 @@ def _best(
         bounds = continuation_nelbo(network, config, texts, given, num_samples=num_samples, seed=seed)
         scores.append([bound.nats / bound.num_tokens for bound in bounds])
     best = [min(range(n), key=lambda c: scores[c][row]) for row, n in enumerate(num_choices)]
-    kept = [candidates[c][1][row] for row, c in enumerate(best)]
     own = torch.tensor([[c < n for n in num_choices] for c in range(len(candidates))])
     scoring = torch.tensor([num_samples * n if n > 1 else 0 for n in num_choices])
     forwards, prefills = (
         (torch.stack([getattr(filled, name) for filled, _ in candidates]) * own).sum(0)
         for name in ("num_forwards", "num_prefill_forwards")
     )
-    return SampledTokens([], forwards + scoring, prefills), kept
+    return SampledTokens([], forwards + scoring, prefills), best

@@ -7,6 +7,7 @@ mode a checkpoint decodes in.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,7 @@ from unmask.limits import check_whole
 from unmask.outputs import SampleOutput, recorded, sample_output
 from unmask.plain_numbers import plain
 from unmask.progress import progress
-from unmask.sampling import (
-    Decoder,
-    Request,
-    SampledTokens,
-    Selector,
-    choose_decoder,
-)
+from unmask.sampling import Decoder, Request, SampledTokens, Selector, choose_decoder
 from unmask.sampling.constraint import Constraint, Constraints, check_unconstrained
 from unmask.sampling.guidance import check_guided
 from unmask.sampling.request import Callback, given_or_new
@@ -296,6 +291,7 @@ class DiffusionLM:
         self._check_weights()
         check_guided(decoder, is_drafter=self.drafter is not None)
         rows = tokenised(self.tokenizer, self.prompt_ids, texts_with_gaps(prefix, suffix, num_tokens))
+        history, callback = recorded(self.tokenizer, [row.pieces[0] for row in rows], decoder, callback)
         filled = fill_gaps(
             decoder, self.network, config, rows, self.new_text, stop_strings=stop_strings, stop_tokens=stop_tokens,
             num_samples=num_samples, seed=seed, temperature=temperature, top_p=top_p, top_k=top_k,
@@ -304,6 +300,7 @@ class DiffusionLM:
         return sample_output(
             filled.sequences, filled.sampled, ["".join(of_row) for of_row in filled.fills], self._pad,
             fills=filled.fills, filled=filled.texts,
+            history=None if history is None else replace(history, gaps=filled.gaps, kept=filled.kept),
         )  # fmt: skip
 
     def prompt_ids(self, prompts: Prompts, attention_mask: Tensor | None = None) -> list[Tensor]:

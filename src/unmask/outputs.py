@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unmask.limits import check_function
-from unmask.replay_page import facts_of, in_frame, replay_page
+from unmask.replay_page import Gap, facts_of, in_frame, replay_page
 from unmask.sampling import Decoder, Guess, SampledTokens, Step
 from unmask.sampling.request import Callback
 from unmask.tables import number_of, tokens_in_forwards
@@ -22,21 +22,28 @@ MOST_REPLAYED = 4
 
 @dataclass(frozen=True)
 class History:
-    """Where the rows of a call of `generate` committed tokens, one step after the other.
+    """Where the rows of a call of `generate` or `infill` committed tokens, one step after the other.
 
-    prompts: token ids of each. facts: what was asked for, in words. commits: of each row, the positions of each step.
+    prompts: token ids of each, or of what stands before its first gap. facts: what was asked for, in words. commits: of
+    each row, the positions of each step. Infilling only: gaps, of each row; kept, which of its steps filled them, and
+    not with another candidate length.
     """
 
     tokenizer: Any
     prompts: Sequence[Sequence[int]]
     facts: Mapping[str, str]
     commits: list[list[list[int]]]
+    gaps: Sequence[Sequence[Gap]] | None = None
+    kept: Sequence[slice] | None = None
 
 
 def recorded(
     tokenizer: Any, prompts: Sequence[Tensor], decoder: Decoder, callback: Callback | None
 ) -> tuple[History | None, Callback | None]:
-    """A history that is written while rows are decoded, and the callback that does it and calls the given one."""
+    """A history that is written while rows are decoded, and the callback that does it and calls the given one.
+
+    prompts: of each row the ids of the prompt, or of what stands before its first gap.
+    """
     check_function("callback", callback, "print")
     if len(prompts) > MOST_REPLAYED:
         return None, callback
@@ -60,8 +67,8 @@ class SampleOutput:
     (batch,). Speculative mode only: cycle_gains, (batch, n), cycles of the row that gained j tokens each; num_inputs,
     (batch,), tokens and masks that the forwards were made over, which is 1 a forward in AR decoding. With a constraint
     only: num_forced, (batch,) new tokens that needed no forward, since no other was allowed. Infilling only: fills, the
-    text of each gap, of which `texts` is all; filled, the whole text with its gaps filled. history: of `generate` with
-    a few prompts, the order of commits, with which an output replays itself in a notebook.
+    text of each gap, of which `texts` is all; filled, the whole text with its gaps filled. history: of a few rows, the
+    order of commits, with which an output replays itself in a notebook.
     """
 
     sequences: Tensor
@@ -118,13 +125,18 @@ class SampleOutput:
 
     def _page(self, history: History, row: int) -> str:
         prompt, commits = history.prompts[row], history.commits[row]
-        text = self.sequences[row].tolist()
+        if history.kept is not None:
+            commits = commits[history.kept[row]]
+        gaps = [Gap(prompt, self.new_tokens(row, len(prompt)), len(prompt))]
+        if history.gaps is not None:
+            gaps = list(history.gaps[row])
+        tokens = {gap.start + i: token for gap in gaps for i, token in enumerate(gap.new)}
         steps = [
-            Step(row, number, [Guess(at, text[at], None) for at in positions if at < len(text)], [])
+            Step(row, number, [Guess(at, tokens[at], None) for at in positions if at in tokens], [])
             for number, positions in enumerate(commits, 1)
         ]
         facts = {**history.facts, **self.counts(row)}
-        return replay_page(history.tokenizer, prompt, self.new_tokens(row, len(prompt)), steps, title="", facts=facts)
+        return replay_page(history.tokenizer, gaps, steps, title="", facts=facts)
 
 
 def summary(output: SampleOutput) -> str:

@@ -7,6 +7,7 @@ script, and is only ever shown as text; without scripts the page shows the text 
 from __future__ import annotations
 
 import html
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -31,10 +32,21 @@ class Beside(NamedTuple):
     facts: Mapping[str, str]
 
 
+class Gap(NamedTuple):
+    """New tokens side by side. before: the ids of all that stands before them. new: their ids.
+
+    start: the position of the first while the row was decoded. behind: the given text up to the next gap or the end.
+    """
+
+    before: Sequence[int]
+    new: Sequence[int]
+    start: int
+    behind: str = ""
+
+
 def replay_page(
     tokenizer: Any,
-    prompt: Sequence[int],
-    new: Sequence[int],
+    gaps: Sequence[Gap],
     steps: Sequence[Step],
     *,
     title: str,
@@ -42,44 +54,48 @@ def replay_page(
     prompt_text: str | None = None,
     beside: Beside | None = None,
 ) -> str:
-    """The page, HTML, of one row: its prompt and new token ids, and the steps that a `Trace` recorded of it.
+    """The page, HTML, of one row: where it has new tokens, and the steps that a `Trace` recorded of it.
 
+    gaps: at least one; what stands before the first is the prompt, and a prompt that is continued has no other gap.
     facts: name -> value of what is said above the text, such as the mode. beside: a text to compare with.
     """
     if prompt_text is None:
-        prompt_text = tokenizer.decode(list(prompt), skip_special_tokens=True)
-    pieces = token_pieces(tokenizer, prompt, new)
-    frames, words = _frames(tokenizer, prompt, len(new), steps)
+        prompt_text = tokenizer.decode(list(gaps[0].before), skip_special_tokens=True)
+    pieces = [token_pieces(tokenizer, gap.before, gap.new) for gap in gaps]
+    ends = itertools.accumulate(map(len, pieces))
+    frames, words = _frames(tokenizer, gaps, steps)
     data = {
         "title": title,
         "facts": list(facts.items()),
         "prompt": prompt_text,
-        "tokens": pieces,
+        "tokens": [piece for of_gap in pieces for piece in of_gap],
+        "given": [[end, gap.behind] for end, gap in zip(ends, gaps, strict=True) if gap.behind],
         "words": words,
         "steps": frames,
         "beside": None if beside is None else beside._asdict() | {"facts": list(beside.facts.items())},
     }
     page = (files("unmask") / "replay.html").read_text(encoding="utf-8")
-    page = page.replace("<!--prompt-->", html.escape(prompt_text)).replace("<!--new-->", html.escape("".join(pieces)))
+    shown = "".join(html.escape("".join(of_gap) + gap.behind) for of_gap, gap in zip(pieces, gaps, strict=True))
+    page = page.replace("<!--prompt-->", html.escape(prompt_text)).replace("<!--new-->", shown)
     head, place, tail = page.rpartition(_PLACE)
     assert place
     return head + _OPEN + _safe_json(data) + _CLOSE + tail
 
 
-def _frames(
-    tokenizer: Any, prompt: Sequence[int], size: int, steps: Sequence[Step]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The steps that commit something of the `size` new tokens, and the words of their guesses.
+def _frames(tokenizer: Any, gaps: Sequence[Gap], steps: Sequence[Step]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The steps that commit something of the new tokens, and the words of their guesses.
 
-    A guess is (place, index of its word, confidence), and stands only where it is another than in the step before.
+    A guess is (place among the new tokens, index of its word, confidence), and stands only where it is another than in
+    the step before.
     """
-    piece = cache(partial(guess_piece, tokenizer, after=prompt[-1]))
+    piece = cache(partial(guess_piece, tokenizer, after=gaps[0].before[-1]))
+    positions = itertools.chain.from_iterable(range(gap.start, gap.start + len(gap.new)) for gap in gaps)
+    place = {position: i for i, position in enumerate(positions)}
     words: dict[str, int] = {}
     before: dict[int, tuple[int, float | None]] = {}
 
     def inside(guesses: Sequence[Guess]) -> list[Guess]:
-        places = [guess._replace(position=guess.position - len(prompt)) for guess in guesses]
-        return [guess for guess in places if 0 <= guess.position < size]
+        return [guess._replace(position=place[guess.position]) for guess in guesses if guess.position in place]
 
     frames = []
     for step in steps:

@@ -1,4 +1,4 @@
-"""Continue a prompt and keep all of how that came about, for a page or a notebook."""
+"""Continue a prompt, or fill gaps, and keep all of how that came about, for a page or a notebook."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from unmask.infilling import filling_decoder, texts_with_gaps
 from unmask.model import DiffusionLM
 from unmask.outputs import SampleOutput
-from unmask.replay_page import Beside, check_page, facts_of, in_frame, replay_page, token_pieces
+from unmask.replay_page import Beside, Gap, check_page, facts_of, in_frame, replay_page, token_pieces
 from unmask.sampling import Step, Trace
 from unmask.sampling.request import REQUEST_OPTIONS
 
 
 @dataclass(frozen=True, repr=False)
 class Replay:
-    """What `replay` returns: in a notebook it shows how the text came about.
+    """What `replay` and `replay_infill` return: in a notebook it shows how the text came about.
 
-    output: as of `generate`. page: the HTML of the replay.
+    output: as of `generate` or `infill`. page: the HTML of the replay.
     """
 
     output: SampleOutput
@@ -61,6 +62,51 @@ def replay(
     return Replay(output, page_of(lm, prompt, decoder, output, trace.steps, seconds, beside, of_request))
 
 
+def replay_infill(
+    lm: DiffusionLM,
+    prefix: Any,
+    suffix: str | None = None,
+    num_tokens: int | Sequence[int] | None = None,
+    mode: Any = None,
+    *,
+    attention: str | None = None,
+    **options: Any,
+) -> Replay:
+    """Fill the gaps of one text, and keep how: `lm.infill(prefix, suffix, num_tokens, ...)`, whose text is the same.
+
+    Of candidate lengths the page shows those that were kept. Raises ValueError as `infill` does, and for several texts.
+    """
+    of_request = {name: options.pop(name) for name in (*REQUEST_OPTIONS, *_OF_INFILLING) if name in options}
+    given = texts_with_gaps(prefix, suffix, num_tokens)
+    if len(given) != 1:
+        raise ValueError(f"a replay is of one text, not of {len(given)}: give one with gaps")
+    _, decoder = filling_decoder(
+        lm.diffusion, mode, attention, options, lm.network.context_length, is_drafter=lm.drafter is not None
+    )
+    trace = Trace(decoder.select, callback=of_request.pop("callback", None))
+    traced = replace(decoder, select=trace.select)
+    began = time.perf_counter()
+    output = lm.infill(prefix, suffix, num_tokens, traced, attention=attention, callback=trace.callback, **of_request)
+    seconds = time.perf_counter() - began
+    history = output.history
+    assert history is not None
+    assert history.gaps is not None
+    assert history.kept is not None
+    of_others, steps = trace.steps[: history.kept[0].start], trace.steps[history.kept[0]]
+    before = of_others[-1].number if of_others else 0
+    steps = [replace(step, number=step.number - before) for step in steps]
+    facts = _facts(decoder, output, seconds, of_request)
+    if any(len(lengths) > 1 for lengths in given[0].lengths):
+        facts["lengths tried"] = "; ".join(", ".join(map(str, lengths)) for lengths in given[0].lengths)
+    page = replay_page(lm.tokenizer, history.gaps[0], steps, title=_name(lm), facts=facts,
+                       prompt_text=given[0].texts[0])  # fmt: skip
+    return Replay(output, page)
+
+
+_OF_INFILLING = ("stop_tokens", "num_samples")
+"""Options of `infill` that are neither the decoder's nor the request's."""
+
+
 def page_of(
     lm: DiffusionLM,
     prompt: str,
@@ -73,13 +119,18 @@ def page_of(
 ) -> str:
     """The page of the one row of an output. seconds: it took. of_request: options of `generate`."""
     ids = lm.prompt_ids(prompt)[0].tolist()
-    shown = {name: of_request.get(name) for name in ("temperature", "top_p", "top_k", "seed")}
-    asked = {name.replace("_", " "): str(value) for name, value in shown.items() if value is not None}
     return replay_page(
-        lm.tokenizer, ids, output.new_tokens(0, len(ids)), steps, title=_name(lm),
-        facts=facts_of(decoder) | asked | output.counts(0) | {"seconds": f"{seconds:.2f}"}, beside=beside,
+        lm.tokenizer, [Gap(ids, output.new_tokens(0, len(ids)), len(ids))], steps, title=_name(lm),
+        facts=_facts(decoder, output, seconds, of_request), beside=beside,
         prompt_text=prompt if isinstance(prompt, str) else None,
     )  # fmt: skip
+
+
+def _facts(decoder: Any, output: SampleOutput, seconds: float, of_request: dict[str, Any]) -> dict[str, str]:
+    """What is said above the text of the one row of an output."""
+    shown = {name: of_request.get(name) for name in ("temperature", "top_p", "top_k", "seed")}
+    asked = {name.replace("_", " "): str(value) for name, value in shown.items() if value is not None}
+    return facts_of(decoder) | asked | output.counts(0) | {"seconds": f"{seconds:.2f}"}
 
 
 def text_beside(

@@ -38,21 +38,16 @@ def generate(
     """Continue a prompt."""
     if watch and as_json:
         raise ValueError("--watch draws where --json prints: leave one of them out")
-    if replay is not None and (replay.is_dir() or not replay.parent.is_dir()):
-        raise ValueError(f"--replay {str(replay)!r} is no file in a folder that exists: name one such as replay.html")
     if watch and not sys.stdout.isatty():
         raise ValueError("--watch draws on a terminal, and standard output is none: leave it out, or use --replay FILE")
     text = sys.stdin.read().removeprefix("\ufeff") if prompt == "-" else prompt
 
     from unmask.cli.watch import watching
     from unmask.outputs import summary
-    from unmask.replay_page import check_page
     from unmask.replaying import page_of, text_beside
     from unmask.sampling import Trace
 
-    if replay is not None:
-        check_page(replay)
-
+    _check_replay(replay)
     lm = opened(model, loading, mode_of(decoder))
     packed(lm)
     chosen: Any = lm.decoder(**decoder)
@@ -89,6 +84,16 @@ def generate(
         page = page_of(lm, text, chosen, out, trace.steps, seconds, beside, request)
         replay.write_text(page, encoding="utf-8")
         say(f"replay in {replay}")
+
+
+def _check_replay(page: Path | None) -> None:
+    from unmask.replay_page import check_page
+
+    if page is None:
+        return
+    if page.is_dir() or not page.parent.is_dir():
+        raise ValueError(f"--replay {str(page)!r} is no file in a folder that exists: name one such as replay.html")
+    check_page(page)
 
 
 def _parent(lm: Any, model: str) -> Any:
@@ -157,6 +162,9 @@ def infill(
     num_samples: Annotated[
         int | None, typer.Option(help="Forwards that score a candidate length, by default 8.")
     ] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Write a page (.html) that replays how the gaps were filled.")
+    ] = None,
     as_json: Json = False,
     *,
     loading: dict[str, Any],
@@ -173,6 +181,9 @@ def infill(
     if text is None and missing:
         raise ValueError(f"{missing[0]} is missing: give --text with gaps, or --prefix, --suffix and --num-tokens")
 
+    from unmask.replaying import replay_infill
+
+    _check_replay(replay)
     lm = opened(model, loading, "infill")
     asked: dict[str, Any] = {"prefix": text}
     if num_tokens:
@@ -181,12 +192,20 @@ def infill(
             "suffix": suffix,
             "num_tokens": num_tokens[0] if len(num_tokens) == 1 else num_tokens,
         }
-    out = lm.infill(**asked, attention=attention, num_samples=num_samples, **decoder, **sampling)
+    asked |= {"attention": attention, "num_samples": num_samples, **decoder, **sampling}
+    if replay is None:
+        out = lm.infill(**asked)
+    else:
+        replayed = replay_infill(lm, **asked)
+        out = replayed.output
+        replayed.save(replay)
     assert out.filled is not None
     assert out.fills is not None
     if as_json:
         around = {} if prefix is None else {"prefix": prefix, "suffix": suffix}
         print(to_json({"text": out.texts[0], **around, "fills": out.fills[0], "filled": out.filled[0], **_counts(out)}))
-        return
-    print(out.filled[0])
-    say(tokens_in_forwards(int(out.num_new_tokens[0]), int(out.num_forwards[0])))
+    else:
+        print(out.filled[0])
+        say(tokens_in_forwards(int(out.num_new_tokens[0]), int(out.num_forwards[0])))
+    if replay is not None:
+        say(f"replay in {replay}")

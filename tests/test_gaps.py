@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import unmask
 from unmask.core.attention import Layout, bidirectional
 from unmask.core.network import DiffusionConfig
 from unmask.evaluation.likelihood import continuation_nelbo
+from unmask.infilling import span_config
 from unmask.sampling import Blocks, Canvas, Confidence, Request, Threshold, WholeCanvas
 
 NET = network()
@@ -295,6 +297,13 @@ def test_bad_gaps_are_named(lm: unmask.DiffusionLM, arguments: tuple, options: d
 def test_what_is_no_text_with_gaps_is_a_type_error(lm: unmask.DiffusionLM, text: Any) -> None:
     with pytest.raises(TypeError, match="gap"):
         lm.infill(text)
+
+
+@pytest.mark.parametrize("noisy", ["bidirectional", "causal"])
+def test_every_block_checkpoint_can_show_the_whole_text(noisy: str) -> None:
+    config = replace(block_config(4, clean="causal"), noisy_attention=noisy)
+    shown = span_config(config, None, "bidirectional", is_drafter=False)
+    assert shown.pattern is bidirectional
 
 
 def test_an_untouched_model_says_what_it_lacks(tokenizer_and_model: Path) -> None:

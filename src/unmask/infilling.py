@@ -188,7 +188,9 @@ def span_config(
             "attention 'bidirectional' needs a model that was converted whole: a drafter reads noise beside its "
             "base's clean context alone"
         )
-    return replace(config, attention="bidirectional", clean_attention=None, block_size=None)
+    return replace(
+        config, attention="bidirectional", clean_attention=None, noisy_attention="bidirectional", block_size=None
+    )
 
 
 def filling_decoder(

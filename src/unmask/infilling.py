@@ -351,7 +351,7 @@ def _as_filled(
     sequences = [row.joined(of_row) for row, of_row in zip(rows, gaps, strict=True)]
     texts = ["".join(itertools.chain(*zip(row.texts, [*of_row, ""], strict=True)))
              for row, of_row in zip(rows, fills, strict=True)]  # fmt: skip
-    as_decoded = [row.as_decoded(*pair) for row, *pair in zip(rows, gaps, lengths, strict=True)]
+    as_decoded = [row.as_decoded(new, chosen) for row, new, chosen in zip(rows, gaps, lengths, strict=True)]
     return Filled(sampled, sequences, fills, texts, as_decoded, kept)
 
 

@@ -12,6 +12,7 @@ from unmask.infilling import filling_decoder, texts_with_gaps
 from unmask.model import DiffusionLM
 from unmask.outputs import SampleOutput
 from unmask.replay_page import Beside, Gap, check_page, facts_of, in_frame, replay_page, token_pieces
+from unmask.run_folder import write_text
 from unmask.sampling import Step, Trace
 from unmask.sampling.request import REQUEST_OPTIONS
 
@@ -33,10 +34,13 @@ class Replay:
         return in_frame(self.page)
 
     def save(self, path: str | Path) -> Path:
-        """Write the page to a file; ValueError for one that does not end in .html, or is there and no replay."""
+        """Write the page to a file; ValueError for one that does not end in .html, or is there and no replay.
+
+        A replay that is there is replaced whole or, where the disk is full, not at all.
+        """
         path = Path(path)
         check_page(path)
-        path.write_text(self.page, encoding="utf-8")
+        write_text(path, self.page)
         return path
 
 

@@ -44,7 +44,7 @@ def generate(
 
     from unmask.cli.watch import watching
     from unmask.outputs import summary
-    from unmask.replaying import page_of, text_beside
+    from unmask.replaying import Replay, page_of, text_beside
     from unmask.sampling import Trace
 
     _check_replay(replay)
@@ -82,7 +82,7 @@ def generate(
         request = {"max_new_tokens": max_new_tokens, **sampling}
         beside = text_beside(lm, text, chosen, _parent(lm, model), **request)
         page = page_of(lm, text, chosen, out, trace.steps, seconds, beside, request)
-        replay.write_text(page, encoding="utf-8")
+        Replay(out, page).save(replay)
         say(f"replay in {replay}")
 
 

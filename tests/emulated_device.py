@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import sys
+import threading
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import FrameType
 from typing import Any
@@ -68,6 +69,7 @@ _INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_,
              aten._unsafe_index_put}  # fmt: skip
 _SIZED_BY_VALUES = {aten.nonzero, aten.masked_select, aten._unique2, aten.unique_consecutive, aten.unique_dim,
                     aten.bincount}  # fmt: skip
+_PINNING = {aten.is_pinned, aten.pin_memory, aten._pin_memory}
 _READ = {aten._local_scalar_dense, aten.equal, aten.is_nonzero}
 
 
@@ -93,6 +95,18 @@ class OnDevice(Tensor):
 
     def data_ptr(self) -> int:
         return self.value.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Which tensors share memory is asked of it."""
+        return self.value.untyped_storage()
+
+    def storage(self) -> torch.TypedStorage:
+        return self.value.storage()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A file holds the values, which whoever reads it takes to the device."""
+        Emulated.current.wait("copy to the host")
+        return self.value.__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         copied = self.detach().clone()
@@ -141,6 +155,7 @@ class Emulated(TorchDispatchMode):
         torch.__future__.set_swap_module_params_on_conversion(True)
         self._stack.callback(torch.__future__.set_swap_module_params_on_conversion, before)
         self._stack.enter_context(mock.patch.object(torch._C, "_InferenceMode", _InferenceMode))
+        self._stack.enter_context(mock.patch.object(threading.Thread, "run", _in_thread(self)))
         super().__enter__()
         return self
 
@@ -150,7 +165,11 @@ class Emulated(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        there = any(isinstance(x, OnDevice) for x in tree_leaves((args, kwargs))) or _target(kwargs) is not None
+        if func.overloadpacket in _PINNING:  # here, since a backward pass runs in a thread without function modes
+            return _pin(func, args[0])
+        target = _target(kwargs)
+        there = target is not None and target.type == NAME
+        there = there or any(isinstance(x, OnDevice) for x in tree_leaves((args, kwargs)))
         return self._run(func, args, kwargs) if there else func(*args, **kwargs)
 
     def wait(self, what: str) -> None:
@@ -168,7 +187,7 @@ class Emulated(TorchDispatchMode):
             raise NotImplementedError(f"{func} is not emulated")
         place, target = self._place(func, args, kwargs), _target(kwargs)
         if target is not None:
-            place, kwargs = target, kwargs | {"device": torch.device("cpu")}
+            place, kwargs = target, kwargs | {"device": torch.device("cpu") if target.type == NAME else target}
         wrapped = {id(x.value): x for x in tree_leaves((args, kwargs)) if isinstance(x, OnDevice)}
         plain_args, plain_kwargs = tree_map_only(OnDevice, lambda x: x.value, (args, kwargs))
         if func is aten.histc.default:  # of integers it is for accelerators alone
@@ -216,6 +235,28 @@ class Emulated(TorchDispatchMode):
             self.wait("copy from the host")
 
 
+class _Operations(TorchDispatchMode):
+    """The operations of another thread: a mode belongs to the thread that entered it."""
+
+    def __init__(self, device: Emulated) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.device.__torch_dispatch__(func, types, args, kwargs)
+
+
+def _in_thread(device: Emulated) -> Any:
+    """`Thread.run` with the device: transformers makes tensors in threads."""
+    run = threading.Thread.run
+
+    def run_with_device(thread: threading.Thread) -> None:
+        with _Functions(device), _Operations(device):
+            run(thread)
+
+    return run_with_device
+
+
 class _InferenceMode:
     """`torch.inference_mode` without gradients and no more: tensors made in it could not be wrapped."""
 
@@ -247,11 +288,6 @@ class _Functions(TorchFunctionMode):
             return _attention(*args, **kwargs)
         if func is torch.tensor and _target(kwargs) is not None:
             return torch.tensor(*args, **kwargs | {"device": None}).to(kwargs["device"])
-        if func is Tensor.pin_memory:
-            assert not isinstance(first, OnDevice), "memory of a device cannot be pinned"
-            pinned = first.clone()
-            pinned.pinned = True
-            return pinned
         if func is Tensor.tolist and isinstance(first, OnDevice):
             self.device.wait("tolist")
             return first.value.tolist()
@@ -276,6 +312,16 @@ def _attention(
         query, key, value, attn_mask, dropout_p, is_causal, **more
     )[0]  # fmt: skip
     return out
+
+
+def _pin(func: Any, x: Tensor) -> Any:
+    """Memory of the host that is marked as pinned, or whether it is."""
+    if func.overloadpacket is aten.is_pinned:
+        return hasattr(x, "pinned")
+    assert not isinstance(x, OnDevice), "memory of a device cannot be pinned"
+    pinned: Any = x.clone()
+    pinned.pinned = True
+    return pinned
 
 
 def _target(kwargs: Any) -> torch.device | None:

@@ -1,4 +1,4 @@
-"""Training and decoding on an emulated accelerator: the results of the CPU, and how often the device is waited for.
+"""Steps, runs and decoding on an emulated accelerator: the results of the CPU, and how often the device is waited for.
 
 test_emulated_device.py runs the short cases in a process of their own; all of them, for the night:
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +17,15 @@ import torch
 from conftest import MASK, SUPPORTED, block_config, random_tokens, tiny_model
 from decode import sample_autoregressive, sample_bidirectional, sample_blocks, sample_canvases, sample_speculative
 from emulated_device import Emulated
+from ranks import CASES, assert_same_run, full, interrupted, logged, run_case
 from test_waits import STEPS, Step
 from torch import Tensor
 
+import unmask
 from unmask import hf
 from unmask.core.devices import peak_memory, runs_ahead
 from unmask.core.drafter import Drafter, DrafterConfig
-from unmask.core.finite import StepWatch
+from unmask.core.finite import StepWatch, bad_weight
 from unmask.core.network import DiffusionConfig
 from unmask.core.noise import Key, uniforms
 from unmask.core.transfer import to_host
@@ -37,6 +40,7 @@ from unmask.sampling import (
     Rejection,
     Remask,
 )
+from unmask.training import loop
 
 
 def of_ci(names: Iterable[str], *in_ci: str) -> list[Any]:
@@ -161,6 +165,79 @@ def test_judging_a_step_waits_for_nothing_and_reads_what_is_there() -> None:
         assert watch.skipped == 1
         watch.settle()
         assert not device.waits
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_all_weights_are_checked_with_one_wait(value: float) -> None:
+    with Emulated() as device:
+        model = tiny_model(SUPPORTED["llama"]()).to("emu")
+        names = [name for name, _ in model.named_parameters()]
+        device.waits.clear()
+        assert bad_weight(model) is None
+        assert device.waits.total() == 1
+        for name in (names[-1], names[3]):  # the first of them is named
+            model.get_parameter(name).data[0] = value
+            assert bad_weight(model) == name
+
+
+# --- whole runs
+
+
+def count_waits(device: Emulated, patch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """How often each step, log row and check of the weights of the runs to come waits."""
+    counted: dict[str, list[int]] = {"step": [], "log": [], "check_weights": []}
+
+    def counting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def counted_method(*given: Any, **named: Any) -> Any:
+            before = device.waits.total()
+            result = method(*given, **named)
+            counted[name].append(device.waits.total() - before)
+            return result
+
+        return counted_method
+
+    for name in counted:
+        patch.setattr(loop._Run, name, counting(name, getattr(loop._Run, name)))
+    return counted
+
+
+@pytest.mark.parametrize("name", of_ci(CASES, "efficient-dlm", "drafter, checkpointing"))
+def test_a_whole_run_is_that_of_the_cpu_and_no_step_waits(
+    name: str, tokenizer_and_model: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading, training, evaluation, checkpoints, going on from one, and the model that is saved in the end."""
+    short = {"max_tokens": 600} if "data" not in CASES[name] else {}
+    exact = CASES[name] | short | {"save_every": 2, "keep_checkpoints": 9, "mixed_precision": "no"}
+    run_case(full(exact, tokenizer_and_model, stories, tmp_path / "cpu"))
+    with Emulated() as device, monkeypatch.context() as patch:
+        counted = count_waits(device, patch)
+        case = full(exact | {"device": "emu"}, tokenizer_and_model, stories, tmp_path / "emu")
+        lm = run_case(case)
+        assert lm.model.device == torch.device("emu", 0)
+        assert not sum(counted["step"]), device.waits
+        assert max(counted["log"]) <= 3  # loss, its tokens, whether the run goes on
+        assert max(counted["check_weights"]) <= 1
+        gone_on = interrupted(tmp_path / "emu", tmp_path / "gone on", 2)
+        run_case(case | {"output_dir": str(gone_on), "resume": True})
+    for folder in (tmp_path / "emu", gone_on):
+        assert_same_run(folder, tmp_path / "cpu")
+        assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in (tmp_path / "cpu").iterdir())
+
+
+@pytest.mark.nightly
+def test_a_run_loads_its_model_to_the_device_and_learns_in_bfloat16(
+    tokenizer_and_model: Path, stories: Path, tmp_path: Path
+) -> None:
+    case = full({"recipe": "efficient-dlm", "dtype": "bfloat16", "max_tokens": 400}, tokenizer_and_model, stories,
+                tmp_path / "cpu")  # fmt: skip
+    unmask.adapt(show_progress=False, **case)
+    with Emulated():
+        unmask.adapt(show_progress=False, **case | {"output_dir": str(tmp_path / "emu"), "device": "emu"})
+        loaded = [unmask.load(tmp_path / "emu", device=device, dtype=torch.float64) for device in ("cpu", "emu")]
+        on_cpu, there = (lm.generate("Once", max_new_tokens=8).texts for lm in loaded)
+    assert there == on_cpu
+    losses = [[row["loss"] for row in logged(tmp_path / name) if "loss" in row] for name in ("cpu", "emu")]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.02, atol=0.02)  # bfloat16 rounds on each in its way
 
 
 # --- decoding

@@ -67,14 +67,25 @@ class StepWatch:
 
 
 def bad_weight(model: Any) -> str | None:
-    """Name of the first parameter or buffer of a torch module that holds NaN or infinity, None if there is none."""
-    for name, tensor in [*model.named_parameters(), *_saved_buffers(model)]:
+    """Name of the first parameter or buffer of a torch module that holds NaN or infinity, None if there is none.
+
+    Each device is waited for once, whatever the number of weights.
+    """
+    finite: dict[torch.device, dict[tuple[int, str], Tensor]] = {}
+    tensors = [*model.named_parameters(), *_saved_buffers(model)]
+    for number, (name, tensor) in enumerate(tensors):
         for part in plain_parts(tensor.detach()):
             if part.dtype in _CHECKED and part.device.type != "meta" and part.numel():
                 low, high = torch.aminmax(part)  # NaN stays NaN, and no copy of the weights is made
-                if not math.isfinite(float(low)) or not math.isfinite(float(high)):
-                    return str(name)
-    return None
+                those, ours = finite.setdefault(part.device, {}), low.isfinite() & high.isfinite()
+                those[number, name] = ours & those.get((number, name), ours)
+    bad = [
+        place
+        for those in finite.values()
+        for place, is_finite in zip(those, torch.stack([*those.values()]).tolist(), strict=True)
+        if not is_finite
+    ]
+    return min(bad)[1] if bad else None
 
 
 def plain_parts(tensor: Tensor) -> list[Tensor]:

@@ -148,6 +148,8 @@ def test_heat_map_writes_means_into_cells(tmp_path: Path) -> None:
                                  value_label="NELBO (nats per token)", **labels)[1])  # fmt: skip
     for word in ("training block size", "evaluation block size", "NELBO (nats per token)", ">4<", ">16<"):
         assert word in svg
+    svg = text_of(plots.heat_map(rows, tmp_path / "n", x="train", y="eval", value="nelbo", y_label="")[1])
+    assert ">eval<" not in svg  # what needs no name has none
 
 
 def test_curves_and_bars_take_seeds(tmp_path: Path) -> None:
@@ -159,6 +161,37 @@ def test_curves_and_bars_take_seeds(tmp_path: Path) -> None:
     svg = text_of(plots.bars(rows, tmp_path / "b.svg", by="arm", y="nelbo", y_label="NELBO (nats per token)")[1])
     assert ">none<" in svg
     assert (tmp_path / "b.png").exists()
+
+
+def test_curves_have_their_names_beside_them_and_no_name_covers_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where lines lie close together, as arms of a study do."""
+    seen = saved_figures(monkeypatch)
+    arms = [f"clean-shift-{i}" for i in range(7)]
+    rows = [{"arm": arm, "tokens": 64_000 * t, "nelbo": 4 - t / 5 + i / 40} for i, arm in enumerate(arms)
+            for t in range(1, 5)]  # fmt: skip
+    text = text_of(plots.curves(rows, tmp_path / "c", x="tokens", y="nelbo", by="arm")[1])
+    (axes,) = seen[0].axes
+    assert {written.get_text() for written in axes.texts} == set(arms)
+    boxes = [written.get_window_extent() for written in axes.texts]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert axes.get_window_extent().containsx(box.x0)
+        assert axes.get_window_extent().containsx(box.x1)
+    assert ">250k<" in text
+
+
+def test_speeds_close_to_one_have_more_than_one_number_below_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = saved_figures(monkeypatch)
+    for fastest in (1.01, 1.1, 1.6, 2.9, 9.0):
+        lines = [plots.Line("a", [(1.0, 2.0), (fastest, 3.0)], ["0.9", "0.5"])]
+        plots.trade_off(lines, tmp_path / "t", parent=(1.0, 1.0), x_label="tokens per forward", y_label="NLL")
+        axes = seen[-1].axes[0]
+        low, high = axes.get_xlim()
+        assert sum(low <= tick <= high for tick in axes.get_xticks()) > 1, fastest
 
 
 RUN = [{"tokens": 500_000 * step, "loss": 6 / step, "nelbo": 5 / step, "nll": 1.3} for step in (1, 2, 3, 4)]

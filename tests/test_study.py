@@ -130,6 +130,8 @@ def test_report_shows_means_and_errors(finished: Path) -> None:
     for figure in ("along-nelbo", "frontier-parent_nll", "block-sizes", "drift", "order-mean_step"):
         assert (finished / "figures" / f"{figure}.png").stat().st_size < 200_000
         assert f"(figures/{figure}.png)" in text
+    frontier = (finished / "figures" / "frontier-parent_nll.svg").read_text()
+    assert all(word in frontier for word in (">AR parent<", ">better<", ">clean "))
     found = report.series(report.last_lines(lines_of(finished)), "likelihood", "nelbo", lambda *_: None)
     assert str(found["clean"][None]) in text
     assert found["clean"][None].seeds == 2

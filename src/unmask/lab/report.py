@@ -133,16 +133,17 @@ def draw(lines: Sequence[dict[str, Any]], folder: Path) -> dict[str, Path]:
         rows = [row for row in flat(lines, measure, figure) if row["arm"] != "parent"]
         if len({row["tokens"] for row in rows}) > 1:
             add(f"{HEADLINES[figure]} along training", f"along-{figure}", plots.curves, rows, x="tokens", y=figure,
-                by="arm", x_label="training tokens", y_label=HEADLINES[figure])  # fmt: skip
+                by="arm", x_label="training tokens", y_label=_with_unit(figure))  # fmt: skip
     for figure in ("parent_nll", "accuracy"):
         rows = flat(last, "frontier", figure)
         if figure == "accuracy" or not flat(last, "frontier", "accuracy"):
-            add(f"{HEADLINES[figure]} against tokens per forward", f"frontier-{figure}", plots.curves,
-                _by_setting(rows), x="tokens_per_forward", y=figure, by="arm", x_label="tokens per forward",
-                y_label=HEADLINES[figure])  # fmt: skip
+            arms, parent = _as_lines(_by_setting(rows), figure)
+            add(f"{HEADLINES[figure]} against tokens per forward", f"frontier-{figure}", plots.trade_off, arms,
+                parent=parent, x_label="tokens per forward", y_label=_with_unit(figure),
+                less_is_better=ORDERED[figure] == LOWER, percent=figure == "accuracy")  # fmt: skip
     add("NELBO by training and evaluation block size", "block-sizes", plots.heat_map,
         flat(last, "block_sizes", "nelbo"), x="at", y="arm", value="nelbo", x_label="evaluation block size",
-        y_label="")  # fmt: skip
+        y_label="", value_label="NELBO, nats per token")  # fmt: skip
     drift = [row | {"layer": f"{row['part']} {row['at']}"} for row in flat(last, "drift", "mean_change")]
     add("Mean absolute change of the weights by layer", "drift", plots.heat_map,
         sorted(drift, key=lambda row: (row["part"], row["at"])), x="layer", y="arm", value="mean_change", digits=2,
@@ -157,16 +158,31 @@ def draw(lines: Sequence[dict[str, Any]], folder: Path) -> dict[str, Path]:
     return figures
 
 
+def _with_unit(figure: str) -> str:
+    return f"{HEADLINES[figure]}, nats per token" if figure in ("nll", "nelbo", "parent_nll") else HEADLINES[figure]
+
+
 def _by_setting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds of the points of each arm and threshold: seeds differ on both axes."""
     groups: dict[tuple[str, Any], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["arm"], row["at"]), []).append(row)
+    figures = ("tokens_per_forward", "parent_nll", "accuracy")
     return [
-        {"arm": arm, **{k: mean(row[k] for row in seeds) for k in ("tokens_per_forward", "parent_nll", "accuracy")
-                        if all(k in row for row in seeds)}}
-        for (arm, _), seeds in groups.items()
-    ]  # fmt: skip
+        {"arm": arm, "at": at, **{k: mean(row[k] for row in seeds) for k in figures if all(k in row for row in seeds)}}
+        for (arm, at), seeds in groups.items()
+    ]
+
+
+def _as_lines(points: Sequence[dict[str, Any]], figure: str) -> tuple[list[plots.Line], tuple[float, float] | None]:
+    """Each arm as a line of (tokens per forward, figure) with its thresholds as words, and the parent's point."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for point in points:
+        arms.setdefault(point["arm"], []).append(point)
+    places = {arm: [(p["tokens_per_forward"], p[figure]) for p in of_arm] for arm, of_arm in arms.items()}
+    parent = places.pop("parent", [None])[0]
+    words = {arm: ["" if p["at"] is None else f"{p['at']:g}" for p in arms[arm]] for arm in places}
+    return [plots.Line(arm, at, words[arm]) for arm, at in places.items()], parent
 
 
 def report(study: dict[str, Any], lines: Sequence[dict[str, Any]], figures: dict[str, str]) -> str:

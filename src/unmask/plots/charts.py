@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from unmask.plots.style import COLOURS, INK, look, name_axes, new_figure
+from unmask.plots.labels import Label, Points, loneliest, place_labels
+from unmask.plots.style import COLOURS, INK, look, name_axes, new_figure, short_count
 
 Row = Mapping[str, Any]
 
@@ -25,24 +26,36 @@ def curves(
     title: str = "",
     log_x: bool = False,
 ) -> tuple[Path, Path]:
-    """y against x, a line for each value of column `by`; rows at the same x (seeds) give mean and standard error."""
+    """y against x, a line for each value of column `by`; rows at the same x (seeds) give mean and standard error.
+
+    Each line has its name beside it, where it covers nothing.
+    """
     check_rows(rows, (x, y, *([by] if by else [])))
-    with new_figure(path) as (figure, paths):
+    named = groups(rows, by)
+    lines: list[Points] = []
+    with new_figure(path, 6.4, 3.8) as (figure, paths):
         axes = figure.subplots()
-        for i, (name, line) in enumerate(groups(rows, by).items()):
+        for i, line in enumerate(named.values()):
             values = {place: [row[y] for row in seeds] for place, seeds in groups(line, x).items()}
             places = sorted(values)
             middle = [mean(values[place]) for place in places]
             error = [_standard_error(values[place]) for place in places]
-            axes.plot(places, middle, label=str(name), **look(i))
+            axes.plot(places, middle, **look(i))
+            lines.append(list(zip(places, middle, strict=True)))
             if any(error):
                 low, high = ([m + sign * e for m, e in zip(middle, error, strict=True)] for sign in (-1, 1))
                 axes.fill_between(places, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.18, linewidth=0)
         name_axes(axes, x_label or x, y_label or y, title)
         if log_x:
             axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
+        axes.margins(0.06)
+        figure.draw_without_rendering()  # now the axes have their place
+        figure.set_layout_engine("none")
+        axes.autoscale(False)
         if by is not None:
-            axes.legend()
+            names = [Label(*lines[i][loneliest(i, lines)], str(name), look(i)["color"]) for i, name in enumerate(named)]
+            place_labels(axes, names, lines, 8)
     return paths
 
 
@@ -96,14 +109,18 @@ def heat_map(
                     dark = high > low and (cell - low) / (high - low) < 0.55
                     axes.text(i, j, f"{cell:.{digits}g}", ha="center", va="center", fontsize=8,
                               color="white" if dark else "black")  # fmt: skip
-        axes.set_xticks(range(len(across)), [_short(a) for a in across])
+        words = [_short(a) for a in across]
+        long = max(map(len, words)) > 7
+        axes.set_xticks(range(len(across)), words, rotation=40 if long else 0, ha="right" if long else "center",
+                        rotation_mode="anchor" if long else "default")  # fmt: skip
         axes.set_yticks(range(len(down)), [_short(b) for b in down])
         axes.grid(visible=False)
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
-        name_axes(axes, x_label or x, y_label or y, title)
-        figure.colorbar(image, ax=axes, label=value_label or value)
+        name_axes(axes, x if x_label is None else x_label, y if y_label is None else y_label, title)
+        bar = figure.colorbar(image, ax=axes, label=value_label or value)
+        bar.outline.set_visible(False)
     return paths
 
 

@@ -142,7 +142,7 @@ def _panel(
             if (word := _word(row))
         ]
     values = [row[x] for line in lines.values() for row in line]
-    of_powers(axes.xaxis, bool(values) and max(values) < 3 * min(values))
+    of_powers(axes.xaxis, values)
     axes.axvline(1, color=GREY, linewidth=0.6)
     if y == "parent_nll":  # up is better, as for all other figures
         axes.invert_yaxis()

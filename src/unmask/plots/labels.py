@@ -86,6 +86,17 @@ def place_labels(
         placed.append(box)
 
 
+def loneliest(number: int, lines: Sequence[Points]) -> int:
+    """Index of the point of line `number` that stands farthest from the points of the others: where its name fits."""
+    spans = [(max(values) - min(values)) or 1.0 for values in zip(*(p for line in lines for p in line), strict=True)]
+    others = [p for i, line in enumerate(lines) if i != number for p in line]
+
+    def room(point: tuple[float, float]) -> float:
+        return min((sum(abs(a - b) / s for a, b, s in zip(point, p, spans, strict=True)) for p in others), default=0.0)
+
+    return max(range(len(lines[number])), key=lambda i: room(lines[number][i]))
+
+
 _COVERS = 1e4
 """Cost of a place in which something could not be read."""
 

@@ -6,7 +6,7 @@ white; markers repeat the distinction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,21 @@ def name_axes(axes: Any, x: str, y: str, title: str = "") -> None:
     axes.set_title(title, loc="left")
 
 
-def of_powers(axis: Any, narrow: bool) -> None:
-    """A logarithmic x axis for ratios, with ticks at plain numbers; narrow: values within a factor of three."""
+def short_count(number: float) -> str:
+    """A number of tokens as people say it: 400k, 1.5M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:g}{unit}"
+    return f"{number:g}"
+
+
+def of_powers(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic x axis for ratios, with ticks at plain numbers; a plain one for values that lie close together."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    axis.axes.set_xscale("log", base=2)
-    axis.set_major_locator(LogLocator(2, subs=(1.0, 1.25, 1.5, 1.75) if narrow else (1.0, 1.5)))
+    spread = max(values) / min(values) if values else 4.0
+    if spread >= 1.5:
+        axis.axes.set_xscale("log", base=2)
+        axis.set_major_locator(LogLocator(2, subs=(1.0, 1.25, 1.5, 1.75) if spread < 3 else (1.0, 1.5)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:.3g}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmask.plots.labels import Label, place_labels
+from unmask.plots.labels import Label, loneliest, place_labels
 from unmask.plots.style import GREY, INK, look, name_axes, new_figure, of_powers
 
 
@@ -54,7 +54,7 @@ def trade_off(
         for level in (levels or {}).values():
             axes.axhline(level, color=GREY, linestyle=":", linewidth=1.2)
         speeds = [x for line in lines for x, _ in line.points] + ([parent[0]] if parent else [])
-        of_powers(axes.xaxis, max(speeds) < 3 * min(speeds))
+        of_powers(axes.xaxis, speeds)
         axes.margins(0.09)
         if less_is_better:
             axes.invert_yaxis()
@@ -86,7 +86,7 @@ def _write_names(
     labels += [Label(right, level, name, GREY) for name, level in levels.items()]
     for i, line in enumerate(lines):
         colour = look(i)["color"]
-        named = _loneliest(line, lines)
+        named = loneliest(i, [one.points for one in lines])
         for at, ((x, y), word) in enumerate(zip(line.points, line.words, strict=True)):
             if at == named:
                 full = f"{line.name} {word}".strip()
@@ -96,16 +96,3 @@ def _write_names(
     across = [*levels.values(), *([] if parent is None else [parent[1]])]
     plain = [[(left, y), (right, y)] for y in across] + ([[(parent[0], low), (parent[0], high)]] if parent else [])
     place_labels(axes, labels, [line.points for line in lines], 8, plain=plain, large=[parent] if parent else [])
-
-
-def _loneliest(line: Line, lines: Sequence[Line]) -> int:
-    """Index of the line's point that stands farthest from the points of others."""
-    spans = [
-        (max(values) - min(values)) or 1.0 for values in zip(*(p for one in lines for p in one.points), strict=True)
-    ]
-
-    def room(point: tuple[float, float]) -> float:
-        others = [p for one in lines if one is not line for p in one.points]
-        return min((sum(abs(a - b) / s for a, b, s in zip(point, p, spans, strict=True)) for p in others), default=0.0)
-
-    return max(range(len(line.points)), key=lambda i: room(line.points[i]))

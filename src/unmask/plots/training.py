@@ -8,7 +8,7 @@ from typing import Any
 
 from unmask.plots.charts import Row, check_rows
 from unmask.plots.labels import Label, Points, place_labels
-from unmask.plots.style import COLOURS, GREY, INK, name_axes, new_figure
+from unmask.plots.style import COLOURS, GREY, INK, name_axes, new_figure, short_count
 
 _HELD_OUT = {"nll": ("held-out text, AR mode", COLOURS[0], "o"), "nelbo": ("held-out text, bound", COLOURS[1], "s")}
 """Column of metrics.jsonl -> its words, colour and marker."""
@@ -46,7 +46,7 @@ def training_curve(
         if apart:
             name_axes(panels[0], "", "nats per token")
         panels[0].set_title(title, loc="left")
-        panels[-1].xaxis.set_major_formatter(lambda value, _: _short(value))
+        panels[-1].xaxis.set_major_formatter(lambda value, _: short_count(value))
         panels[0].margins(y=0.08)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
@@ -64,11 +64,3 @@ def _write(
         place_labels(panels[0], labels, held_out, 8, plain=plain)
     else:
         place_labels(panels[0], [*labels, of_loss], held_out, 8, plain=[loss, *plain])
-
-
-def _short(tokens: float) -> str:
-    """A number of tokens as people say it: 400k, 1.5M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(tokens) >= size:
-            return f"{tokens / size:g}{unit}"
-    return f"{tokens:g}"

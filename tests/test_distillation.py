@@ -21,12 +21,13 @@ from unmask.core import head_loss
 from unmask.core.attention import Layout, dense
 from unmask.core.batch import Batch
 from unmask.core.corruption import Corruption, segments
-from unmask.core.distances import draft_distance
+from unmask.core.distances import DISTANCES, OF_BLOCKS, draft_distance
 from unmask.core.objectives import ar_loss, distill_loss, joint_loss, predictable
 from unmask.data.documents import load_corpus
 from unmask.recipe import load_recipe
 from unmask.resolve import resolve
 from unmask.settings import Settings
+from unmask.settings.method import DISTANCES as SETTINGS
 from unmask.training.rollouts import roll_out
 from unmask.training.step import corruptions, offset_blocks, step_loss
 
@@ -96,8 +97,15 @@ class Rows(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("kind", ["kl", "tv", "ce", "top", "drafter"])
-def test_losses_beside_another_model_hold_few_logits_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+BESIDE = [("teacher", d) for d in DISTANCES] + [("itself", d) for d in DISTANCES] + [
+    ("base", d) for d in (*DISTANCES, *OF_BLOCKS)]  # fmt: skip
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize(("beside", "distance"), BESIDE)
+def test_losses_beside_other_distributions_hold_few_logits_at_a_time(
+    beside: str, distance: str, top_k: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(head_loss, "_AT_ONCE_CPU", 1)
     monkeypatch.setattr(head_loss, "_ROWS", 7)
     student, teacher, (x0, layout, corruption) = network(), other_network(), text()
@@ -105,12 +113,11 @@ def test_losses_beside_another_model_hold_few_logits_at_a_time(kind: str, monkey
     def learnt() -> tuple[int, list[torch.Tensor]]:
         student.model.zero_grad()
         with Rows() as rows:
-            if kind == "drafter":
-                loss = distill_loss(student, CONFIG, x0, layout, corruption, "kl+tv")
+            if beside == "base":
+                loss = distill_loss(student, CONFIG, x0, layout, corruption, distance, top_k=top_k)
             else:
-                distance, top_k = ("kl", 5) if kind == "top" else (kind, None)
-                loss = joint_loss(student, CONFIG, x0, layout, corruption, 0.3, teacher=teacher, distance=distance,
-                                  top_k=top_k)  # fmt: skip
+                loss = joint_loss(student, CONFIG, x0, layout, corruption, 0.3, distance=distance, top_k=top_k,
+                                  teacher=teacher if beside == "teacher" else None)  # fmt: skip
             loss.sum.backward()
         return rows.most, [loss.sum.detach(), *(p.grad.clone() for p in student.model.parameters())]
 
@@ -118,9 +125,24 @@ def test_losses_beside_another_model_hold_few_logits_at_a_time(kind: str, monkey
     assert most <= 7
     student.fast_paths = teacher.fast_paths = hf.FastPaths()
     most, expected = learnt()
-    assert most >= int(corruption.masked.sum())
+    assert most > 7
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_settings_and_losses_know_the_same_distances() -> None:
+    assert (*DISTANCES, *OF_BLOCKS) == SETTINGS
+
+
+def test_rows_come_in_whole_groups() -> None:
+    def parts(groups: list[int], size: int) -> list[tuple[int, int]]:
+        loss = head_loss.GroupLoss(lambda logits, _: logits[:, 0], torch.tensor(groups))
+        return [(part.start, part.stop) for part in head_loss._parts(len(groups), size, loss)]
+
+    assert parts([3, 3, 5, 5, 5, 5, 3, 9], 3) == [(0, 2), (2, 6), (6, 8)]
+    assert parts([1, 1, 1, 1], 3) == [(0, 4)]
+    assert parts([1, 2, 3, 4], 3) == [(0, 3), (3, 4)]
+    assert parts([], 3) == []
 
 
 def test_without_a_teacher_the_noisy_rows_follow_the_clean_ones_without_moving_them() -> None:

@@ -31,7 +31,15 @@ from unmask.core.corruption import Corruption
 from unmask.core.decoding import begin, denoise, speculate
 from unmask.core.distances import DISTANCES, OF_BLOCKS, draft_distance
 from unmask.core.drafter import Drafter, DrafterConfig
-from unmask.core.objectives import ar_loss, diffusion_loss, distill_loss, draft_failure, joint_loss, predictable
+from unmask.core.objectives import (
+    ar_loss,
+    blocks_of,
+    diffusion_loss,
+    distill_loss,
+    draft_failure,
+    joint_loss,
+    predictable,
+)
 from unmask.core.scoring import score, score_ar, score_distilled, score_joint
 from unmask.recipe import load_recipe
 from unmask.resolve import at_step, resolve
@@ -235,7 +243,7 @@ def test_distances_are_least_where_the_draft_is_the_teacher(distance: str) -> No
 def test_draft_failure_equals_a_loop_over_blocks() -> None:
     batch = packed()
     layout, a = batch.layout, torch.rand(batch.x0.shape, generator=torch.Generator().manual_seed(0)).double()
-    got = draft_failure(a, layout, 4)
+    got = draft_failure(a.flatten(), blocks_of(layout, 4).flatten()).view(a.shape)
     for row in range(len(a)):
         for column in range(a.shape[1]):
             place = int(layout.position[row, column]) % 4
@@ -257,7 +265,8 @@ def test_distances_of_blocks_count_no_first_place_and_learn_the_rest(distance: s
     assert float(distill_loss(net, causal_config(1), batch.x0, batch.layout, everything, distance).sum.detach()) == 0
 
 
-def test_first_errors_equal_a_loop_over_blocks() -> None:
+@pytest.mark.parametrize("distance", OF_BLOCKS)
+def test_distances_of_blocks_equal_a_loop_over_drafts(distance: str) -> None:
     net, _ = gated(tiny_model(SUPPORTED["llama"](), torch.float64))
     batch, config = packed(), causal_config()
     corruption = masks_of(batch.layout)
@@ -265,16 +274,17 @@ def test_first_errors_equal_a_loop_over_blocks() -> None:
     xt = corruption.apply(batch.x0, MASK)
     q, p = (logits.detach() for logits in score_distilled(net, config, xt, batch.x0, batch.layout, wanted))
     target, expected, reached, at = batch.x0[wanted], 0.0, 1.0, (-1, -1)
-    values, tv = (draft_distance(p, q, target, name) for name in ("kl+tv", "tv"))
+    mixed, tv, kl = (draft_distance(p, q, target, name) for name in ("kl+tv", "tv", "kl"))
     for i, (row, column) in enumerate(wanted.nonzero().tolist()):
         block = (row, int(column - batch.layout.position[row, column] % 4))
         reached, at = (reached if block == at else 1.0), block
-        weight = (1 + 3 * reached * float(tv[i])) / 2
-        expected += float(corruption.weight[row, column]) * weight * float(values[i])
+        first = reached * float(tv[i])
         reached *= 1 - float(tv[i])
-    loss = distill_loss(net, config, batch.x0, batch.layout, corruption, "first-error")
+        value = 1 - reached + 0.1 * float(kl[i]) if distance == "reach" else (1 + 3 * first) / 2 * float(mixed[i])
+        expected += float(corruption.weight[row, column]) * value
+    loss = distill_loss(net, config, batch.x0, batch.layout, corruption, distance)
     assert loss.sum.item() == pytest.approx(expected)
-    top = distill_loss(net, config, batch.x0, batch.layout, corruption, "first-error", top_k=VOCABULARY)
+    top = distill_loss(net, config, batch.x0, batch.layout, corruption, distance, top_k=VOCABULARY)
     assert top.sum.item() == pytest.approx(expected)
 
 

@@ -6,7 +6,9 @@ waits for the backward pass. That is possible because the weights of a loss are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,21 @@ from unmask.core.transfer import to_device
 
 RowLoss = Callable[[Tensor, slice], Tensor]
 """(logits (n, vocabulary) of some of the rows, which of them) -> their losses (n,)."""
+
+
+@dataclass(frozen=True)
+class GroupLoss:
+    """A `RowLoss` that compares rows of a group, which it is always given together.
+
+    group: (rows,) int64, on the host; neighbours of the same number are a group.
+    """
+
+    row_loss: RowLoss
+    group: Tensor
+
+    def __call__(self, logits: Tensor, part: slice) -> Tensor:
+        return self.row_loss(logits, part)
+
 
 _AT_ONCE, _AT_ONCE_CPU = 2**28, 2**21
 """Logits at a time: what a GPU needs to be busy, what a CPU's cache holds."""
@@ -46,6 +63,20 @@ def weighted_sum(
     return total
 
 
+def _parts(rows: int, size: int, row_loss: RowLoss) -> Iterator[slice]:
+    """All rows in order, up to `size` at a time and whole groups: one that is larger comes alone."""
+    ends: Sequence[int] = range(1, rows + 1)
+    if isinstance(row_loss, GroupLoss) and rows:
+        group = row_loss.group
+        ends = [*((group[1:] != group[:-1]).nonzero()[:, 0] + 1).tolist(), rows]
+    start = 0
+    while start < rows:
+        fitting, next_end = bisect_right(ends, start + size) - 1, bisect_right(ends, start)
+        stop = ends[max(fitting, next_end)]
+        yield slice(start, stop)
+        start = stop
+
+
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -64,8 +95,7 @@ class _WeightedSum(torch.autograd.Function):
                  for x, need in zip((hidden, matrix, bias), needed, strict=True)]  # fmt: skip
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         size = max(_ROWS, (_AT_ONCE_CPU if hidden.device.type == "cpu" else _AT_ONCE) // len(matrix))
-        for start in range(0, len(hidden), size):
-            part = slice(start, min(start + size, len(hidden)))
+        for part in _parts(len(hidden), size, row_loss):
             raw = linear(hidden[part], matrix, bias)  # under autocast in its precision, as the head itself
             logits = raw.detach().to(total.dtype)
             if mask_token_id is not None and mask_token_id < logits.shape[-1]:

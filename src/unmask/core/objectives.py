@@ -9,6 +9,7 @@ Notation: x0 clean tokens and xt corrupted ones, (batch, length) int64; `masked`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,8 +22,8 @@ from unmask.core.attention import Layout, Pattern
 from unmask.core.batch import Batch
 from unmask.core.corruption import Corruption, segments
 from unmask.core.distances import OF_BLOCKS, draft_distance
-from unmask.core.head_loss import RowLoss
-from unmask.core.network import DiffusionConfig, GrowingCache, LogitsOf, Network, run, run_lazily, run_sum
+from unmask.core.head_loss import GroupLoss, RowLoss
+from unmask.core.network import DiffusionConfig, GrowingCache, LogitsOf, Network, run_lazily, run_sum
 from unmask.core.scoring import ar_pass, distilled_pass, joint_pass, noisy_pass, score, scoring_pass
 from unmask.core.transfer import to_device
 
@@ -116,24 +117,43 @@ def joint_loss(
     wanted, masked = predictable(layout, loss_mask), corruption.masked
     xt = corruption.apply(x0, config.mask_token_id)
     passed, num_masked = joint_pass(config, xt, x0, layout, masked, wanted)
-    if teacher is None and distance == "ce":
-        weight = torch.ones(len(passed.rows), device=x0.device, dtype=torch.float64)
-        weight[:num_masked] = alpha * corruption.weight[masked].double()
-        return LossOutput(run_sum(network, passed, _nll(torch.cat([x0[masked], x0[wanted]])), weight), wanted.sum())
-    masked_of_wanted = masked[wanted].nonzero()[:, 0]
-    if teacher is None:
-        logits = run(network, passed)
-        noisy_logits, ar_logits = logits[:num_masked], logits[num_masked:]
-        ar = cross_entropy(ar_logits, to_device(x0[wanted], logits.device), reduction="sum")
-        reference = ar_logits.detach()[to_device(masked_of_wanted, logits.device)]
-        values = draft_distance(reference, noisy_logits, x0[masked], distance, top_k)
-        weight = to_device(corruption.weight[masked], logits.device)
-        return LossOutput(ar + alpha * (weight * values).sum(), wanted.sum())
-    p = run_lazily(teacher, ar_pass(x0, layout, wanted))
     weight = torch.ones(len(passed.rows), device=x0.device, dtype=torch.float64)
     weight[:num_masked] = alpha * corruption.weight[masked].double()
-    row_loss = _from_teacher(p, masked_of_wanted, x0[masked], distance, top_k)
+    if teacher is None and distance == "ce":
+        return LossOutput(run_sum(network, passed, _nll(torch.cat([x0[masked], x0[wanted]])), weight), wanted.sum())
+    masked_of_wanted = masked[wanted].nonzero()[:, 0]
+    row_loss: RowLoss
+    if teacher is None:
+        order, row_loss = _from_own_ar(masked_of_wanted, x0[wanted], distance, top_k)
+        passed, weight = passed._replace(rows=passed.rows[order]), weight[order]
+    else:
+        p = run_lazily(teacher, ar_pass(x0, layout, wanted))
+        row_loss = _from_teacher(p, masked_of_wanted, x0[masked], distance, top_k)
     return LossOutput(run_sum(network, passed, row_loss, weight), wanted.sum())
+
+
+def _from_own_ar(
+    masked_of_wanted: Tensor, target: Tensor, distance: str, top_k: int | None
+) -> tuple[Tensor, GroupLoss]:
+    """An order of noisy rows and the AR rows behind them, and the losses of rows in that order.
+
+    Each noisy row comes just before the AR row of its token, in one group with it: its loss is the distance from that
+    row's distribution, which learns from the text alone. masked_of_wanted: (noisy rows,), the AR row of the same token;
+    target: (AR rows,).
+    """
+    token = torch.cat([masked_of_wanted, torch.arange(len(target), device=target.device)])
+    is_noisy = torch.arange(len(token), device=target.device) < len(masked_of_wanted)
+    order = (2 * token + ~is_noisy).argsort()
+    token, is_noisy = token[order], is_noisy[order]
+
+    def row_loss(logits: Tensor, part: slice) -> Tensor:
+        kind, text, device = is_noisy[part], to_device(target[token[part]], logits.device), logits.device
+        noisy, ar = (to_device(which.nonzero()[:, 0], device) for which in (kind, ~kind))
+        nll = cross_entropy(logits[ar], text[ar], reduction="none")
+        distances = draft_distance(logits.detach()[noisy + 1], logits[noisy], text[noisy], distance, top_k)
+        return torch.empty_like(logits[:, 0]).index_copy(0, ar, nll).index_copy(0, noisy, distances)
+
+    return order, GroupLoss(row_loss, token)
 
 
 def _from_teacher(p: LogitsOf, masked_of_wanted: Tensor, target: Tensor, distance: str, top_k: int | None) -> RowLoss:
@@ -222,62 +242,56 @@ def distill_loss(
     xt = corruption.apply(x0, config.mask_token_id)
     target, weight = x0[wanted], corruption.weight[wanted]
     p, passed, past = distilled_pass(network, config, xt, x0, layout, wanted)
+
+    def distances(logits: Tensor, part: slice) -> Tensor:
+        return draft_distance(p(part), logits, target[part], distance, top_k)
+
+    row_loss: RowLoss = distances
     if distance in OF_BLOCKS:
-        q, of_block = run(network, passed, past), _reach if distance == "reach" else _first_error
-        values = of_block(p(slice(None)), q, target, wanted, layout, config.block_size or 1, top_k)
-        total = (to_device(weight, values.device) * values).sum()
-    else:
-
-        def row_loss(logits: Tensor, part: slice) -> Tensor:
-            return draft_distance(p(part), logits, target[part], distance, top_k)
-
-        total = run_sum(network, passed, row_loss, weight, past)
-    return LossOutput(total, predictable(layout, loss_mask).sum())
+        block = blocks_of(layout, config.block_size)[wanted]
+        row_loss = _of_blocks(p, target, block, config.block_size or 1, distance, top_k)
+    return LossOutput(run_sum(network, passed, row_loss, weight, past), predictable(layout, loss_mask).sum())
 
 
-def _reach(
-    p: Tensor, q: Tensor, target: Tensor, wanted: Tensor, layout: Layout, block_size: int, top_k: int | None
-) -> Tensor:
-    """The distance "reach" of the wanted tokens, (n,) from logits p and q (n, vocab)."""
-    values = 0.1 * draft_distance(p, q, target, "kl", top_k)
-    acceptance = 1 - draft_distance(p, q, target, "tv", top_k)
-    return values + _failure_of(acceptance, wanted, layout, block_size)
+def _of_blocks(
+    p: LogitsOf, target: Tensor, block: Tensor, block_size: int, distance: str, top_k: int | None
+) -> GroupLoss:
+    """The distance "reach" or "first-error" of rows from a base's logits p; target, block: (rows,), see `blocks_of`."""
+
+    def row_loss(q: Tensor, part: slice) -> Tensor:
+        of = functools.partial(draft_distance, p(part), q, target[part], top_k=top_k)
+        if distance == "reach":
+            return 0.1 * of("kl") + draft_failure(1 - of("tv"), block[part])
+        with torch.no_grad():
+            accepted = (1 - of("tv")).clamp_min(_NEVER)
+            first = (1 - draft_failure(accepted, block[part])) / accepted * (1 - accepted)
+        return (1 + (block_size - 1) * first) / 2 * of("kl+tv")
+
+    return GroupLoss(row_loss, block)
 
 
-def _first_error(
-    p: Tensor, q: Tensor, target: Tensor, wanted: Tensor, layout: Layout, block_size: int, top_k: int | None
-) -> Tensor:
-    """The distance "first-error" of the wanted tokens, (n,) from logits p and q (n, vocab)."""
-    with torch.no_grad():
-        accepted = (1 - draft_distance(p, q, target, "tv", top_k)).clamp_min(_NEVER)
-        failed = _failure_of(accepted, wanted, layout, block_size)
-        first = (1 - failed) / accepted * (1 - accepted)
-    return (1 + (block_size - 1) * first) / 2 * draft_distance(p, q, target, "kl+tv", top_k)
-
-
-def _failure_of(acceptance: Tensor, wanted: Tensor, layout: Layout, block_size: int) -> Tensor:
-    """`draft_failure` of the wanted tokens, (n,) from their acceptance (n,); the others are accepted."""
-    index = to_device(wanted.flatten().nonzero()[:, 0], acceptance.device)
-    grid = acceptance.new_ones(wanted.numel()).index_copy(0, index, acceptance).view(wanted.shape)
-    return draft_failure(grid, layout, block_size).flatten()[index]
+def blocks_of(layout: Layout, block_size: int | None) -> Tensor:
+    """Number of each token's block, (batch, length) int64: as `segments`, but each row has numbers of its own."""
+    batch, length = layout.position.shape
+    return segments(layout, block_size) + length * torch.arange(batch, device=layout.position.device)[:, None]
 
 
 _NEVER = 1e-6
 """Least acceptance, whose logarithm is finite."""
 
 
-def draft_failure(acceptance: Tensor, layout: Layout, block_size: int) -> Tensor:
-    """1 - prod_{i <= j} a_i over the block of each token j: the probability that its draft is rejected.
+def draft_failure(acceptance: Tensor, block: Tensor) -> Tensor:
+    """1 - prod_{i <= j} a_i over the block of each draft j: the probability that it is rejected.
 
-    acceptance: a (batch, length) in [0, 1]. The sum over a block is its length less the expected number of accepted
-    drafts, so the gradient weighs each position by how often a cycle reaches it and by the drafts after it.
+    acceptance: a (drafts,) in [0, 1]. block: (drafts,) int64, the same number for the drafts of a block, which are
+    neighbours. The sum over a block is its length less the expected number of accepted drafts, so the gradient weighs
+    each draft by how often a cycle reaches it and by the drafts after it.
     """
-    total = torch.nn.functional.pad(acceptance.clamp_min(_NEVER).log().cumsum(-1), (1, 0))
-    segment = segments(layout, block_size)
-    column = torch.arange(segment.shape[-1], device=segment.device).expand_as(segment)
-    start = torch.full_like(segment, segment.shape[-1]).scatter_reduce(-1, segment, column, "amin")
-    first = to_device(start.gather(-1, segment), total.device)
-    return 1 - (total[..., 1:] - total.gather(-1, first)).exp()
+    _, number, lengths = block.unique_consecutive(return_inverse=True, return_counts=True)
+    place = torch.arange(len(block), device=block.device) - (lengths.cumsum(0) - lengths)[number]
+    at = to_device(number, acceptance.device), to_device(place, acceptance.device)
+    grid = acceptance.new_ones(len(lengths), max(lengths.tolist(), default=0))
+    return 1 - grid.index_put(at, acceptance).clamp_min(_NEVER).log().cumsum(-1).exp()[at]
 
 
 # --- the objective of a run

@@ -24,7 +24,7 @@ from unmask.core.transfer import to_device
 from unmask.hf.fast.again import Contexts, layers_again
 from unmask.hf.fast.chunked import CHUNK
 from unmask.hf.fast.graphs import CompiledPasses
-from unmask.hf.fast.head import head_input, head_rows, head_sum, is_linear
+from unmask.hf.fast.head import gather, head_input, head_rows, head_sum, is_linear
 from unmask.hf.fast.kv_cache import CacheIndex, SlotCache, SlotMemory, using_slots
 from unmask.hf.fast.last_layer import CHUNKED, last_layer_rows
 from unmask.hf.fast.packed import PackedMaps, packed_maps
@@ -205,12 +205,16 @@ class HFNetwork:
 
     @torch.no_grad()
     def lazily(self, passed: Pass, past: GrowingCache | None = None) -> LogitsOf:
-        """A function from some of the rows of a pass to their logits, see `core.network.run_lazily`."""
-        if not self._head_runs_alone:
+        """A function from some of the rows of a pass to their logits, see `core.network.run_lazily`.
+
+        A sharded head (FSDP2) keeps its matrix gathered until the model's next pass, in which the function still works.
+        """
+        if not self.plain_head:
             return rows_of(run(self, passed, past))
         read: list[Tensor] = []
         with self.lock:
             self._run(*passed, past, lambda kept: head_input(self.head, read, kept))
+            gather(self.head)
 
         @torch.no_grad()
         def logits_of(rows: Tensor | slice) -> Tensor:

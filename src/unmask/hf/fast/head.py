@@ -24,6 +24,12 @@ def is_linear(head: Any) -> bool:
     return plain and not hasattr(head, "_hf_hook")
 
 
+def gather(head: Any) -> None:
+    """Let a sharded head have its matrix after a pass too, until the next one ends; all ranks do so together."""
+    if isinstance(head, FSDPModule):
+        head.unshard()
+
+
 @contextmanager
 def head_rows(head: torch.nn.Module, rows: Tensor | slice | None, read: list[Tensor] | None = None) -> Iterator[None]:
     """Within the context `head` runs on `rows` only, flat indices into (batch * length); None for all.

@@ -65,6 +65,8 @@ CASES: dict[str, dict[str, Any]] = {
     "drafter, checkpointing": {"recipe": "drafter", "gradient_checkpointing": True},
     "lora": {"recipe": "efficient-dlm", "lora_rank": 2},
     "adapter": {"recipe": "efficient-dlm", "lora_rank": 2, "lora_merge": False},
+    "8-bit moments": {"recipe": "efficient-dlm", "optimizer": "adamw-8bit"},
+    "first error": {"recipe": "drafter", "distance": "first-error"},
     "teacher": {"recipe": "tri-mode-published", "teacher": "parent"},
     "own text": {"recipe": "drafter", "data": "self", "max_tokens": 700, "max_length": 24},
     "own states": {"recipe": "tri-mode-published", "teacher": "parent", "distance": "kl", "data": "self", **SELF},
@@ -72,6 +74,8 @@ CASES: dict[str, dict[str, Any]] = {
     "padding, ar": {"recipe": "ar", "data": "few", **ONE_PASS},
     "padding, drafter": {"recipe": "drafter", "data": "few", **ONE_PASS},
 }  # fmt: skip
+WHOLE = ("8-bit moments",)
+"""Cases that FSDP2 refuses."""
 
 
 def full(case: dict[str, Any], parent: Path, stories: Path, folder: Path) -> dict[str, Any]:

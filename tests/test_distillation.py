@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import MASK, STORIES, SUPPORTED, VOCABULARY, block_config, network, random_tokens, tiny_llama, tiny_model
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -128,6 +131,43 @@ def test_losses_beside_other_distributions_hold_few_logits_at_a_time(
     assert most > 7
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("gives_up", [False, True])
+def test_a_sharded_teacher_has_few_logits_at_a_time(
+    gives_up: bool, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gives_up: its head's matrix is spread over the ranks again where its pass ends."""
+    monkeypatch.setattr(head_loss, "_AT_ONCE_CPU", 1)
+    monkeypatch.setattr(head_loss, "_ROWS", 7)
+    config = SUPPORTED["llama"]()
+    config.tie_word_embeddings = tied
+    teacher = hf.as_network(tiny_model(config, torch.float64), MASK)
+    student, (x0, layout, corruption) = network(), text()
+    losses = []
+    for sharded in (False, True):
+        if sharded:
+            model = teacher.model
+            for layer in model.model.layers:
+                fully_shard(layer)
+            last = [model.model.norm, model.lm_head, *([model.model.embed_tokens] if tied else [])]
+            fully_shard(last, reshard_after_forward=gives_up)  # as Accelerate has them in one unit
+            fully_shard(model)
+        for _ in range(2):
+            with Rows() as rows:
+                losses.append(joint_loss(student, CONFIG, x0, layout, corruption, 0.3, teacher=teacher, distance="kl"))
+            assert rows.most <= 7
+    assert {loss.sum.item() for loss in losses} == {losses[0].sum.item()}
 
 
 def test_settings_and_losses_know_the_same_distances() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import CASES, RUN, assert_same_run, free_port, full, interrupted, of_kind, on_ranks, run_case
+from ranks import CASES, RUN, WHOLE, assert_same_run, free_port, full, interrupted, of_kind, on_ranks, run_case
 
 import unmask
 
@@ -18,8 +18,8 @@ THREE = ("efficient-dlm", "tri-mode", "padding", "padding, ar")
 """Cases that three processes run as well."""
 
 SHARDED = ("ar", "bd3lm", "diffullama", "efficient-dlm", "fast-dllm-v2", "tri-mode", "drafter", "mask pairs",
-           "micro-batches", "checkpointing", "drafter, checkpointing", "lora", "adapter", "teacher", "own states",
-           "padding, drafter")  # fmt: skip
+           "micro-batches", "checkpointing", "drafter, checkpointing", "lora", "adapter", "first error", "teacher",
+           "own states", "padding, drafter")  # fmt: skip
 """Cases that two processes with sharded parameters (FSDP2) run as well."""
 
 
@@ -107,6 +107,7 @@ def sharded(work: Path, single: Path, two: dict[str, Any], tokenizer_and_model: 
     for name, begun in (("after one", single), ("after two", work / "2")):
         folder = interrupted(begun / "efficient-dlm", work / "sharded" / name, 2)
         cases[name] = cases["efficient-dlm"] | {"output_dir": str(folder), "resume": True}
+    cases |= {name: full(CASES[name], tokenizer_and_model, stories, work / "sharded" / name) for name in WHOLE}
     cases = of_kind("fsdp2", cases)
     whole = cases["efficient-dlm"] | {"output_dir": str(work / "sharded" / "whole checkpoints")}
     cases["whole checkpoints"] = whole | {"kind": "fsdp2, full"}
@@ -122,6 +123,13 @@ def test_sharded_processes_give_the_run_of_one(name: str, sharded: dict[str, Any
     assert run["finished"]
     assert run["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-6)
     assert run["parent_text"] == expected["parent_text"]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_shards_do_not_go_with_is_refused_by_every_process(name: str, sharded: dict[str, Any], work: Path) -> None:
+    assert "use optimizer=adamw, or configs/ddp.yaml" in sharded[name]
+    assert "\n" not in sharded[name]
+    assert not (work / "sharded" / name).exists()
 
 
 @pytest.mark.usefixtures("sharded")

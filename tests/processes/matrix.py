@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ranks import CASES, CUT, interrupted, of_kind, on_ranks
+from ranks import CASES, CUT, WHOLE, interrupted, of_kind, on_ranks
 from reference import Table
 
 Processes = tuple[str, int]
@@ -27,9 +27,10 @@ def matrix(table: Table, asked: argparse.Namespace) -> None:
         table.alone(name, case)
     for kind, ranks in KINDS:
         folder = table.folder / f"{kind} x{ranks}"
-        runs = of_kind(kind, {name: table.case(case, folder / name) for name, case in cases.items()})
+        takes = [name for name in cases if kind == "ddp" or name not in WHOLE]
+        runs = of_kind(kind, {name: table.case(cases[name], folder / name) for name in takes})
         told = told_of(ranks, runs, folder)
-        for name in cases:
+        for name in takes:
             row = {"what": "matrix", "case": name, "kind": kind, "ranks": ranks}
             _add(table, row, told[name], folder / name, table.alone(name, cases[name]))
 

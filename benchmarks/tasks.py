@@ -434,7 +434,7 @@ def main() -> None:
             short.measure(name, arm, seed, timed=True)
     for name, budgets in BUDGETS.items() if "curve" in parts else ():
         for tokens in budgets:
-            short.measure(name, HEADLINE[name], 0, tokens)
+            short.measure(name, HEADLINE[name], 0, tokens, timed=True)
     if "long" in parts:
         long = prepare(LONG, options.output, rows)
         for name, arm in LONG_ARMS.items():

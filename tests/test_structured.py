@@ -251,6 +251,12 @@ def test_a_model_without_an_end_token_is_refused() -> None:
         lm.generate("A", constraint=PERSON)
 
 
+def test_a_tokenizer_whose_tokens_spell_no_bytes_is_refused() -> None:
+    lm = unmask.load(Path(__file__).parents[1] / "models/tasks-base")
+    with pytest.raises(ValueError, match=r"constraint needs to know which bytes each token spells.* this WordLevel"):
+        lm.generate("reverse c n > ", max_new_tokens=4, constraint={"type": "boolean"})
+
+
 def test_the_stream_and_callbacks_hear_of_forced_tokens() -> None:
     lm = model_of("byte_level")
     for mode in ("ar", "speculative"):

@@ -211,9 +211,15 @@ def _vocabulary(tokenizer: Any, num_tokens: int, end_token_ids: tuple[int, ...])
     made = _vocabularies.setdefault(tokenizer, {})
     key = num_tokens, end_token_ids, len(tokenizer)
     if key not in made:
-        made[key] = llguidance.hf.from_tokenizer(
-            tokenizer, n_vocab=max(num_tokens, len(tokenizer)), eos_token=list(end_token_ids)
-        )
+        size = max(num_tokens, len(tokenizer))
+        try:
+            made[key] = llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=list(end_token_ids))
+        except ValueError as error:
+            raise ValueError(
+                "constraint needs to know which bytes each token spells, and llguidance cannot tell from this "
+                f"{type(tokenizer.backend_tokenizer.model).__name__} tokenizer ({error}): it reads byte-level BPE and "
+                "SentencePiece"
+            ) from None
     return made[key]
 
 

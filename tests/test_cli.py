@@ -204,7 +204,7 @@ def test_recipes(run) -> None:
         (["adapt", "{parent}", "--data", "{broken}", "--output", "{out}"], "broken.jsonl', line 2"),
         (["adapt", "{parent}", "--data", "./missing.txt", "--output", "{out}"], "missing.txt"),
         (["adapt", "{parent}", "--data", "{stories}", "--output", "{out}", "max_length=30", "block_size=8"], "=30"),
-        (["adapt", "{parent}", "--data", "{stories}", "--output", "{out}", "--max-tokens", "0"], "max_tokens=0"),
+        (["adapt", "{parent}", "--data", "{stories}", "--output", "{out}", "--max-tokens", "0"], "--max-tokens '0'"),
         (["adapt", "{parent}", "--data", "{stories}", "--output", "{out}", "no_such=1"], "no_such"),
         (["adapt", "{parent}", "--data", "{stories}", "--output", "{out}", "--recipe", "magic"], "magic"),
         (["adapt", "{parent}", "--data", "{stories}", "--output", "{taken}"], "taken"),

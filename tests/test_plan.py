@@ -13,12 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from unmask.cli import main
-from unmask.cli.plan import number_of
 from unmask.hf.sizes import Sizes, sizes_of, sizes_of_model
+from unmask.limits import number_of_tokens
 from unmask.plan import LAYOUTS, estimates, fastest, memory_of, passes, rate_of, trainable
 from unmask.recipe import load_recipe
 from unmask.resolve import Resolved, resolve
 
+MODEL = Path(__file__).resolve().parents[1] / "models" / "tasks-base"
 ROWS = Path(__file__).resolve().parents[1] / "results" / "gpu" / "rows.jsonl"
 GIB = 2**30
 
@@ -183,11 +184,19 @@ def test_bad_input_is_one_line(
 
 
 def test_numbers_of_tokens_have_units() -> None:
-    assert [number_of(text) for text in ("50M", "1.5B", "2T", "7k", "1e6", "1_000")] == [
-        5e7,
-        1.5e9,
-        2e12,
-        7e3,
-        1e6,
-        1e3,
-    ]
+    texts = ("50M", "1.5B", "2T", "7k", "7K", "1e6", "1_000")
+    assert [number_of_tokens(text) for text in texts] == [5e7, 1.5e9, 2e12, 7e3, 7e3, 1e6, 1e3]
+    assert load_recipe("tri-mode", max_tokens="1.5M", self_tokens="2k", self_prompts="x").max_tokens == 1_500_000
+    for wrong in ("", "M", "-1M", "0", "nan", "inf", "1.0001k", "10X"):
+        with pytest.raises(ValueError, match=r"setting max_tokens '.*' is no number of tokens"):
+            load_recipe("tri-mode", max_tokens=wrong)
+
+
+@pytest.mark.parametrize("command", ["adapt MODEL --data d --output o", "demo MODEL --data d", "study masking MODEL"])
+def test_commands_name_a_wrong_number_of_tokens(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["unmask", *command.replace("MODEL", str(MODEL)).split(), "--max-tokens", "10X"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--max-tokens '10X' is no number of tokens: write 50M, 10B or 1000000" in capsys.readouterr().err

@@ -49,6 +49,21 @@ def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
     return tuple(map(int, found))
 
 
+_UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def number_of_tokens(text: Any, name: str = "number of tokens") -> int:
+    """A number of tokens as people write it: 50M, 1.5B, 1_000_000, 1e9; name: of the value in the error."""
+    unit = _UNITS.get(str(text)[-1:], 1)
+    try:
+        number = float(str(text)[:-1] if unit > 1 else text) * unit
+    except ValueError:
+        number = math.nan
+    if not 1 <= number < math.inf or number != int(number):
+        raise ValueError(f"{name} {text!r} is no number of tokens: write 50M, 10B or 1000000")
+    return int(number)
+
+
 def check_function(name: str, value: Any, such_as: str) -> None:
     """Raise TypeError for what cannot be called; None passes."""
     if value is not None and not callable(value):

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from unmask.limits import number_of_tokens
 from unmask.plain_numbers import plain
 from unmask.settings import TABLE, Settings, check_value, shown, to_plain, unmet
 
@@ -156,6 +157,8 @@ def _typed(name: str, value: Any) -> Any:
     value = plain(value)
     if value in (None, "none") and "None" in kinds:
         return None
+    if name.endswith("_tokens") and isinstance(value, str):
+        return number_of_tokens(value, f"setting {name}")
     if "float" in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     for kind, python in (("bool", bool), ("int", int), ("float", float), ("str", str)):

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from unmask.cli.app import Json, app, name_of
-from unmask.cli.options import takes_options
+from unmask.cli.options import takes_options, tokens_of
 from unmask.plain_json import to_json
 from unmask.progress import say
 
@@ -70,7 +70,10 @@ def adapt(
         ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Clean, unpadded training tokens; without it, one pass over the data.")
+        str | None,
+        typer.Option(
+            metavar="NUMBER", help="Clean, unpadded training tokens, such as 10M; without it, one pass over the data."
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A .toml file with model, data, output, recipe and settings of the run.")
@@ -98,7 +101,7 @@ def adapt(
     sources: list[str] = [*(data or []), *more]
     own = {"model": None if model is None or _is_setting(model) else model, "data": sources or None,
            "output": None if output is None else str(output), "recipe": recipe, "resume": resume or None,
-           "max_tokens": max_tokens, "save_dtype": dtype}  # fmt: skip
+           "max_tokens": None if max_tokens is None else tokens_of(max_tokens), "save_dtype": dtype}  # fmt: skip
     wanted = (read_run_file(config) if config is not None else {}) | chosen | loading
     wanted |= {name: value for name, value in own.items() if value is not None}
     for name, what in (("model", "MODEL"), ("data", "--data FILE"), ("output", "--output FOLDER")):
@@ -242,7 +245,9 @@ def demo(
     ] = None,
     data: Annotated[list[str] | None, typer.Option("--data", help="Text to adapt MODEL on.")] = None,
     output: Annotated[Path, typer.Option(help="Where pages and the converted model go.")] = Path("runs/demo"),
-    max_tokens: Annotated[int | None, typer.Option(help="Training tokens of MODEL's conversion: 400,000.")] = None,
+    max_tokens: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="Training tokens of MODEL's conversion: 400k.")
+    ] = None,
     *,
     loading: dict[str, Any],
 ) -> None:
@@ -267,4 +272,4 @@ def demo(
         raise ValueError(f"unmask demo {model} needs text to convert it on: give --data FILE")
     from unmask.cli.demo import run_demo
 
-    run_demo(model, data, output, 400_000 if max_tokens is None else max_tokens, loading)
+    run_demo(model, data, output, tokens_of("400k" if max_tokens is None else max_tokens), loading)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from unmask.cli.app import Json, Temperature, app, name_of
-from unmask.cli.options import LOADING, Part, part_of, show_part, takes_options
+from unmask.cli.options import LOADING, Part, part_of, show_part, takes_options, tokens_of
 from unmask.limits import MOST_ROUNDS, check_whole
 from unmask.plain_json import to_json
 from unmask.tables import wrapped
@@ -177,7 +177,9 @@ def study(
         list[str] | None, typer.Option("--eval", help="Held-out text that all arms are measured on; can be repeated.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the study: runs, rows.jsonl, report.md.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Training tokens of every arm.")] = None,
+    max_tokens: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="Training tokens of every arm, such as 10M.")
+    ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds with commas between, as 0,1,2.")] = None,
     arms: Annotated[str | None, typer.Option(help="Only these arms, with commas between.")] = None,
     as_json: Json = False,
@@ -192,7 +194,8 @@ def study(
         print(to_json(summaries) if as_json else "\n".join(f"{key:16} {text}" for key, text in summaries.items()))
         return
     chosen = choose(
-        load_study(name), max_tokens=max_tokens, seeds=None if seeds is None else _numbers("--seeds", seeds),
+        load_study(name), max_tokens=None if max_tokens is None else tokens_of(max_tokens),
+        seeds=None if seeds is None else _numbers("--seeds", seeds),
         arms=None if arms is None else [arm.strip() for arm in arms.split(",")],
     )  # fmt: skip
     if model is None or not data or not evaluation or output is None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from unmask.cli.app import Base, TrustRemoteCode
+from unmask.limits import number_of_tokens
 from unmask.parts import Shard
 from unmask.plain_json import to_json
 from unmask.progress import announce
@@ -90,6 +91,11 @@ Part = Annotated[
     str | None,
     typer.Option(help="Do part i/n of the work, 1/n to n/n, for `unmask merge`; --output is the folder of all parts."),
 ]
+
+
+def tokens_of(max_tokens: str) -> int:
+    """The number that --max-tokens gives."""
+    return number_of_tokens(max_tokens, "--max-tokens")
 
 
 def part_of(shard: str | None, output: Path | None) -> Shard | None:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from unmask.plan import Estimate
 
 GB = 1e9
-UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 @app.command(epilog="Example: unmask plan Qwen/Qwen3-8B --gpus 8 --tokens 10B --recipe efficient-dlm")
@@ -35,13 +34,13 @@ def plan(
 ) -> None:
     """Estimate memory by part, tokens a second and hours of a run, and which layout fits."""
     from unmask.hf.sizes import sizes_of
-    from unmask.limits import check_number, check_whole
+    from unmask.limits import check_number, check_whole, number_of_tokens
     from unmask.model_name import locate
     from unmask.plan import estimates, fastest, trainable
     from unmask.recipe import load_recipe
     from unmask.resolve import resolve
 
-    number = number_of(tokens)
+    number = number_of_tokens(tokens, "--tokens")
     check_whole("--gpus", gpus)
     for name, value in (("--gpu-memory", gpu_memory), ("--gpu-tflops", gpu_tflops)):
         check_number(name, value)
@@ -87,18 +86,6 @@ def table(found: list[Estimate]) -> str:
         speed = (f"{e.tokens_per_second:,.0f}", f"{e.hours:,.1f}")
         lines.append((e.layout.name, str(e.rows), *parts, "yes" if e.fits else "no", *speed))
     return fitted(lines)
-
-
-def number_of(text: str) -> float:
-    """A number of tokens, such as 50M, 10B or 1e9."""
-    unit = UNITS.get(text[-1:], 1.0)
-    try:
-        number = float(text[:-1] if text[-1:] in UNITS else text.replace("_", "")) * unit
-    except ValueError:
-        number = float("nan")
-    if not 1 <= number < float("inf"):
-        raise ValueError(f"--tokens {text!r} is no number of tokens: write 50M, 10B or 1000000")
-    return number
 
 
 def _plain(e: Estimate) -> dict[str, Any]:

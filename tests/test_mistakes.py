@@ -75,6 +75,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a wrong column": (("adapt", "{parent}", "--data", "{records}", "--output", "{new}", *SMALL), ("'text'", "words")),
     "a column of evaluate": (
         ("evaluate", "{parent}", "--data", "{records}"), ("'text'", "words", "--text-column NAME", "--skip-invalid")),
+    "a column of frontier": (
+        ("frontier", "{converted}", "--data", "{records}"), ("words", "--text-column NAME", "--skip-invalid")),
     "a column of embed": (("-q", "embed", "{parent}", "{records}", "--output", "{new}.npy"), ("--text-column NAME",)),
     "a mode that the model lacks": (("generate", "{parent}", "x", "--mode", "diffusion"), ("diffusion", "adapt")),
     "infilling with an AR model": (("infill", "{parent}", "--text", "A <gap:2> b"), ("adapt",)),

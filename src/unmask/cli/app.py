@@ -182,7 +182,7 @@ def _set_encodings() -> None:
 
 def _with_options(message: str) -> str:
     """A message whose fix is written as this command takes it: what are settings for `adapt` are options here."""
-    if not {"evaluate", "embed"} & set(sys.argv[1:3]):  # -q and -v may come first
+    if not {"evaluate", "embed", "frontier"} & set(sys.argv[1:3]):  # -q and -v may come first
         return message
     return message.replace("text_column=NAME", "--text-column NAME").replace("skip_invalid=true", "--skip-invalid")
 

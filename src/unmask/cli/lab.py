@@ -28,6 +28,8 @@ def frontier(
         list[str] | None, typer.Option("--data", help="Files whose documents' beginnings are the prompts.")
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(help="Further data files.", show_default=False)] = None,
+    text_column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files.")] = "text",
+    skip_invalid: Annotated[bool, typer.Option(help="Leave broken documents out instead of stopping.")] = False,
     task: Annotated[str | None, typer.Option(help="A task with answers instead of data: copy, reverse, ...")] = None,
     parent: Annotated[
         str | None, typer.Option(**name_of("The AR model it was made from; by default what its folder records."))
@@ -79,6 +81,8 @@ def frontier(
         model,
         sweep,
         data=files,
+        text_column=text_column,
+        skip_invalid=skip_invalid,
         task=task,
         parent=parent,
         output=output,

@@ -30,6 +30,7 @@ from unmask.loading import load, recorded_base
 from unmask.model import DiffusionLM
 from unmask.model_name import locate
 from unmask.parts import Shard, Whole, write_part
+from unmask.progress import note
 from unmask.run_folder import RunFolder
 from unmask.version import __version__
 
@@ -56,6 +57,8 @@ def run_frontier(
     *,
     base: str | None = None,
     data: Sequence[str] = (),
+    text_column: str = "text",
+    skip_invalid: bool = False,
     task: str | None = None,
     parent: str | None = None,
     output: Path | None = None,
@@ -65,7 +68,8 @@ def run_frontier(
 ) -> tuple[list[FrontierRow], dict[str, Any]]:
     """Rows and run.json of a model on documents' beginnings, or on the problems of a task. loading: of `load`.
 
-    shard: measure these settings alone, into a folder in `output`; `merge_parts` puts all together.
+    text_column, skip_invalid: of reading `data`. shard: measure these settings alone, into a folder in `output`;
+    `merge_parts` puts all together.
     """
     files = local_files(data, "data") if data else []
     of_task = [] if task is None else problems([task], "test", sweep.num_prompts, sweep.seed)
@@ -77,7 +81,8 @@ def run_frontier(
         def score(texts: list[str]) -> list[bool]:
             return [problem.check(text) for problem, text in zip(of_task, texts, strict=False)]
     else:
-        texts = (text for file in files for text in read_documents(file))
+        reading: dict[str, Any] = {"text_column": text_column, "skip_invalid": skip_invalid, "note": note}
+        texts = (text for file in files for text in read_documents(file, **reading))
         prompts, continuations = beginnings(ar.tokenizer, texts, sweep)
     context, longest = lm.network.context_length, max(map(len, prompts)) + sweep.max_new_tokens
     if context is not None and longest > context:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ import torch
 import unmask
 from unmask import run_folder
 from unmask.conversion.run_record import training_folder
+from unmask.evaluation.embed import write_embeddings
+from unmask.lab.tasks import Problem, write_problems
+from unmask.replaying import Replay
 from unmask.training.checkpoints import checkpoints, damage, latest_checkpoint, read_state
 
 RUN = {"max_tokens": 2000, "max_length": 64, "block_size": 4, "batch_size": 4, "log_every": 1, "save_every": 2,
@@ -294,3 +299,57 @@ def test_what_is_written_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ValueError, match=r"disk is full: .*run\.json"):
         run_folder.write_text(path, "after")
     assert path.read_text() == "before"
+
+
+def some_replay(path: Path, size: int) -> None:
+    Replay(None, '<script type="application/json" id="data">' + "x" * size).save(path)  # type: ignore[arg-type]
+
+
+def some_vectors(path: Path, size: int) -> None:
+    write_embeddings(path, ["a"] * size, torch.randn(size, 4))
+
+
+def some_results(path: Path, size: int) -> None:
+    pytest.importorskip("lm_eval")
+    from unmask.evaluation.harness import write_results
+
+    write_results({"results": {"a": "x" * size}, "samples": {}}, path.parent)
+
+
+def some_problems(path: Path, size: int) -> None:
+    write_problems(path, [Problem("a", "b")] * size)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("page.html", some_replay), *((f"v.{kind}", some_vectors) for kind in ("npy", "jsonl", "parquet")),
+     ("results.json", some_results), ("problems.jsonl", some_problems)],
+)  # fmt: skip
+def test_a_full_disk_leaves_what_was_there(name: str, write: Callable[[Path, int], None], tmp_path: Path) -> None:
+    """A file may grow to less than the new one, which ends a write as a full disk does."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / name
+    write(path, 2)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=f"the disk is full: .*{re.escape(name)}"):
+            write(path, 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [found.name for found in tmp_path.iterdir()] == [name]
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_is_one_line_whatever_wrote(
+    run: Any, tokenizer_and_model: Path, stories: Path, tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unmask.evaluation.embed.write_embeddings", full)
+        code, _, err = run("embed", tokenizer_and_model, stories, "--output", tmp_path / "v.npy")
+    assert code == 2
+    assert "the disk is full" in err.splitlines()[-1]

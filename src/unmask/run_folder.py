@@ -183,12 +183,21 @@ def check_folder_can_be_written(folder: str | Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file. The text is on the disk when this returns; after a crash the file is the old or the new one."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Within the context a name to write a file to, which gets the name `path` at the end and is removed by an error.
+
+    It is on the disk then; after a crash the file is the old or the new one.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
-        with writing(path), partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(path):
+            yield partial
+            sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -297,7 +306,8 @@ def _is_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     text = str(error)
-    torchs = ("iostream error", "PytorchStreamWriter failed", "unexpected pos")  # torch's writer keeps no error number
+    # torch's writer and numpy's ("9 requested and 5 written") keep no error number
+    nameless = ("iostream error", "PytorchStreamWriter failed", "unexpected pos", " requested and ")
     return any(f"os error {number})" in text or os.strerror(number) in text for number in _FULL) or any(
-        known in text for known in torchs
+        known in text for known in nameless
     )

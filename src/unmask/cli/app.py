@@ -7,6 +7,7 @@ object on stdout; progress and logs go to stderr.
 from __future__ import annotations
 
 import difflib
+import errno
 import inspect
 import io
 import logging
@@ -140,7 +141,7 @@ def main() -> None:
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         say()
     except (ValueError, OSError) as error:
-        _fail(_with_options(str(error)))
+        _fail(_with_options(_said(error)))
     except KeyboardInterrupt:
         sys.exit(130)
     except ImportError as error:
@@ -178,6 +179,13 @@ def _set_encodings() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _said(error: Exception) -> str:
+    """The message of an error; that of a full disk names no file, where a library wrote it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error}): free some space and start again"
+    return str(error)
 
 
 def _with_options(message: str) -> str:

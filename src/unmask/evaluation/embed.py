@@ -19,7 +19,7 @@ from unmask.core.transfer import to_device
 from unmask.data.plain_text import encode
 from unmask.plain_json import to_json
 from unmask.progress import warn
-from unmask.run_folder import check_can_be_written
+from unmask.run_folder import check_can_be_written, whole_file
 
 
 class Encoder(Protocol):
@@ -113,15 +113,17 @@ def write_embeddings(path: Path, texts: Sequence[str], vectors: Tensor) -> None:
     """One vector a text, in order: the float32 matrix (.npy), or rows of `text` and `embedding`."""
     check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npy":
-        np.save(path, vectors.numpy())
-    elif path.suffix == ".jsonl":
-        with path.open("w") as file:
-            for text, vector in zip(texts, vectors.tolist(), strict=True):
-                file.write(to_json({"text": text, "embedding": vector}) + "\n")
-    else:
-        import pyarrow
-        import pyarrow.parquet
+    with whole_file(path) as partial:
+        if path.suffix == ".npy":
+            with partial.open("wb") as file:
+                np.save(file, vectors.numpy())
+        elif path.suffix == ".jsonl":
+            with partial.open("w", encoding="utf-8") as lines:
+                for text, vector in zip(texts, vectors.tolist(), strict=True):
+                    lines.write(to_json({"text": text, "embedding": vector}) + "\n")
+        else:
+            import pyarrow
+            import pyarrow.parquet
 
-        columns = {"text": list(texts), "embedding": list(vectors.numpy())}
-        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+            columns = {"text": list(texts), "embedding": list(vectors.numpy())}
+            pyarrow.parquet.write_table(pyarrow.table(columns), partial)

@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from unmask.limits import LARGEST, check_number, check_whole
 from unmask.plain_json import to_json
+from unmask.run_folder import write_text
 
 _TASK_FILES = ("", ".yaml", ".yml")
 """How names of the harness's task files end."""
@@ -123,12 +124,11 @@ def run_tasks(
 def write_results(results: dict[str, Any], folder: Path) -> None:
     """results.json, and every document with the model's answers in samples_TASK.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(
-        to_json({k: v for k, v in results.items() if k != "samples"}, indent=2, default=str) + "\n"
-    )
+    figures = {name: value for name, value in results.items() if name != "samples"}
+    write_text(folder / "results.json", to_json(figures, indent=2, default=str) + "\n")
     for task, samples in results["samples"].items():
         lines = "".join(to_json(sample, default=str) + "\n" for sample in samples)
-        (folder / f"samples_{utils.sanitize_task_name(task)}.jsonl").write_text(lines)
+        write_text(folder / f"samples_{utils.sanitize_task_name(task)}.jsonl", lines)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -11,14 +11,16 @@ from unmask import plots
 from unmask.lab.frontier import FrontierRow
 from unmask.model_name import locate
 from unmask.progress import note
+from unmask.run_folder import writing
 
 
 def draw_frontier(folder: Path, model: str, parent: str, rows: Sequence[FrontierRow]) -> None:
     """Draw the rows of a model and its parent; a note says why where that is not possible."""
     title, plain = _title(model, parent), [asdict(row) for row in rows]
     try:
-        plots.frontier(plain, folder / "frontier", title=title)
-        plots.frontier_details(plain, folder / "frontier-details", title=title)
+        with writing(folder):
+            plots.frontier(plain, folder / "frontier", title=title)
+            plots.frontier_details(plain, folder / "frontier-details", title=title)
     except ValueError as error:
         note(f"no figure: {error}")
 

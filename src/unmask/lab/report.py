@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from unmask import plots
 from unmask.plain_json import to_json
+from unmask.run_folder import write_text, writing
 
 LOWER, HIGHER = "lower is better", "higher is better"
 HEADLINES = {
@@ -106,8 +107,9 @@ def write_report(output: Path) -> None:
     except ValueError:  # an extra: the tables do without
         figures = {}
     else:
-        figures = {title: f"figures/{path.name}" for title, path in draw(lines, output / "figures").items()}
-    (output / "report.md").write_text(report(study, lines, figures))
+        with writing(output / "figures"):
+            figures = {title: f"figures/{path.name}" for title, path in draw(lines, output / "figures").items()}
+    write_text(output / "report.md", report(study, lines, figures))
 
 
 def flat(lines: Iterable[dict[str, Any]], measure: str, figure: str) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from itertools import product
 from pathlib import Path
 
 from unmask.plain_json import to_json
+from unmask.run_folder import write_text
 
 SPLITS = ("train", "valid", "test")
 ITEMS = "abcdefghijklmnop"
@@ -269,9 +270,5 @@ def problems(tasks: Sequence[str], split: str, number: int, seed: int = 0) -> li
 def write_problems(path: Path, found: Sequence[Problem]) -> Path:
     """A .jsonl file of prompts and completions, as `adapt` and `study` take it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(
-        "".join(to_json({"prompt": p.prompt, "completion": p.answer}) + "\n" for p in found), encoding="utf-8"
-    )
-    partial.replace(path)
+    write_text(path, "".join(to_json({"prompt": p.prompt, "completion": p.answer}) + "\n" for p in found))
     return path

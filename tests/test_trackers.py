@@ -113,3 +113,32 @@ def test_a_tracker_that_does_not_start_or_fails_later(
     monkeypatch.setattr(kind, "start", fails)
     with pytest.raises(ValueError, match=r"report_to='tensorboard' does not start \(no such service\): mend that"):
         unmask.adapt(model, data, **rest | {"output_dir": str(tmp_path / "other")})
+
+
+def test_a_tracker_that_does_not_take_the_settings_gets_the_figures(
+    tokenizer_and_model: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """mlflow does not where a run goes on in its run (MLFLOW_RUN_ID) with other settings."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("changing values is not allowed")
+
+    monkeypatch.setattr(trackers.LOGGER_TYPE_TO_CLASS["tensorboard"], "store_init_configuration", fails)
+    run_case(full(CASE | {"max_tokens": 300}, tokenizer_and_model, stories, tmp_path / "run"))
+    said = capsys.readouterr().err
+    assert "report_to='tensorboard' does not take the settings of the run (changing values is not allowed)" in said
+    assert sent(tmp_path / "run")["loss"] == logged(tmp_path / "run")["loss"]
+
+
+def test_trackers_that_started_are_closed_where_another_does_not(
+    tokenizer_and_model: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that stays open would refuse the next run of the process."""
+    closed, kind = [], trackers.LOGGER_TYPE_TO_CLASS["tensorboard"]
+    finish, missing = kind.finish, next(name for name in ("comet_ml", "aim", "clearml") if not trackers._chosen(name))
+    monkeypatch.setattr(kind, "finish", lambda self: closed.append(finish(self)))
+    monkeypatch.setattr(trackers, "_chosen", lambda _name: ["tensorboard", missing])
+    with pytest.raises(ValueError, match=f"report_to='{missing}' does not start"):
+        run_case(full(CASE | {"report_to": "all"}, tokenizer_and_model, stories, tmp_path / "run"))
+    assert len(closed) == 1

@@ -48,10 +48,6 @@ def tracking(settings: Resolved, folder: Path, start: int) -> Iterator[Track]:
     Raises ValueError for a tracker that does not start. One that fails later is left, with a note.
     """
     trackers: dict[str, Any] = {}
-    with main_alone() as is_main:
-        if is_main and settings.report_to is not None:
-            for name in _chosen(settings.report_to):
-                trackers[name] = _started(name, settings, folder, start)
 
     def track(step: int, figures: Mapping[str, float]) -> None:
         for name in list(trackers):
@@ -59,6 +55,10 @@ def tracking(settings: Resolved, folder: Path, start: int) -> Iterator[Track]:
                 trackers[name].log(dict(figures), step=step)
 
     try:
+        with main_alone() as is_main:
+            if is_main and settings.report_to is not None:
+                for name in _chosen(settings.report_to):
+                    trackers[name] = _started(name, settings, folder, start)
         yield track
     finally:
         for name in list(trackers):
@@ -76,9 +76,12 @@ def _started(name: str, settings: Resolved, folder: Path, start: int) -> Any:
     try:
         tracker = kind(_PROJECT, *place, **of_kind.get(name, {}))
         tracker.start()
-        tracker.store_init_configuration({key: str(value) for key, value in asdict(settings).items()})
     except Exception as error:  # a service fails in ways of its own
         raise ValueError(f"report_to={name!r} does not start ({_line(error)}): mend that, or leave it out") from error
+    try:
+        tracker.store_init_configuration({key: str(value) for key, value in asdict(settings).items()})
+    except Exception as error:  # mlflow keeps the settings that a run began with, also where it goes on with others
+        note(f"report_to={name!r} does not take the settings of the run ({_line(error)}); run.json has them")
     return tracker
 
 

@@ -32,7 +32,8 @@ def draw_tasks(path: Path) -> tuple[Path, Path]:
     lines = []
     for (arm, tokens, decoder), name in arms.items():
         line = [row for row in rows if (row["arm"], row["tokens"], row["seed"]) == (arm, tokens, 0)
-                and row["decoder"].startswith(decoder) and row["tokens_per_forward"] >= 1]  # fmt: skip
+                and row["decoder"].startswith(decoder) and "one forward a cycle" not in row["decoder"]
+                and row["tokens_per_forward"] >= 1]  # fmt: skip
         points = [(row["tokens_per_forward"], row["accuracy"]) for row in line]
         lines.append(plots.Line(name, points, [f"{float(row['decoder'].removeprefix(decoder)):g}" for row in line]))
     return plots.trade_off(

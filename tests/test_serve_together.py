@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import random
+import signal
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,17 @@ import openai
 import pydantic
 import pytest
 import torch
+import uvicorn
 from serving import running
 from test_chat import TEMPLATE
 
 import unmask
+from unmask.cli.serve import _stop_at_once
+from unmask.sampling import Request
+from unmask.serve.app import create_app
+from unmask.serve.engine import Engine, Job, Work
+from unmask.serve.errors import StoppingError
+from unmask.serve.options import ServeOptions
 
 PROMPTS = ["Once there was a cat", "The dog was very", "Once", "A little bird who liked to sing in the"]
 
@@ -122,6 +133,55 @@ def test_a_full_queue_and_a_deadline_are_errors(lm) -> None:
         assert full.value.code == "queue_full"
         wait_until_idle(address)  # the late row has its place until its next step
         assert client.completions.create(**ask, max_tokens=2, n=2).choices
+
+
+def test_what_is_not_answered_when_the_server_stops_says_so(lm) -> None:
+    """Rows that decode and wait, and calls that run and wait, each end once, and none is taken afterwards."""
+    engine, ended = Engine(lm, max_queue=9, max_rows=1), list[tuple[str, Any]]()
+    begun, prompt = threading.Event(), lm.prompt_ids("Once")[0]
+
+    def row() -> Work:
+        heard = Request(max_new_tokens=400, seed=0, callback=lambda *_: time.sleep(0.02))
+        return Work(prompt, lm.decoder("ar"), heard, lm.diffusion)
+
+    def call(check: Any) -> None:
+        begun.set()
+        while True:
+            check()
+            time.sleep(0.01)
+
+    works = {"decodes": row(), "waits": row(), "runs": call, "waits to run": call}
+    jobs = [Job(work, partial(lambda name, result: ended.append((name, result)), name)) for name, work in works.items()]
+    engine.submit(jobs)
+    assert begun.wait(10)
+    while engine.num_running < 1:
+        time.sleep(0.01)
+    engine.close()
+    assert sorted(name for name, _ in ended) == sorted(works)
+    assert all(isinstance(result, StoppingError) and result.status == 503 for _, result in ended)
+    with pytest.raises(StoppingError):
+        engine.submit(jobs[:1])
+    engine.close()  # again, as the end of the application does
+
+
+def test_ctrl_c_ends_a_running_stream(lm, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first one says that it does, and uvicorn's own part follows."""
+    application = create_app(lm, ServeOptions("m"))
+    server = uvicorn.Server(uvicorn.Config(application))
+    engine = application.state.server.engine
+    _stop_at_once(server, engine.close)
+    server.handle_exit(signal.SIGINT, None)
+    assert server.should_exit
+    assert not server.force_exit
+    assert capsys.readouterr().err == "stopping: answers that are not complete end here\n"
+    for thread in engine._threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    level = logging.getLogger("uvicorn.error").level
+    server.handle_exit(signal.SIGINT, None)
+    assert server.force_exit
+    assert not logging.getLogger("uvicorn.error").isEnabledFor(logging.CRITICAL)
+    logging.getLogger("uvicorn.error").setLevel(level)
 
 
 @pytest.mark.parametrize("mode", ["ar", "speculative"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,7 +62,25 @@ def serve(
         packed(lm)
         at = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         print(f"serving {known!r} at {at} (clients of OpenAI's: base_url={at}/v1)", file=sys.stderr, flush=True)
-        uvicorn.Server(uvicorn.Config(create_app(lm, options), log_level="warning")).run(sockets=[listening])
+        application = create_app(lm, options)
+        server = uvicorn.Server(uvicorn.Config(application, log_level="warning"))
+        _stop_at_once(server, application.state.server.engine.close)
+        server.run(sockets=[listening])
+
+
+def _stop_at_once(server: Any, close: Callable[[], None]) -> None:
+    """Let the first Ctrl-C end the answers that are being written, for which uvicorn alone would wait."""
+    go_on = server.handle_exit
+
+    def handle_exit(signal: int, frame: Any) -> None:
+        if server.should_exit:  # a second Ctrl-C: what is cut off now fails, and nobody needs to read how
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+        else:
+            print("stopping: answers that are not complete end here", file=sys.stderr, flush=True)
+            threading.Thread(target=close, daemon=True).start()
+        go_on(signal, frame)
+
+    server.handle_exit = handle_exit
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from unmask.core.network import DiffusionConfig
 from unmask.model import DiffusionLM
 from unmask.sampling import Canvas, Decoder, Request
 from unmask.sampling.live import LiveRows
+from unmask.serve.errors import StoppingError
 
 _log = logging.getLogger(__name__)
 
@@ -87,8 +89,10 @@ class Engine:
         return sum(len(running.jobs) for running in list(self._running.values()))
 
     def submit(self, jobs: list[Job]) -> None:
-        """Let jobs wait, all or none; raises QueueFullError."""
+        """Let jobs wait, all or none; raises QueueFullError, and StoppingError after `close`."""
         with self._changed:
+            if self._closed:
+                raise StoppingError
             free = max(0, self.max_rows - self.num_running)
             if self.num_waiting + len(jobs) > self.max_queue + free:
                 raise QueueFullError
@@ -105,7 +109,7 @@ class Engine:
             self._calls = deque(job for job in self._calls if not job.cancelled.is_set())
 
     def close(self) -> None:
-        """End the threads at their next steps."""
+        """End the threads at their next steps; jobs that are not done get a StoppingError."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -119,12 +123,14 @@ class Engine:
                 while not (self._waiting or self._running or self._closed):
                     self._changed.wait()
                 if self._closed:
-                    return
+                    break
                 while self._waiting and self.num_running < self.max_rows:
                     self._put(self._waiting.popleft())
             for decoder, running in list(self._running.items()):
                 if not running.step():
                     del self._running[decoder]
+        decoding = [job for running in self._running.values() for job in running.jobs.values()]
+        self._give_up([*decoding, *self._waiting])
 
     def _call(self, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
@@ -133,17 +139,29 @@ class Engine:
                 while not (self._calls or self._closed):
                     self._changed.wait()
                 if self._closed:
-                    return
+                    break
                 job = self._calls.popleft()
             assert not isinstance(job.work, Work)
             try:
                 job.check()
-                result = job.work(job.check)
+                result = job.work(partial(self._check, job))
             except CancelledError:
                 continue
             except Exception as error:
                 result = error
             job.done(result)
+        self._give_up(list(self._calls))
+
+    def _check(self, job: Job) -> None:
+        """Raise CancelledError if nobody waits for a call any more, StoppingError if the server ends."""
+        job.check()
+        if self._closed:
+            raise StoppingError
+
+    def _give_up(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            if not job.cancelled.is_set():
+                job.done(StoppingError())
 
     def _put(self, job: Job) -> None:
         """Give a row a place among those of its decoder."""

@@ -41,6 +41,7 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
         "413": "The body is too large.",
         "429": "The queue is full: try again later.",
         "500": "A fault of the server.",
+        "503": "The server is stopping.",
         "504": "The deadline has passed.",
         "4XX": "Bad input.",
     }.items()
@@ -67,6 +68,13 @@ class ApiError(Exception):
         if self.status == 429:
             headers["Retry-After"] = "1"
         return JSONResponse(self.as_json(), self.status, headers)
+
+
+class StoppingError(ApiError):
+    """The server ends, and gives no answer that is not complete by then."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the server is stopping: ask again when it is back", BROKEN, code="stopping")
 
 
 def api_error(error: BaseException, fields: Sequence[str] = ()) -> ApiError:

@@ -16,6 +16,8 @@ import pytest
 import torch
 import transformers as tf
 from tokenizers import ByteLevelBPETokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
@@ -199,3 +201,19 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         return int(ended.value.code or 0), out.out, out.err
 
     return call
+
+
+class Rows(TorchDispatchMode):
+    """most: rows of the largest tensor that was made with a number for each token of the vocabulary.
+
+    The head's matrix, transposed, does not count.
+    """
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        for x in tree_leaves(made):
+            if isinstance(x, torch.Tensor) and x.shape[-1:] == (VOCABULARY,) and x.shape != (32, VOCABULARY):
+                self.most = max(self.most, x.numel() // VOCABULARY)
+        return made

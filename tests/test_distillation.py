@@ -13,10 +13,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import MASK, STORIES, SUPPORTED, VOCABULARY, block_config, network, random_tokens, tiny_llama, tiny_model
+from conftest import (
+    MASK,
+    STORIES,
+    SUPPORTED,
+    Rows,
+    block_config,
+    network,
+    random_tokens,
+    tiny_llama,
+    tiny_model,
+)
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import unmask
 from unmask import hf
@@ -82,22 +90,6 @@ def test_joint_loss_with_a_teacher_equals_its_parts_by_hand(distance: str) -> No
     }[distance]
     assert got.sum.item() == pytest.approx((ar + 0.3 * (corruption.weight[:, 1:] * each).sum()).item(), rel=1e-9)
     assert got.count == predictable(layout).sum()
-
-
-class Rows(TorchDispatchMode):
-    """most: rows of the largest tensor that was made with a number for each token of the vocabulary.
-
-    The head's matrix, transposed, does not count.
-    """
-
-    most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **kwargs or {})
-        for x in tree_leaves(made):
-            if isinstance(x, torch.Tensor) and x.shape[-1:] == (VOCABULARY,) and x.shape != (32, VOCABULARY):
-                self.most = max(self.most, x.numel() // VOCABULARY)
-        return made
 
 
 BESIDE = [("teacher", d) for d in DISTANCES] + [("itself", d) for d in DISTANCES] + [

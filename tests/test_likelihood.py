@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MASK, STORIES, block_config, network, random_tokens
+from conftest import MASK, STORIES, Rows, block_config, network, random_tokens
+from torch.nn.functional import cross_entropy
 
 import unmask
+from unmask import hf
+from unmask.core import head_loss
 from unmask.core.attention import PADDING, Layout
-from unmask.core.corruption import mask_exact, segments
-from unmask.core.objectives import ar_loss, diffusion_loss, predictable
+from unmask.core.corruption import Corruption, mask_exact, segments
+from unmask.core.objectives import ar_loss, diffusion_loss, predictable, token_nll
 from unmask.core.scoring import score
-from unmask.evaluation.clean import read_clean, score_noisy
+from unmask.evaluation.clean import noisy_nll, read_clean
 from unmask.evaluation.likelihood import Document, nelbo, nll
 from unmask.resolve import resolve
 from unmask.settings import Settings
@@ -76,12 +79,43 @@ def test_reading_the_clean_stream_once_changes_nothing(shift: bool, clean: str, 
     assert clean_read.columns.shape[1] < 17 + config.block_size
     for _ in range(4):
         masked = wanted & (torch.rand(4, 17, generator=generator) < 0.5)
-        xt = x0.masked_fill(masked, config.mask_token_id)
-        expected = score(net, config, xt, x0, layout, masked)
-        got = score_noisy(net, config, clean_read, xt, masked)
+        corruption = Corruption(masked, masked.double())
+        logits = score(net, config, corruption.apply(x0, config.mask_token_id), x0, layout, masked)
+        expected = cross_entropy(logits, x0[masked], reduction="none")
+        torch.testing.assert_close(token_nll(net, config, x0, layout, corruption), expected, rtol=1e-10, atol=1e-10)
+        got = noisy_nll(net, config, clean_read, x0, corruption)
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="bidirectional attention has no clean stream"):
         read_clean(net, block_config(4, attention="bidirectional", clean=None), x0, layout, wanted)
+
+
+WHOLE = block_config(4, attention="bidirectional", clean=None)
+
+
+@pytest.mark.parametrize("figure", ["nll", "continuations", "one stream", "two streams", "two streams, shifted"])
+def test_figures_hold_few_logits_at_a_time(figure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_loss, "_AT_ONCE_CPU", 1)
+    monkeypatch.setattr(head_loss, "_ROWS", 7)
+    net, documents = network(), [document(14, n) for n in range(4)]
+
+    def measured() -> tuple[int, list[float]]:
+        with Rows() as rows:
+            if figure == "nll":
+                found = [o.nats for o in nll(net, documents)]
+            elif figure == "continuations":
+                lm_eval = pytest.importorskip("unmask.evaluation.lm_eval")
+                found = [log_p for log_p, _ in lm_eval.continuation_log_p(net, documents)]
+            else:
+                config = WHOLE if figure == "one stream" else block_config(2, shift=figure.endswith("shifted"))
+                found = [o.nats for o in nelbo(net, config, documents, num_samples=2)]
+        return rows.most, found
+
+    most, found = measured()
+    assert most <= 7
+    net.fast_paths = hf.FastPaths()
+    most, expected = measured()
+    assert most > 7
+    assert found == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("shift", [False, True])

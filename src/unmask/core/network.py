@@ -312,6 +312,24 @@ def run_sum(
 
 
 @torch.no_grad()
+def run_rows(
+    network: Network, passed: Pass, of_rows: Callable[[Tensor, slice], Tensor], past: GrowingCache | None = None
+) -> Tensor:
+    """of_rows(logits (n, vocabulary) of some rows, which of them) -> (n, ...), of all rows of a pass, without a graph.
+
+    Without whole logits where `run_sum` needs none.
+    """
+    found = []
+
+    def kept(logits: Tensor, part: slice) -> Tensor:
+        found.append(of_rows(logits, part))
+        return torch.zeros(len(logits), device=logits.device)
+
+    run_sum(network, passed, kept, torch.ones(len(passed.rows)), past)
+    return torch.cat(found or [of_rows(torch.zeros(0, 1, device=network.device), slice(0, 0))])
+
+
+@torch.no_grad()
 def run_lazily(network: Network, passed: Pass, past: GrowingCache | None = None) -> LogitsOf:
     """A function from some of the rows of a pass to their logits, without a graph; the slow twin has them all."""
     if isinstance(network, LazyNetwork):

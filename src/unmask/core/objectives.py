@@ -23,8 +23,8 @@ from unmask.core.batch import Batch
 from unmask.core.corruption import Corruption, segments
 from unmask.core.distances import OF_BLOCKS, draft_distance
 from unmask.core.head_loss import GroupLoss, RowLoss
-from unmask.core.network import DiffusionConfig, GrowingCache, LogitsOf, Network, run_lazily, run_sum
-from unmask.core.scoring import ar_pass, distilled_pass, joint_pass, noisy_pass, score, scoring_pass
+from unmask.core.network import DiffusionConfig, GrowingCache, LogitsOf, Network, run_lazily, run_rows, run_sum
+from unmask.core.scoring import ar_pass, distilled_pass, joint_pass, noisy_pass, scoring_pass
 from unmask.core.transfer import to_device
 
 
@@ -45,7 +45,7 @@ def predictable(layout: Layout, loss_mask: Tensor | None = None) -> Tensor:
     return tokens if loss_mask is None else tokens & loss_mask
 
 
-def _nll(target: Tensor) -> RowLoss:
+def row_nll(target: Tensor) -> RowLoss:
     """-log p(target) of each row; target (rows,)."""
     return lambda logits, part: cross_entropy(logits, to_device(target[part], logits.device), reduction="none")
 
@@ -58,10 +58,10 @@ def token_nll(
     corruption: Corruption,
     pattern: Pattern | None = None,
 ) -> Tensor:
-    """-log p(x0_i | xt) of the masked positions, nats, (masked.sum(),) in row-major order."""
+    """-log p(x0_i | xt) of the masked positions, nats, (masked.sum(),) in row-major order, without a graph."""
     masked = corruption.masked
     xt = corruption.apply(x0, config.mask_token_id)
-    return _nll(x0[masked])(score(network, config, xt, x0, layout, masked, pattern), slice(None))
+    return run_rows(network, scoring_pass(config, xt, x0, layout, masked, pattern), row_nll(x0[masked]))
 
 
 def diffusion_loss(
@@ -80,7 +80,7 @@ def diffusion_loss(
     """
     masked = corruption.masked
     passed = scoring_pass(config, corruption.apply(x0, config.mask_token_id), x0, layout, masked, pattern)
-    total = run_sum(network, passed, _nll(x0[masked]), corruption.weight[masked])
+    total = run_sum(network, passed, row_nll(x0[masked]), corruption.weight[masked])
     return LossOutput(total, predictable(layout, loss_mask).sum())
 
 
@@ -88,7 +88,7 @@ def ar_loss(network: Network, x0: Tensor, layout: Layout, loss_mask: Tensor | No
     """sum_i -log p(x_i | x_<i) over the predictable tokens; documents of a row do not see each other."""
     wanted = predictable(layout, loss_mask)
     target = x0[wanted]
-    total = run_sum(network, ar_pass(x0, layout, wanted), _nll(target), torch.ones_like(target, dtype=torch.float32))
+    total = run_sum(network, ar_pass(x0, layout, wanted), row_nll(target), torch.ones_like(target, dtype=torch.float32))
     return LossOutput(total, wanted.sum())
 
 
@@ -120,7 +120,7 @@ def joint_loss(
     weight = torch.ones(len(passed.rows), device=x0.device, dtype=torch.float64)
     weight[:num_masked] = alpha * corruption.weight[masked].double()
     if teacher is None and distance == "ce":
-        return LossOutput(run_sum(network, passed, _nll(torch.cat([x0[masked], x0[wanted]])), weight), wanted.sum())
+        return LossOutput(run_sum(network, passed, row_nll(torch.cat([x0[masked], x0[wanted]])), weight), wanted.sum())
     masked_of_wanted = masked[wanted].nonzero()[:, 0]
     row_loss: RowLoss
     if teacher is None:
@@ -206,13 +206,13 @@ def shared_loss(
     else:
         target = x0[wanted]
         ones = torch.ones_like(target, dtype=torch.float32)
-        total = run_sum(network, ar_pass(x0, layout, wanted), _nll(target), ones, past)
+        total = run_sum(network, ar_pass(x0, layout, wanted), row_nll(target), ones, past)
     past.layout = layout
     share = (1.0 if alpha is None else alpha) / len(corruptions)
     for corruption in corruptions:
         masked = corruption.masked
         passed = noisy_pass(config, corruption.apply(x0, config.mask_token_id), layout, masked)
-        total = total + share * run_sum(network, passed, _nll(x0[masked]), corruption.weight[masked], past)
+        total = total + share * run_sum(network, passed, row_nll(x0[masked]), corruption.weight[masked], past)
         past.cache.crop(-x0.shape[1])
     return LossOutput(total, wanted.sum())
 

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from unmask.core.attention import PADDING, Layout
-from unmask.core.network import DiffusionConfig, GrowingCache, Network, run
+from unmask.core.corruption import Corruption
+from unmask.core.network import DiffusionConfig, GrowingCache, Network, Pass, run_rows
+from unmask.core.objectives import row_nll
 from unmask.core.scoring import noisy_pass
+from unmask.core.transfer import to_device
 
 
 @dataclass
@@ -21,18 +24,19 @@ class CleanRead:
     """What `read_clean` keeps.
 
     columns, layout: (batch, width) of the noisy tokens, whole blocks from the first wanted one on.
-    first: (batch, length) bool, positions that clean rows score (with the shift, a block's first), by `first_logits`.
+    first: (batch, length) bool, positions that clean rows score (with the shift, a block's first).
+    first_nll: (first.sum(),), of those.
     """
 
     past: GrowingCache
     columns: Tensor
     layout: Layout
     first: Tensor
-    first_logits: Tensor
+    first_nll: Tensor
 
 
 def read_clean(network: Network, config: DiffusionConfig, x0: Tensor, layout: Layout, wanted: Tensor) -> CleanRead:
-    """Run x0 once and keep its keys, so that `score_noisy` can score `wanted` positions under one mask after another.
+    """Run x0 once and keep its keys, so that `noisy_nll` can score `wanted` positions under one mask after another.
 
     The clean stream never sees the noisy one, so it is the same for all of them. Rows hold documents one after the
     other; what follows a row's wanted positions in their block is run too.
@@ -51,21 +55,24 @@ def read_clean(network: Network, config: DiffusionConfig, x0: Tensor, layout: La
     first = wanted & (layout.position % config.block_size == 0) if config.shift else torch.zeros_like(wanted)
     row = torch.arange(batch * length, device=device).view(batch, length)
     past = GrowingCache(network.new_cache(), layout.subset(..., slice(0, 0)))
-    first_logits = network(x0, layout, config.pattern, rows=row[first] - 1, past=past)
+    first_pass = Pass(x0, layout, config.pattern, row[first] - 1)
+    first_nll = run_rows(network, first_pass, row_nll(x0[first]), past)
     past.layout = layout
     noisy = noisy._replace(document=torch.where(inside, noisy.document, PADDING))
-    return CleanRead(past, columns, noisy, first, first_logits)
+    return CleanRead(past, columns, noisy, first, first_nll)
 
 
-def score_noisy(network: Network, config: DiffusionConfig, clean: CleanRead, xt: Tensor, wanted: Tensor) -> Tensor:
-    """`score` at `wanted`, a part of what `clean` was read for, at the cost of the noisy blocks alone."""
-    columns = clean.columns
-    noisy_wanted = (wanted & ~clean.first).gather(1, columns) & clean.layout.real
-    logits = run(network, noisy_pass(config, xt.gather(1, columns), clean.layout, noisy_wanted), clean.past)
+def noisy_nll(
+    network: Network, config: DiffusionConfig, clean: CleanRead, x0: Tensor, corruption: Corruption
+) -> Tensor:
+    """`token_nll` of positions that `clean` was read for, at the cost of the noisy blocks alone."""
+    columns, masked = clean.columns, corruption.masked
+    xt = corruption.apply(x0, config.mask_token_id).gather(1, columns)
+    noisy_wanted = (masked & ~clean.first).gather(1, columns) & clean.layout.real
+    of_target = row_nll(x0.gather(1, columns)[noisy_wanted])
+    noisy = run_rows(network, noisy_pass(config, xt, clean.layout, noisy_wanted), of_target, clean.past)
     clean.past.cache.crop(-columns.shape[1])
-    if not bool(clean.first.any()):
-        return logits
-    out = logits.new_empty(int(wanted.sum()), logits.shape[-1])
-    first = clean.first[wanted]
-    out[first], out[~first] = clean.first_logits[wanted[clean.first]], logits
+    first = to_device(clean.first[masked], noisy.device)
+    out = torch.empty(len(first), dtype=torch.float64, device=noisy.device)
+    out[first], out[~first] = clean.first_nll[to_device(masked[clean.first], noisy.device)].double(), noisy.double()
     return out

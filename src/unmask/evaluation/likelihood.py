@@ -10,6 +10,7 @@ its first token is given. Natural logarithms; totals per document.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,18 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from unmask.core.attention import PADDING, Layout
 from unmask.core.corruption import Corruption, mask_exact, segments
-from unmask.core.network import DiffusionConfig, Network
+from unmask.core.network import DiffusionConfig, Network, run_rows
 from unmask.core.noise import uniforms
-from unmask.core.objectives import predictable, token_nll
-from unmask.core.scoring import score_ar
+from unmask.core.objectives import predictable, row_nll, token_nll
+from unmask.core.scoring import ar_pass
 from unmask.data.pieces import LONG, long_ids_and_bytes
 from unmask.data.plain_text import encode
 from unmask.data.token_bytes import bytes_of_tokens
-from unmask.evaluation.clean import read_clean, score_noisy
+from unmask.evaluation.clean import noisy_nll, read_clean
 from unmask.limits import MOST_SAMPLES, check_whole, whole_numbers
 
 Progress = Callable[[int], None]
@@ -150,14 +150,17 @@ def nll(
     totals = [0.0] * len(documents)
     for windows, x0, layout, loss_mask in batches(documents, context_length, batch_tokens, network.device):
         wanted = predictable(layout, loss_mask)
-        log_p = score_ar(network, x0, layout, wanted).double().log_softmax(-1)
-        values = -log_p.gather(-1, x0[wanted][:, None])[:, 0]
+        values = run_rows(network, ar_pass(x0, layout, wanted), functools.partial(_exact_nll, x0[wanted]))
         for (owner, _), value in zip(windows, row_sums(values, wanted), strict=True):
             totals[owner] += value
         if progress is not None:
             progress(len(windows))
     check_finite(totals)
     return [_output(total, d, context_length) for total, d in zip(totals, documents, strict=True)]
+
+
+def _exact_nll(target: Tensor, logits: Tensor, part: slice) -> Tensor:
+    return row_nll(target)(logits.double(), part)
 
 
 @torch.inference_mode()
@@ -199,9 +202,7 @@ def nelbo(
             if clean is None:
                 losses = token_nll(network, config, x0, layout, corruption)
             else:
-                xt = corruption.apply(x0, config.mask_token_id)
-                logits = score_noisy(network, config, clean, xt, corruption.masked)
-                losses = cross_entropy(logits, x0[corruption.masked], reduction="none")
+                losses = noisy_nll(network, config, clean, x0, corruption)
             values = corruption.weight[corruption.masked].double() * losses
             for (owner, _), value in zip(windows, row_sums(values, corruption.masked), strict=True):
                 totals[owner, draw] += value

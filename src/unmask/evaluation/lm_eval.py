@@ -8,6 +8,7 @@ Where a text is longer than the context it loses its beginning; blocks count fro
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +20,12 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
 from unmask.core.attention import causal
-from unmask.core.network import Network
+from unmask.core.network import Network, Pass, run_rows
 from unmask.core.noise import seed_for
-from unmask.core.objectives import predictable
+from unmask.core.objectives import predictable, row_nll
 from unmask.data.plain_text import ids_of, open_ids, rendered_ids
 from unmask.data.prompts import StopStrings, chat_text
 from unmask.evaluation.likelihood import (
@@ -365,6 +366,12 @@ class HarnessLM(TemplateLM):
             advance(len(rows))
 
 
+def _nll_and_miss(target: Tensor, logits: Tensor, part: slice) -> Tensor:
+    """-log p of the target of each row, and 1 where another token is likelier: (n, 2) from logits (n, vocabulary)."""
+    missed = logits.argmax(-1) != target[part].to(logits.device)
+    return torch.stack([row_nll(target)(logits, part), missed.to(logits.dtype)], -1)
+
+
 @torch.inference_mode()
 def continuation_log_p(
     network: Network,
@@ -381,10 +388,9 @@ def continuation_log_p(
     for windows, x0, layout, loss_mask in batches(documents, None, batch_tokens, network.device):
         wanted = predictable(layout, loss_mask)
         rows = wanted[:, 1:].flatten().nonzero()[:, 0]
-        logits = network(x0[:, :-1], layout.subset(..., slice(None, -1)), causal, rows=rows)
-        target = x0[wanted]
-        sums = row_sums(cross_entropy(logits, target, reduction="none"), wanted)
-        misses = row_sums(logits.argmax(-1) != target, wanted)
+        passed = Pass(x0[:, :-1], layout.subset(..., slice(None, -1)), causal, rows)
+        values = run_rows(network, passed, functools.partial(_nll_and_miss, x0[wanted]))
+        sums, misses = (row_sums(value, wanted) for value in values.unbind(-1))
         for (owner, _), total, missed in zip(windows, sums, misses, strict=True):
             answers[owner] = (-total, missed == 0)
         if progress is not None:

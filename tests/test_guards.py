@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from ranks import CASES, assert_same_run, break_down, full, logged, on_ranks, run_case
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import unmask
 from unmask.recipe import load_recipe
@@ -71,6 +72,16 @@ def test_too_little_memory_names_what_to_change() -> None:
         torch.empty(2**50)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), naming_memory(settings, 3, 1):
         torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_too_little_memory_for_the_optimiser_is_named_too(case: dict[str, Any], work: Path) -> None:
+    """Its moments are made in its first step, after the passes."""
+    hook = register_optimizer_step_pre_hook(lambda *_: torch.empty(2**50))
+    try:
+        with pytest.raises(ValueError, match=r"out of memory in step 1 .*: try "):
+            run_case(case | {"output_dir": str(work / "optimiser")})
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,8 @@ def _train(
     eval_every = settings.eval_every or max(1, data.num_steps // 10)
     batches = data.batches(run.state.step, run.state.data)
     while run.state.tokens < data.num_tokens and (batch := next(batches, None)) is not None:
-        run.step(*batch)
+        with naming_memory(settings, run.state.step + 1, run.accelerator.num_processes):  # the optimiser needs some too
+            run.step(*batch)
         ended = run.state.tokens >= data.num_tokens
         evaluating = evaluate is not None and run.state.step % eval_every == 0 and not ended
         saving = run.state.step % settings.save_every == 0 or ended or run.watch.stopping
@@ -207,8 +208,7 @@ class _Run:
             group["lr"] = rate
         # Every rank has the rows of all ranks, so the token count needs no communication.
         count = int(predictable(batch.layout, batch.loss_mask).sum())
-        with naming_memory(self.settings, self.state.step + 1, accelerator.num_processes):
-            loss = self._backward(batch, count)
+        loss = self._backward(batch, count)
         self.clock.reach(f"the end of {place_of_step}")
         if accelerator.distributed_type not in SHARDED:
             add_gradients(self.wrapped.parameters())

@@ -7,6 +7,7 @@ from typing import Any
 
 from unmask.cli.app import Json, app
 from unmask.plain_json import to_json
+from unmask.requirements import OLDEST, installed, too_old
 from unmask.version import __version__
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "safetensors", "huggingface-hub", "numpy",
@@ -21,8 +22,9 @@ def env(as_json: Json = False) -> None:
         print(to_json(found))
         return
     for name, value in found.items():
-        shown = ", ".join(value) if isinstance(value, list) else value
-        print(f"{name:16} {'not installed' if value is None else shown}")
+        shown = ", ".join(value) if isinstance(value, list) else "not installed" if value is None else value
+        old = isinstance(value, str) and too_old(name, value)
+        print(f"{name:16} {shown}" + (f" (too old: {OLDEST[name]} or later is needed)" if old else ""))
 
 
 def _environment() -> dict[str, Any]:
@@ -36,16 +38,7 @@ def _environment() -> dict[str, Any]:
         "unmask": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: installed(name) for name in _PACKAGES},
         "devices": [*devices, "cpu"],
         "threads": torch.get_num_threads(),
     }
-
-
-def _version(package: str) -> str | None:
-    import importlib.metadata  # a fifth of the time that --help takes
-
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -1,1 +1,5 @@
 """The mathematics of masked diffusion: torch only."""
+
+from unmask.requirements import check
+
+check()

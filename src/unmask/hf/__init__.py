@@ -4,6 +4,7 @@ A stock model is controlled by a 4-D attention mask and position ids alone (`net
 measured (`probes`). Its folder is read and written in `checkpoint`.
 """
 
+import unmask.core  # noqa: F401, before transformers: it refuses libraries that are too old
 from unmask.hf.checkpoint import (
     Base,
     add_mask_token,

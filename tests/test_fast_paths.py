@@ -87,9 +87,11 @@ def test_loss_and_gradients_match_the_plain_pass(name: str, objective: str, shif
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_fast_paths_are_found_on_a_tiny_instance(name: str) -> None:
-    fast_paths = hf.probe_fast_paths(tiny_model(SUPPORTED[name]()))
-    if name == "gemma2":  # its attention caps scores, which no kernel here does
-        assert fast_paths == hf.FastPaths()
+    model = tiny_model(SUPPORTED[name]())
+    fast_paths = hf.probe_fast_paths(model)
+    if name == "gemma2":  # it caps logits; and scores, which no kernel does: up to 5.20 transformers left that out
+        eager = model.config._attn_implementation == "eager"
+        assert fast_paths == (hf.FastPaths() if eager else replace(ALL, head_sum=False))
     else:
         assert fast_paths == ALL
 

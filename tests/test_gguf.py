@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import STORIES
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
 import unmask
 from unmask.model_name import locate
+from unmask.requirements import is_before
+
+pytestmark = pytest.mark.skipif(is_before(__version__, "5.6"), reason="GGUF needs transformers 5.6")
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:

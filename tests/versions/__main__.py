@@ -23,9 +23,11 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from unmask.requirements import OLDEST  # noqa: E402
 
-TESTS = [*(f"tests/test_{name}.py" for name in (
-    "cache_keyword", "slots", "hf", "fast_paths", "sampling", "speculative", "cycles", "structured", "model", "infill", "embed",
-    "train", "trainer", "lora", "drafter", "packed", "gguf", "export_hf", "serve")), "tests/invariant"]  # fmt: skip
+NAMES = """
+    cache_keyword slots hf fast_paths sampling speculative cycles structured model infill embed train trainer lora
+    drafter packed gguf export_hf serve
+"""
+TESTS = [*(f"tests/test_{name}.py" for name in NAMES.split()), "tests/invariant"]
 WITHOUT = "trajectory and gpt2"
 """A random GPT-2 begins with other weights in transformers 5.0 than in the recorded trajectories."""
 
@@ -60,12 +62,8 @@ def passes(which: str, torch: str | None, folder: Path, tests: list[str]) -> boo
         paths.append(install(folder / f"torch-{torch}", [f"torch=={torch}"]))
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     subprocess.run([sys.executable, "-m", "unmask.cli", "env"], env=env)
-    return (
-        subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "--tb=short", "-k", f"not ({WITHOUT})", *tests], env=env, cwd=ROOT
-        ).returncode
-        == 0
-    )
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-k", f"not ({WITHOUT})", *tests]
+    return subprocess.run(command, env=env, cwd=ROOT).returncode == 0
 
 
 def install(target: Path, what: list[str]) -> Path:

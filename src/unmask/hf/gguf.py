@@ -15,8 +15,8 @@ def source_of(place: Path | str) -> tuple[Path | str, dict[str, str]]:
     is_file = isinstance(place, Path) and place.is_file()
     if is_file and is_before(transformers.__version__, "5.6"):
         raise ValueError(
-            f"model file {str(place)!r} needs transformers 5.6 or later, and {transformers.__version__} is installed: older "
-            'ones read the tokenizers of GGUF files wrongly; pip install --upgrade "transformers>=5.6"'
+            f"model file {str(place)!r} needs transformers 5.6 or later, and {transformers.__version__} is installed, "
+            'which reads the tokenizers of GGUF files wrongly: pip install --upgrade "transformers>=5.6"'
         )
     return (Path(place).parent, {"gguf_file": Path(place).name}) if is_file else (place, {})
 

@@ -135,11 +135,12 @@ def one_rank() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("in_model", [False, True])
 @pytest.mark.parametrize("gives_up", [False, True])
 def test_a_sharded_teacher_has_few_logits_at_a_time(
-    gives_up: bool, tied: bool, monkeypatch: pytest.MonkeyPatch
+    gives_up: bool, in_model: bool, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """gives_up: its head's matrix is spread over the ranks again where its pass ends."""
+    """gives_up: its head's matrix is spread over the ranks again where its pass ends. in_model: with the rest."""
     monkeypatch.setattr(head_loss, "_AT_ONCE_CPU", 1)
     monkeypatch.setattr(head_loss, "_ROWS", 7)
     config = SUPPORTED["llama"]()
@@ -153,8 +154,9 @@ def test_a_sharded_teacher_has_few_logits_at_a_time(
             for layer in model.model.layers:
                 fully_shard(layer)
             last = [model.model.norm, model.lm_head, *([model.model.embed_tokens] if tied else [])]
-            fully_shard(last, reshard_after_forward=gives_up)  # as Accelerate has them in one unit
-            fully_shard(model)
+            if not in_model:
+                fully_shard(last, reshard_after_forward=gives_up)
+            fully_shard(model, reshard_after_forward=gives_up)
         for _ in range(2):
             with Rows() as rows:
                 losses.append(joint_loss(student, CONFIG, x0, layout, corruption, 0.3, teacher=teacher, distance="kl"))

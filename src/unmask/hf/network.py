@@ -214,7 +214,7 @@ class HFNetwork:
         read: list[Tensor] = []
         with self.lock:
             self._run(*passed, past, lambda kept: head_input(self.head, read, kept))
-            gather(self.head)
+            gather(self.model, self.head)
 
         @torch.no_grad()
         def logits_of(rows: Tensor | slice) -> Tensor:

@@ -24,10 +24,11 @@ def is_linear(head: Any) -> bool:
     return plain and not hasattr(head, "_hf_hook")
 
 
-def gather(head: Any) -> None:
+def gather(model: Any, head: Any) -> None:
     """Let a sharded head have its matrix after a pass too, until the next one ends; all ranks do so together."""
-    if isinstance(head, FSDPModule):
-        head.unshard()
+    unit = head if isinstance(head, FSDPModule) else model  # older Accelerate has one unit for both
+    if isinstance(unit, FSDPModule):
+        unit.unshard()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import pytest
 
 import unmask
 
+UNWRITTEN = "cannot be written"
 ADAPT = ("adapt", "{parent}", "--data", "{stories}", "--output", "{new}")
 SMALL = ("--max-tokens", "100", "max_length=32", "block_size=4", "batch_size=2")
 MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -52,6 +53,9 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a number of tokens twice": ((*ADAPT, *SMALL, "max_tokens=200"), ("--max-tokens 100", "max_tokens=200")),
     "a prompt without quotes": (("generate", "{parent}", "Once", "upon"), ("(upon)", "in quotes")),
     "no prompt": (("generate", "{parent}"), ("'prompt'", "`unmask generate --help`")),
+    "a misspelt study": (
+        ("study", "atention", "{parent}", "--data", "{stories}", "--eval", "{stories}", "--output", "o"),
+        ("'atention'", "did you mean 'attention'?")),
     "a word that is no command": (("help",), ("'help'", "`unmask --help`")),
     "the last of two values": (
         ("generate", "{parent}", "x", "--max-new-tokens", "3", "--max-new-tokens", "4k"), ("'4k'",)),
@@ -60,15 +64,29 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*ADAPT, "--recipe", "{recipe}"), ("clean_attention", "recipe = 'tri-mode'")),
     # cannot be written
     "a run below a file": (("adapt", "{parent}", "--data", "{stories}", "--output", "{stories}/x"), ("{stories}/x",)),
-    "a run that cannot be": (("adapt", "{parent}", "--data", "{stories}", "--output", "/proc/x"), ("/proc/x",)),
-    "vectors that cannot be": (("embed", "{parent}", "{stories}", "--output", "/proc/x.npy"), ("/proc/x.npy",)),
-    "tokens that cannot be": (("prepare", "{stories}", "--model", "{parent}", "--output", "/proc/x"), ("/proc/x",)),
-    "an export that cannot be": (("export", "{parent}", "--format", "hf", "--output", "/proc/x"), ("/proc/x",)),
-    "results that cannot be": (("evaluate", "{parent}", "--tasks", "x", "--output", "/proc/x"), ("/proc/x",)),
-    "a replay that cannot be": (("generate", "{parent}", "x", "--replay", "/proc/x.html"), ("/proc/x.html",)),
+    "a run that cannot be": (
+        ("adapt", "{parent}", "--data", "{stories}", "--output", "/proc/x"),
+        ("/proc/x", UNWRITTEN)),
+    "vectors that cannot be": (
+        ("embed", "{parent}", "{stories}", "--output", "/proc/x.npy"),
+        ("/proc/x.npy", UNWRITTEN)),
+    "tokens that cannot be": (
+        ("prepare", "{stories}", "--model", "{parent}", "--output", "/proc/x"),
+        ("/proc/x", UNWRITTEN)),
+    "an export that cannot be": (
+        ("export", "{parent}", "--format", "hf", "--output", "/proc/x"),
+        ("/proc/x", UNWRITTEN)),
+    "results that cannot be": (("evaluate", "{parent}", "--tasks", "x", "--output", "/proc/x"), ("/proc/x", UNWRITTEN)),
+    "a study that cannot be": (
+        ("study", "masking", "{parent}", "--data", "{stories}", "--eval", "{stories}", "--output", "/proc/x"),
+        ("/proc/x", UNWRITTEN)),
+    "a replay of gaps that cannot be": (
+        ("infill", "{converted}", "--text", "a<gap:2>", "--replay", "/proc/x.html"),
+        ("/proc/x.html", UNWRITTEN)),
+    "a replay that cannot be": (("generate", "{parent}", "x", "--replay", "/proc/x.html"), ("/proc/x.html", UNWRITTEN)),
     "a frontier that cannot be": (
         ("frontier", "{converted}", "--data", "{stories}", "--output", "/proc/x", "--prompt-tokens", "2",
-         "--max-new-tokens", "2"), ("/proc/x",)),
+         "--max-new-tokens", "2"), ("/proc/x", UNWRITTEN)),
     # does not go together
     "an exact bound of long blocks": (
         ("evaluate", "{converted}", "--data", "{stories}", "--exact", "--block-size", "8"), ("block_size 8",)),

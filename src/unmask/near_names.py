@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -24,3 +25,9 @@ def near_path(name: str | Path) -> str:
         if meant.exists():
             return f"; did you mean {str(meant)!r}?"
     return ""
+
+
+def unknown(kind: str, name: str, known: Iterable[str], otherwise: str) -> str:
+    """The message for a name that is none of those known, with the nearest; otherwise: what it says besides."""
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"{kind} {name!r} is unknown: " + (f"did you mean {nearest[0]!r}? " if nearest else "") + otherwise

@@ -5,16 +5,16 @@ A recipe knows no model and no text: numbers in, numbers out.
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from unmask.limits import number_of_tokens
+from unmask.near_names import unknown
 from unmask.plain_numbers import plain
 from unmask.settings import TABLE, Settings, check_value, shown, to_plain, unmet
 
@@ -69,7 +69,7 @@ def load_recipe(name: str, background: Mapping[str, Any] | None = None, /, **ove
 def check_setting_name(name: str) -> None:
     """Raise ValueError for a name that no setting has."""
     if name not in TABLE:
-        raise ValueError(_unknown("setting", name, TABLE, "`unmask recipes NAME --all` lists them"))
+        raise ValueError(unknown("setting", name, TABLE, "`unmask recipes NAME --all` lists them"))
 
 
 PREPARED_DATA = "prepared data"
@@ -141,13 +141,8 @@ def _is_file(name: str) -> bool:
 def _text(name: str) -> str:
     names = recipe_names()
     if name not in names:
-        raise ValueError(_unknown("recipe", name, names, f"the recipes are {', '.join(names)}"))
+        raise ValueError(unknown("recipe", name, names, f"the recipes are {', '.join(names)}"))
     return (resources.files("unmask") / "recipes" / f"{name}.toml").read_text()
-
-
-def _unknown(kind: str, name: str, known: Iterable[str], otherwise: str) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f"{kind} {name!r} is unknown: " + (f"did you mean {nearest[0]!r}? " if nearest else "") + otherwise
 
 
 def _typed(name: str, value: Any) -> Any:

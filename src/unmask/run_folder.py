@@ -49,6 +49,8 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise self._holds_something_else()
+        if not self.path.exists():  # one that is there may be read, whether or not it can be written
+            check_can_be_written(self.path, "output folder")
         self.path.mkdir(parents=True, exist_ok=True)
         if fcntl is None:
             yield

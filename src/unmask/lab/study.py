@@ -31,6 +31,7 @@ from unmask.lab.report import write_report
 from unmask.lab.tasks import check
 from unmask.loading import load
 from unmask.model import DiffusionLM
+from unmask.near_names import unknown
 from unmask.plain_json import to_json
 from unmask.progress import progress, say
 from unmask.recipe import differences, load_recipe
@@ -114,7 +115,8 @@ def load_study(name: str | Path) -> Study:
     elif str(name) in study_names():
         text = (resources.files("unmask") / "studies" / f"{name}.toml").read_text()
     else:
-        raise ValueError(f"study {str(name)!r} is unknown: use one of {', '.join(study_names())}, or a .toml file")
+        otherwise = f"use one of {', '.join(study_names())}, or a .toml file"
+        raise ValueError(unknown("study", str(name), study_names(), otherwise))
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import transformers
 
 import unmask
 from unmask.requirements import OLDEST, too_old
@@ -68,6 +67,6 @@ def test_a_gguf_file_needs_a_later_transformers(tmp_path: Path, monkeypatch: pyt
     """Older ones put a begin token before every text, or write a tokenizer that nothing reads again."""
     file = tmp_path / "tiny.gguf"
     file.write_bytes(b"GGUF")
-    monkeypatch.setattr(transformers, "__version__", "5.4.0")
+    monkeypatch.setattr("unmask.hf.gguf.transformers.__version__", "5.4.0")
     with pytest.raises(ValueError, match=r"tiny\.gguf' needs transformers 5\.6 or later, and 5\.4\.0 is installed"):
         unmask.load(file)

@@ -12,6 +12,7 @@ import pytest
 from serving import running
 
 import unmask
+from unmask.tables import number_of
 
 playwright = pytest.importorskip("playwright.sync_api")
 PROMPT = "Once there was a cat"
@@ -60,10 +61,10 @@ def test_a_prompt_is_written_in_both_modes_by_keyboard(lm: unmask.DiffusionLM, p
     page.fill("#tokens", "12")
     page.press("#tokens", "Control+Enter")
     for mode in ("diffusion", "ar"):
-        page.wait_for_selector(f"[data-mode={mode}] .counts:has-text('forwards')")
+        page.wait_for_selector(f"[data-mode={mode}] .counts:has-text('per forward')")
         out = lm.generate(PROMPT, mode, 12, seed=0)
         assert page.text_content(f"[data-mode={mode}] .text") == out.texts[0]
-        said = f"{int(out.num_new_tokens[0])} tokens · {int(out.num_forwards[0])} forwards"
+        said = f"{number_of(int(out.num_new_tokens[0]), 'token')} · {number_of(int(out.num_forwards[0]), 'forward')} ·"
         assert page.text_content(f"[data-mode={mode}] .counts").startswith(said)
         sure = page.eval_on_selector_all(f"[data-mode={mode}] .token", "all => all.map(t => t.title)")
         assert sure
@@ -77,7 +78,7 @@ def test_the_selected_part_is_filled_and_taken(lm: unmask.DiffusionLM, page: Any
     page.eval_on_selector("#text", "(box, at) => box.setSelectionRange(at, at + 5)", start)
     page.fill("#gap", "4")
     page.click("#fill-go")
-    page.wait_for_selector("#fill-way .counts:has-text('forwards')")
+    page.wait_for_selector("#fill-way .counts:has-text('per forward')")
     out = lm.infill([text[:start], 4, text[start + 5 :]], seed=0)
     assert page.text_content("#filled mark") == out.fills[0][0]
     page.click("#take")
@@ -88,7 +89,7 @@ def test_marked_gaps_are_filled_where_nothing_is_selected(lm: unmask.DiffusionLM
     text = "Once <gap:3> was <gap:2> happy."
     page.fill("#text", text)
     page.click("#fill-go")
-    page.wait_for_selector("#fill-way .counts:has-text('forwards')")
+    page.wait_for_selector("#fill-way .counts:has-text('per forward')")
     assert page.text_content("#filled") == lm.infill(text, seed=0).filled[0]
 
 
